@@ -1,0 +1,1 @@
+"""Block-sparse video attention that adapts to each input (NABLA), on stock PyTorch."""
