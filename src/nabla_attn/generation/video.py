@@ -1,0 +1,107 @@
+"""Videos as uint8 arrays [frames, height, width, 3], to and from H.264 mp4 files through PyAV."""
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..files import whole_file
+
+# x264's bytes depend on its number of threads; one keeps them the same on every machine.
+ENCODER_OPTIONS = {"crf": "14", "preset": "medium", "threads": "1"}
+
+
+def check_frames(frames: np.ndarray) -> np.ndarray:
+    """Return ``frames`` if it is a video: uint8 [frames, height, width, 3], at least one frame.
+
+    Raises:
+        ValueError: another shape or dtype.
+    """
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
+        raise ValueError(
+            "frames must be uint8 [frames, height, width, 3], "
+            f"got {frames.dtype} {list(frames.shape)}."
+        )
+    return frames
+
+
+def write_video(frames: np.ndarray, path: str | Path, fps: float) -> None:
+    """Write an H.264 mp4 (yuv420p, BT.709), the same bytes every time; whole or not at all.
+
+    Args:
+        frames: uint8 [frames, height, width, 3], even height and width.
+        path: the mp4 to write; replaced if it exists.
+        fps: frames per second, above 0.
+
+    Raises:
+        ValueError: frames of another shape or dtype, an odd height or width, fps not above 0.
+        OSError: the folder cannot be written.
+    """
+    import av
+
+    count, height, width, _ = check_frames(frames).shape
+    if height % 2 or width % 2:
+        even = f"{height + height % 2}x{width + width % 2}"
+        raise ValueError(
+            f"H.264 in yuv420p takes even sizes only: got {height}x{width}. "
+            f"Pad the frames to {even} with np.pad before writing."
+        )
+    if not 0 < fps <= 1000:
+        raise ValueError(f"fps must be above 0 and at most 1000, got {fps}.")
+    with (
+        whole_file(path) as temporary,
+        av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container,
+    ):
+        container.flags |= av.container.Flags.bitexact.value
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        _describe_stream(stream, height, width)
+        for index in range(count):
+            container.mux(stream.encode(_to_yuv(frames[index])))
+        container.mux(stream.encode())
+
+
+def read_video(path: str | Path) -> np.ndarray:
+    """Decode a video file to uint8 [frames, height, width, 3].
+
+    Raises:
+        ValueError: missing, damaged, or without a video stream; the file is named.
+    """
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError("it has no video stream")
+            decoded = container.decode(container.streams.video[0])
+            frames = [frame.to_ndarray(format="rgb24") for frame in decoded]
+    except (av.FFmpegError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"cannot read the video {path}: {reason}.") from error
+    if not frames:
+        raise ValueError(f"cannot read the video {path}: it has no frames.")
+    return np.stack(frames)
+
+
+def _describe_stream(stream: Any, height: int, width: int) -> None:
+    from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+
+    stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+    stream.options = ENCODER_OPTIONS
+    context = stream.codec_context
+    context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+    context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+
+
+def _to_yuv(frame: np.ndarray) -> Any:
+    import av
+    from av.video.reformatter import ColorRange, Colorspace, Interpolation
+
+    exact = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+    return av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").reformat(
+        format="yuv420p",
+        dst_colorspace=Colorspace.ITU709,
+        dst_color_range=ColorRange.MPEG,
+        interpolation=exact,
+        threads=1,
+    )

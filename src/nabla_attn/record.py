@@ -1,0 +1,145 @@
+"""RunRecord: what was run, where, and every number it gave. All figures shown come from one."""
+
+import json
+import math
+import platform
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .files import write_text
+
+SCHEMA = 1
+PACKAGES = ("nabla-attn", "torch", "diffusers", "transformers")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The settings and results of one run, as JSON.
+
+    Attributes:
+        kind: the verb that made it, such as ``"generate"``.
+        config: the request, plain JSON values.
+        seed: the random seed.
+        versions: package name to version, ``"python"`` included.
+        device: processor or GPU name with threads, for a reader.
+        numbers: results, plain JSON values; every number finite, missing ones ``None``.
+        created: UTC time in ISO 8601.
+        schema: format of this record.
+    """
+
+    kind: str
+    config: dict[str, Any]
+    seed: int
+    versions: dict[str, str]
+    device: str
+    numbers: dict[str, Any]
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            kind = {"config": dict, "versions": dict, "numbers": dict, "seed": int, "schema": int}
+            wanted = kind.get(item.name, str)
+            if not isinstance(value, wanted) or isinstance(value, bool):
+                raise ValueError(
+                    f"run record: {item.name!r} must be {wanted.__name__}, "
+                    f"got {type(value).__name__}."
+                )
+        if self.schema != SCHEMA:
+            raise ValueError(
+                f"run record: schema {self.schema} is not known here, only {SCHEMA}. "
+                "Use the version of nabla-attn that wrote it."
+            )
+        for name in ("config", "versions", "numbers"):
+            _check_plain(getattr(self, name), name)
+
+    def to_json(self) -> str:
+        """The record as indented JSON, ending in a newline."""
+        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "RunRecord":
+        """Read a record back and check it.
+
+        Raises:
+            ValueError: not JSON, or a field is missing, unknown or of the wrong type.
+        """
+        try:
+            data = json.loads(text, parse_constant=_refuse_constant)
+        except RecursionError as error:
+            raise ValueError("run record: nested too deeply.") from error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"run record: not valid JSON ({error}).") from error
+        if not isinstance(data, dict):
+            raise ValueError(f"run record: expected an object, got {type(data).__name__}.")
+        known = {item.name for item in fields(cls)}
+        if missing := known - data.keys():
+            raise ValueError(f"run record: missing {', '.join(sorted(missing))}.")
+        if unknown := data.keys() - known:
+            raise ValueError(
+                f"run record: unknown {', '.join(sorted(unknown))}. Known: {', '.join(sorted(known))}."
+            )
+        return cls(**data)
+
+    def save(self, path: str | Path) -> None:
+        """Write the record to ``path``, whole or not at all."""
+        write_text(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "RunRecord":
+        """Read the record at ``path``.
+
+        Raises:
+            ValueError: as :meth:`from_json`, with the file named.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def collect_versions() -> dict[str, str]:
+    """Versions of Python and of the packages a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name.replace("-", "_")] = version(name)
+        except PackageNotFoundError:
+            found[name.replace("-", "_")] = "not installed"
+    return found
+
+
+def describe_device(device: Any = "cpu") -> str:
+    """A reader's name of a torch device: ``"AMD EPYC (2 threads)"``, ``"NVIDIA H200"``."""
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    if device.type != "cpu":
+        return f"{device.type} on {platform.machine()}"
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
+    return f"{name} ({torch.get_num_threads()} threads)"
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"run record: {name} is not a JSON number; missing numbers are null.")
+
+
+def _check_plain(value: Any, where: str) -> None:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"run record: a key of {where} is {key!r}, not a string.")
+            _check_plain(inner, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            _check_plain(inner, f"{where}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"run record: {where} is {value}. Write None for a missing number.")
+    elif not (value is None or isinstance(value, str | bool | int | float)):
+        raise ValueError(f"run record: {where} is a {type(value).__name__}, not a JSON value.")
