@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import whole_file
+from nabla_attn.files import whole_file
 
 # x264's bytes depend on its number of threads; one keeps them the same on every machine.
 ENCODER_OPTIONS = {"crf": "14", "preset": "medium", "threads": "1"}

@@ -1,0 +1,1 @@
+"""How close a video is to another, to its prompt, and what that cost."""

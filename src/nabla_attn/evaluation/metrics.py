@@ -1,0 +1,82 @@
+"""Video fidelity in pixels, through torchmetrics."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from nabla_attn.generation.video import check_frames
+
+PEAK = 255.0
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How close a video is to a reference.
+
+    Attributes:
+        psnr: decibels, of the squared error over all frames, so that one identical frame does not
+            make it infinite; infinite if all frames are identical.
+        ssim: mean over frames, 1 if identical.
+        psnr_frames: decibels per frame, infinite where identical.
+        ssim_frames: structural similarity per frame.
+    """
+
+    psnr: float
+    ssim: float
+    psnr_frames: tuple[float, ...]
+    ssim_frames: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; an infinite PSNR becomes ``None``."""
+        return {
+            "psnr": _finite(self.psnr),
+            "ssim": self.ssim,
+            "psnr_frames": [_finite(value) for value in self.psnr_frames],
+            "ssim_frames": list(self.ssim_frames),
+        }
+
+
+def measure_fidelity(frames: np.ndarray, reference: np.ndarray) -> Fidelity:
+    """PSNR and SSIM (Gaussian window 11, sigma 1.5, per RGB channel) at a peak of 255.
+
+    Args:
+        frames: uint8 [frames, height, width, 3].
+        reference: the same shape.
+
+    Raises:
+        ValueError: not two videos of one shape, or smaller than the 11 pixels of the window.
+    """
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+    if check_frames(frames).shape != check_frames(reference).shape:
+        raise ValueError(
+            "videos to compare must have one shape, "
+            f"got {list(frames.shape)} and {list(reference.shape)}."
+        )
+    if min(frames.shape[1:3]) < 11:
+        raise ValueError(f"SSIM needs at least 11x11 pixels, got {list(frames.shape[1:3])}.")
+    ours, theirs = (
+        torch.from_numpy(video).permute(0, 3, 1, 2).double() for video in (frames, reference)
+    )
+    psnr = peak_signal_noise_ratio(ours, theirs, data_range=PEAK)
+    psnr_frames = peak_signal_noise_ratio(
+        ours, theirs, data_range=PEAK, reduction="none", dim=(1, 2, 3)
+    )
+    # Frame by frame keeps the memory of the float64 windows to one frame.
+    ssim_frames = [
+        float(ssim(ours[i : i + 1], theirs[i : i + 1], data_range=PEAK)) for i in range(len(ours))
+    ]
+    return Fidelity(
+        psnr=float(psnr),
+        ssim=sum(ssim_frames) / len(ssim_frames),
+        psnr_frames=tuple(psnr_frames.tolist()),
+        ssim_frames=tuple(ssim_frames),
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

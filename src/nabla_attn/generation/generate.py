@@ -1,0 +1,125 @@
+"""One video from one request: apply the algorithm, sample, measure, restore."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from nabla_attn.config import parse
+from nabla_attn.generation.clock import Progress, StageClock
+from nabla_attn.generation.pipeline import model_name
+from nabla_attn.generation.request import (
+    GenerationRequest,
+    check_request,
+    denoisers,
+    video_tokens,
+)
+from nabla_attn.record import RunRecord, collect_versions, describe_device
+from nabla_attn.schedule import Schedule
+
+
+def generate(
+    pipeline: Any, request: GenerationRequest, *, progress: Progress | None = None
+) -> tuple[np.ndarray, RunRecord]:
+    """Make one video. The same request on the same machine gives the same bytes.
+
+    Args:
+        pipeline: from :func:`~nabla_attn.generation.pipeline.load_pipeline`, or any diffusers
+            text-to-video pipeline of a supported model.
+        request: what to make.
+        progress: told about every stage and step.
+
+    Returns:
+        The frames, uint8 [frames, height, width, 3], and the record of the run.
+
+    Raises:
+        ValueError: the model cannot take the request, or its numbers overflowed.
+    """
+    check_request(pipeline, request)
+    device = pipeline.device
+    clock = StageClock(device, request.steps, progress)
+    with _sparse(pipeline, request) as handle, clock.watch(pipeline):
+        video = _sample(pipeline, request, callback_on_step_end=clock.on_step_end)
+        seconds = clock.seconds()
+        density = _density(handle)
+    frames = _to_uint8(video[0])
+    grid = dict(zip(("frames", "height", "width"), video_tokens(pipeline, request), strict=True))
+    config = request.to_dict() | {
+        "model": model_name(pipeline),
+        "device": str(device),
+        "dtype": str(denoisers(pipeline)[0].dtype).removeprefix("torch."),
+    }
+    numbers = {
+        "seconds": seconds,
+        "density": density,
+        "tokens": grid,
+        "frames_sha256": hashlib.sha256(frames.tobytes()).hexdigest(),
+    }
+    record = RunRecord(
+        kind="generate",
+        config=config,
+        seed=request.seed,
+        versions=collect_versions(),
+        device=describe_device(device),
+        numbers=numbers,
+    )
+    return frames, record
+
+
+def warm_up(pipeline: Any, request: GenerationRequest) -> None:
+    """One untimed step with the request's algorithm, so that compiling and caching is over."""
+    config = parse(request.sparse_algo)
+    # Without dense first steps, or the one step would not touch the algorithm.
+    schedule = None if config.is_dense else Schedule(algorithm=config)
+    short = replace(request, steps=1, schedule=schedule)
+    with _sparse(pipeline, short):
+        _sample(pipeline, short, output_type="latent")
+
+
+@contextmanager
+def _sparse(pipeline: Any, request: GenerationRequest) -> Iterator[Any]:
+    """The algorithm's handle for the time of the block, or None where all is dense."""
+    if request.is_dense:
+        yield None
+        return
+    from nabla_attn import apply
+
+    handle = apply(pipeline, request.sparse_algo, schedule=request.schedule)
+    try:
+        yield handle
+    finally:
+        handle.remove()
+
+
+def _sample(pipeline: Any, request: GenerationRequest, **options: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        height=request.height,
+        width=request.width,
+        num_frames=request.frames,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance,
+        # On the CPU whatever the device: the same seed starts from the same noise everywhere.
+        generator=torch.Generator("cpu").manual_seed(request.seed),
+        **({"output_type": "np"} | options),
+    ).frames
+
+
+def _to_uint8(video: np.ndarray) -> np.ndarray:
+    """Floats in [0, 1] to uint8 frames."""
+    if not np.isfinite(video).all():
+        raise ValueError("the model's numbers overflowed. Use --dtype bfloat16 or float32.")
+    return np.rint(video * 255).astype(np.uint8)
+
+
+def _density(handle: Any) -> dict[str, Any]:
+    """Kept share of token pairs: the mean, and [steps][layers] where something was sparse."""
+    if handle is None:
+        return {"mean": 1.0, "steps_layers": None}
+    raise NotImplementedError

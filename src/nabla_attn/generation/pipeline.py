@@ -1,0 +1,220 @@
+"""Load a diffusers pipeline directory, checked part by part so that a bad file is named."""
+
+import importlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BUILTIN = "builtin"
+BUILTIN_DIRECTORY = Path(__file__).parents[1] / "builtin"
+# Only these may be named in model_index.json: other libraries could run code of the directory.
+LIBRARIES = ("diffusers", "transformers")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_pipeline(source: str | Path = BUILTIN, *, device: str = "auto", dtype: str = "auto") -> Any:
+    """Load a text-to-video pipeline from a diffusers directory; nothing is downloaded.
+
+    Args:
+        source: ``"builtin"`` or a directory with a ``model_index.json``.
+        device: ``"auto"`` (a GPU if there is one), or a torch device such as ``"cuda:0"``.
+        dtype: of transformer and text encoder: a name of :data:`DTYPES`, or ``"auto"``. The VAE
+            stays in float32, where its decoder is exact.
+
+    Returns:
+        The diffusers pipeline, on the device.
+
+    Raises:
+        ValueError: the directory or one of its files is missing or broken, a config does not match
+            its weights, or device or dtype cannot be had here. The file is named.
+    """
+    directory = model_directory(source)
+    place = resolve_device(device)
+    kind = resolve_dtype(dtype, place)
+    index = _read_index(directory)
+    pipeline_class = _find_class("diffusers", index["_class_name"], directory)
+    parts = {
+        name: _load_part(directory / name, *entry, torch.float32 if name == "vae" else kind)
+        for name, entry in index.items()
+        if isinstance(entry, list) and entry[0] is not None
+    }
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pipeline = pipeline_class.from_pretrained(directory, local_files_only=True, **parts)
+    except Exception as error:
+        raise ValueError(f"{directory}: not a whole pipeline ({_first_line(error)}).") from error
+    return pipeline.to(place)
+
+
+def model_directory(source: str | Path) -> Path:
+    """The directory that ``"builtin"`` or a path stands for.
+
+    Raises:
+        ValueError: there is no such directory, or it has no ``model_index.json``.
+    """
+    if str(source) == BUILTIN:
+        if not (BUILTIN_DIRECTORY / "model_index.json").is_file():
+            raise ValueError(
+                "this installation has no built-in model. Train one with `nabla train --recipe "
+                "builtin`, or pass a diffusers pipeline directory."
+            )
+        return BUILTIN_DIRECTORY
+    directory = Path(source)
+    if not directory.is_dir():
+        raise ValueError(
+            f"model directory not found: {source}. Pass a diffusers pipeline directory or 'builtin'."
+        )
+    if not (directory / "model_index.json").is_file():
+        raise ValueError(
+            f"{directory} has no model_index.json, so it is not a diffusers pipeline directory."
+        )
+    return directory
+
+
+def model_name(pipeline: Any) -> str:
+    """``"builtin"`` or the directory the pipeline was loaded from."""
+    origin = str(pipeline.config.get("_name_or_path", ""))
+    return BUILTIN if origin == str(BUILTIN_DIRECTORY) else origin
+
+
+def resolve_device(name: str) -> torch.device:
+    """A torch device by name; ``"auto"`` takes a GPU if there is one.
+
+    Raises:
+        ValueError: not a device name, or not present in this machine.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device {name!r} cannot be used here: {_first_line(error)}. Try cpu or auto."
+        ) from error
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """A torch dtype by name; ``"auto"`` is bfloat16 where the device computes in it, or float32.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name != "auto":
+        if name not in DTYPES:
+            raise ValueError(f"unknown dtype {name!r}. Known: auto, {', '.join(DTYPES)}.")
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type == "cpu":
+        features = torch.cpu.get_capabilities()
+        native = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        return torch.bfloat16 if native else torch.float32
+    return torch.float32
+
+
+def _read_index(directory: Path) -> dict[str, Any]:
+    path = directory / "model_index.json"
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({_first_line(error)}).") from error
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise ValueError(f"{path}: it does not name a diffusers pipeline class as _class_name.")
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list):
+            continue
+        if len(entry) != 2 or Path(name).name != name:
+            raise ValueError(f"{path}: the entry {name!r} is not [library, class].")
+        if entry[0] is not None and entry[0] not in LIBRARIES:
+            raise ValueError(
+                f"{path}: {name} comes from {entry[0]!r}; only {' and '.join(LIBRARIES)} are loaded."
+            )
+    return index
+
+
+def _find_class(library: str, name: Any, directory: Path) -> Any:
+    found = getattr(importlib.import_module(library), str(name), None)
+    if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
+        raise ValueError(f"{directory}: the installed {library} has no class {name!r} to load.")
+    return found
+
+
+def _load_part(folder: Path, library: str, class_name: str, dtype: torch.dtype) -> Any:
+    part_class = _find_class(library, class_name, folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is missing; model_index.json names it as {class_name}.")
+    is_model = issubclass(part_class, torch.nn.Module)
+    options: dict[str, Any] = {}
+    if is_model:
+        _check_weights(folder)
+        options = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True}
+    try:
+        loaded = part_class.from_pretrained(folder, local_files_only=True, **options)
+    except Exception as error:
+        raise ValueError(
+            f"{folder}: its config and files do not make a {class_name} ({_first_line(error)})."
+        ) from error
+    if not is_model:
+        return loaded
+    part, info = loaded
+    _check_match(folder, info)
+    return part.eval()
+
+
+def _check_weights(folder: Path) -> None:
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    for path in folder.glob("*.safetensors.index.json"):
+        files += [folder / name for name in _shard_names(path)]
+    if not files:
+        raise ValueError(f"{folder} has no .safetensors file with its weights.")
+    for path in dict.fromkeys(files):
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; the index beside it names it.")
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except Exception as error:
+            raise ValueError(
+                f"{path}: damaged or truncated safetensors file ({_first_line(error)}). "
+                "Copy it again."
+            ) from error
+
+
+def _shard_names(path: Path) -> list[str]:
+    try:
+        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a safetensors index ({_first_line(error)}).") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{path}: it names {name!r}, which is not a file of its own folder.")
+    return sorted(names)
+
+
+def _check_match(folder: Path, info: dict[str, Any]) -> None:
+    for key, meaning in (
+        ("mismatched_keys", "tensors of another shape"),
+        ("missing_keys", "tensors missing from the weights"),
+        ("unexpected_keys", "tensors unknown to the config"),
+    ):
+        keys = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info[key])
+        if keys:
+            raise ValueError(
+                f"{folder / 'config.json'} does not match its weights: "
+                f"{len(keys)} {meaning}, first {keys[0]}."
+            )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(" .:") if lines else type(error).__name__

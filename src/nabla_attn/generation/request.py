@@ -1,0 +1,207 @@
+"""What to generate, and whether a pipeline can take it."""
+
+import inspect
+import json
+import math
+import warnings
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nabla_attn.config import parse
+from nabla_attn.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One video to make.
+
+    Attributes:
+        prompt: the text.
+        negative_prompt: what guidance steers away from.
+        height: pixels.
+        width: pixels.
+        frames: video frames.
+        steps: denoising steps.
+        guidance: classifier-free guidance scale; 1 and below means none.
+        seed: seed of the starting noise.
+        sparse_algo: an algorithm string such as ``"nabla-0.7"``, or ``"dense"``.
+        schedule: per step and layer choices; ``None`` is the algorithm's own default.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    height: int = 480
+    width: int = 832
+    frames: int = 81
+    steps: int = 50
+    guidance: float = 5.0
+    seed: int = 0
+    sparse_algo: str = "dense"
+    schedule: Schedule | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "frames", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}.")
+        if not math.isfinite(self.guidance) or self.guidance < 0:
+            raise ValueError(f"guidance must be a number from 0 up, got {self.guidance}.")
+        config = parse(self.sparse_algo)
+        if self.schedule is not None and self.schedule.algorithm != config:
+            raise ValueError(
+                f"the schedule's algorithm is {self.schedule.algorithm} and the request's "
+                f"{self.sparse_algo}. Pass the same in both."
+            )
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every attention call is dense."""
+        return self.schedule is None and parse(self.sparse_algo).is_dense
+
+    def with_algo(self, sparse_algo: str) -> "GenerationRequest":
+        """The same video with another algorithm under the same schedule; dense drops it."""
+        config = parse(sparse_algo)
+        keeps = self.schedule is not None and not config.is_dense
+        schedule = replace(self.schedule, algorithm=config) if keeps else None
+        return replace(self, sparse_algo=sparse_algo, schedule=schedule)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, for a record."""
+        values = asdict(replace(self, schedule=None))
+        if self.schedule is not None:
+            values["schedule"] = json.loads(self.schedule.to_json())
+        return values
+
+
+@dataclass(frozen=True)
+class ModelDefaults:
+    """What a model directory's ``defaults.json`` says; without one, the 480p values of Wan 2.1.
+
+    Attributes:
+        height: pixels.
+        width: pixels.
+        frames: video frames.
+        steps: denoising steps.
+        guidance: guidance scale.
+        fps: frames per second of the mp4.
+        sparse_algo: algorithm used when none is asked for.
+    """
+
+    height: int = 480
+    width: int = 832
+    frames: int = 81
+    steps: int = 50
+    guidance: float = 5.0
+    fps: float = 16
+    sparse_algo: str = "dense"
+
+    @classmethod
+    def load(cls, directory: Path) -> "ModelDefaults":
+        """Read ``directory/defaults.json`` if there is one.
+
+        Raises:
+            ValueError: the file is not JSON, or has an unknown name or a value of the wrong type.
+        """
+        path = directory / "defaults.json"
+        if not path.is_file():
+            return cls()
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not valid JSON ({error}).") from error
+        known = asdict(cls())
+        if not isinstance(values, dict) or (values.keys() - known.keys()):
+            raise ValueError(f"{path}: expected an object with {', '.join(known)}, got {values!r}.")
+        for name, value in values.items():
+            wanted = str if name == "sparse_algo" else float if name in ("guidance", "fps") else int
+            fits = isinstance(value, int | float) if wanted is float else isinstance(value, wanted)
+            if not fits or isinstance(value, bool):
+                raise ValueError(f"{path}: {name} must be {wanted.__name__}, got {value!r}.")
+        return cls(**values)
+
+
+def check_request(pipeline: Any, request: GenerationRequest) -> None:
+    """Check size and prompt against the pipeline; warn about text that it will not read.
+
+    Raises:
+        ValueError: height, width or frames the model cannot take; the nearest valid are named.
+    """
+    _check_size(pipeline, request)
+    for name in ("prompt", "negative_prompt"):
+        _check_text(pipeline, name.replace("_", " "), getattr(request, name))
+
+
+def video_tokens(pipeline: Any, request: GenerationRequest) -> tuple[int, int, int]:
+    """The transformer's token grid (frames, height, width) for a request."""
+    steps = _token_steps(pipeline)
+    latent_frames = (request.frames - 1) // pipeline.vae_scale_factor_temporal + 1
+    patch_frames = steps[0] // pipeline.vae_scale_factor_temporal
+    return latent_frames // patch_frames, request.height // steps[1], request.width // steps[2]
+
+
+def denoisers(pipeline: Any) -> list[Any]:
+    """The pipeline's video transformers: one, or two for Wan 2.2."""
+    parts = (getattr(pipeline, name, None) for name in ("transformer", "transformer_2"))
+    return [part for part in parts if part is not None]
+
+
+def _token_steps(pipeline: Any) -> tuple[int, int, int]:
+    """Video frames, pixel rows and pixel columns that one token stands for."""
+    patch = denoisers(pipeline)[0].config.patch_size
+    patch = (1, patch, patch) if isinstance(patch, int) else tuple(patch)
+    spatial, temporal = pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal
+    return patch[0] * temporal, patch[1] * spatial, patch[2] * spatial
+
+
+def _check_size(pipeline: Any, request: GenerationRequest) -> None:
+    step_frames, step_height, step_width = _token_steps(pipeline)
+    # diffusers' Wan pipelines refuse sizes off a grid of 16 whatever the patch size.
+    for name, step in (("height", math.lcm(16, step_height)), ("width", math.lcm(16, step_width))):
+        value = getattr(request, name)
+        if value % step:
+            below, above = value // step * step, (value // step + 1) * step
+            raise ValueError(
+                f"{name} {value} does not fit this model: it takes multiples of {step}. "
+                f"Nearest: {f'{below} or {above}' if below else above}."
+            )
+    excess = (request.frames - 1) % step_frames
+    if excess:
+        below = request.frames - excess
+        raise ValueError(
+            f"frames {request.frames} does not fit this model: it takes {step_frames}n+1. "
+            f"Nearest: {below} or {below + step_frames}."
+        )
+    limit = getattr(denoisers(pipeline)[0].config, "rope_max_seq_len", None)
+    grid = video_tokens(pipeline, request)
+    if limit is not None and max(grid) > limit:
+        raise ValueError(
+            f"this model's positions end at {limit} tokens along each axis, got a grid of "
+            f"{'x'.join(map(str, grid))} (frames, height, width). Ask for a smaller video."
+        )
+
+
+def _check_text(pipeline: Any, name: str, text: str) -> None:
+    tokenizer = getattr(pipeline, "tokenizer", None)
+    limit = inspect.signature(pipeline.__call__).parameters.get("max_sequence_length")
+    if tokenizer is None or limit is None or not text:
+        return
+    tokens = tokenizer(text, truncation=False, verbose=False).input_ids
+    if len(tokens) > limit.default:
+        warnings.warn(
+            f"the {name} has {len(tokens)} tokens and the text encoder reads {limit.default}: "
+            "the rest is ignored.",
+            stacklevel=3,
+        )
+    if tokenizer.unk_token_id in tokens:
+        known = tokenizer.unk_token_id
+        words = [
+            word
+            for word in dict.fromkeys(text.split())
+            if known in tokenizer(word, add_special_tokens=False).input_ids
+        ]
+        warnings.warn(
+            f"the model does not know these words of the {name}: {', '.join(words[:8])}.",
+            stacklevel=3,
+        )
