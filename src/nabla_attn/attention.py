@@ -1,0 +1,134 @@
+"""NABLA attention, the whole algorithm in one screen (arXiv:2507.13546, Algorithm 1).
+
+tokens -> blocks -> scores -> block map -> backend -> output
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from nabla_attn import backends
+from nabla_attn.config import SparseConfig
+from nabla_attn.core.block_map import BlockMap, block_map_of
+from nabla_attn.core.grid import TokenGrid
+from nabla_attn.core.order import TokenLayout, block_order, to_blocks, to_raster
+from nabla_attn.core.scores import pool_blocks, score_blocks
+from nabla_attn.core.select import select_by_mass, select_top_share
+from nabla_attn.core.window import build_first_frame_map, build_segment_map, build_window_map
+
+
+def nabla_attention(
+    q: Float[Tensor, "batch heads tokens dim"],
+    k: Float[Tensor, "batch heads tokens dim"],
+    v: Float[Tensor, "batch heads tokens dim"],
+    grid: TokenGrid,
+    config: SparseConfig,
+    *,
+    backend: str = "auto",
+    scale: float | None = None,
+    text_before: int = 0,
+    text_after: int = 0,
+    text_valid: Bool[Tensor, "batch text"] | None = None,
+    keep_first_frame: bool = False,
+) -> Float[Tensor, "batch heads tokens dim"]:
+    """Block-sparse attention over a video's tokens; raster order in and out, differentiable.
+
+    Every sample and head gets its own map. Gradients flow through the attention output only.
+
+    Args:
+        q: queries, rotary embedding applied; text tokens may stand before or after the video's.
+        k: keys, like q.
+        v: values.
+        grid: the video's token grid.
+        config: which blocks are kept; `parse` makes one.
+        backend: "auto" or one of `backends.NAMES`.
+        scale: factor on q.k, in the map too; None is 1/sqrt(dim).
+        text_before: text tokens in front of the video; text attends and is attended by all.
+        text_after: text tokens behind it.
+        text_valid: False where a sample's text is padding, which is never attended.
+        keep_first_frame: every block attends the first frame of its clip.
+
+    Raises:
+        ValueError: shapes do not fit the grid, or an unknown backend.
+        RuntimeError: the backend asked for cannot run here; says why.
+    """
+    layout = TokenLayout(grid, text_before, text_after)
+    attend = backends.resolve(backend, q, k, v)
+    q_blocks, k_blocks, v_blocks = (to_blocks(x, layout) for x in (q, k, v))
+    block_map = map_blocks(
+        q_blocks,
+        k_blocks,
+        layout,
+        config,
+        scale=scale,
+        text_valid=text_valid,
+        keep_first_frame=keep_first_frame,
+    )
+    out = attend(q_blocks, k_blocks, v_blocks, block_map, scale=scale)
+    return to_raster(out, layout)
+
+
+def build_block_map(
+    q: Float[Tensor, "batch heads tokens dim"],
+    k: Float[Tensor, "batch heads tokens dim"],
+    grid: TokenGrid,
+    config: SparseConfig,
+    *,
+    scale: float | None = None,
+    text_before: int = 0,
+    text_after: int = 0,
+    text_valid: Bool[Tensor, "batch text"] | None = None,
+    keep_first_frame: bool = False,
+) -> BlockMap:
+    """The map that `nabla_attention` would use for these queries and keys; same arguments."""
+    layout = TokenLayout(grid, text_before, text_after)
+    return map_blocks(
+        to_blocks(q, layout),
+        to_blocks(k, layout),
+        layout,
+        config,
+        scale=scale,
+        text_valid=text_valid,
+        keep_first_frame=keep_first_frame,
+    )
+
+
+@torch.no_grad()
+def map_blocks(
+    q_blocks: Float[Tensor, "batch heads slots dim"],
+    k_blocks: Float[Tensor, "batch heads slots dim"],
+    layout: TokenLayout,
+    config: SparseConfig,
+    *,
+    scale: float | None = None,
+    text_valid: Bool[Tensor, "batch text"] | None = None,
+    keep_first_frame: bool = False,
+) -> BlockMap:
+    """Pool, score and select blocks of queries and keys that are already in block order."""
+    grid, device = layout.grid, q_blocks.device
+    segments = None if grid.segments is None else build_segment_map(grid, device)
+    shape = (*q_blocks.shape[:2], grid.num_blocks, grid.num_blocks)
+    if config.is_dense:
+        kept = torch.ones(shape, dtype=torch.bool, device=device)
+    elif config.is_adaptive:
+        counts = block_order(layout, device).counts[: grid.num_blocks]
+        q_pooled, k_pooled = (
+            pool_blocks(x[:, :, : grid.num_slots], counts) for x in (q_blocks, k_blocks)
+        )
+        kept = _select(score_blocks(q_pooled, k_pooled, scale=scale, allowed=segments), config)
+    else:
+        kept = torch.zeros(shape, dtype=torch.bool, device=device)
+    if config.window is not None:
+        kept = kept | build_window_map(grid, config.window, device)
+    if keep_first_frame:
+        kept = kept | build_first_frame_map(grid, device)
+    if segments is not None:
+        kept = kept & segments
+    return block_map_of(kept, layout, text_valid)
+
+
+def _select(probs: Tensor, config: SparseConfig) -> Tensor:
+    if config.threshold is not None:
+        return select_by_mass(probs, config.threshold)
+    assert config.topk is not None
+    return select_top_share(probs, config.topk)

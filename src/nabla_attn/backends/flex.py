@@ -1,0 +1,87 @@
+"""FlexAttention, compiled once per shape class: the fast path on GPUs.
+
+Uncompiled FlexAttention silently ignores the block indices, so nothing here runs it uncompiled.
+"""
+
+import shutil
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils._triton import has_triton
+
+from nabla_attn.core.block_map import BlockMap, build_block_mask
+
+
+def attend(
+    q: Float[Tensor, "batch heads q_slots dim"],
+    k: Float[Tensor, "batch heads kv_slots dim"],
+    v: Float[Tensor, "batch heads kv_slots dim"],
+    block_map: BlockMap,
+    *,
+    scale: float | None = None,
+) -> Float[Tensor, "batch heads q_slots dim"]:
+    """Attention over the map's blocks; a new map of the same shape does not recompile."""
+    needs_backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    tables = block_map.flex_tables()
+    return _compiled()(q, k, v, *tables, block_map.block_tokens, scale, needs_backward)
+
+
+def why_not(device: torch.device, *, needs_grad: bool = False) -> str | None:
+    """The reason why FlexAttention cannot run on `device`, or None."""
+    if device.type == "cuda":
+        return (
+            None if has_triton() else "FlexAttention needs Triton on CUDA, which is not installed"
+        )
+    if device.type != "cpu":
+        return f"FlexAttention has no compiled kernel for {device.type}"
+    if needs_grad:
+        return "FlexAttention has no backward on CPU"
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        return "FlexAttention needs a C++ compiler on CPU (g++ or clang++), none is on PATH"
+    return None
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Any:
+    return torch.compile(_attend, fullgraph=True)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    partial_counts: Tensor,
+    partial_index: Tensor,
+    full_counts: Tensor,
+    full_index: Tensor,
+    valid: Tensor,
+    block_tokens: int,
+    scale: float | None,
+    needs_backward: bool,
+) -> Tensor:
+    # The mask is built inside the compiled function so that its tensors are inputs, not guards.
+    block_mask = build_block_mask(
+        partial_counts,
+        partial_index,
+        full_counts,
+        full_index,
+        valid,
+        block_tokens,
+        needs_backward=needs_backward,
+    )
+    out = flex_attention(
+        q, k, v, block_mask=block_mask, scale=scale, kernel_options=_kernel_options(q, block_tokens)
+    )
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _kernel_options(q: Tensor, block_tokens: int) -> dict[str, Any] | None:
+    # The default tile of 128 does not divide a block of 64.
+    if q.device.type == "cuda" and block_tokens < 128:
+        return {"BLOCK_M": block_tokens, "BLOCK_N": block_tokens}
+    return None

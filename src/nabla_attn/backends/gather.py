@@ -1,0 +1,152 @@
+"""Gathered blocks in plain torch operations: forward and backward on any device.
+
+Query blocks that keep the same number of key blocks form one batched product over their gathered
+keys and values. Scratch memory is bounded by `MAX_SCORES`; the backward recomputes probabilities.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nabla_attn.core.block_map import BlockMap
+
+# Scores of one batched product: small enough for a CPU core's L2 cache.
+MAX_SCORES = {"cpu": 2**19}
+MAX_SCORES_ELSEWHERE = 2**26
+
+
+def attend(
+    q: Float[Tensor, "batch heads q_slots dim"],
+    k: Float[Tensor, "batch heads kv_slots dim"],
+    v: Float[Tensor, "batch heads kv_slots dim"],
+    block_map: BlockMap,
+    *,
+    scale: float | None = None,
+) -> Float[Tensor, "batch heads q_slots dim"]:
+    """Attention over the map's blocks, in the inputs' dtype with an fp32 softmax."""
+    scale = 1 / sqrt(q.shape[-1]) if scale is None else scale
+    with torch.autocast(q.device.type, enabled=False):
+        return _GatherAttention.apply(q, k, v, block_map, scale)
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Query blocks with equally many kept key blocks, as rows of the flattened block tables."""
+
+    rows: Tensor  # [group]
+    columns: Tensor  # [group, kept]
+    bias: Tensor | None  # [group, 1, kept * block_tokens], -inf at keys that are not valid
+
+
+def _buckets(block_map: BlockMap, dtype: torch.dtype) -> Iterator[_Bucket]:
+    mask = block_map.mask
+    _, heads, q_blocks, kv_blocks = mask.shape
+    rows_mask = mask.reshape(-1, kv_blocks)
+    counts = rows_mask.sum(dim=1)
+    columns = rows_mask.nonzero()[:, 1]
+    starts = counts.cumsum(0) - counts
+    order = counts.argsort()
+    bias = _key_bias(block_map, dtype)
+    max_scores = MAX_SCORES.get(mask.device.type, MAX_SCORES_ELSEWHERE)
+    kept_sizes, group_sizes = (
+        x.tolist() for x in torch.unique_consecutive(counts[order], return_counts=True)
+    )
+    for kept, group in zip(kept_sizes, order.split(group_sizes), strict=True):
+        if kept == 0:
+            continue
+        chunk = max(1, max_scores // (kept * block_map.block_tokens**2))
+        for rows in group.split(chunk):
+            index = starts[rows, None] + torch.arange(kept, device=mask.device)
+            head = rows // q_blocks
+            column = columns[index] + (head * kv_blocks)[:, None]
+            row_bias = None
+            if bias is not None:
+                sample = (head // heads) * kv_blocks if bias.shape[0] > kv_blocks else 0 * head
+                row_bias = bias[columns[index] + sample[:, None]].flatten(1)[:, None]
+            yield _Bucket(rows, column, row_bias)
+
+
+def _key_bias(block_map: BlockMap, dtype: torch.dtype) -> Tensor | None:
+    """[samples * kv_blocks, block_tokens]: 0 at valid keys, -inf elsewhere."""
+    if block_map.kv_valid is None:
+        return None
+    valid = block_map.kv_valid.reshape(-1, block_map.block_tokens)
+    return torch.zeros_like(valid, dtype=dtype).masked_fill_(~valid, float("-inf"))
+
+
+class _GatherAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        block_map: BlockMap,
+        scale: float,
+    ) -> Tensor:
+        block = block_map.block_tokens
+        q_rows, k_rows, v_rows = (_as_rows(x, block) for x in (q, k, v))
+        out = torch.zeros_like(q_rows)
+        for bucket in _buckets(block_map, q.dtype):
+            keys, values = _gather(k_rows, bucket), _gather(v_rows, bucket)
+            probs = _probabilities(q_rows[bucket.rows], keys, bucket.bias, scale)
+            out.index_copy_(0, bucket.rows, probs @ values)
+        out = out.view(q.shape)
+        ctx.save_for_backward(q, k, v, out)
+        ctx.block_map, ctx.scale = block_map, scale  # type: ignore[attr-defined]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        q, k, v, out = ctx.saved_tensors
+        block_map, scale = ctx.block_map, ctx.scale
+        block = block_map.block_tokens
+        q_rows, k_rows, v_rows, g_rows = (_as_rows(x, block) for x in (q, k, v, grad_out))
+        # Keys and values collect from many rows: accumulate in fp32.
+        accumulate = torch.promote_types(q.dtype, torch.float32)
+        grad_q = torch.zeros_like(q_rows)
+        grad_k, grad_v = (torch.zeros_like(x, dtype=accumulate) for x in (k_rows, v_rows))
+        inner = (g_rows.to(accumulate) * _as_rows(out, block).to(accumulate)).sum(-1, keepdim=True)
+        for bucket in _buckets(block_map, q.dtype):
+            queries, grad = q_rows[bucket.rows], g_rows[bucket.rows]
+            keys, values = _gather(k_rows, bucket), _gather(v_rows, bucket)
+            probs = _probabilities(queries, keys, bucket.bias, scale)
+            grad_probs = grad @ values.transpose(1, 2)
+            centre = inner[bucket.rows].to(q.dtype)
+            grad_scores = grad_probs.sub_(centre).mul_(probs).mul_(scale)
+            grad_q.index_copy_(0, bucket.rows, grad_scores @ keys)
+            _scatter_add(grad_k, bucket, grad_scores.transpose(1, 2) @ queries)
+            _scatter_add(grad_v, bucket, probs.transpose(1, 2) @ grad)
+        grads = (grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype))
+        return (*(grad.view(q.shape) for grad in grads), None, None)
+
+
+def _as_rows(x: Tensor, block: int) -> Tensor:
+    """[batch, heads, slots, dim] -> [batch * heads * blocks, block tokens, dim]."""
+    return x.reshape(-1, block, x.shape[-1])
+
+
+def _gather(rows: Tensor, bucket: _Bucket) -> Tensor:
+    """[group, kept * block tokens, dim] of the bucket's key blocks."""
+    blocks = rows.index_select(0, bucket.columns.flatten())
+    return blocks.view(bucket.columns.shape[0], -1, rows.shape[-1])
+
+
+def _probabilities(queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    shape = (queries.shape[0], queries.shape[1], keys.shape[1])
+    start = queries.new_empty(shape) if bias is None else bias.expand(shape)
+    beta = 0 if bias is None else 1
+    # alpha scales inside the product, before anything is rounded to the inputs' dtype.
+    scores = torch.baddbmm(start, queries, keys.transpose(1, 2), beta=beta, alpha=scale)
+    return scores.softmax(dim=-1)
+
+
+def _scatter_add(total: Tensor, bucket: _Bucket, grad: Tensor) -> None:
+    blocks = grad.to(total.dtype).view(-1, *total.shape[1:])
+    total.index_add_(0, bucket.columns.flatten(), blocks)

@@ -1,0 +1,30 @@
+"""Dense masked softmax in fp32 or fp64: the definition of correct, on any device."""
+
+from math import sqrt
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nabla_attn.core.block_map import BlockMap
+
+
+def attend(
+    q: Float[Tensor, "batch heads q_slots dim"],
+    k: Float[Tensor, "batch heads kv_slots dim"],
+    v: Float[Tensor, "batch heads kv_slots dim"],
+    block_map: BlockMap,
+    *,
+    scale: float | None = None,
+) -> Float[Tensor, "batch heads q_slots dim"]:
+    """Attention over the map's token pairs; memory grows with slots squared."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scale = 1 / sqrt(q.shape[-1]) if scale is None else scale
+    block = block_map.block_tokens
+    with torch.autocast(q.device.type, enabled=False):
+        scores = scale * (q.to(dtype) @ k.to(dtype).transpose(-1, -2))
+        keep = block_map.mask.repeat_interleave(block, -1).repeat_interleave(block, -2)
+        if block_map.kv_valid is not None:
+            keep = keep & block_map.kv_valid[:, None, None, :]
+        probs = scores.masked_fill(~keep, float("-inf")).softmax(dim=-1)
+        return (probs @ v.to(dtype)).to(q.dtype)

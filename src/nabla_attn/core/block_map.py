@@ -1,0 +1,153 @@
+"""BlockMap: which key blocks every query block attends, per sample and head."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from nabla_attn.core.order import TokenLayout, block_order
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMap:
+    """Kept pairs of blocks in block order, and which token slots hold a token.
+
+    Attributes:
+        mask: True where a query block attends a key block.
+        q_counts: tokens of every query block.
+        kv_valid: slots that may be attended, per sample or for all (leading axis 1);
+            None when every slot holds a token.
+        block_tokens: slots of a block.
+    """
+
+    mask: Bool[Tensor, "batch heads q_blocks kv_blocks"]
+    q_counts: Int[Tensor, " q_blocks"]
+    kv_valid: Bool[Tensor, "samples kv_slots"] | None
+    block_tokens: int
+
+    @property
+    def kv_counts(self) -> Int[Tensor, "samples kv_blocks"]:
+        """Tokens of every key block that may be attended."""
+        if self.kv_valid is None:
+            return self.q_counts.new_full((1, self.mask.shape[-1]), self.block_tokens)
+        return self.kv_valid.unflatten(1, (-1, self.block_tokens)).sum(dim=2)
+
+    @property
+    def head_density(self) -> Float[Tensor, "batch heads"]:
+        """Kept token pairs / all token pairs, per sample and head; stays on the device."""
+        kv_counts = self.kv_counts
+        kept = self.mask.to(torch.float32) @ kv_counts.to(torch.float32)[:, None, :, None]
+        kept = (kept.squeeze(-1) * self.q_counts).sum(dim=-1, dtype=torch.float64)
+        return (kept / (self.q_counts.sum() * kv_counts.sum(dim=1, keepdim=True))).float()
+
+    @property
+    def density(self) -> float:
+        """Kept token pairs / all token pairs, over all samples and heads."""
+        return self.head_density.mean().item()
+
+    def union(self, other: Bool[Tensor, "*batch q_blocks kv_blocks"]) -> "BlockMap":
+        """Keep the blocks of `other` too."""
+        return BlockMap(self.mask | other, self.q_counts, self.kv_valid, self.block_tokens)
+
+    def to_block_mask(self) -> BlockMask:
+        """FlexAttention's form of the map, key blocks ascending, for forward use.
+
+        Blocks with empty slots become partial blocks behind a mask of valid keys; all others are
+        full blocks. No index tables for a backward are built.
+        """
+        return build_block_mask(*self.flex_tables(), self.block_tokens)
+
+    def flex_tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Partial counts and indices, full counts and indices, valid keys; none aliased."""
+        whole = (self.kv_counts == self.block_tokens)[:, None, None, :]
+        partial_counts, partial_index = _compact(self.mask & ~whole)
+        full_counts, full_index = _compact(self.mask & whole)
+        valid = self.kv_valid
+        if valid is None:
+            valid = self.mask.new_ones(1, self.mask.shape[-1] * self.block_tokens)
+        return partial_counts, partial_index, full_counts, full_index, valid
+
+
+def block_map_of(
+    video_mask: Bool[Tensor, "batch heads q_blocks kv_blocks"],
+    layout: TokenLayout,
+    text_valid: Bool[Tensor, "batch text"] | None = None,
+) -> BlockMap:
+    """Wrap a map of video blocks, adding dense strips of text: text sees all and is seen by all.
+
+    Args:
+        video_mask: kept pairs of video blocks.
+        layout: where the tokens are.
+        text_valid: False where a sample's text is padding, which is never attended; None is all.
+
+    Raises:
+        ValueError: `text_valid` does not have one entry per sample and text token.
+    """
+    num_text_blocks = layout.num_blocks - layout.grid.num_blocks
+    pad = (0, num_text_blocks, 0, num_text_blocks)
+    mask = torch.nn.functional.pad(video_mask, pad, value=True) if num_text_blocks else video_mask
+    counts = block_order(layout, mask.device).counts
+    kv_valid = _valid_slots(layout, video_mask.shape[0], text_valid, mask.device)
+    return BlockMap(mask, counts, kv_valid, layout.grid.block.tokens)
+
+
+def _valid_slots(
+    layout: TokenLayout, batch: int, text_valid: Tensor | None, device: torch.device
+) -> Bool[Tensor, "samples kv_slots"] | None:
+    if text_valid is None and not layout.is_ragged:
+        return None
+    valid = torch.ones(1, layout.num_slots, dtype=torch.bool, device=device)
+    valid[:, block_order(layout, device).empty_slots] = False
+    if text_valid is None:
+        return valid
+    if text_valid.shape != (batch, layout.num_text):
+        raise ValueError(
+            f"text_valid must be [batch, text tokens] = ({batch}, {layout.num_text}): got "
+            f"{tuple(text_valid.shape)}. Pass one bool per sample and text token."
+        )
+    valid = valid.repeat(batch, 1)
+    start = layout.grid.num_slots
+    valid[:, start : start + layout.num_text] = text_valid.bool()
+    return valid
+
+
+def _compact(
+    mask: Bool[Tensor, "*rows kv_blocks"],
+) -> tuple[Int[Tensor, " *rows"], Int[Tensor, "*rows kv_blocks"]]:
+    """Counts of kept columns and their indices, ascending, in front; the rest is zero."""
+    num_columns = mask.shape[-1]
+    # Each kept column goes to its rank; all dropped ones go to a spare column that is cut off.
+    rank = mask.cumsum(dim=-1, dtype=torch.int32) - 1
+    target = rank.masked_fill_(~mask, num_columns).long()
+    columns = torch.arange(num_columns, dtype=torch.int32, device=mask.device).expand(mask.shape)
+    index = columns.new_zeros(*mask.shape[:-1], num_columns + 1).scatter_(-1, target, columns)
+    return mask.sum(dim=-1, dtype=torch.int32), index[..., :num_columns].contiguous()
+
+
+def build_block_mask(
+    partial_counts: Tensor,
+    partial_index: Tensor,
+    full_counts: Tensor,
+    full_index: Tensor,
+    valid: Bool[Tensor, "samples kv_slots"],
+    block_tokens: int,
+    *,
+    needs_backward: bool = False,
+) -> BlockMask:
+    """A BlockMask from `BlockMap.flex_tables`; the tables of the backward only when needed."""
+    per_sample = valid.shape[0] > 1
+
+    def is_valid_key(batch: Tensor, head: Tensor, q_slot: Tensor, kv_slot: Tensor) -> Tensor:
+        return valid[batch if per_sample else 0, kv_slot]
+
+    return BlockMask.from_kv_blocks(
+        partial_counts,
+        partial_index,
+        full_counts,
+        full_index,
+        BLOCK_SIZE=block_tokens,
+        mask_mod=is_valid_key,
+        compute_q_blocks=needs_backward,
+    )

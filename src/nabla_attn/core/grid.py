@@ -1,0 +1,119 @@
+"""Token grids of videos and the blocks that tile them."""
+
+from dataclasses import dataclass, field
+from math import prod
+
+
+def _check_positive(what: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{what} {name} must be a positive integer: got {size!r}.")
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """Tokens of one attention block along (frames, height, width).
+
+    The default 1x8x8 is the paper's: 64 tokens of one latent frame (arXiv:2507.13546, 3.1).
+    """
+
+    frames: int = 1
+    height: int = 8
+    width: int = 8
+
+    def __post_init__(self) -> None:
+        _check_positive("block", frames=self.frames, height=self.height, width=self.width)
+
+    @property
+    def tokens(self) -> int:
+        """Token slots of a block."""
+        return self.frames * self.height * self.width
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """A video's latent patch tokens in raster order (frame, row, column), and how blocks tile them.
+
+    Any size is allowed: edges that do not fill a block are ragged, and their empty slots exist only
+    inside attention, where they are neither pooled nor attended.
+
+    Args:
+        frames: latent frames of patch tokens.
+        height: token rows of a frame.
+        width: token columns of a frame.
+        segments: frames of each clip when several clips are packed along time; clips do not attend
+            each other and no block spans two of them. Must sum to `frames`. None is one clip.
+        block: tokens of one block.
+
+    Raises:
+        ValueError: a size is not a positive integer, or the segments do not sum to `frames`.
+    """
+
+    frames: int
+    height: int
+    width: int
+    segments: tuple[int, ...] | None = None
+    block: BlockShape = field(default_factory=BlockShape)
+
+    def __post_init__(self) -> None:
+        _check_positive("grid", frames=self.frames, height=self.height, width=self.width)
+        if self.segments is None:
+            return
+        object.__setattr__(self, "segments", tuple(self.segments))
+        for frames in self.segments:
+            _check_positive("segment", frames=frames)
+        if sum(self.segments) != self.frames:
+            raise ValueError(
+                f"segments must sum to the frames: got {self.segments} = {sum(self.segments)} "
+                f"for {self.frames} frames."
+            )
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the video."""
+        return self.frames * self.height * self.width
+
+    @property
+    def segment_frames(self) -> tuple[int, ...]:
+        """Frames of each packed clip; one clip when the grid has no segments."""
+        return self.segments or (self.frames,)
+
+    @property
+    def segment_blocks(self) -> tuple[int, ...]:
+        """Blocks along time of each packed clip."""
+        return tuple(-(-frames // self.block.frames) for frames in self.segment_frames)
+
+    @property
+    def blocks(self) -> tuple[int, int, int]:
+        """Blocks along (frames, height, width)."""
+        return (
+            sum(self.segment_blocks),
+            -(-self.height // self.block.height),
+            -(-self.width // self.block.width),
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the video."""
+        return prod(self.blocks)
+
+    @property
+    def num_slots(self) -> int:
+        """Token slots in block order, the empty ones of ragged blocks included."""
+        return self.num_blocks * self.block.tokens
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether some block has empty slots."""
+        return self.num_slots != self.num_tokens
+
+    @property
+    def padding_share(self) -> float:
+        """Empty slots / tokens: the extra length inside attention. 45x80 tokens (720p): 0.067."""
+        return self.num_slots / self.num_tokens - 1

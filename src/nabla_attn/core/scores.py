@@ -1,0 +1,49 @@
+"""How much each query block wants each key block: masked mean pooling, product, softmax."""
+
+from math import sqrt
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def pool_blocks(
+    x: Float[Tensor, "batch heads slots dim"], counts: Int[Tensor, " blocks"]
+) -> Float[Tensor, "batch heads blocks dim"]:
+    """Mean of the tokens of each block, in fp32 whatever the input (fp64 stays fp64).
+
+    Args:
+        x: queries or keys in block order, empty slots zero (see `order.to_blocks`).
+        counts: tokens of each block; empty slots are not counted.
+
+    Source: arXiv:2507.13546 Alg. 1 lines 1-4; reference wan/modules/attention.py:262-263.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    sums = x.unflatten(2, (counts.numel(), -1)).sum(dim=3, dtype=dtype)
+    return sums / counts.to(dtype)[:, None]
+
+
+def score_blocks(
+    q_pooled: Float[Tensor, "*batch q_blocks dim"],
+    k_pooled: Float[Tensor, "*batch kv_blocks dim"],
+    *,
+    scale: float | None = None,
+    allowed: Bool[Tensor, "q_blocks kv_blocks"] | None = None,
+) -> Float[Tensor, "*batch q_blocks kv_blocks"]:
+    """Probabilities of key blocks per query block: softmax of the scaled product of pooled tokens.
+
+    Args:
+        q_pooled: pooled queries, fp32 or fp64.
+        k_pooled: pooled keys, same dtype.
+        scale: factor on the product; None is 1/sqrt(dim).
+        allowed: pairs outside it get probability 0 (packed clips).
+
+    Source: arXiv:2507.13546 Alg. 1 line 6; reference wan/modules/attention.py:264-270.
+    """
+    scale = 1 / sqrt(q_pooled.shape[-1]) if scale is None else scale
+    # The map is data: autocast must not round it, and a different map is a different result.
+    with torch.autocast(q_pooled.device.type, enabled=False):
+        scores = (q_pooled * scale) @ k_pooled.transpose(-1, -2)
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    return scores.softmax(dim=-1)

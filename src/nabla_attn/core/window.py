@@ -1,0 +1,57 @@
+"""Which blocks see each other, from geometry alone: sliding tiles and packed clips."""
+
+from functools import lru_cache
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from nabla_attn.core.grid import TokenGrid
+
+
+@lru_cache(maxsize=32)
+def build_window_map(
+    grid: TokenGrid, window: tuple[int, int, int], device: torch.device
+) -> Bool[Tensor, "q_blocks kv_blocks"]:
+    """Blocks within half a window of each other, cached per grid.
+
+    Args:
+        grid: the token grid.
+        window: sides along (frames, height, width) in blocks. |delta| <= side // 2, clipped at
+            the borders, so an even side acts as the next odd one.
+        device: where the map lives.
+
+    Source: reference wan/modules/attention.py:243-254.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        near = torch.ones((), dtype=torch.bool, device=device)
+        for position, side in zip(_block_positions(grid, device), window, strict=True):
+            near = near & ((position[:, None] - position[None, :]).abs() <= side // 2)
+        return near if grid.segments is None else near & build_segment_map(grid, device)
+
+
+@lru_cache(maxsize=32)
+def build_segment_map(grid: TokenGrid, device: torch.device) -> Bool[Tensor, "q_blocks kv_blocks"]:
+    """Blocks of the same packed clip, cached (reference: wan/modules/attention.py:266-269)."""
+    with torch.inference_mode(False), torch.no_grad():
+        clips = torch.arange(len(grid.segment_blocks), device=device)
+        lengths = torch.tensor(grid.segment_blocks, device=device)
+        _, rows, columns = grid.blocks
+        clip = clips.repeat_interleave(lengths).repeat_interleave(rows * columns)
+        return clip[:, None] == clip[None, :]
+
+
+def _block_positions(grid: TokenGrid, device: torch.device) -> tuple[Int[Tensor, " blocks"], ...]:
+    """Block coordinates (time, row, column) of every block, in block order."""
+    axes = [torch.arange(count, device=device) for count in grid.blocks]
+    return tuple(axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij"))
+
+
+def build_first_frame_map(grid: TokenGrid, device: torch.device) -> Bool[Tensor, " kv_blocks"]:
+    """Blocks that hold tokens of a clip's first frame: the sink some models lean on."""
+    first, start = [], 0
+    for blocks in grid.segment_blocks:
+        first.append(start)
+        start += blocks
+    time = _block_positions(grid, device)[0]
+    return torch.isin(time, torch.tensor(first, device=device))

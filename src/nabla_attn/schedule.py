@@ -1,0 +1,152 @@
+"""Schedules: (step, layer) -> SparseConfig, readable as JSON."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from nabla_attn.config import DENSE, SparseConfig, parse
+
+# The reference runs window-only algorithms dense for steps 0 to 11 (wan/text2video.py:247-254).
+WINDOW_ONLY_DENSE_STEPS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Which algorithm runs at which denoising step and layer.
+
+    The first rule that matches decides: too few tokens, a dense step, a dense layer, an override of
+    the layer, an override of the step, then the algorithm itself.
+
+    Args:
+        algorithm: the algorithm wherever no rule says otherwise.
+        dense_first_steps: steps at the start that stay dense.
+        dense_last_steps: steps at the end that stay dense; needs the number of steps.
+        dense_layers: layers that stay dense; negative ones count from the end.
+        layer_overrides: layer -> algorithm.
+        step_overrides: step -> algorithm.
+        min_tokens: below this many video tokens attention stays dense, because it is faster.
+
+    Raises:
+        ValueError: a count is negative, or an algorithm is not one.
+    """
+
+    algorithm: SparseConfig
+    dense_first_steps: int = 0
+    dense_last_steps: int = 0
+    dense_layers: tuple[int, ...] = ()
+    layer_overrides: dict[int, SparseConfig] = field(default_factory=dict)
+    step_overrides: dict[int, SparseConfig] = field(default_factory=dict)
+    min_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("dense_first_steps", "dense_last_steps", "min_tokens"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{name} must be a whole number, 0 or more: got {value!r}.")
+        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+
+    @classmethod
+    def default(cls, algorithm: SparseConfig | str) -> "Schedule":
+        """The reference's schedule: all steps sparse; a window alone starts with 12 dense steps."""
+        config = parse(algorithm) if isinstance(algorithm, str) else algorithm
+        window_only = config.window is not None and not config.is_adaptive
+        return cls(
+            algorithm=config, dense_first_steps=WINDOW_ONLY_DENSE_STEPS if window_only else 0
+        )
+
+    def config_for(
+        self,
+        step: int,
+        layer: int,
+        *,
+        num_steps: int | None = None,
+        num_layers: int | None = None,
+        num_tokens: int | None = None,
+    ) -> SparseConfig:
+        """The algorithm of one attention call; DENSE where it stays dense.
+
+        Args:
+            step: denoising step from 0.
+            layer: attention layer from 0.
+            num_steps: steps of the run; needed for `dense_last_steps`.
+            num_layers: layers of the model; needed for negative `dense_layers`.
+            num_tokens: video tokens; needed for `min_tokens`.
+
+        Raises:
+            ValueError: a rule needs a number that was not given.
+        """
+        if self.min_tokens and _need(num_tokens, "num_tokens", "min_tokens") < self.min_tokens:
+            return DENSE
+        if step < self.dense_first_steps:
+            return DENSE
+        last = self.dense_last_steps
+        if last and step >= _need(num_steps, "num_steps", "dense_last_steps") - last:
+            return DENSE
+        if self._is_dense_layer(layer, num_layers):
+            return DENSE
+        override = self.layer_overrides.get(layer, self.step_overrides.get(step))
+        return self.algorithm if override is None else override
+
+    def _is_dense_layer(self, layer: int, num_layers: int | None) -> bool:
+        if layer in self.dense_layers:
+            return True
+        if not any(dense < 0 for dense in self.dense_layers):
+            return False
+        return layer - _need(num_layers, "num_layers", "negative dense_layers") in self.dense_layers
+
+    def to_json(self) -> str:
+        """JSON with algorithms as strings; `from_json` reads it back."""
+        values = asdict(self) | {"algorithm": str(self.algorithm)}
+        for name in ("layer_overrides", "step_overrides"):
+            overrides: dict[int, SparseConfig] = getattr(self, name)
+            values[name] = {str(key): str(config) for key, config in overrides.items()}
+        return json.dumps(values, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Schedule":
+        """Read what `to_json` wrote; missing fields take their defaults.
+
+        Raises:
+            ValueError: not JSON, an unknown field, or a value of the wrong kind.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a schedule must be JSON: {error}.") from None
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "Schedule":
+        """Build a schedule from plain values, as `from_json` finds them."""
+        known = [entry.name for entry in fields(cls)]
+        if not isinstance(values, dict) or not isinstance(values.get("algorithm"), str):
+            raise ValueError('a schedule must be an object with an "algorithm" string.')
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"unknown schedule fields {unknown}; expected some of {known}.")
+        values = dict(values, algorithm=parse(values["algorithm"]))
+        for name in ("layer_overrides", "step_overrides"):
+            values[name] = _read_overrides(name, values.get(name, {}))
+        values["dense_layers"] = _read_layers(values.get("dense_layers", []))
+        return cls(**values)
+
+
+def _need(value: int | None, name: str, rule: str) -> int:
+    if value is None:
+        raise ValueError(f"{rule} needs {name}, which is not known here. Drop the rule or pass it.")
+    return value
+
+
+def _read_overrides(name: str, values: Any) -> dict[int, SparseConfig]:
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} must map numbers to algorithms: got {values!r}.")
+    try:
+        return {int(key): parse(algorithm) for key, algorithm in values.items()}
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _read_layers(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or any(type(value) is not int for value in values):
+        raise ValueError(f"dense_layers must be a list of whole numbers: got {values!r}.")
+    return tuple(values)
