@@ -1,0 +1,11 @@
+"""NABLA in diffusers models: one mechanism, one row per model class.
+
+`apply` hooks the forward of a model to plan it (grid, step, algorithm per layer) and stands in for
+the processors of its video self-attention; everything else of the model stays diffusers' own.
+"""
+
+from nabla_attn.models.handle import Handle, apply, remove
+from nabla_attn.models.table import ModelRow, model_rows, register_model
+from nabla_attn.models.telemetry import Report
+
+__all__ = ["Handle", "ModelRow", "Report", "apply", "model_rows", "register_model", "remove"]

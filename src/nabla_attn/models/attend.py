@@ -1,0 +1,160 @@
+"""The attention call of a planned layer: one opaque operator, so compiled graphs never break on it.
+
+FlexAttention stays compiled by this package alone: uncompiled, it ignores the block map and
+silently computes dense attention.
+"""
+
+import torch
+from torch import Tensor
+
+from nabla_attn import backends
+from nabla_attn.attention import map_blocks
+from nabla_attn.core.block_map import BlockMap
+from nabla_attn.core.order import TokenLayout, block_order, to_blocks, to_raster
+from nabla_attn.core.scores import pool_blocks, score_blocks
+from nabla_attn.models.plan import Layer, Plan, plan_of
+
+
+def attend(
+    layer: Layer,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    text_valid: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Run a layer's plan on q, k, v in diffusers' layout.
+
+    Args:
+        layer: the layer, with the plan of this forward.
+        q: queries [batch, tokens, heads, dim], rotary embedding applied, raster order.
+        k: keys; fewer heads than q are repeated (grouped queries).
+        v: values, like k.
+        text_valid: [batch, text tokens] bool, False where text is padding.
+        scale: factor on q.k; None is 1/sqrt(dim).
+
+    Returns:
+        [batch, tokens, heads, dim].
+
+    Raises:
+        ValueError: the tokens do not fit the grid.
+    """
+    if k.shape[2] != q.shape[2]:
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    assert layer.key is not None
+    run = _attend_op if torch.compiler.is_compiling() else _attend
+    out, stats = run(q, k, v, text_valid, layer.key, scale)
+    if layer.stats is not None:
+        layer.stats.copy_(stats)
+    return out
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, text_valid: Tensor | None, key: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    plan = plan_of(key)
+    text_before, text_after = plan.text_tokens(q.shape[1])
+    layout = TokenLayout(plan.grid, text_before, text_after)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    run = backends.resolve(plan.backend, q, k, v)
+    q, k, v = (to_blocks(x, layout) for x in (q, k, v))
+    block_map = map_blocks(
+        q,
+        k,
+        layout,
+        plan.config,
+        scale=scale,
+        text_valid=text_valid,
+        keep_first_frame=plan.keep_first_frame,
+    )
+    out = to_raster(run(q, k, v, block_map, scale=scale), layout)
+    if plan.telemetry:
+        stats = measure_map(q, k, layout, block_map, scale=scale)
+    else:
+        stats = q.new_empty((2, q.shape[1]), dtype=torch.float32)
+    return out.transpose(1, 2), stats
+
+
+@torch.no_grad()
+def measure_map(
+    q: Tensor, k: Tensor, layout: TokenLayout, block_map: BlockMap, *, scale: float | None
+) -> Tensor:
+    """Density and kept mass of every head, averaged over the batch; stays on the device.
+
+    Args:
+        q: queries in block order.
+        k: keys in block order.
+        layout: where the tokens are.
+        block_map: the map that attention used.
+        scale: factor on q.k.
+
+    Returns:
+        fp32 [2, heads]: kept token pairs / all; probability mass of the pooled map that is kept.
+    """
+    num_blocks, num_slots = layout.grid.num_blocks, layout.grid.num_slots
+    counts = block_order(layout, q.device).counts[:num_blocks]
+    q_pooled, k_pooled = (pool_blocks(x[:, :, :num_slots], counts) for x in (q, k))
+    probs = score_blocks(q_pooled, k_pooled, scale=scale)
+    kept = probs.masked_fill_(~block_map.mask[..., :num_blocks, :num_blocks], 0)
+    kept_mass = kept.sum(dim=-1).mean(dim=(0, 2))
+    return torch.stack([block_map.head_density.mean(dim=0), kept_mass.float()])
+
+
+_attend_op = torch.library.custom_op("nabla_attn::attend", _attend, mutates_args=())
+
+
+@_attend_op.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, text_valid: Tensor | None, key: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, _ = q.shape
+    out = q.new_empty(batch, heads, tokens, v.shape[-1]).transpose(1, 2)
+    return out, q.new_empty((2, heads), dtype=torch.float32)
+
+
+@torch.library.custom_op("nabla_attn::attend_backward", mutates_args=())
+def _attend_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_valid: Tensor | None,
+    key: Tensor,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # The operator is opaque, so its inner graph is gone by now: run it again, with gradients.
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        out, _ = _attend(*inputs, text_valid, key, scale)
+    dq, dk, dv = torch.autograd.grad(out, inputs, grad)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@_attend_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_valid: Tensor | None,
+    key: Tensor,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv
+
+
+def _save_inputs(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+    q, k, v, text_valid, key, scale = inputs
+    ctx.save_for_backward(q, k, v, text_valid, key)
+    ctx.scale = scale  # type: ignore[attr-defined]
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple:
+    q, k, v, text_valid, key = ctx.saved_tensors  # type: ignore[attr-defined]
+    gradients = _attend_backward(grad, q, k, v, text_valid, key, ctx.scale)  # type: ignore[attr-defined]
+    return *gradients, None, None, None
+
+
+_attend_op.register_autograd(_backward, setup_context=_save_inputs)

@@ -1,0 +1,156 @@
+"""`apply`: put NABLA into a diffusers pipeline or model; the handle takes it out again."""
+
+from typing import Any
+
+from torch import nn
+
+from nabla_attn.config import SparseConfig, parse
+from nabla_attn.models.state import STATE_NAME, ModelState, Settings
+from nabla_attn.models.steps import StepCounter
+from nabla_attn.models.table import find_row, row_of
+from nabla_attn.models.telemetry import Report, Telemetry
+from nabla_attn.schedule import Schedule
+
+
+def apply(
+    target: Any,
+    algorithm: SparseConfig | str | None = None,
+    *,
+    schedule: Schedule | None = None,
+    backend: str = "auto",
+    telemetry: bool = True,
+    keep_first_frame: bool = False,
+) -> "Handle":
+    """Run the video self-attention of a pipeline's transformers, or of one model, with NABLA.
+
+    Applying again replaces what was applied before.
+
+    Args:
+        target: a diffusers pipeline or transformer, compiled or wrapped ones included.
+        algorithm: such as "nabla-0.7" or "nabla-0.6_sta-11-3-3"; None takes the schedule's.
+        schedule: which algorithm runs at which step and layer; None is the algorithm's default.
+        backend: "auto" or one of `nabla_attn.backends.NAMES`.
+        telemetry: measure density and kept mass for `Handle.report`.
+        keep_first_frame: every block attends the first latent frame, whatever its score.
+
+    Returns:
+        A handle; also a context manager that removes NABLA at its end.
+
+    Raises:
+        ValueError: unknown or refused model class, neither or both of algorithm and schedule, or an
+            unknown backend.
+    """
+    settings = Settings(
+        schedule=_schedule(algorithm, schedule),
+        backend=_checked_backend(backend),
+        telemetry=telemetry,
+        keep_first_frame=keep_first_frame,
+    )
+    is_model = isinstance(target, nn.Module)
+    models = {"transformer": target} if is_model else _transformers(target)
+    steps, collector = StepCounter(None if is_model else target), Telemetry()
+    handle = Handle(collector)
+    for name, hooked in models.items():
+        model = unwrap(hooked)
+        row = row_of(model)
+        remove(model)
+        state = ModelState(name, model, row, settings, steps, collector)
+        state.install(model, hooked if hasattr(hooked, "_orig_mod") else model)
+        handle.models.append((model, state))
+    return handle
+
+
+def remove(model: nn.Module) -> None:
+    """Take NABLA out of a model; also out of a copy, which has no handle. No effect without it."""
+    model = unwrap(model)
+    state = model.__dict__.get(STATE_NAME)
+    if state is not None:
+        state.uninstall(model)
+
+
+class Handle:
+    """What `apply` did. Leaving it as a context manager removes NABLA.
+
+    Attributes:
+        models: the models, each with its state.
+    """
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self.models: list[tuple[nn.Module, ModelState]] = []
+        self.telemetry = telemetry
+
+    def remove(self) -> None:
+        """Restore the models bit for bit. No effect on what was applied after this handle."""
+        for model, state in self.models:
+            if model.__dict__.get(STATE_NAME) is state:
+                state.uninstall(model)
+
+    def report(self) -> Report:
+        """Density and kept mass of the last generation per step, layer and head.
+
+        Raises:
+            ValueError: `apply` was called with telemetry=False.
+        """
+        if not all(state.settings.telemetry for _, state in self.models):
+            raise ValueError("nothing was measured. Use apply(..., telemetry=True).")
+        return self.telemetry.report()
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def unwrap(model: Any) -> Any:
+    """The diffusers model inside torch.compile, PEFT and data-parallel wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+            model = model.module
+        else:
+            return model
+
+
+def _schedule(algorithm: SparseConfig | str | None, schedule: Schedule | None) -> Schedule:
+    if schedule is not None and algorithm is None:
+        return schedule
+    if algorithm is None:
+        raise ValueError("give an algorithm such as 'nabla-0.7', or a schedule.")
+    config = parse(algorithm) if isinstance(algorithm, str) else algorithm
+    if schedule is None:
+        return Schedule.default(config)
+    if schedule.algorithm != config:
+        raise ValueError(
+            f"the algorithm {config} and the schedule's {schedule.algorithm} differ. Give one."
+        )
+    return schedule
+
+
+def _checked_backend(backend: str) -> str:
+    from nabla_attn import backends
+
+    known = ("auto", *backends.NAMES)
+    if backend not in known:
+        raise ValueError(f"unknown backend {backend!r}; expected one of {known}.")
+    return backend
+
+
+def _transformers(pipeline: Any) -> dict[str, nn.Module]:
+    """The pipeline's models that have a row, refusals included, so that they are named."""
+    components = getattr(pipeline, "components", None)
+    if not isinstance(components, dict):
+        raise ValueError(
+            f"expected a diffusers pipeline or transformer: got {type(pipeline).__name__}."
+        )
+    modules = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+    known = {name: part for name, part in modules.items() if find_row(unwrap(part)) is not None}
+    found = known or {name: part for name, part in modules.items() if "transformer" in name}
+    if not found:
+        raise ValueError(
+            f"{type(pipeline).__name__} has no transformer: its parts are {sorted(modules)}."
+        )
+    return found

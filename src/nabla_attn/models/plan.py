@@ -1,0 +1,96 @@
+"""Plans: what one attention module does in the current forward."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nabla_attn.config import SparseConfig
+from nabla_attn.core.grid import TokenGrid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything an attention call needs beyond its tensors; hashable.
+
+    Attributes:
+        grid: the video's tokens.
+        config: which blocks are kept.
+        text: where joint text tokens stand: "before" or "after" the video, or None for no text.
+        backend: backend name.
+        keep_first_frame: every block attends the first frame.
+        telemetry: measure density and kept mass.
+    """
+
+    grid: TokenGrid
+    config: SparseConfig
+    text: str | None = None
+    backend: str = "auto"
+    keep_first_frame: bool = False
+    telemetry: bool = False
+
+    def text_tokens(self, num_tokens: int) -> tuple[int, int]:
+        """Text tokens (before, after) the video among `num_tokens` of a call.
+
+        Raises:
+            ValueError: the call's tokens do not fit the grid.
+        """
+        num_text = num_tokens - self.grid.num_tokens
+        if num_text < 0 or (num_text > 0 and self.text is None):
+            raise ValueError(
+                f"tokens do not match the grid: got {num_tokens} tokens for {self.grid} = "
+                f"{self.grid.num_tokens}{' and no joint text' if self.text is None else ''}. "
+                "Register the model with the grid and text of its attention "
+                "(nabla_attn.register_model)."
+            )
+        return (num_text, 0) if self.text == "before" else (0, num_text)
+
+
+# Compiled graphs take the plan as a tensor that holds its place in this list, so that no change of
+# step, layer, threshold or window is a new graph.
+_PLANS: list[Plan] = []
+_KEYS: dict[Plan, Tensor] = {}
+
+
+def plan_key(plan: Plan) -> Tensor:
+    """The 0-d int64 CPU tensor that stands for `plan` in attention calls."""
+    key = _KEYS.get(plan)
+    if key is None:
+        with torch.inference_mode(False):
+            key = torch.tensor(len(_PLANS), dtype=torch.int64, device="cpu")
+        _PLANS.append(plan)
+        _KEYS[plan] = key
+    return key
+
+
+def plan_of(key: Tensor) -> Plan:
+    """The plan a key stands for."""
+    return _PLANS[int(key)]
+
+
+class Layer:
+    """The state of one attention module: its own processor and what to do in this forward.
+
+    Attributes:
+        name: the module's path in the model.
+        original: the processor that NABLA stands in for; it runs when the layer is dense.
+        is_dense: whether this forward is dense here.
+        key: the plan of this forward.
+        stats: fp32 [2, heads], density and kept mass of this forward; None when not measured.
+    """
+
+    def __init__(self, name: str, original: Any) -> None:
+        self.name = name
+        self.original = original
+        self.is_dense = True
+        self.key: Tensor | None = None
+        self.stats: Tensor | None = None
+
+    def snapshot(self) -> tuple[bool, Tensor | None, Tensor | None]:
+        """What `restore` needs to come back to this forward."""
+        return self.is_dense, self.key, self.stats
+
+    def restore(self, snapshot: tuple[bool, Tensor | None, Tensor | None]) -> None:
+        """Return to the forward of a snapshot."""
+        self.is_dense, self.key, self.stats = snapshot

@@ -1,0 +1,183 @@
+"""The state of one model instance, and the hook that plans each forward."""
+
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from nabla_attn.core.grid import TokenGrid
+from nabla_attn.models.checkpointing import unwrap_checkpoint, wrap_checkpoint
+from nabla_attn.models.plan import Layer, Plan, plan_key
+from nabla_attn.models.processor import NablaProcessor, make_processor, open_door
+from nabla_attn.models.steps import StepCounter
+from nabla_attn.models.table import ModelRow
+from nabla_attn.models.telemetry import Forward, Telemetry
+from nabla_attn.schedule import Schedule
+
+STATE_NAME = "_nabla_attn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the user asked of `apply`, the same for all transformers of a pipeline."""
+
+    schedule: Schedule
+    backend: str = "auto"
+    telemetry: bool = True
+    keep_first_frame: bool = False
+
+
+class ModelState:
+    """Everything NABLA keeps about one model; lives on the model, so copies get their own.
+
+    Args:
+        name: the model's name in its pipeline, for reports.
+        model: the model, hooks not yet installed.
+        row: its row in the table.
+        settings: what the user asked for.
+        steps: step counter, shared by the transformers of a pipeline.
+        telemetry: collector of statistics, shared like `steps`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        row: ModelRow,
+        settings: Settings,
+        steps: StepCounter,
+        telemetry: Telemetry,
+    ) -> None:
+        self.name = name
+        self.row = row
+        self.settings = settings
+        self.steps = steps
+        self.telemetry = telemetry
+        self.modules = _attention_modules(model, row)
+        self.layers = [Layer(path, module.processor) for path, module in self.modules.items()]
+        self.hook: Any = None
+
+    def install(self, model: nn.Module, hooked: nn.Module) -> None:
+        """Put the processors in place and hook the forward of `hooked`, `model` or its wrapper."""
+        setattr(model, STATE_NAME, self)
+        self._place_processors()
+        self.hook = hooked.register_forward_pre_hook(_PlanForward(), with_kwargs=True)
+
+    def uninstall(self, model: nn.Module) -> None:
+        """Take everything back."""
+        self.hook.remove()
+        for layer, module in zip(self.layers, self.modules.values(), strict=True):
+            if isinstance(module.processor, NablaProcessor):
+                _set_processor(module, layer.original)
+        unwrap_checkpoint(model)
+        delattr(model, STATE_NAME)
+
+    def _place_processors(self) -> None:
+        """Stand in for every processor that is not ours yet (users and fusing of QKV set new ones)."""
+        for layer, module in zip(self.layers, self.modules.values(), strict=True):
+            if isinstance(module.processor, NablaProcessor):
+                continue
+            layer.original = module.processor
+            port = self.row.ports.get(type(layer.original).__name__, open_door)
+            _set_processor(module, make_processor(layer, port))
+
+    def plan(self, model: nn.Module, arguments: Mapping[str, Any]) -> None:
+        """Decide for every layer what it does in this forward."""
+        self._place_processors()
+        if getattr(model, "gradient_checkpointing", False):
+            wrap_checkpoint(model, self.layers)
+        grid = TokenGrid(*self.row.grid(model, arguments))
+        is_training = model.training and torch.is_grad_enabled()
+        step = None if is_training else self.steps.observe(arguments.get("timestep"))
+        device = arguments["hidden_states"].device
+        for index, layer in enumerate(self.layers):
+            self._plan_layer(layer, index, step, grid, device)
+        if self.settings.telemetry:
+            forward = Forward(
+                self.name,
+                step,
+                (grid.frames, grid.height, grid.width),
+                [layer.stats for layer in self.layers],
+            )
+            self.telemetry.record(forward, -1 if is_training else self.steps.generation)
+
+    def _plan_layer(
+        self, layer: Layer, index: int, step: int | None, grid: TokenGrid, device: torch.device
+    ) -> None:
+        settings = self.settings
+        schedule = settings.schedule if step is not None else _without_steps(settings.schedule)
+        config = schedule.config_for(
+            step or 0,
+            index,
+            num_steps=self.steps.num_steps,
+            num_layers=len(self.layers),
+            num_tokens=grid.num_tokens,
+        )
+        layer.is_dense, layer.stats = config.is_dense, None
+        if config.is_dense:
+            return
+        plan = Plan(
+            grid=grid,
+            config=config,
+            text=self.row.text,
+            backend=settings.backend,
+            keep_first_frame=settings.keep_first_frame,
+            telemetry=settings.telemetry,
+        )
+        layer.key = plan_key(plan)
+        if settings.telemetry:
+            heads = num_heads(self.modules[layer.name])
+            layer.stats = torch.full((2, heads), float("nan"), device=device)
+
+
+def _without_steps(schedule: Schedule) -> Schedule:
+    """Training sees random timesteps, so rules about steps do not apply."""
+    return replace(schedule, dense_first_steps=0, dense_last_steps=0, step_overrides={})
+
+
+def num_heads(module: nn.Module) -> int:
+    """Query heads of an attention module."""
+    for name in ("heads", "num_heads"):
+        heads = getattr(module, name, None)
+        if isinstance(heads, int):
+            return heads
+    raise ValueError(f"{type(module).__name__} does not say its number of heads (heads).")
+
+
+def _attention_modules(model: nn.Module, row: ModelRow) -> dict[str, Any]:
+    pattern = re.compile(row.attention)
+    modules = {
+        path: module
+        for path, module in model.named_modules()
+        if pattern.fullmatch(path.replace("_orig_mod.", "")) and hasattr(module, "processor")
+    }
+    if not modules:
+        raise ValueError(
+            f"no attention module of {type(model).__name__} matches {row.attention!r}. "
+            "Give the path of each video self-attention, such as r'blocks\\.\\d+\\.attn1'."
+        )
+    return modules
+
+
+def _set_processor(module: Any, processor: Any) -> None:
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:
+        module.processor = processor
+
+
+class _PlanForward:
+    """Forward pre-hook; holds nothing, so copies of a model use their own state."""
+
+    @torch.compiler.disable(
+        reason="apply NABLA after torch.compile(model, fullgraph=True), or compile_repeated_blocks()"
+    )
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        model = getattr(module, "_orig_mod", module)
+        signature = inspect.signature(type(model).forward)
+        arguments = signature.bind_partial(model, *args, **kwargs).arguments
+        getattr(model, STATE_NAME).plan(model, arguments)

@@ -1,0 +1,126 @@
+"""What attention did: density and kept mass per step, layer and head."""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Forwards remembered; a generation has fewer, and training must not fill memory.
+MAX_FORWARDS = 1024
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward of a transformer: the statistics that its layers write.
+
+    Attributes:
+        model: the transformer's name in the pipeline.
+        step: denoising step; None in training.
+        tokens: video tokens along (frames, height, width).
+        stats: per layer fp32 [2, heads]; NaN where a layer did not run, None where it is dense.
+    """
+
+    model: str
+    step: int | None
+    tokens: tuple[int, int, int]
+    stats: list[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Statistics of the last generation, averaged over the calls of a step.
+
+    Dense layers count as density 1 and kept mass 1; NaN is a layer that did not run in that step
+    (a cache skipped it).
+
+    Attributes:
+        density: kept token pairs / all token pairs, fp32 [steps, layers, heads].
+        kept_mass: kept probability mass of the pooled map, fp32 [steps, layers, heads].
+        models: the transformer that ran each step.
+    """
+
+    density: Tensor
+    kept_mass: Tensor
+    models: list[str]
+
+    @property
+    def mean_density(self) -> float:
+        """Mean density over steps, layers and heads; NaN when nothing ran."""
+        return self.density.nanmean().item()
+
+    @property
+    def mean_kept_mass(self) -> float:
+        """Mean kept mass over steps, layers and heads; NaN when nothing ran."""
+        return self.kept_mass.nanmean().item()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for records: means, and density and kept mass per step and layer."""
+        return {
+            "density": _plain(self.density.nanmean()),
+            "kept_mass": _plain(self.kept_mass.nanmean()),
+            "density_per_step_and_layer": _plain(self.density.nanmean(dim=-1)),
+            "kept_mass_per_step_and_layer": _plain(self.kept_mass.nanmean(dim=-1)),
+            "models": self.models,
+        }
+
+    def __str__(self) -> str:
+        steps, layers, heads = self.density.shape
+        return (
+            f"density {self.mean_density:.3f}, kept mass {self.mean_kept_mass:.3f} over "
+            f"{steps} steps, {layers} layers, {heads} heads"
+        )
+
+
+class Telemetry:
+    """Collects the forwards of the running generation; shared by the transformers of a pipeline."""
+
+    def __init__(self) -> None:
+        self._forwards: deque[Forward] = deque(maxlen=MAX_FORWARDS)
+        self._generation: int | None = None
+
+    def record(self, forward: Forward, generation: int) -> None:
+        """Remember a forward; those of an earlier generation are dropped."""
+        if generation != self._generation:
+            self._forwards.clear()
+            self._generation = generation
+        self._forwards.append(forward)
+
+    @property
+    def forwards(self) -> list[Forward]:
+        """The forwards of the running generation, oldest first."""
+        return list(self._forwards)
+
+    def report(self) -> Report:
+        """Read the statistics; waits for the device."""
+        by_step: dict[int, list[Forward]] = {}
+        for forward in self._forwards:
+            by_step.setdefault(-1 if forward.step is None else forward.step, []).append(forward)
+        num_layers = max((len(f.stats) for f in self._forwards), default=0)
+        tensors = [stats for f in self._forwards for stats in f.stats if stats is not None]
+        num_heads = max((stats.shape[1] for stats in tensors), default=1)
+        values = torch.full((len(by_step), num_layers, 2, num_heads), float("nan"))
+        for row, step in enumerate(sorted(by_step)):
+            calls = [_stack(f, num_layers, num_heads) for f in by_step[step]]
+            values[row] = torch.stack(calls).nanmean(dim=0)
+        models = [by_step[step][-1].model for step in sorted(by_step)]
+        return Report(values[:, :, 0].clone(), values[:, :, 1].clone(), models)
+
+
+def _stack(forward: Forward, num_layers: int, num_heads: int) -> Tensor:
+    values = torch.full((num_layers, 2, num_heads), float("nan"))
+    for layer, stats in enumerate(forward.stats):
+        if stats is None:
+            values[layer] = 1
+        else:
+            values[layer, :, : stats.shape[1]] = stats.cpu()
+    return values
+
+
+def _plain(values: Tensor) -> Any:
+    """Nested lists of rounded numbers, None for NaN."""
+    if values.ndim:
+        return [_plain(value) for value in values]
+    number = values.item()
+    return None if number != number else round(number, 6)
