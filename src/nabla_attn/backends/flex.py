@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import FlexKernelOptions, flex_attention
 from torch.utils._triton import has_triton
 
 from nabla_attn.core.block_map import BlockMap, build_block_mask
@@ -80,7 +80,7 @@ def _attend(
     return out
 
 
-def _kernel_options(q: Tensor, block_tokens: int) -> dict[str, Any] | None:
+def _kernel_options(q: Tensor, block_tokens: int) -> FlexKernelOptions | None:
     # The default tile of 128 does not divide a block of 64.
     if q.device.type == "cuda" and block_tokens < 128:
         return {"BLOCK_M": block_tokens, "BLOCK_N": block_tokens}

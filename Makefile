@@ -1,0 +1,50 @@
+# make demo   set up .venv, then compare dense and NABLA attention on one prompt with the built-in model
+# make test   set up .venv, then lint, types, layer contracts and tests
+# make bench  set up .venv, then the CPU benchmark table
+# A second call reuses the set-up.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test lint types contracts tests coverage bench clean
+
+$(READY): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (torch, diffusers and the development tools; a few minutes the first time)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(READY)
+	@echo "One prompt, dense and NABLA attention, same seed: pictures, videos and a table in out/demo"
+	$(BIN)/nabla compare --prompt "a large red circle moving right" --output out/demo
+
+test: lint types contracts tests
+
+lint: $(READY)
+	@echo "Lint"
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+
+types: $(READY)
+	@echo "Types"
+	$(BIN)/mypy
+
+contracts: $(READY)
+	@echo "Layer contracts"
+	$(BIN)/lint-imports
+
+tests: $(READY)
+	@echo "Tests"
+	$(BIN)/python -m pytest
+
+coverage: $(READY)
+	$(BIN)/python -m pytest --cov=nabla_attn --cov-report=term-missing:skip-covered
+
+bench: $(READY)
+	$(BIN)/nabla bench
+
+clean:
+	rm -rf $(VENV) out

@@ -1,0 +1,31 @@
+"""Shape checks on every core call, and fixed seeds."""
+
+import pytest
+import tests.type_rules  # noqa: F401  the hook looks it up by name
+import torch
+from jaxtyping import install_import_hook
+
+install_import_hook(
+    [
+        # block_map is traced by torch.compile, which cannot see through the checks.
+        *(f"nabla_attn.core.{room}" for room in ("order", "scores", "select", "window")),
+        "nabla_attn.attention",
+        "nabla_attn.backends.reference",
+    ],
+    "tests.type_rules.check_types",
+)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Load a file of recorded reference outputs; see tests/golden/README.md."""
+    from pathlib import Path
+
+    import numpy as np
+
+    return lambda name: np.load(Path(__file__).parent / "golden" / name)

@@ -1,0 +1,116 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.oracle import ODD_GRIDS, row_mass_keep
+
+import nabla_attn as na
+from nabla_attn.core.order import TokenLayout, block_order, to_blocks
+from nabla_attn.core.scores import pool_blocks, score_blocks
+from nabla_attn.core.select import select_by_mass, select_top_share
+from nabla_attn.core.window import build_first_frame_map, build_segment_map, build_window_map
+
+CPU = torch.device("cpu")
+
+
+@st.composite
+def dyadic_rows(draw):
+    """Probabilities that are whole multiples of 2^-10: every sum is exact, and ties are common."""
+    size = draw(st.integers(1, 12))
+    weights = draw(st.lists(st.integers(0, 6), min_size=size, max_size=size))
+    rest = 1024 - sum(weights)
+    weights[draw(st.integers(0, size - 1))] += rest
+    return [weight / 1024 for weight in weights]
+
+
+@given(row=dyadic_rows(), threshold=st.integers(1, 1024))
+@settings(max_examples=300)
+def test_kept_mass_follows_the_law_ties_included(row, threshold):
+    kept = select_by_mass(torch.tensor([row]), threshold / 1024)[0].tolist()
+    assert kept == row_mass_keep(row, threshold / 1024)
+
+
+@given(seed=st.integers(0, 999), low=st.floats(0.01, 1), high=st.floats(0.01, 1))
+def test_a_higher_threshold_keeps_a_superset(seed, low, high):
+    low, high = min(low, high), max(low, high)
+    generator = torch.Generator().manual_seed(seed)
+    probs = (3 * torch.randn(2, 5, 17, generator=generator)).softmax(-1)
+    fewer, more = select_by_mass(probs, low), select_by_mass(probs, high)
+    assert (fewer <= more).all()
+    assert fewer.any(-1).all()
+    mass = (probs * fewer).sum(-1)
+    assert (mass >= low - 1e-5).all()
+
+
+def test_threshold_one_keeps_all_and_a_tiny_one_keeps_the_peak():
+    probs = torch.tensor([[0.0, 1.0, 0.0], [0.2, 0.3, 0.5]])
+    assert select_by_mass(probs, 1).all()
+    assert select_by_mass(probs, 1e-6).tolist() == [[False, True, False], [False, False, True]]
+
+
+@pytest.mark.parametrize("bad", [0, -0.1, 1.01, float("nan")])
+def test_thresholds_outside_zero_to_one_are_refused(bad):
+    with pytest.raises(ValueError, match=r"in \(0, 1\]: got"):
+        select_by_mass(torch.ones(1, 1), bad)
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.1, 3), (0.2, 6), (0.01, 1), (0.11, 4), (1.0, 30)])
+def test_top_share_keeps_that_many_and_prefers_the_lower_index(share, kept):
+    flat = select_top_share(torch.ones(2, 30), share)
+    assert flat.sum(-1).tolist() == [kept, kept]
+    assert flat[:, :kept].all()
+
+
+def test_pooling_leaves_empty_slots_out():
+    grid = na.TokenGrid(1, 9, 8)
+    x = torch.full((1, 1, 72, 4), 3.0, dtype=torch.bfloat16)
+    counts = block_order(TokenLayout(grid), CPU).counts
+    pooled = pool_blocks(to_blocks(x, grid), counts)
+    assert pooled.dtype == torch.float32
+    assert torch.equal(pooled, torch.full((1, 1, 2, 4), 3.0))
+
+
+def test_scores_stay_fp32_under_autocast():
+    q = torch.randn(1, 1, 5, 8)
+    plain = score_blocks(q, q)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(score_blocks(q, q), plain)
+
+
+def test_golden_windows(golden):
+    z = golden("sta_masks.npz")
+    for name in z.files:
+        grid_name, window = name.removeprefix("sta_t").rsplit("_", 1)
+        frames, rest = grid_name.split("h")
+        rows, columns = rest.split("w")
+        grid = na.TokenGrid(int(frames), 8 * int(rows), 8 * int(columns))
+        sides = tuple(int(side) for side in window.split("-"))
+        assert np.array_equal(build_window_map(grid, sides, CPU).numpy(), z[name]), name
+
+
+def test_window_of_a_ragged_grid_counts_its_blocks():
+    near = build_window_map(na.TokenGrid(3, 11, 13), (1, 3, 1), CPU)
+    assert near.shape == (12, 12)
+    assert near[0].nonzero().flatten().tolist() == [0, 2]
+
+
+def test_the_paper_grid_has_the_paper_sparsity():
+    grid = na.TokenGrid(21, 48, 80)
+    shares = [
+        build_window_map(grid, window, CPU).float().mean() for window in ((18, 5, 5), (18, 3, 3))
+    ]
+    assert [round(100 * (1 - share.item()), 2) for share in shares] == [79.45, 91.28]
+
+
+def test_clips_do_not_see_each_other():
+    grid = ODD_GRIDS["clips"]
+    same = build_segment_map(grid, CPU)
+    assert same[:6, :6].all() and same[6:, 6:].all()
+    assert not same[:6, 6:].any() and not same[6:, :6].any()
+    assert not (build_window_map(grid, (9, 9, 9), CPU) & ~same).any()
+
+
+def test_first_frame_of_every_clip():
+    grid = na.TokenGrid(5, 8, 16, segments=(2, 3))
+    assert build_first_frame_map(grid, CPU).nonzero().flatten().tolist() == [0, 1, 4, 5]

@@ -1,0 +1,135 @@
+"""Laws of the composed attention."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.oracle import ODD_GRIDS, random_qkv
+
+import nabla_attn as na
+
+grids = pytest.mark.parametrize("grid", ODD_GRIDS.values(), ids=ODD_GRIDS.keys())
+
+
+@pytest.mark.parametrize("name", [name for name in ODD_GRIDS if name != "clips"])
+@pytest.mark.parametrize("algorithm", ["nabla-1", "dense", "topk-1"])
+def test_keeping_everything_equals_dense_attention(name, algorithm):
+    grid = ODD_GRIDS[name]
+    q, k, v = random_qkv(grid, batch=3)
+    out = na.nabla_attention(q, k, v, grid, na.parse(algorithm))
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v), atol=1e-5, rtol=1e-5)
+
+
+def test_packed_clips_equal_clips_alone():
+    grid = ODD_GRIDS["clips"]
+    q, k, v = random_qkv(grid)
+    config = na.parse("nabla-0.5_sta-1-1-1")
+    packed = na.nabla_attention(q, k, v, grid, config)
+    start = 0
+    for frames in grid.segments:
+        stop = start + frames * grid.height * grid.width
+        alone = na.TokenGrid(frames, grid.height, grid.width)
+        part = na.nabla_attention(*(x[:, :, start:stop] for x in (q, k, v)), alone, config)
+        torch.testing.assert_close(packed[:, :, start:stop], part, atol=1e-6, rtol=0)
+        start = stop
+
+
+@given(seed=st.integers(0, 99), name=st.sampled_from(sorted(ODD_GRIDS)))
+@settings(max_examples=20, deadline=None)
+def test_permuting_heads_permutes_maps_and_outputs(seed, name):
+    torch.manual_seed(seed)
+    grid = ODD_GRIDS[name]
+    q, k, _ = random_qkv(grid, heads=4)
+    swap = torch.randperm(4)
+    config = na.parse("nabla-0.5")
+    bmap = na.build_block_map(q, k, grid, config)
+    swapped = na.build_block_map(q[:, swap], k[:, swap], grid, config)
+    assert torch.equal(swapped.mask, bmap.mask[:, swap])
+
+
+@given(low=st.floats(0.05, 1), high=st.floats(0.05, 1), name=st.sampled_from(sorted(ODD_GRIDS)))
+@settings(max_examples=30, deadline=None)
+def test_density_never_falls_as_the_threshold_rises(low, high, name):
+    grid = ODD_GRIDS[name]
+    q, k, _ = random_qkv(grid)
+    low, high = sorted((low, high))
+    fewer, more = (
+        na.build_block_map(q, k, grid, na.SparseConfig(threshold=t)) for t in (low, high)
+    )
+    assert fewer.density <= more.density
+    assert fewer.mask.any(-1).all()
+
+
+@grids
+def test_a_window_only_adds(grid):
+    q, k, _ = random_qkv(grid)
+    alone = na.build_block_map(q, k, grid, na.parse("nabla-0.3"))
+    joined = na.build_block_map(q, k, grid, na.parse("nabla-0.3_sta-3-3-3"))
+    window = na.build_block_map(q, k, grid, na.parse("sta-3-3-3"))
+    assert torch.equal(joined.mask, alone.mask | window.mask)
+
+
+@grids
+def test_padding_is_neither_pooled_nor_attended(grid):
+    q, k, v = random_qkv(grid)
+    out = na.nabla_attention(q, k, v + 1e4, grid, na.parse("nabla-0.5"))
+    assert (out > 9e3).all()
+
+
+def test_every_sample_has_its_own_map():
+    grid = ODD_GRIDS["exact"]
+    q, k, v = random_qkv(grid, batch=3)
+    config = na.parse("nabla-0.4")
+    together = na.nabla_attention(q, k, v, grid, config)
+    for sample in range(3):
+        part = slice(sample, sample + 1)
+        alone = na.nabla_attention(q[part], k[part], v[part], grid, config)
+        torch.testing.assert_close(together[part], alone, atol=1e-6, rtol=0)
+
+
+def test_first_frame_can_be_kept():
+    grid = na.TokenGrid(3, 8, 16)
+    q, k, _ = random_qkv(grid)
+    bmap = na.build_block_map(q, k, grid, na.parse("nabla-0.1"), keep_first_frame=True)
+    assert bmap.mask[..., :2].all()
+    assert not na.build_block_map(q, k, grid, na.parse("nabla-0.1")).mask[..., :2].all()
+
+
+def test_scale_reaches_map_and_output():
+    grid = ODD_GRIDS["exact"]
+    q, k, v = random_qkv(grid)
+    config = na.parse("nabla-0.5")
+    ours = na.nabla_attention(q, k, v, grid, config, scale=0.5)
+    same = na.nabla_attention(2 * q, k, v, grid, config, scale=0.25)
+    torch.testing.assert_close(ours, same, atol=1e-6, rtol=0)
+    assert not torch.allclose(ours, na.nabla_attention(q, k, v, grid, config), atol=1e-3)
+
+
+def test_the_map_is_data():
+    grid = ODD_GRIDS["exact"]
+    q, k, v = (x.requires_grad_() for x in random_qkv(grid))
+    assert not na.build_block_map(q, k, grid, na.parse("nabla-0.5")).mask.requires_grad
+    na.nabla_attention(q, k, v, grid, na.parse("nabla-0.5")).sum().backward()
+    assert q.grad.abs().sum() > 0 and k.grad.abs().sum() > 0
+
+
+def test_text_before_and_after_differ_only_in_place():
+    grid = ODD_GRIDS["ragged"]
+    q, k, v = random_qkv(grid, num_text=7)
+    config = na.parse("nabla-0.5")
+    after = na.nabla_attention(q, k, v, grid, config, text_after=7)
+    moved = (torch.cat([x[:, :, -7:], x[:, :, :-7]], 2) for x in (q, k, v))
+    before = na.nabla_attention(*moved, grid, config, text_before=7)
+    torch.testing.assert_close(before[:, :, 7:], after[:, :, :-7], atol=1e-6, rtol=0)
+
+
+def test_import_loads_torch_and_nothing_heavier():
+    code = (
+        "import sys, nabla_attn; heavy = {'diffusers', 'transformers', 'matplotlib', 'av', 'scipy',"
+        " 'accelerate', 'fastapi'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,87 @@
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import nabla_attn as na
+
+
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ("nabla-0.7", {"threshold": 0.7}),
+        ("nabla-1", {"threshold": 1.0}),
+        ("sta-11-3-3", {"window": (11, 3, 3)}),
+        ("nabla-0.6_sta-11-3-3", {"threshold": 0.6, "window": (11, 3, 3)}),
+        ("sta-11-3-3_nabla-0.6", {"threshold": 0.6, "window": (11, 3, 3)}),
+        ("topk-0.2", {"topk": 0.2}),
+        ("topk-0.2_sta-1-3-5", {"topk": 0.2, "window": (1, 3, 5)}),
+        ("dense", {}),
+        ("  nabla-.5 ", {"threshold": 0.5}),
+    ],
+)
+def test_grammar(text, fields):
+    config = na.parse(text)
+    assert config == na.SparseConfig(**fields)
+    assert config.is_dense == (not fields)
+
+
+@given(
+    threshold=st.none() | st.floats(1e-9, 1),
+    window=st.none() | st.tuples(*[st.integers(1, 99)] * 3),
+    is_topk=st.booleans(),
+)
+def test_strings_round_trip(threshold, window, is_topk):
+    name = "topk" if is_topk else "threshold"
+    config = na.SparseConfig(**{name: threshold}, window=window)
+    assert na.parse(str(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("nabla-1.7", "threshold must be in"),
+        ("nabla-0", "threshold must be in"),
+        ("sta-11-3", "'sta-11-3' is not"),
+        ("sta-11-3-x", "'sta-11-3-x' is not"),
+        ("sta-0-3-3", "positive integers"),
+        ("nabla0.6", "'nabla0.6' is not"),
+        ("nabla-nan", "'nabla-nan' is not"),
+        ("nabla--0.5", "'nabla--0.5' is not"),
+        ("nabla-1e-1", "is not an algorithm"),
+        ("", "must not be empty"),
+        ("   ", "must not be empty"),
+        ("radial", "'radial' is not"),
+        ("nabla-0.6_foo-1", "'foo-1' in 'nabla-0.6_foo-1'"),
+        ("nabla-0.6_nabla-0.7", "repeats"),
+        ("nabla-0.6_topk-0.2", "either a threshold"),
+        ("dense_sta-3-3-3", "'dense' in"),
+        ("nabla-0.6_", "'' in 'nabla-0.6_'"),
+    ],
+)
+def test_errors_name_the_part_at_fault(text, part):
+    with pytest.raises(ValueError, match=part):
+        na.parse(text)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"threshold": float("nan")},
+        {"threshold": "0.5"},
+        {"topk": 0},
+        {"window": (1, 2)},
+        {"threshold": True},
+    ],
+)
+def test_configs_check_themselves(fields):
+    with pytest.raises(ValueError, match="must be"):
+        na.SparseConfig(**fields)
+
+
+def test_configs_are_frozen_and_hashable():
+    config = na.parse("nabla-0.7")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.threshold = 0.5
+    assert len({config, na.parse("nabla-0.70")}) == 1
