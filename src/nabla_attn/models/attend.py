@@ -12,7 +12,7 @@ from nabla_attn.attention import map_blocks
 from nabla_attn.core.block_map import BlockMap
 from nabla_attn.core.order import TokenLayout, block_order, to_blocks, to_raster
 from nabla_attn.core.scores import pool_blocks, score_blocks
-from nabla_attn.models.plan import Layer, Plan, plan_of
+from nabla_attn.models.plan import Layer, plan_of
 
 
 def attend(
@@ -31,7 +31,8 @@ def attend(
         q: queries [batch, tokens, heads, dim], rotary embedding applied, raster order.
         k: keys; fewer heads than q are repeated (grouped queries).
         v: values, like k.
-        text_valid: [batch, text tokens] bool, False where text is padding.
+        text_valid: bool, False where text is padding: [batch, text tokens], or [batch, tokens] of
+            which only those of the text count.
         scale: factor on q.k; None is 1/sqrt(dim).
 
     Returns:
@@ -56,9 +57,11 @@ def _attend(
     plan = plan_of(key)
     text_before, text_after = plan.text_tokens(q.shape[1])
     layout = TokenLayout(plan.grid, text_before, text_after)
+    text_valid = _text_part(text_valid, layout)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     run = backends.resolve(plan.backend, q, k, v)
-    q, k, v = (to_blocks(x, layout) for x in (q, k, v))
+    if not plan.in_block_order:
+        q, k, v = (to_blocks(x, layout) for x in (q, k, v))
     block_map = map_blocks(
         q,
         k,
@@ -68,12 +71,29 @@ def _attend(
         text_valid=text_valid,
         keep_first_frame=plan.keep_first_frame,
     )
-    out = to_raster(run(q, k, v, block_map, scale=scale), layout)
+    out = run(q, k, v, block_map, scale=scale)
+    if not plan.in_block_order:
+        out = to_raster(out, layout)
     if plan.telemetry:
         stats = measure_map(q, k, layout, block_map, scale=scale)
     else:
         stats = q.new_empty((2, q.shape[1]), dtype=torch.float32)
     return out.transpose(1, 2), stats
+
+
+def _text_part(valid: Tensor | None, layout: TokenLayout) -> Tensor | None:
+    """Validity of the text tokens alone."""
+    if valid is None:
+        return None
+    if layout.num_text == 0:
+        raise ValueError(
+            "a mask over video tokens cannot be combined with block-sparse attention. Pass no "
+            "attention_mask for the video, or make the layers dense in the schedule."
+        )
+    if valid.shape[1] != layout.num_tokens:
+        return valid
+    after = layout.num_tokens - layout.text_after
+    return torch.cat([valid[:, : layout.text_before], valid[:, after:]], dim=1)
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ from torch import nn
 
 from nabla_attn.models.plan import Layer
 
+_FUNCTION = "_gradient_checkpointing_func"
+
 
 class PlannedCheckpoint:
     """A model's gradient checkpointing function that recomputes with the forward's plans.
@@ -23,6 +25,7 @@ class PlannedCheckpoint:
         self.layers = layers
 
     def __call__(self, module: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Checkpoint `module` with its plans."""
         return self.original(_Replay(module, self.layers), *args, **kwargs)
 
 
@@ -50,14 +53,14 @@ class _Replay:
 def wrap_checkpoint(model: nn.Module, layers: Sequence[Layer]) -> None:
     """Wrap the checkpointing functions of a model and its parts that are not wrapped yet."""
     for module in model.modules():
-        function = module.__dict__.get("_gradient_checkpointing_func")
+        function = module.__dict__.get(_FUNCTION)
         if function is not None and not isinstance(function, PlannedCheckpoint):
-            module._gradient_checkpointing_func = PlannedCheckpoint(function, layers)
+            setattr(module, _FUNCTION, PlannedCheckpoint(function, layers))
 
 
 def unwrap_checkpoint(model: nn.Module) -> None:
     """Give a model its own checkpointing functions back."""
     for module in model.modules():
-        function = module.__dict__.get("_gradient_checkpointing_func")
+        function = module.__dict__.get(_FUNCTION)
         if isinstance(function, PlannedCheckpoint):
-            module._gradient_checkpointing_func = function.original
+            setattr(module, _FUNCTION, function.original)

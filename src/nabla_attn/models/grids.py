@@ -1,19 +1,66 @@
 """The token grid of a forward: (model, arguments by name) -> (frames, height, width)."""
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from torch import nn
 
 
 def latent_grid(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Latents [batch, channels, frames, height, width] cut into `config.patch_size` patches.
+    """Latents [batch, channels, frames, height, width] cut into patches.
 
-    Sizes that a patch does not divide are cut off by the models themselves, so they are here.
+    Cells that do not fill a patch are dropped by the models themselves, so they are here.
     """
-    _, _, frames, height, width = arguments["hidden_states"].shape
+    return _patches(model, arguments["hidden_states"].shape[2:5])
+
+
+def frames_first_grid(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Latents [batch, frames, channels, height, width]; a last patch of few frames counts."""
+    _, frames, _, height, width = arguments["hidden_states"].shape
     patch_frames, patch_height, patch_width = patch_size(model)
-    return frames // patch_frames, height // patch_height, width // patch_width
+    return -(-frames // patch_frames), height // patch_height, width // patch_width
+
+
+def channels_last_grid(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Latents [batch, frames, height, width, channels]."""
+    return _patches(model, arguments["hidden_states"].shape[1:4])
+
+
+def named_grid(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Tokens [batch, tokens, channels] whose grid comes as num_frames, height and width.
+
+    Raises:
+        ValueError: the caller gave coordinates instead.
+    """
+    names = ("num_frames", "height", "width")
+    missing = [name for name in names if arguments.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"{type(model).__name__} was called without {missing}, so the token grid is not known. "
+            "Pass num_frames, height and width of the latents beside video_coords."
+        )
+    frames, height, width = (int(arguments[name]) for name in names)
+    return frames, height, width
+
+
+def framepack_history(model: nn.Module, arguments: Mapping[str, Any]) -> int:
+    """History tokens that FramePack puts in front of the video, in three patch sizes.
+
+    Source: diffusers HunyuanVideoHistoryPatchEmbed (transformer_hunyuan_video_framepack.py:87).
+    """
+    patches = {
+        "latents_clean": (1, 2, 2),
+        "latents_history_2x": (2, 4, 4),
+        "latents_history_4x": (4, 8, 8),
+    }
+    history = 0
+    for name, patch in patches.items():
+        latents = arguments.get(name)
+        if latents is not None:
+            sides = zip(latents.shape[2:5], patch, strict=True)
+            history += prod(-(-cells // side) for cells, side in sides)
+    return history
 
 
 def patch_size(model: nn.Module) -> tuple[int, int, int]:
@@ -22,4 +69,12 @@ def patch_size(model: nn.Module) -> tuple[int, int, int]:
     size = config.patch_size
     if isinstance(size, int):
         return getattr(config, "patch_size_t", None) or 1, size, size
-    return tuple(size)
+    frames, height, width = size
+    return frames, height, width
+
+
+def _patches(model: nn.Module, cells: Any) -> tuple[int, int, int]:
+    frames, height, width = (
+        count // side for count, side in zip(cells, patch_size(model), strict=True)
+    )
+    return frames, height, width

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from nabla_attn.config import SparseConfig, parse
+from nabla_attn.models.kandinsky import trained_algorithm
 from nabla_attn.models.state import STATE_NAME, ModelState, Settings
 from nabla_attn.models.steps import StepCounter
 from nabla_attn.models.table import find_row, row_of
@@ -27,7 +28,8 @@ def apply(
 
     Args:
         target: a diffusers pipeline or transformer, compiled or wrapped ones included.
-        algorithm: such as "nabla-0.7" or "nabla-0.6_sta-11-3-3"; None takes the schedule's.
+        algorithm: such as "nabla-0.7" or "nabla-0.6_sta-11-3-3"; None takes the schedule's,
+            or without one what the checkpoint's config says it was trained with.
         schedule: which algorithm runs at which step and layer; None is the algorithm's default.
         backend: "auto" or one of `nabla_attn.backends.NAMES`.
         telemetry: measure density and kept mass for `Handle.report`.
@@ -37,17 +39,19 @@ def apply(
         A handle; also a context manager that removes NABLA at its end.
 
     Raises:
-        ValueError: unknown or refused model class, neither or both of algorithm and schedule, or an
+        ValueError: unknown or refused model class, no algorithm or two different ones, or an
             unknown backend.
     """
+    is_model = isinstance(target, nn.Module)
+    models = {"transformer": target} if is_model else _transformers(target)
+    if algorithm is None and schedule is None:
+        algorithm = _trained_algorithm(models)
     settings = Settings(
         schedule=_schedule(algorithm, schedule),
         backend=_checked_backend(backend),
         telemetry=telemetry,
         keep_first_frame=keep_first_frame,
     )
-    is_model = isinstance(target, nn.Module)
-    models = {"transformer": target} if is_model else _transformers(target)
     steps, collector = StepCounter(None if is_model else target), Telemetry()
     handle = Handle(collector)
     for name, hooked in models.items():
@@ -115,11 +119,20 @@ def unwrap(model: Any) -> Any:
             return model
 
 
+def _trained_algorithm(models: dict[str, nn.Module]) -> SparseConfig:
+    found = {trained_algorithm(unwrap(model)) for model in models.values()} - {None}
+    if len(found) != 1:
+        trained = f"trained with {sorted(map(str, found))}" if found else "trained with none"
+        raise ValueError(
+            f"give an algorithm such as 'nabla-0.7', or a schedule: the checkpoint was {trained}."
+        )
+    return found.pop()  # type: ignore[return-value]
+
+
 def _schedule(algorithm: SparseConfig | str | None, schedule: Schedule | None) -> Schedule:
     if schedule is not None and algorithm is None:
         return schedule
-    if algorithm is None:
-        raise ValueError("give an algorithm such as 'nabla-0.7', or a schedule.")
+    assert algorithm is not None
     config = parse(algorithm) if isinstance(algorithm, str) else algorithm
     if schedule is None:
         return Schedule.default(config)

@@ -18,6 +18,8 @@ class Plan:
         grid: the video's tokens.
         config: which blocks are kept.
         text: where joint text tokens stand: "before" or "after" the video, or None for no text.
+        prefix: always-kept tokens in front of the video besides text (history frames).
+        in_block_order: the model already brings its tokens in block order.
         backend: backend name.
         keep_first_frame: every block attends the first frame.
         telemetry: measure density and kept mass.
@@ -26,25 +28,29 @@ class Plan:
     grid: TokenGrid
     config: SparseConfig
     text: str | None = None
+    prefix: int = 0
+    in_block_order: bool = False
     backend: str = "auto"
     keep_first_frame: bool = False
     telemetry: bool = False
 
     def text_tokens(self, num_tokens: int) -> tuple[int, int]:
-        """Text tokens (before, after) the video among `num_tokens` of a call.
+        """Tokens (before, after) the video among `num_tokens` of a call: text and history.
 
         Raises:
             ValueError: the call's tokens do not fit the grid.
         """
-        num_text = num_tokens - self.grid.num_tokens
+        num_text = num_tokens - self.grid.num_tokens - self.prefix
         if num_text < 0 or (num_text > 0 and self.text is None):
+            extra = f" + {self.prefix} in front" if self.prefix else ""
+            text = " and no joint text" if self.text is None else ""
             raise ValueError(
                 f"tokens do not match the grid: got {num_tokens} tokens for {self.grid} = "
-                f"{self.grid.num_tokens}{' and no joint text' if self.text is None else ''}. "
-                "Register the model with the grid and text of its attention "
-                "(nabla_attn.register_model)."
+                f"{self.grid.num_tokens}{extra}{text}. Register the model with the grid and the "
+                "text of its attention (nabla_attn.register_model)."
             )
-        return (num_text, 0) if self.text == "before" else (0, num_text)
+        before, after = (num_text, 0) if self.text == "before" else (0, num_text)
+        return self.prefix + before, after
 
 
 # Compiled graphs take the plan as a tensor that holds its place in this list, so that no change of

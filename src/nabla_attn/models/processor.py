@@ -15,7 +15,8 @@ import torch
 from nabla_attn.models.dispatch import backend_member
 from nabla_attn.models.plan import Layer
 
-# Given (original processor, layer), the callable that runs the layer when it is sparse.
+# Given (original processor, layer), the callable that runs the layer when it is sparse; one with
+# `runs_dense` runs dense layers too.
 Port = Callable[[Any, Layer], Callable[..., Any]]
 
 
@@ -53,7 +54,7 @@ class NablaProcessor:
 
     def __reduce__(self) -> tuple:
         # The class itself cannot be pickled; it is made again from the original's.
-        return _blank, (type(self.original), type(self.original)), (self.layer, self.port)
+        return _blank, (type(self.original),), (self.layer, self.port)
 
     def __setstate__(self, state: tuple[Layer, Port]) -> None:
         self.layer, self.port = state
@@ -92,8 +93,8 @@ def make_processor(layer: Layer, port: Port = open_door) -> Any:
     return processor
 
 
-def _blank(base: type, *_: Any) -> Any:
-    cls = _class_for(base)
+def _blank(base: type) -> Any:
+    cls: Any = _class_for(base)
     return cls.__new__(cls)
 
 
@@ -102,7 +103,8 @@ def _class_for(base: type) -> type:
     # Attention modules drop arguments that the processor's signature does not name.
     @functools.wraps(base.__call__)  # type: ignore[operator]
     def call(self: Any, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        run = self.layer.original if self.layer.is_dense else self.sparse
+        is_original = self.layer.is_dense and not getattr(self.sparse, "runs_dense", False)
+        run = self.layer.original if is_original else self.sparse
         return run(attn, *args, **kwargs)
 
     return type(f"Nabla{base.__name__}", (NablaProcessor, base), {"__call__": call})

@@ -77,7 +77,7 @@ class ModelState:
         delattr(model, STATE_NAME)
 
     def _place_processors(self) -> None:
-        """Stand in for every processor that is not ours yet (users and fusing of QKV set new ones)."""
+        """Stand in for every processor that is not ours (users and fused QKV set new ones)."""
         for layer, module in zip(self.layers, self.modules.values(), strict=True):
             if isinstance(module.processor, NablaProcessor):
                 continue
@@ -91,11 +91,12 @@ class ModelState:
         if getattr(model, "gradient_checkpointing", False):
             wrap_checkpoint(model, self.layers)
         grid = TokenGrid(*self.row.grid(model, arguments))
+        prefix = self.row.prefix(model, arguments) if self.row.prefix else 0
         is_training = model.training and torch.is_grad_enabled()
         step = None if is_training else self.steps.observe(arguments.get("timestep"))
         device = arguments["hidden_states"].device
         for index, layer in enumerate(self.layers):
-            self._plan_layer(layer, index, step, grid, device)
+            self._plan_layer(layer, index, step, grid, prefix, device)
         if self.settings.telemetry:
             forward = Forward(
                 self.name,
@@ -106,7 +107,13 @@ class ModelState:
             self.telemetry.record(forward, -1 if is_training else self.steps.generation)
 
     def _plan_layer(
-        self, layer: Layer, index: int, step: int | None, grid: TokenGrid, device: torch.device
+        self,
+        layer: Layer,
+        index: int,
+        step: int | None,
+        grid: TokenGrid,
+        prefix: int,
+        device: torch.device,
     ) -> None:
         settings = self.settings
         schedule = settings.schedule if step is not None else _without_steps(settings.schedule)
@@ -124,6 +131,8 @@ class ModelState:
             grid=grid,
             config=config,
             text=self.row.text,
+            prefix=prefix,
+            in_block_order=self.row.in_block_order,
             backend=settings.backend,
             keep_first_frame=settings.keep_first_frame,
             telemetry=settings.telemetry,
@@ -174,10 +183,19 @@ class _PlanForward:
     """Forward pre-hook; holds nothing, so copies of a model use their own state."""
 
     @torch.compiler.disable(
-        reason="apply NABLA after torch.compile(model, fullgraph=True), or compile_repeated_blocks()"
+        reason="apply NABLA after torch.compile(model, fullgraph=True), or compile repeated blocks"
     )
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def __call__(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
         model = getattr(module, "_orig_mod", module)
+        state: ModelState = getattr(model, STATE_NAME)
         signature = inspect.signature(type(model).forward)
         arguments = signature.bind_partial(model, *args, **kwargs).arguments
-        getattr(model, STATE_NAME).plan(model, arguments)
+        state.plan(model, arguments)
+        without = [name for name in state.row.without if arguments.get(name) is not None]
+        if not without:
+            return None
+        # A positional argument cannot be left out, so all are passed by name.
+        named = dict(list(arguments.items())[1:])
+        return (), named | dict.fromkeys(without)

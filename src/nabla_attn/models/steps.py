@@ -70,10 +70,11 @@ class StepCounter:
         self._step = step
 
     def _count(self, timestep: Tensor | float | None) -> None:
-        time = _value(timestep)
-        if time == self._time:
+        time, previous = _value(timestep), self._time
+        assert previous is not None
+        if time == previous:
             return
-        direction = 1 if time > self._time else -1
+        direction = 1 if time > previous else -1
         if self._direction and direction != self._direction:
             self._start(timestep)
         else:

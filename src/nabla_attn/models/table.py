@@ -6,7 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from nabla_attn.models.grids import latent_grid
+from nabla_attn.models import grids
+from nabla_attn.models.allegro import AllegroPort
+from nabla_attn.models.cogvideox import CogVideoXPort
+from nabla_attn.models.cosmos import CosmosPort
+from nabla_attn.models.easyanimate import EasyAnimatePort
+from nabla_attn.models.hunyuan15 import HunyuanVideo15Port
+from nabla_attn.models.kandinsky import Kandinsky6SRPort
+from nabla_attn.models.mochi import MochiPort
 from nabla_attn.models.processor import Port
 
 # (model, arguments of its forward by name) -> tokens of the video along (frames, height, width).
@@ -21,16 +28,23 @@ class ModelRow:
         name: the class, and its subclasses without a row of their own.
         attention: regular expression that matches the whole path of each video self-attention.
         grid: tokens of the video from the arguments of the model's forward.
-        text: where joint text tokens stand in the attention: "before" or "after" the video, or None.
+        text: where joint text tokens stand in the attention: "before" or "after" the video, or
+            None for no text.
+        prefix: number of always-kept tokens in front of the video from the arguments (history).
         ports: processor class name -> port, for processors that leave no door.
+        in_block_order: the model brings its tokens in block order already.
+        without: arguments of the forward that are replaced by None (the model's own sparsity).
         refusal: why the model cannot gain; such a row refuses.
     """
 
     name: str
     attention: str = ""
-    grid: GridFunction = latent_grid
+    grid: GridFunction = grids.latent_grid
     text: str | None = None
+    prefix: Callable[[nn.Module, Mapping[str, Any]], int] | None = None
     ports: Mapping[str, Port] = field(default_factory=dict)
+    in_block_order: bool = False
+    without: tuple[str, ...] = ()
     refusal: str | None = None
 
     def __post_init__(self) -> None:
@@ -40,11 +54,116 @@ class ModelRow:
             raise ValueError(f"{self.name} needs the attention modules: a regular expression.")
 
 
-_SELF_ATTENTION = r"blocks\.\d+\.attn1"
+_WAN = r"blocks\.\d+\.attn1"
+_BLOCKS = r"transformer_blocks\.\d+\.attn1"
+_HUNYUAN = r"(single_)?transformer_blocks\.\d+\.attn"
+_KANDINSKY = r"visual_transformer_blocks\.\d+\.self_attention"
+_COGVIDEOX_PORTS = {
+    "CogVideoXAttnProcessor2_0": CogVideoXPort,
+    "FusedCogVideoXAttnProcessor2_0": CogVideoXPort,
+}
 
-_ROWS = [
-    ModelRow(name="WanTransformer3DModel", attention=_SELF_ATTENTION),
-]
+_ROWS = (
+    ModelRow(name="WanTransformer3DModel", attention=_WAN),
+    ModelRow(name="WanVACETransformer3DModel", attention=r"(vace_)?" + _WAN),
+    ModelRow(name="WanAnimateTransformer3DModel", attention=_WAN),
+    ModelRow(name="SkyReelsV2Transformer3DModel", attention=_WAN),
+    ModelRow(name="ChronoEditTransformer3DModel", attention=_WAN),
+    ModelRow(name="HunyuanVideoTransformer3DModel", attention=_HUNYUAN, text="after"),
+    ModelRow(
+        name="HunyuanVideoFramepackTransformer3DModel",
+        attention=_HUNYUAN,
+        text="after",
+        prefix=grids.framepack_history,
+    ),
+    ModelRow(
+        name="HunyuanVideo15Transformer3DModel",
+        attention=r"transformer_blocks\.\d+\.attn",
+        text="after",
+        ports={"HunyuanVideo15AttnProcessor2_0": HunyuanVideo15Port},
+    ),
+    ModelRow(
+        name="Kandinsky5Transformer3DModel",
+        attention=_KANDINSKY,
+        grid=grids.channels_last_grid,
+        without=("sparse_params",),
+    ),
+    ModelRow(
+        name="Kandinsky6Transformer3DModel",
+        attention=r"visual_transformer_blocks\.\d+\.video_dec_block\.self_attention",
+        grid=grids.channels_last_grid,
+    ),
+    ModelRow(
+        name="Kandinsky6SRTransformer3DModel",
+        attention=_KANDINSKY,
+        grid=grids.channels_last_grid,
+        ports={"Kandinsky6SRAttnProcessor": Kandinsky6SRPort},
+        in_block_order=True,
+    ),
+    ModelRow(
+        name="CosmosTransformer3DModel",
+        attention=_BLOCKS,
+        ports={"CosmosAttnProcessor2_0": CosmosPort},
+    ),
+    ModelRow(name="LTXVideoTransformer3DModel", attention=_BLOCKS, grid=grids.named_grid),
+    ModelRow(name="LTX2VideoTransformer3DModel", attention=_BLOCKS, grid=grids.named_grid),
+    ModelRow(
+        name="CogVideoXTransformer3DModel",
+        attention=_BLOCKS,
+        grid=grids.frames_first_grid,
+        text="before",
+        ports=_COGVIDEOX_PORTS,
+    ),
+    ModelRow(
+        name="ConsisIDTransformer3DModel",
+        attention=_BLOCKS,
+        grid=grids.frames_first_grid,
+        text="before",
+        ports=_COGVIDEOX_PORTS,
+    ),
+    ModelRow(
+        name="MochiTransformer3DModel",
+        attention=_BLOCKS,
+        text="after",
+        ports={"MochiAttnProcessor2_0": MochiPort},
+    ),
+    ModelRow(
+        name="AllegroTransformer3DModel",
+        attention=_BLOCKS,
+        ports={"AllegroAttnProcessor2_0": AllegroPort},
+    ),
+    ModelRow(
+        name="EasyAnimateTransformer3DModel",
+        attention=_BLOCKS,
+        text="before",
+        ports={"EasyAnimateAttnProcessor2_0": EasyAnimatePort},
+    ),
+    ModelRow(name="MotifVideoTransformer3DModel", attention=_HUNYUAN, text="after"),
+    ModelRow(
+        name="LatteTransformer3DModel",
+        refusal="it attends within a frame and along time separately, in rows too short to gain.",
+    ),
+    ModelRow(
+        name="SanaVideoTransformer3DModel",
+        refusal="its video self-attention is linear; there is no map to make sparse.",
+    ),
+    ModelRow(
+        name="SanaWMTransformer3DModel",
+        refusal="most of its video self-attention is recurrent; there is no map to make sparse.",
+    ),
+    ModelRow(
+        name="WanAnimate2Transformer3DModel",
+        refusal="its keys are the video and a cached reference behind a mask of its own.",
+    ),
+    ModelRow(
+        name="Cosmos3OmniTransformer",
+        refusal="it packs video, sound and actions into one sequence with causal parts.",
+    ),
+    ModelRow(
+        name="MiniMaxH3Transformer3DModel",
+        refusal="it packs text, images, sound and video into one sequence without a token grid.",
+    ),
+)
 _TABLE = {row.name: row for row in _ROWS}
 
 
@@ -52,7 +171,7 @@ def register_model(
     name: str,
     *,
     attention: str,
-    grid: GridFunction = latent_grid,
+    grid: GridFunction = grids.latent_grid,
     text: str | None = None,
     ports: Mapping[str, Port] | None = None,
 ) -> ModelRow:
@@ -87,9 +206,8 @@ def model_rows() -> list[ModelRow]:
 
 def find_row(model: nn.Module) -> ModelRow | None:
     """The row of a model's class or of its nearest base class; None when there is none."""
-    return next(
-        (_TABLE[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in _TABLE), None
-    )
+    names = (cls.__name__ for cls in type(model).__mro__)
+    return next((_TABLE[name] for name in names if name in _TABLE), None)
 
 
 def row_of(model: nn.Module) -> ModelRow:

@@ -1,0 +1,42 @@
+"""Cosmos 1, 2 and 2.5: their processor does not hand the dispatcher a backend, so no door."""
+
+from typing import Any
+
+from torch import Tensor
+
+from nabla_attn.models.attend import attend
+from nabla_attn.models.plan import Layer
+from nabla_attn.models.projections import project, project_out
+
+
+class CosmosPort:
+    """Video self-attention.
+
+    Source: diffusers 0.42 CosmosAttnProcessor2_0 (transformer_cosmos.py:151).
+    """
+
+    def __init__(self, original: Any, layer: Layer) -> None:
+        self.layer = layer
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> Tensor:
+        """Attend."""
+        from diffusers.models.embeddings import apply_rotary_emb
+
+        if encoder_hidden_states is not None or attention_mask is not None:
+            raise ValueError("NABLA in Cosmos is for self-attention without a mask.")
+        q, k, v = project(attn, hidden_states)
+        if image_rotary_emb is not None:
+            q, k = (
+                apply_rotary_emb(
+                    x, image_rotary_emb, use_real=True, use_real_unbind_dim=-2, sequence_dim=1
+                )
+                for x in (q, k)
+            )
+        return project_out(attn, attend(self.layer, q, k, v).flatten(2).type_as(q))

@@ -1,0 +1,70 @@
+"""Kandinsky: algorithms that checkpoints were trained with, and the super-resolution model."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from nabla_attn.config import SparseConfig, parse
+from nabla_attn.models.attend import attend
+from nabla_attn.models.plan import Layer
+
+
+def trained_algorithm(model: nn.Module) -> SparseConfig | None:
+    """The algorithm that a checkpoint's config says it was trained with; None when it says none.
+
+    Reads `attention_type`, `attention_P` and `attention_wT/wH/wW` of Kandinsky 5 and 6,
+    `nabla_threshold` and `nabla_window` of Kandinsky 6 SR, and `sparse_algo` of Wan fine-tunes.
+    Kandinsky's window is always united with the map, as its own code does whatever
+    `attention_add_sta` says.
+
+    Raises:
+        ValueError: the config names an algorithm that does not parse.
+    """
+    config: Any = model.config
+    if config.get("sparse_algo"):
+        return parse(config["sparse_algo"])
+    if config.get("nabla_threshold") is not None:
+        window = config.get("nabla_window")
+        return SparseConfig(threshold=config["nabla_threshold"], window=window and tuple(window))
+    if config.get("attention_type") != "nabla":
+        return None
+    sides = tuple(config.get(f"attention_{side}") for side in ("wT", "wH", "wW"))
+    return SparseConfig(
+        threshold=config.get("attention_P"),
+        window=None if None in sides else sides,  # type: ignore[arg-type]
+    )
+
+
+class Kandinsky6SRPort:
+    """Video self-attention of the super-resolution model, whose tokens come in block order.
+
+    Its own processor is NABLA on diffusers' flex backend, which computes dense attention unless
+    the model is compiled; so dense layers run here too.
+
+    Source: diffusers 0.42 Kandinsky6SRAttnProcessor (transformer_kandinsky6_sr.py:169).
+    """
+
+    runs_dense = True
+
+    def __init__(self, original: Any, layer: Layer) -> None:
+        self.original = original
+        self.layer = layer
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, rotary_emb: Tensor, sparse_params: dict[str, Any]
+    ) -> Tensor:
+        """Attend; the block pattern that the model brings is not used."""
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+        from diffusers.models.transformers.transformer_kandinsky6_sr import apply_rotary
+
+        q, k, v = (
+            layer(hidden_states).unflatten(-1, (attn.num_heads, -1))
+            for layer in (attn.to_query, attn.to_key, attn.to_value)
+        )
+        q = apply_rotary(attn.query_norm(q.float()).type_as(q), rotary_emb)
+        k = apply_rotary(attn.key_norm(k.float()).type_as(k), rotary_emb)
+        if self.layer.is_dense:
+            out = dispatch_attention_fn(q, k, v, parallel_config=self.original._parallel_config)
+        else:
+            out = attend(self.layer, q, k, v)
+        return attn.out_layer(out.flatten(2))
