@@ -11,12 +11,17 @@ from nabla_attn.core.order import to_blocks, to_raster
 from nabla_attn.schedule import Schedule
 
 if TYPE_CHECKING:
+    from nabla_attn.checkpoints import load_wan_pipeline, load_wan_transformer
     from nabla_attn.models import apply
 
 __version__ = "0.1.0"
 
 # Public names whose rooms import diffusers, loaded on first use.
-_LAZY = {"apply": "nabla_attn.models"}
+_LAZY = {
+    "apply": "nabla_attn.models",
+    "load_wan_pipeline": "nabla_attn.checkpoints",
+    "load_wan_transformer": "nabla_attn.checkpoints",
+}
 
 __all__ = [
     "BlockMap",
@@ -26,6 +31,8 @@ __all__ = [
     "TokenGrid",
     "apply",
     "build_block_map",
+    "load_wan_pipeline",
+    "load_wan_transformer",
     "nabla_attention",
     "parse",
     "to_blocks",
