@@ -1,0 +1,479 @@
+"""Tiny random models of every class in the table, and inputs for a token grid of any size."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+BATCH = 2
+NUM_TEXT = (11, 7)  # valid text tokens of the two samples
+MAX_TEXT = 13
+
+Inputs = dict[str, Any]
+WAN = dict(
+    patch_size=(1, 2, 2),
+    num_attention_heads=2,
+    attention_head_dim=24,
+    in_channels=4,
+    out_channels=4,
+    text_dim=16,
+    freq_dim=32,
+    ffn_dim=32,
+    num_layers=2,
+    cross_attn_norm=True,
+    rope_max_seq_len=64,
+)
+HUNYUAN = dict(
+    in_channels=4,
+    out_channels=4,
+    num_attention_heads=2,
+    attention_head_dim=16,
+    num_layers=1,
+    num_single_layers=1,
+    num_refiner_layers=1,
+    patch_size=2,
+    patch_size_t=1,
+    text_embed_dim=16,
+    pooled_projection_dim=8,
+    rope_axes_dim=(4, 6, 6),
+)
+COGVIDEOX = dict(
+    num_attention_heads=2,
+    attention_head_dim=16,
+    in_channels=4,
+    out_channels=4,
+    time_embed_dim=8,
+    text_embed_dim=8,
+    num_layers=2,
+    sample_width=52,
+    sample_height=52,
+    sample_frames=9,
+    temporal_compression_ratio=4,
+    max_text_seq_length=MAX_TEXT,
+    use_rotary_positional_embeddings=True,
+)
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def timesteps() -> torch.Tensor:
+    return torch.full((BATCH,), 500.0)
+
+
+def text_mask() -> torch.Tensor:
+    mask = torch.zeros(BATCH, MAX_TEXT, dtype=torch.long)
+    for sample, count in enumerate(NUM_TEXT):
+        mask[sample, :count] = 1
+    return mask
+
+
+def wan_inputs(frames: int, height: int, width: int, channels: int = 4) -> Inputs:
+    return dict(
+        hidden_states=randn(BATCH, channels, frames, 2 * height, 2 * width),
+        timestep=timesteps(),
+        encoder_hidden_states=randn(BATCH, MAX_TEXT, 16),
+    )
+
+
+def vace_inputs(frames: int, height: int, width: int) -> Inputs:
+    control = randn(BATCH, 6, frames, 2 * height, 2 * width)
+    return wan_inputs(frames, height, width) | dict(control_hidden_states=control)
+
+
+def animate_inputs(frames: int, height: int, width: int) -> Inputs:
+    # The reference frame comes first and has no pose.
+    return wan_inputs(frames, height, width, channels=12) | dict(
+        pose_hidden_states=randn(BATCH, 4, frames - 1, 2 * height, 2 * width),
+        face_pixel_values=randn(BATCH, 3, 4 * (frames - 2) + 1, 16, 16),
+    )
+
+
+def hunyuan_inputs(frames: int, height: int, width: int) -> Inputs:
+    return dict(
+        hidden_states=randn(BATCH, 4, frames, 2 * height, 2 * width),
+        timestep=timesteps(),
+        encoder_hidden_states=randn(BATCH, MAX_TEXT, 16),
+        encoder_attention_mask=text_mask(),
+        pooled_projections=randn(BATCH, 8),
+        guidance=torch.full((BATCH,), 6000.0),
+    )
+
+
+def framepack_inputs(frames: int, height: int, width: int) -> Inputs:
+    rows, columns = 2 * height, 2 * width
+    return hunyuan_inputs(frames, height, width) | dict(
+        image_embeds=randn(BATCH, 3, 12),
+        indices_latents=torch.arange(7, 7 + frames),
+        latents_clean=randn(BATCH, 4, 2, rows, columns),
+        indices_latents_clean=torch.tensor([0, 6]),
+        latents_history_2x=randn(BATCH, 4, 2, rows, columns),
+        indices_latents_history_2x=torch.arange(4, 6),
+        latents_history_4x=randn(BATCH, 4, 3, rows, columns),
+        indices_latents_history_4x=torch.arange(1, 4),
+    )
+
+
+def hunyuan15_inputs(frames: int, height: int, width: int) -> Inputs:
+    return dict(
+        hidden_states=randn(BATCH, 4, frames, height, width),
+        timestep=timesteps(),
+        encoder_hidden_states=randn(BATCH, MAX_TEXT, 16),
+        encoder_attention_mask=text_mask(),
+        encoder_hidden_states_2=randn(BATCH, 5, 12),
+        encoder_attention_mask_2=torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]),
+        image_embeds=randn(BATCH, 6, 10),
+    )
+
+
+def kandinsky5_inputs(frames: int, height: int, width: int) -> Inputs:
+    return dict(
+        hidden_states=randn(BATCH, frames, 2 * height, 2 * width, 4),
+        encoder_hidden_states=randn(BATCH, MAX_TEXT, 16),
+        timestep=timesteps(),
+        pooled_projections=randn(BATCH, 8),
+        visual_rope_pos=tuple(torch.arange(size) for size in (frames, height, width)),
+        text_rope_pos=torch.arange(MAX_TEXT),
+    )
+
+
+def kandinsky6_inputs(frames: int, height: int, width: int) -> Inputs:
+    return dict(
+        hidden_states=randn(BATCH, frames, 2 * height, 2 * width, 9),
+        encoder_hidden_states=randn(BATCH, MAX_TEXT, 16),
+        pooled_projections=randn(BATCH, 8),
+        timestep=timesteps(),
+        audio_hidden_states=randn(BATCH, 5, 6),
+        encoder_attention_mask=text_mask().bool(),
+    )
+
+
+def kandinsky6_sr_inputs(frames: int, height: int, width: int) -> Inputs:
+    return dict(hidden_states=randn(BATCH, frames, height, width, 9), timestep=timesteps())
+
+
+def cosmos_inputs(frames: int, height: int, width: int) -> Inputs:
+    return dict(
+        hidden_states=randn(BATCH, 4, frames, 2 * height, 2 * width),
+        timestep=timesteps(),
+        encoder_hidden_states=randn(BATCH, MAX_TEXT, 16),
+        fps=24,
+    )
+
+
+def ltx_inputs(frames: int, height: int, width: int) -> Inputs:
+    return dict(
+        hidden_states=randn(BATCH, frames * height * width, 4),
+        encoder_hidden_states=randn(BATCH, MAX_TEXT, 16),
+        timestep=timesteps(),
+        encoder_attention_mask=text_mask(),
+        num_frames=frames,
+        height=height,
+        width=width,
+    )
+
+
+def ltx2_inputs(frames: int, height: int, width: int) -> Inputs:
+    return ltx_inputs(frames, height, width) | dict(
+        audio_hidden_states=randn(BATCH, 9, 4),
+        audio_encoder_hidden_states=randn(BATCH, MAX_TEXT, 16),
+        audio_timestep=timesteps(),
+        audio_num_frames=9,
+        audio_encoder_attention_mask=text_mask(),
+    )
+
+
+def cogvideox_inputs(frames: int, height: int, width: int, patch_frames: int = 1) -> Inputs:
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+    size = (height, width)
+    kwargs = dict(grid_type="slice", max_size=size) if patch_frames > 1 else {}
+    rotary = get_3d_rotary_pos_embed(16, ((0, 0), size), size, frames, **kwargs)
+    return dict(
+        hidden_states=randn(BATCH, frames * patch_frames, 4, 2 * height, 2 * width),
+        encoder_hidden_states=randn(BATCH, MAX_TEXT, 8),
+        timestep=timesteps(),
+        image_rotary_emb=rotary,
+    )
+
+
+def cogvideox15_inputs(frames: int, height: int, width: int) -> Inputs:
+    return cogvideox_inputs(frames, height, width, patch_frames=2)
+
+
+def mochi_inputs(frames: int, height: int, width: int) -> Inputs:
+    return dict(
+        hidden_states=randn(BATCH, 4, frames, 2 * height, 2 * width),
+        encoder_hidden_states=randn(BATCH, MAX_TEXT, 16),
+        timestep=timesteps(),
+        encoder_attention_mask=text_mask().bool(),
+    )
+
+
+def allegro_inputs(frames: int, height: int, width: int) -> Inputs:
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
+
+    size = (height, width)
+    parts = get_3d_rotary_pos_embed_allegro(24, ((0, 0), size), size, frames, (1.0, 1.0, 1.0))
+    positions = torch.cartesian_prod(*(axis.long() for axis in parts[3:])).T.unsqueeze(1)
+    return dict(
+        hidden_states=randn(BATCH, 4, frames, 2 * height, 2 * width),
+        encoder_hidden_states=randn(BATCH, MAX_TEXT, 16),
+        timestep=timesteps(),
+        encoder_attention_mask=text_mask(),
+        image_rotary_emb=(parts[:3], positions),
+    )
+
+
+def easyanimate_inputs(frames: int, height: int, width: int) -> Inputs:
+    return dict(
+        hidden_states=randn(BATCH, 4, frames, 2 * height, 2 * width),
+        timestep=timesteps(),
+        encoder_hidden_states=randn(BATCH, MAX_TEXT, 16),
+    )
+
+
+def motif_inputs(frames: int, height: int, width: int) -> Inputs:
+    return dict(
+        hidden_states=randn(BATCH, 4, frames, 2 * height, 2 * width),
+        timestep=timesteps(),
+        encoder_hidden_states=randn(BATCH, MAX_TEXT, 16),
+        encoder_attention_mask=text_mask(),
+    )
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A class of diffusers, a tiny config of it, and its inputs for a grid."""
+
+    name: str
+    config: dict[str, Any]
+    inputs: Callable[[int, int, int], Inputs]
+
+    def build(self, **changes: Any) -> Any:
+        """The model with random weights, all of them, in eval mode."""
+        import diffusers
+
+        torch.manual_seed(0)
+        model = getattr(diffusers, self.name)(**self.config | changes).eval()
+        generator = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():
+            # Some layers start at zero, which would hide the attention.
+            if parameter.detach().abs().sum() == 0:
+                parameter.data.normal_(std=0.1, generator=generator)
+        return model
+
+
+TINY = {
+    "wan": Tiny("WanTransformer3DModel", WAN, wan_inputs),
+    "wan-vace": Tiny(
+        "WanVACETransformer3DModel", WAN | dict(vace_layers=[0], vace_in_channels=6), vace_inputs
+    ),
+    "wan-animate": Tiny(
+        "WanAnimateTransformer3DModel",
+        WAN
+        | dict(
+            in_channels=12,
+            latent_channels=4,
+            image_dim=None,
+            motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16},
+            motion_encoder_size=16,
+            motion_style_dim=8,
+            motion_dim=4,
+            motion_encoder_dim=16,
+            face_encoder_hidden_dim=16,
+            face_encoder_num_heads=2,
+            inject_face_latents_blocks=2,
+        ),
+        animate_inputs,
+    ),
+    "skyreels": Tiny("SkyReelsV2Transformer3DModel", WAN, wan_inputs),
+    "chronoedit": Tiny("ChronoEditTransformer3DModel", WAN, wan_inputs),
+    "hunyuan": Tiny("HunyuanVideoTransformer3DModel", HUNYUAN, hunyuan_inputs),
+    "framepack": Tiny(
+        "HunyuanVideoFramepackTransformer3DModel",
+        HUNYUAN | dict(has_image_proj=True, image_proj_dim=12, has_clean_x_embedder=True),
+        framepack_inputs,
+    ),
+    "hunyuan15": Tiny(
+        "HunyuanVideo15Transformer3DModel",
+        dict(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=2,
+            num_refiner_layers=1,
+            text_embed_dim=16,
+            text_embed_2_dim=12,
+            image_embed_dim=10,
+            rope_axes_dim=(4, 6, 6),
+        ),
+        hunyuan15_inputs,
+    ),
+    "kandinsky5": Tiny(
+        "Kandinsky5Transformer3DModel",
+        dict(
+            in_visual_dim=4,
+            out_visual_dim=4,
+            in_text_dim=16,
+            in_text_dim2=8,
+            time_dim=16,
+            model_dim=48,
+            ff_dim=32,
+            num_text_blocks=1,
+            # It rounds q and k to bfloat16, so a second block would amplify the last bit of fp32.
+            num_visual_blocks=1,
+            axes_dims=(8, 8, 8),
+        ),
+        kandinsky5_inputs,
+    ),
+    "kandinsky6": Tiny(
+        "Kandinsky6Transformer3DModel",
+        dict(
+            in_visual_dim=4,
+            out_visual_dim=4,
+            in_text_dim=16,
+            in_text_dim2=8,
+            time_dim=16,
+            model_dim=48,
+            ff_dim=32,
+            num_text_blocks=1,
+            num_visual_blocks=2,
+            axes_dims=(8, 8, 8),
+            in_audio_dim=6,
+            out_audio_dim=6,
+        ),
+        kandinsky6_inputs,
+    ),
+    "kandinsky6-sr": Tiny(
+        "Kandinsky6SRTransformer3DModel",
+        dict(
+            in_visual_dim=4,
+            out_visual_dim=4,
+            time_dim=16,
+            model_dim=48,
+            ff_dim=32,
+            num_visual_blocks=2,
+            axes_dims=(8, 8, 8),
+            nabla_threshold=0.5,
+            nabla_window=(1, 1, 1),
+        ),
+        kandinsky6_sr_inputs,
+    ),
+    "cosmos": Tiny(
+        "CosmosTransformer3DModel",
+        dict(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=24,
+            num_layers=2,
+            text_embed_dim=16,
+            adaln_lora_dim=4,
+            max_size=(8, 64, 64),
+            concat_padding_mask=False,
+            extra_pos_embed_type=None,
+        ),
+        cosmos_inputs,
+    ),
+    "ltx": Tiny(
+        "LTXVideoTransformer3DModel",
+        dict(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=24,
+            cross_attention_dim=48,
+            num_layers=2,
+            caption_channels=16,
+        ),
+        ltx_inputs,
+    ),
+    "ltx2": Tiny(
+        "LTX2VideoTransformer3DModel",
+        dict(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=24,
+            cross_attention_dim=48,
+            audio_in_channels=4,
+            audio_out_channels=4,
+            audio_num_attention_heads=2,
+            audio_attention_head_dim=12,
+            audio_cross_attention_dim=24,
+            num_layers=2,
+            caption_channels=16,
+        ),
+        ltx2_inputs,
+    ),
+    "cogvideox": Tiny("CogVideoXTransformer3DModel", COGVIDEOX, cogvideox_inputs),
+    "cogvideox15": Tiny(
+        "CogVideoXTransformer3DModel",
+        COGVIDEOX | dict(patch_size_t=2, patch_bias=False),
+        cogvideox15_inputs,
+    ),
+    "consisid": Tiny("ConsisIDTransformer3DModel", COGVIDEOX, cogvideox_inputs),
+    "mochi": Tiny(
+        "MochiTransformer3DModel",
+        dict(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=2,
+            pooled_projection_dim=16,
+            in_channels=4,
+            text_embed_dim=16,
+            time_embed_dim=8,
+            max_sequence_length=MAX_TEXT,
+        ),
+        mochi_inputs,
+    ),
+    "allegro": Tiny(
+        "AllegroTransformer3DModel",
+        dict(
+            num_attention_heads=2,
+            attention_head_dim=24,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            cross_attention_dim=48,
+            sample_height=52,
+            sample_width=52,
+            caption_channels=16,
+        ),
+        allegro_inputs,
+    ),
+    "easyanimate": Tiny(
+        "EasyAnimateTransformer3DModel",
+        dict(
+            num_attention_heads=2,
+            attention_head_dim=32,
+            in_channels=4,
+            out_channels=4,
+            patch_size=2,
+            num_layers=2,
+            mmdit_layers=1,
+            time_embed_dim=8,
+            text_embed_dim=16,
+        ),
+        easyanimate_inputs,
+    ),
+    "motif": Tiny(
+        "MotifVideoTransformer3DModel",
+        {k: v for k, v in HUNYUAN.items() if k not in ("num_refiner_layers", "pooled_projection_dim")},
+        motif_inputs,
+    ),
+}
+
+
+def run(model: Any, inputs: Inputs) -> torch.Tensor:
+    """The model's video output."""
+    out = model(**inputs, return_dict=False)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((out - expected).abs().max() / expected.abs().max()).item()
