@@ -29,3 +29,11 @@ def golden():
     import numpy as np
 
     return lambda name: np.load(Path(__file__).parent / "golden" / name)
+
+
+@pytest.fixture(scope="session")
+def tiny_wan(tmp_path_factory):
+    """A random Wan pipeline directory; copy it before changing it."""
+    from nabla_attn.testing import tiny_wan_pipeline
+
+    return tiny_wan_pipeline(tmp_path_factory.mktemp("tiny_wan"))

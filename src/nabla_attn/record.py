@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .files import write_text
+from nabla_attn.files import write_text
 
 SCHEMA = 1
 PACKAGES = ("nabla-attn", "torch", "diffusers", "transformers")
@@ -81,7 +81,8 @@ class RunRecord:
             raise ValueError(f"run record: missing {', '.join(sorted(missing))}.")
         if unknown := data.keys() - known:
             raise ValueError(
-                f"run record: unknown {', '.join(sorted(unknown))}. Known: {', '.join(sorted(known))}."
+                f"run record: unknown {', '.join(sorted(unknown))}. "
+                f"Known: {', '.join(sorted(known))}."
             )
         return cls(**data)
 
@@ -123,7 +124,8 @@ def describe_device(device: Any = "cpu") -> str:
     if device.type != "cpu":
         return f"{device.type} on {platform.machine()}"
     name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
-    return f"{name} ({torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"{name} ({threads} thread{'s' if threads > 1 else ''})"
 
 
 def _refuse_constant(name: str) -> None:

@@ -3,19 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-WORDS = (
+TEXT = (
     "a an and with on big small red green blue yellow white black orange purple circle square "
     "triangle moving left right up down background dark light gray"
-).split()
+)
 
 
 def tiny_tokenizer() -> Any:
-    """A word-level tokenizer of :data:`WORDS`, closing every prompt with ``</s>``."""
+    """A word-level tokenizer of :data:`TEXT`, closing every prompt with ``</s>``."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     special = ("<pad>", "</s>", "<unk>")
-    vocabulary = {word: index for index, word in enumerate((*special, *WORDS))}
+    vocabulary = {word: index for index, word in enumerate((*special, *TEXT.split()))}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.normalizer = normalizers.Lowercase()
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -51,7 +51,8 @@ def tiny_wan_transformer(**changes: Any) -> Any:
         "rope_max_seq_len": 64,
     }
     torch.manual_seed(0)
-    return WanTransformer3DModel(**(config | changes)).eval()
+    model: Any = WanTransformer3DModel(**(config | changes))
+    return model.eval()
 
 
 def tiny_wan_pipeline(directory: str | Path, **changes: Any) -> Path:
@@ -74,7 +75,7 @@ def tiny_wan_pipeline(directory: str | Path, **changes: Any) -> Path:
     text = UMT5Config(
         vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2
     )
-    vae = AutoencoderKLWan(
+    vae: Any = AutoencoderKLWan(
         base_dim=8,
         z_dim=4,
         dim_mult=[1, 1, 1, 1],
@@ -83,7 +84,7 @@ def tiny_wan_pipeline(directory: str | Path, **changes: Any) -> Path:
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     )
-    pipeline = WanPipeline(
+    pipeline: Any = WanPipeline(
         tokenizer=tokenizer,
         text_encoder=UMT5EncoderModel(text).eval(),
         vae=vae.eval(),

@@ -68,7 +68,8 @@ def measure_fidelity(frames: np.ndarray, reference: np.ndarray) -> Fidelity:
     )
     # Frame by frame keeps the memory of the float64 windows to one frame.
     ssim_frames = [
-        float(ssim(ours[i : i + 1], theirs[i : i + 1], data_range=PEAK)) for i in range(len(ours))
+        torch.as_tensor(ssim(ours[i : i + 1], theirs[i : i + 1], data_range=PEAK)).item()
+        for i in range(len(ours))
     ]
     return Fidelity(
         psnr=float(psnr),

@@ -23,7 +23,11 @@ from nabla_attn.schedule import Schedule
 
 
 def generate(
-    pipeline: Any, request: GenerationRequest, *, progress: Progress | None = None
+    pipeline: Any,
+    request: GenerationRequest,
+    *,
+    progress: Progress | None = None,
+    inputs: dict[str, Any] | None = None,
 ) -> tuple[np.ndarray, RunRecord]:
     """Make one video. The same request on the same machine gives the same bytes.
 
@@ -32,6 +36,7 @@ def generate(
             text-to-video pipeline of a supported model.
         request: what to make.
         progress: told about every stage and step.
+        inputs: further arguments of the pipeline call, such as ``image`` or ``generator``.
 
     Returns:
         The frames, uint8 [frames, height, width, 3], and the record of the run.
@@ -43,9 +48,11 @@ def generate(
     device = pipeline.device
     clock = StageClock(device, request.steps, progress)
     with _sparse(pipeline, request) as handle, clock.watch(pipeline):
-        video = _sample(pipeline, request, callback_on_step_end=clock.on_step_end)
+        video = _sample(
+            pipeline, request, callback_on_step_end=clock.on_step_end, **(inputs or {})
+        )
         seconds = clock.seconds()
-        density = _density(handle)
+        attention = _attention_numbers(handle)
     frames = _to_uint8(video[0])
     grid = dict(zip(("frames", "height", "width"), video_tokens(pipeline, request), strict=True))
     config = request.to_dict() | {
@@ -55,7 +62,7 @@ def generate(
     }
     numbers = {
         "seconds": seconds,
-        "density": density,
+        "attention": attention,
         "tokens": grid,
         "frames_sha256": hashlib.sha256(frames.tobytes()).hexdigest(),
     }
@@ -86,7 +93,7 @@ def _sparse(pipeline: Any, request: GenerationRequest) -> Iterator[Any]:
     if request.is_dense:
         yield None
         return
-    from nabla_attn import apply
+    from nabla_attn.models import apply
 
     handle = apply(pipeline, request.sparse_algo, schedule=request.schedule)
     try:
@@ -97,18 +104,19 @@ def _sparse(pipeline: Any, request: GenerationRequest) -> Iterator[Any]:
 
 def _sample(pipeline: Any, request: GenerationRequest, **options: Any) -> Any:
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline(
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
-        height=request.height,
-        width=request.width,
-        num_frames=request.frames,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance,
+    call = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "height": request.height,
+        "width": request.width,
+        "num_frames": request.frames,
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance,
         # On the CPU whatever the device: the same seed starts from the same noise everywhere.
-        generator=torch.Generator("cpu").manual_seed(request.seed),
-        **({"output_type": "np"} | options),
-    ).frames
+        "generator": torch.Generator("cpu").manual_seed(request.seed),
+        "output_type": "np",
+    }
+    return pipeline(**(call | options)).frames
 
 
 def _to_uint8(video: np.ndarray) -> np.ndarray:
@@ -118,8 +126,8 @@ def _to_uint8(video: np.ndarray) -> np.ndarray:
     return np.rint(video * 255).astype(np.uint8)
 
 
-def _density(handle: Any) -> dict[str, Any]:
-    """Kept share of token pairs: the mean, and [steps][layers] where something was sparse."""
+def _attention_numbers(handle: Any) -> dict[str, Any]:
+    """Density and kept mass: the means, and [steps][layers] where the algorithm was applied."""
     if handle is None:
-        return {"mean": 1.0, "steps_layers": None}
-    raise NotImplementedError
+        return {"density": 1.0, "kept_mass": 1.0}
+    return handle.report().to_dict()

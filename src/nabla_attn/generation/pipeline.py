@@ -15,7 +15,9 @@ LIBRARIES = ("diffusers", "transformers")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_pipeline(source: str | Path = BUILTIN, *, device: str = "auto", dtype: str = "auto") -> Any:
+def load_pipeline(
+    source: str | Path = BUILTIN, *, device: str = "auto", dtype: str = "auto"
+) -> Any:
     """Load a text-to-video pipeline from a diffusers directory; nothing is downloaded.
 
     Args:
@@ -37,7 +39,7 @@ def load_pipeline(source: str | Path = BUILTIN, *, device: str = "auto", dtype: 
     index = _read_index(directory)
     pipeline_class = _find_class("diffusers", index["_class_name"], directory)
     parts = {
-        name: _load_part(directory / name, *entry, torch.float32 if name == "vae" else kind)
+        name: _load_part(directory / name, entry, torch.float32 if name == "vae" else kind)
         for name, entry in index.items()
         if isinstance(entry, list) and entry[0] is not None
     }
@@ -66,7 +68,7 @@ def model_directory(source: str | Path) -> Path:
     directory = Path(source)
     if not directory.is_dir():
         raise ValueError(
-            f"model directory not found: {source}. Pass a diffusers pipeline directory or 'builtin'."
+            f"model directory not found: {source}. Pass 'builtin' or a diffusers directory."
         )
     if not (directory / "model_index.json").is_file():
         raise ValueError(
@@ -135,7 +137,8 @@ def _read_index(directory: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: the entry {name!r} is not [library, class].")
         if entry[0] is not None and entry[0] not in LIBRARIES:
             raise ValueError(
-                f"{path}: {name} comes from {entry[0]!r}; only {' and '.join(LIBRARIES)} are loaded."
+                f"{path}: {name} comes from {entry[0]!r}, and only "
+                f"{' and '.join(LIBRARIES)} are loaded."
             )
     return index
 
@@ -147,7 +150,8 @@ def _find_class(library: str, name: Any, directory: Path) -> Any:
     return found
 
 
-def _load_part(folder: Path, library: str, class_name: str, dtype: torch.dtype) -> Any:
+def _load_part(folder: Path, entry: list[str], dtype: torch.dtype) -> Any:
+    library, class_name = entry
     part_class = _find_class(library, class_name, folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is missing; model_index.json names it as {class_name}.")

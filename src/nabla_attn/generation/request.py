@@ -63,8 +63,9 @@ class GenerationRequest:
     def with_algo(self, sparse_algo: str) -> "GenerationRequest":
         """The same video with another algorithm under the same schedule; dense drops it."""
         config = parse(sparse_algo)
-        keeps = self.schedule is not None and not config.is_dense
-        schedule = replace(self.schedule, algorithm=config) if keeps else None
+        schedule = None
+        if self.schedule is not None and not config.is_dense:
+            schedule = replace(self.schedule, algorithm=config)
         return replace(self, sparse_algo=sparse_algo, schedule=schedule)
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,12 +124,13 @@ class ModelDefaults:
 
 
 def check_request(pipeline: Any, request: GenerationRequest) -> None:
-    """Check size and prompt against the pipeline; warn about text that it will not read.
+    """Check a request against the pipeline; warn about settings that will have no effect.
 
     Raises:
         ValueError: height, width or frames the model cannot take; the nearest valid are named.
     """
     _check_size(pipeline, request)
+    _check_schedule(request)
     for name in ("prompt", "negative_prompt"):
         _check_text(pipeline, name.replace("_", " "), getattr(request, name))
 
@@ -179,6 +181,17 @@ def _check_size(pipeline: Any, request: GenerationRequest) -> None:
         raise ValueError(
             f"this model's positions end at {limit} tokens along each axis, got a grid of "
             f"{'x'.join(map(str, grid))} (frames, height, width). Ask for a smaller video."
+        )
+
+
+def _check_schedule(request: GenerationRequest) -> None:
+    schedule = request.schedule or Schedule.default(request.sparse_algo)
+    dense_steps = schedule.dense_first_steps + schedule.dense_last_steps
+    if not request.is_dense and dense_steps >= request.steps:
+        warnings.warn(
+            f"{request.sparse_algo} changes nothing here: its schedule keeps {dense_steps} steps "
+            f"dense, and there are {request.steps}. Ask for more steps or pass another schedule.",
+            stacklevel=3,
         )
 
 

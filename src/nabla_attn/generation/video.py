@@ -26,6 +26,17 @@ def check_frames(frames: np.ndarray) -> np.ndarray:
     return frames
 
 
+def check_fps(fps: float) -> float:
+    """Return ``fps`` if it is above 0 and at most 1000.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not 0 < fps <= 1000:
+        raise ValueError(f"fps must be above 0 and at most 1000, got {fps}.")
+    return fps
+
+
 def write_video(frames: np.ndarray, path: str | Path, fps: float) -> None:
     """Write an H.264 mp4 (yuv420p, BT.709), the same bytes every time; whole or not at all.
 
@@ -47,13 +58,12 @@ def write_video(frames: np.ndarray, path: str | Path, fps: float) -> None:
             f"H.264 in yuv420p takes even sizes only: got {height}x{width}. "
             f"Pad the frames to {even} with np.pad before writing."
         )
-    if not 0 < fps <= 1000:
-        raise ValueError(f"fps must be above 0 and at most 1000, got {fps}.")
+    check_fps(fps)
     with (
         whole_file(path) as temporary,
         av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container,
     ):
-        container.flags |= av.container.Flags.bitexact.value
+        container.flags |= int(av.container.Flags.bitexact)
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         _describe_stream(stream, height, width)
         for index in range(count):

@@ -1,0 +1,92 @@
+"""How every verb behaves: found lazily, dashes or underscores, one line per error, exit codes."""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.exceptions import TyperException
+
+# Each is the function of the same name in the module of the same name beside this one.
+VERBS = ("generate", "compare", "info")
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+class VerbCommand(TyperCommand):
+    """A verb whose options may be written ``--like-this`` or ``--like_this``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Spell the options as declared, then parse."""
+        declared = [name for param in self.params for name in (*param.opts, *param.secondary_opts)]
+        return super().parse_args(ctx, spell_as_declared(args, declared))
+
+
+class VerbGroup(TyperGroup):
+    """The verbs, imported one by one on use, and what happens when one fails."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """All verbs, in reading order."""
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Import a verb's module and make its function a command."""
+        if cmd_name not in VERBS:
+            return None
+        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        function = getattr(import_module(f"nabla_attn.cli.{cmd_name}"), cmd_name)
+        single.command(name=cmd_name, cls=VerbCommand)(function)
+        return typer.main.get_command(single)
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run, and leave with 0, 2 after one line on bad input, or 130 after Ctrl-C.
+
+        ValueError and OSError are what a user can mend; anything else keeps its traceback.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                warnings.filterwarnings("always", category=UserWarning, module="nabla_attn")
+                warnings.showwarning = _say_each_once()
+                code = super().main(*args, **(options | {"standalone_mode": False}))
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        except typer.Abort:
+            code = 1
+        except (ValueError, OSError, TyperException) as error:
+            message = error.format_message() if isinstance(error, TyperException) else str(error)
+            _say("error", message or type(error).__name__)
+            code = BAD_INPUT
+        if code == INTERRUPTED:
+            _say("interrupted", "no partial file was left.")
+        sys.exit(code or 0)
+
+
+def spell_as_declared(args: Iterable[str], declared: Iterable[str]) -> list[str]:
+    """Options of ``args`` with the dashes and underscores of ``declared``; the rest untouched."""
+    spelling = {name.replace("_", "-"): name for name in declared if name.startswith("--")}
+    result: list[str] = []
+    is_open = True
+    for arg in args:
+        is_open = is_open and arg != "--"
+        name, equals, value = arg.partition("=")
+        known = spelling.get(name.replace("_", "-")) if is_open else None
+        result.append(f"{known}{equals}{value}" if known else arg)
+    return result
+
+
+def _say_each_once() -> Callable[..., None]:
+    said: set[str] = set()
+
+    def show(message: Any, *_: Any) -> None:
+        if str(message) not in said:
+            said.add(str(message))
+            _say("warning", str(message))
+
+    return show
+
+
+def _say(kind: str, message: str) -> None:
+    typer.echo(f"{kind}: {' '.join(message.split())}", err=True)

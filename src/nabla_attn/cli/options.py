@@ -1,0 +1,90 @@
+"""Options that several verbs share, and the request they make."""
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from nabla_attn.generation.request import GenerationRequest, ModelDefaults
+
+MODEL_DEFAULT = "the model's default"
+
+Prompt = Annotated[str, typer.Option(help="What the video shows.")]
+NegativePrompt = Annotated[str, typer.Option(help="What guidance steers away from.")]
+Model = Annotated[str, typer.Option(help="'builtin' or a diffusers pipeline directory.")]
+Height = Annotated[int | None, typer.Option(help="Pixels.", show_default=MODEL_DEFAULT)]
+Width = Annotated[int | None, typer.Option(help="Pixels.", show_default=MODEL_DEFAULT)]
+Frames = Annotated[int | None, typer.Option(help="Video frames.", show_default=MODEL_DEFAULT)]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps.", show_default=MODEL_DEFAULT)]
+Guidance = Annotated[
+    float | None, typer.Option(help="Guidance scale; 1 is none.", show_default=MODEL_DEFAULT)
+]
+Seed = Annotated[int, typer.Option(help="Seed of the starting noise.")]
+Fps = Annotated[float | None, typer.Option(help="Frames per second.", show_default=MODEL_DEFAULT)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
+ScheduleFile = Annotated[
+    Path | None,
+    typer.Option("--schedule", help="JSON file: which steps and layers run which algorithm."),
+]
+
+
+def read_defaults(model: str) -> "ModelDefaults":
+    """The model directory's own defaults."""
+    from nabla_attn.generation.pipeline import model_directory
+    from nabla_attn.generation.request import ModelDefaults
+
+    return ModelDefaults.load(model_directory(model))
+
+
+def make_request(
+    defaults: "ModelDefaults", *, sparse_algo: str | None, schedule: Path | None, **values: Any
+) -> "GenerationRequest":
+    """A request from options; ``None`` takes the model's default.
+
+    An algorithm given replaces the schedule file's own; its other rules stay.
+    """
+    from nabla_attn.config import parse
+    from nabla_attn.generation.request import GenerationRequest
+
+    rules = _read_schedule(schedule) if schedule else None
+    if rules is not None and sparse_algo is None:
+        sparse_algo = str(rules.algorithm)
+    algo = str(parse(defaults.sparse_algo if sparse_algo is None else sparse_algo))
+    if rules is not None:
+        rules = replace(rules, algorithm=parse(algo))
+    for name in ("height", "width", "frames", "steps", "guidance"):
+        if values[name] is None:
+            values[name] = getattr(defaults, name)
+    return GenerationRequest(sparse_algo=algo, schedule=rules, **values)
+
+
+def load_quietly(model: str, device: str, dtype: str) -> Any:
+    """Load a pipeline under a spinner, with the libraries' own bars and notes off."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"loading {model}"):
+        import diffusers
+        import transformers
+
+        for library in (diffusers, transformers):
+            library.utils.logging.disable_progress_bar()
+            library.utils.logging.set_verbosity_error()
+        from nabla_attn.generation.pipeline import load_pipeline
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return load_pipeline(model, device=device, dtype=dtype)
+
+
+def _read_schedule(path: Path) -> Any:
+    from nabla_attn.schedule import Schedule
+
+    try:
+        return Schedule.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"schedule {path}: {reason}") from error

@@ -1,0 +1,58 @@
+"""Progress bars of generations on stderr: stage, steps, steps per second, time left."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nabla_attn.generation.clock import Progress
+
+STAGES = {"warm-up": "warming up", "text": "reading the prompt", "decode": "decoding"}
+
+
+@contextmanager
+def generation_bars() -> Iterator[Callable[[str], "Progress"]]:
+    """Yield a function from a label to the progress callback of its own bar."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[stage]}"),
+        TimeElapsedColumn(),
+    )
+    # Transient, so that an error stays the one line on stderr.
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+
+        def start(label: str) -> "Progress":
+            task = bars.add_task(label, total=None, stage="")
+            began = time.perf_counter()
+
+            def show(stage: str, done: int, total: int) -> None:
+                nonlocal began
+                if stage == "denoise":
+                    if done == 0:
+                        began = time.perf_counter()
+                    text = _describe_steps(done, total, time.perf_counter() - began)
+                    bars.update(task, total=total, completed=done, stage=text)
+                elif stage == "done":
+                    bars.update(task, stage="done")
+                    bars.stop_task(task)
+                else:
+                    bars.update(task, stage=STAGES[stage])
+
+            return show
+
+        yield start
+
+
+def _describe_steps(done: int, total: int, seconds: float) -> str:
+    """Such as ``3/20  1.4 steps/s  12 s left``."""
+    if not done or not seconds:
+        return f"{done}/{total}"
+    rate = done / seconds
+    speed = f"{rate:.1f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step"
+    return f"{done}/{total}  {speed}  {(total - done) / rate:.0f} s left"

@@ -1,0 +1,112 @@
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from nabla_attn.cli import app
+from nabla_attn.generation.video import read_video
+from nabla_attn.record import RunRecord
+
+SIZE = ["--height", "128", "--width", "128", "--frames", "5", "--steps", "4", "--device", "cpu"]
+PROMPT = ["--prompt", "a red circle moving right"]
+
+
+def nabla(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def test_four_steps_end_to_end(tiny_wan, tmp_path):
+    output = tmp_path / "new folder" / "video.mp4"
+    result = nabla(
+        "generate", *PROMPT, "--model", tiny_wan, "--sparse-algo", "nabla-0.4", *SIZE,
+        "--seed", 3, "--fps", 10, "--dtype", "float32", "--output", output,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "of token pairs kept" in result.stdout
+    assert read_video(output).shape == (5, 128, 128, 3)
+    record = RunRecord.load(output.with_suffix(".json"))
+    assert record.seed == 3
+    assert record.config["sparse_algo"] == "nabla-0.4"
+    assert record.config["frames"] == 5
+    assert len(record.numbers["attention"]["density_per_step_and_layer"]) == 4
+    assert len(record.numbers["seconds"]["transformer_steps"]) == 4
+    assert {path.name for path in output.parent.iterdir()} == {"video.mp4", "video.json"}
+
+
+def test_both_spellings_make_the_same_bytes(tiny_wan, tmp_path):
+    for name, algo, negative in (
+        ("a.mp4", "--sparse-algo", "--negative-prompt"),
+        ("b.mp4", "--sparse_algo", "--negative_prompt"),
+    ):
+        result = nabla(
+            "generate", *PROMPT, "--model", tiny_wan, algo, "nabla-0.4", negative, "a blue square",
+            *SIZE, f"--output={tmp_path / name}",
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    records = [RunRecord.load(tmp_path / name) for name in ("a.json", "b.json")]
+    assert records[0].config == records[1].config
+    assert records[0].numbers["frames_sha256"] == records[1].numbers["frames_sha256"]
+
+
+def test_a_schedule_file_brings_its_algorithm(tiny_wan, tmp_path):
+    rules = {"algorithm": "nabla-0.4", "dense_first_steps": 1, "dense_layers": [0]}
+    (tmp_path / "rules.json").write_text(json.dumps(rules))
+    arguments = [*PROMPT, "--model", tiny_wan, *SIZE, "--schedule", tmp_path / "rules.json"]
+    result = nabla("generate", *arguments, "--output", tmp_path / "a.mp4")
+    assert result.exit_code == 0, result.output
+    density = RunRecord.load(tmp_path / "a.json").numbers["attention"]["density_per_step_and_layer"]
+    assert density[0] == [1, 1]
+    assert [step[0] for step in density] == [1, 1, 1, 1]
+    assert all(step[1] < 1 for step in density[1:])
+
+
+def test_defaults_come_from_the_model(tiny_wan, tmp_path):
+    import shutil
+
+    model = shutil.copytree(tiny_wan, tmp_path / "model")
+    values = {"height": 64, "width": 48, "frames": 1, "steps": 2, "sparse_algo": "nabla-0.6"}
+    (model / "defaults.json").write_text(json.dumps(values))
+    result = nabla("generate", *PROMPT, "--model", model, "--output", tmp_path / "a.mp4")
+    assert result.exit_code == 0, result.output
+    record = RunRecord.load(tmp_path / "a.json")
+    assert {name: record.config[name] for name in values} == values
+
+
+def test_python_dash_m_warns_in_one_line(tiny_wan, tmp_path):
+    command = [sys.executable, "-m", "nabla_attn.cli", "generate", "--prompt", "red " * 600]
+    command += ["--model", tiny_wan, *SIZE, "--output", tmp_path / "a.mp4"]
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "a.mp4").is_file()
+    warnings = [line for line in result.stderr.splitlines() if line.startswith("warning:")]
+    assert warnings == [
+        "warning: the prompt has 601 tokens and the text encoder reads 512: the rest is ignored."
+    ]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_leaves_no_mp4(tiny_wan, tmp_path):
+    command = [sys.executable, "-m", "nabla_attn.cli", "generate", "--prompt", "a red unicorn"]
+    command += ["--model", tiny_wan, *SIZE, "--steps", 20000, "--output", tmp_path / "a.mp4"]
+    process = subprocess.Popen(
+        [*map(str, command)],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        # The warning about the unicorn comes just before sampling starts.
+        line = process.stderr.readline()
+        assert "unicorn" in line
+        process.send_signal(signal.SIGINT)
+        rest = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130, rest
+    assert "interrupted" in rest
+    assert "Traceback" not in rest
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,142 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nabla_attn.generation.pipeline import (
+    load_pipeline,
+    model_directory,
+    model_name,
+    resolve_device,
+    resolve_dtype,
+)
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def broken(tiny_wan, tmp_path):
+    return shutil.copytree(tiny_wan, tmp_path / "model")
+
+
+def fails(directory, *parts):
+    with pytest.raises(ValueError) as caught:
+        load_pipeline(directory, device="cpu", dtype="float32")
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+    return message
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_loads_with_the_vae_in_float32(tiny_wan):
+    pipeline = load_pipeline(tiny_wan, device="cpu", dtype="bfloat16")
+    assert pipeline.vae.dtype == torch.float32
+    assert pipeline.text_encoder.dtype == torch.bfloat16
+    assert pipeline.transformer.dtype == torch.bfloat16
+    assert not pipeline.transformer.training
+    assert model_name(pipeline) == str(tiny_wan)
+
+
+def test_no_directory(tmp_path):
+    fails(tmp_path / "nowhere", "model directory not found", "nowhere")
+    fails(tmp_path, "model_index.json")
+
+
+def test_broken_index(broken):
+    index = broken / "model_index.json"
+    whole = index.read_text()
+    for text in ("{", "[]", "{}", '{"_class_name": ["a", "b"]}'):
+        index.write_text(text)
+        fails(broken, "model_index.json")
+    index.write_text(whole)
+    change_json(index, _class_name="NoSuchPipeline")
+    fails(broken, "NoSuchPipeline")
+    index.write_text(whole)
+    change_json(index, vae=["my_code", "Model"])
+    fails(broken, "my_code", "only diffusers and transformers")
+    index.write_text(whole)
+    change_json(index, **{"../vae": ["diffusers", "AutoencoderKLWan"]})
+    fails(broken, "../vae")
+
+
+def test_a_missing_part(broken):
+    shutil.rmtree(broken / "vae")
+    fails(broken, str(broken / "vae"), "missing")
+
+
+def test_truncated_weights(broken):
+    path = broken / "transformer" / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-1000])
+    fails(broken, str(path), "truncated")
+    path.write_bytes(b"\xff" * 64)
+    fails(broken, str(path))
+    path.unlink()
+    fails(broken, str(broken / "transformer"), "no .safetensors")
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "words"),
+    [
+        ("transformer", {"num_layers": 3}, "missing from the weights"),
+        ("transformer", {"num_layers": 1}, "unknown to the config"),
+        ("transformer", {"ffn_dim": 48}, "transformer"),
+        ("transformer", {"num_layers": "many"}, "transformer"),
+        ("vae", {"base_dim": 12}, "vae"),
+        ("text_encoder", {"d_ff": 48}, "text_encoder"),
+        ("text_encoder", {"num_layers": 2}, "text_encoder"),
+    ],
+)
+def test_config_that_does_not_match(broken, part, changes, words):
+    change_json(broken / part / "config.json", **changes)
+    fails(broken, str(broken / part), words)
+
+
+def test_a_swapped_tensor(broken):
+    path = broken / "transformer" / WEIGHTS
+    tensors = load_file(path)
+    tensors["scale_shift_table"] = torch.zeros(3)
+    save_file(tensors, path, metadata={"format": "pt"})
+    fails(broken, str(broken / "transformer"), "scale_shift_table")
+
+
+def test_an_index_may_not_leave_its_folder(broken):
+    folder = broken / "transformer"
+    (folder / f"{WEIGHTS}.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": {"a": "../../secret.safetensors"}})
+    )
+    fails(broken, "../../secret.safetensors")
+
+
+def test_pickled_weights_are_not_read(broken):
+    (broken / "transformer" / WEIGHTS).unlink()
+    torch.save({}, broken / "transformer" / "diffusion_pytorch_model.bin")
+    fails(broken, "no .safetensors")
+
+
+def test_broken_tokenizer_and_scheduler(broken):
+    (broken / "tokenizer" / "tokenizer.json").write_text("{")
+    fails(broken, str(broken / "tokenizer"))
+
+
+def test_devices_and_dtypes():
+    assert resolve_device("cpu").type == "cpu"
+    assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
+    assert resolve_dtype("auto", torch.device("cpu")) in (torch.float32, torch.bfloat16)
+    for name in ("gpu", "cuda:99", "meta!"):
+        with pytest.raises(ValueError, match="cannot be used here"):
+            resolve_device(name)
+    with pytest.raises(ValueError, match=r"unknown dtype 'int8'\. Known: auto, float32"):
+        resolve_dtype("int8", torch.device("cpu"))
+
+
+def test_builtin_is_a_directory_or_says_how_to_get_one(monkeypatch, tmp_path):
+    monkeypatch.setattr("nabla_attn.generation.pipeline.BUILTIN_DIRECTORY", tmp_path)
+    with pytest.raises(ValueError, match="nabla train"):
+        model_directory("builtin")

@@ -1,0 +1,109 @@
+import json
+
+import pytest
+
+from nabla_attn.config import parse
+from nabla_attn.generation.pipeline import load_pipeline
+from nabla_attn.generation.request import (
+    GenerationRequest,
+    ModelDefaults,
+    check_request,
+    video_tokens,
+)
+from nabla_attn.schedule import Schedule
+
+GOOD = {"prompt": "a red circle", "height": 64, "width": 96, "frames": 9, "steps": 2}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_wan):
+    return load_pipeline(tiny_wan, device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": -3}, "steps must be at least 1, got -3"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"frames": 0}, "frames must be at least 1"),
+        ({"height": -16}, "height must be at least 1"),
+        ({"seed": -1}, "seed must be"),
+        ({"guidance": float("nan")}, "guidance must be"),
+        ({"guidance": -2.0}, "guidance must be"),
+        ({"sparse_algo": "nabla-1.7"}, "nabla-1.7"),
+        ({"sparse_algo": "magic"}, "magic"),
+    ],
+)
+def test_impossible_values(change, message):
+    with pytest.raises(ValueError, match=message):
+        GenerationRequest(**(GOOD | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"height": 100}, r"height 100 .* multiples of 16\. Nearest: 96 or 112\."),
+        ({"width": 9}, r"width 9 .* Nearest: 16\."),
+        ({"frames": 18}, r"frames 18 .* 4n\+1\. Nearest: 17 or 21\."),
+        ({"frames": 4}, r"Nearest: 1 or 5\."),
+        ({"height": 16 * 65}, "positions end at 64 tokens"),
+    ],
+)
+def test_sizes_the_model_cannot_take(pipeline, change, message):
+    with pytest.raises(ValueError, match=message):
+        check_request(pipeline, GenerationRequest(**(GOOD | change)))
+
+
+@pytest.mark.parametrize(("frames", "grid"), [(1, (1, 4, 6)), (9, (3, 4, 6))])
+def test_good_sizes_pass_in_silence(pipeline, recwarn, frames, grid):
+    request = GenerationRequest(**(GOOD | {"frames": frames}))
+    check_request(pipeline, request)
+    assert video_tokens(pipeline, request) == grid
+    assert not recwarn.list
+
+
+def test_a_long_prompt_warns(pipeline):
+    request = GenerationRequest(**(GOOD | {"prompt": "red " * 600}))
+    with pytest.warns(UserWarning, match="601 tokens and the text encoder reads 512"):
+        check_request(pipeline, request)
+
+
+def test_unknown_words_warn(pipeline):
+    request = GenerationRequest(**(GOOD | {"prompt": "a red cat on a sofa"}))
+    with pytest.warns(UserWarning, match="cat, sofa"):
+        check_request(pipeline, request)
+
+
+def test_a_schedule_without_sparse_steps_warns(pipeline):
+    request = GenerationRequest(**(GOOD | {"sparse_algo": "sta-3-3-3"}))
+    with pytest.warns(UserWarning, match="changes nothing here: its schedule keeps 12 steps"):
+        check_request(pipeline, request)
+
+
+def test_with_algo_keeps_the_schedule_and_dense_drops_it():
+    rules = Schedule(algorithm=parse("nabla-0.7"), dense_first_steps=1)
+    request = GenerationRequest(**GOOD, sparse_algo="nabla-0.7", schedule=rules)
+    other = request.with_algo("nabla-0.4")
+    assert other.schedule.dense_first_steps == 1
+    assert other.schedule.algorithm == parse("nabla-0.4")
+    assert request.with_algo("dense").schedule is None
+    assert request.with_algo("dense").is_dense
+    assert json.loads(json.dumps(request.to_dict()))["schedule"]["algorithm"] == "nabla-0.7"
+    with pytest.raises(ValueError, match="Pass the same"):
+        GenerationRequest(**GOOD, sparse_algo="nabla-0.4", schedule=rules)
+
+
+def test_model_defaults(tmp_path):
+    assert ModelDefaults.load(tmp_path) == ModelDefaults()
+    path = tmp_path / "defaults.json"
+    path.write_text(json.dumps({"height": 256, "fps": 8, "sparse_algo": "nabla-0.7"}))
+    assert ModelDefaults.load(tmp_path) == ModelDefaults(height=256, fps=8, sparse_algo="nabla-0.7")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"height": "x"}', '{"height": true}', '{"depth": 3}', '{"fps": "8"}']
+)
+def test_broken_defaults_are_named(tmp_path, text):
+    (tmp_path / "defaults.json").write_text(text)
+    with pytest.raises(ValueError, match=r"defaults\.json"):
+        ModelDefaults.load(tmp_path)

@@ -1,0 +1,85 @@
+import numpy as np
+import pytest
+
+from nabla_attn.generation.video import read_video, write_video
+
+COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 255, 255), (20, 20, 20)]
+
+
+def stripes(frames=5, height=48):
+    video = np.zeros((frames, height, 16 * len(COLOURS), 3), np.uint8)
+    for index, colour in enumerate(COLOURS):
+        video[:, :, 16 * index : 16 * index + 16] = colour
+    for frame in range(frames):
+        video[frame, 2 * frame : 2 * frame + 4] = 128
+    return video
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+def test_round_trip_keeps_frames_and_colours(tmp_path, frames):
+    video = stripes(frames)
+    write_video(video, tmp_path / "a.mp4", fps=7.5)
+    back = read_video(tmp_path / "a.mp4")
+    assert back.shape == video.shape
+    assert back.dtype == np.uint8
+    centres = back[:, 40, 8::16].astype(int)
+    assert np.abs(centres - np.array(COLOURS)).max() <= 4
+    assert np.abs(back.astype(int) - video).mean() < 3
+
+
+def test_same_frames_same_bytes(tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        write_video(stripes(), tmp_path / name, fps=8)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_odd_sizes_are_refused_with_a_remedy(tmp_path):
+    with pytest.raises(ValueError, match="even sizes only: got 63x65") as caught:
+        write_video(np.zeros((2, 63, 65, 3), np.uint8), tmp_path / "a.mp4", fps=8)
+    assert "64x66" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        np.zeros((0, 4, 4, 3), np.uint8),
+        np.zeros((2, 4, 4, 3), np.float32),
+        np.zeros((2, 4, 4), np.uint8),
+        np.zeros((2, 4, 4, 4), np.uint8),
+    ],
+)
+def test_not_a_video(tmp_path, frames):
+    with pytest.raises(ValueError, match="uint8"):
+        write_video(frames, tmp_path / "a.mp4", fps=8)
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), 1e9])
+def test_bad_fps(tmp_path, fps):
+    with pytest.raises(ValueError, match="fps must be"):
+        write_video(stripes(), tmp_path / "a.mp4", fps=fps)
+
+
+def test_interruption_leaves_nothing(tmp_path, monkeypatch):
+    from nabla_attn.generation import video as module
+
+    calls = iter(range(3))
+
+    def interrupt(frame):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return convert(frame)
+
+    convert = module._to_yuv
+    monkeypatch.setattr(module, "_to_yuv", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_video(stripes(), tmp_path / "a.mp4", fps=8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unreadable_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"missing\.mp4"):
+        read_video(tmp_path / "missing.mp4")
+    (tmp_path / "bad.mp4").write_bytes(b"not a video at all")
+    with pytest.raises(ValueError, match=r"bad\.mp4"):
+        read_video(tmp_path / "bad.mp4")

@@ -1,0 +1,82 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from nabla_attn.files import check_writable, whole_file, write_text
+from nabla_attn.record import RunRecord, collect_versions, describe_device
+
+
+@pytest.fixture
+def record():
+    return RunRecord(
+        kind="generate",
+        config={"prompt": "a red circle", "schedule": None},
+        seed=7,
+        versions=collect_versions(),
+        device=describe_device("cpu"),
+        numbers={"seconds": {"text": 0.25}, "rows": [[1.0, 0.5], [None, 1]]},
+    )
+
+
+def test_json_round_trip(record, tmp_path):
+    assert RunRecord.from_json(record.to_json()) == record
+    record.save(tmp_path / "deep" / "run.json")
+    assert RunRecord.load(tmp_path / "deep" / "run.json") == record
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["run.json"]
+
+
+def test_versions_and_device_say_what_ran(record):
+    assert {"python", "torch", "diffusers", "nabla_attn"} <= record.versions.keys()
+    assert "thread" in record.device
+
+
+def test_numbers_must_be_finite_and_plain(record):
+    with pytest.raises(ValueError, match=r"numbers.rows\[1\] is nan"):
+        replace(record, numbers={"rows": [1.0, float("nan")]})
+    with pytest.raises(ValueError, match=r"numbers.psnr is a complex"):
+        replace(record, numbers={"psnr": 1j})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": "7"}, "'seed' must be int"),
+        ({"seed": True}, "'seed' must be int"),
+        ({"numbers": []}, "'numbers' must be dict"),
+        ({"schema": 99}, "schema 99"),
+        ({"surprise": 1}, "unknown surprise"),
+        ({"kind": None}, "'kind' must be str"),
+    ],
+)
+def test_hostile_json_is_refused(record, change, message, tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(json.loads(record.to_json()) | change))
+    with pytest.raises(ValueError, match=message) as caught:
+        RunRecord.load(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "{}", '{"a": NaN}', "[" * 100_000])
+def test_not_a_record(text):
+    with pytest.raises(ValueError, match="run record"):
+        RunRecord.from_json(text)
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "file.txt"
+    write_text(path, "old")
+    with pytest.raises(KeyboardInterrupt), whole_file(path) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_check_writable_names_the_reason(tmp_path):
+    assert check_writable(tmp_path / "new" / "a.mp4").parent.is_dir()
+    with pytest.raises(ValueError, match="is a folder"):
+        check_writable(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot write"):
+        check_writable(tmp_path / "file" / "a.mp4")
