@@ -4,6 +4,8 @@ FlexAttention stays compiled by this package alone: uncompiled, it ignores the b
 silently computes dense attention.
 """
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
 
@@ -133,6 +135,15 @@ def _(
     return out, q.new_empty((2, heads), dtype=torch.float32)
 
 
+def _above_autograd() -> AbstractContextManager:
+    """Operators run below autograd; a graph inside one needs it back."""
+    include = torch._C._dispatch_tls_local_include_set()
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    for name in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView"):
+        exclude = exclude.remove(getattr(torch._C.DispatchKey, name))
+    return torch._C._ForceDispatchKeyGuard(include, exclude)
+
+
 @torch.library.custom_op("nabla_attn::attend_backward", mutates_args=())
 def _attend_backward(
     grad: Tensor,
@@ -144,7 +155,7 @@ def _attend_backward(
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # The operator is opaque, so its inner graph is gone by now: run it again, with gradients.
-    with torch.enable_grad():
+    with torch.enable_grad(), _above_autograd():
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         out, _ = _attend(*inputs, text_valid, key, scale)
     dq, dk, dv = torch.autograd.grad(out, inputs, grad)

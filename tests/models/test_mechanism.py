@@ -1,0 +1,276 @@
+"""What the hook must survive: settings of diffusers, copies, adapters, checkpointing, compiling."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import nabla_attn as na
+from nabla_attn.models import register_model, remove
+from tests.models.tiny_models import TINY, relative_error, run
+
+WAN = TINY["wan"]
+GRID, OTHER_GRID = (3, 11, 13), (2, 16, 9)
+
+
+@pytest.fixture
+def model():
+    return WAN.build()
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return WAN.inputs(*GRID)
+
+
+@torch.no_grad()
+def test_settings_reach_dense_layers_and_survive_removal(model, inputs):
+    dense = run(model, inputs)
+    handle = na.apply(model, "nabla-0.5")
+    sparse = run(model, inputs)
+    model.set_attention_backend("_native_math")
+    assert relative_error(run(model, inputs), sparse) < 3e-6
+    assert {p._attention_backend.value for p in model.attn_processors.values()} == {"_native_math"}
+    handle.remove()
+    model.set_attention_backend("native")
+    assert torch.equal(run(model, inputs), dense)
+    assert type(model.blocks[0].attn1.processor).__name__ == "WanAttnProcessor"
+
+
+@torch.no_grad()
+def test_backend_name_alone_is_refused(model, inputs):
+    na.apply(model, "nabla-0.5").remove()
+    model.set_attention_backend("nabla")
+    with pytest.raises(ValueError, match=r"nabla_attn\.apply"):
+        run(model, inputs)
+    model.set_attention_backend("native")
+
+
+@torch.no_grad()
+def test_pickle_and_saved_weights(model, inputs, tmp_path):
+    dense = run(model, inputs)
+    na.apply(model, "nabla-0.5")
+    sparse = run(model, inputs)
+    assert torch.equal(run(pickle.loads(pickle.dumps(model)), inputs), sparse)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(run(loaded, inputs), dense)
+
+
+@torch.no_grad()
+def test_a_copy_is_removed_without_a_handle(model, inputs):
+    dense = run(model, inputs)
+    na.apply(model, "nabla-0.5")
+    other = copy.deepcopy(model)
+    remove(other)
+    assert torch.equal(run(other, inputs), dense)
+    remove(other)
+    assert relative_error(run(model, inputs), dense) > 1e-3
+
+
+@torch.no_grad()
+def test_applying_again_replaces(model, inputs):
+    dense = run(model, inputs)
+    first = na.apply(model, "nabla-0.3")
+    second = na.apply(model, "nabla-1")
+    first.remove()
+    assert relative_error(run(model, inputs), dense) < 3e-6
+    assert len(model._forward_pre_hooks) == 1
+    second.remove()
+    second.remove()
+    assert torch.equal(run(model, inputs), dense)
+    assert not model._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_context_manager_and_keep_first_frame(model, inputs):
+    dense = run(model, inputs)
+    with na.apply(model, "nabla-0.3") as handle:
+        run(model, inputs)
+        plain = handle.report().mean_density
+    assert torch.equal(run(model, inputs), dense)
+    with na.apply(model, "nabla-0.3", keep_first_frame=True) as handle:
+        run(model, inputs)
+        assert handle.report().mean_density > plain
+        assert handle.report().density.min() >= 1 / 3
+
+
+@pytest.mark.parametrize("lora_first", [True, False])
+def test_lora(model, inputs, lora_first):
+    pytest.importorskip("peft")
+    from peft import LoraConfig
+
+    config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    if lora_first:
+        model.add_adapter(config)
+    handle = na.apply(model, "nabla-1")
+    if not lora_first:
+        model.add_adapter(config)
+    sparse = run(model, inputs)
+    handle.remove()
+    assert relative_error(sparse, run(model, inputs)) < 3e-6
+    sparse.square().mean().backward()
+    assert model.blocks[0].attn1.to_q.lora_A["default"].weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_fused_projections(model, inputs):
+    na.apply(model, "nabla-0.5")
+    sparse = run(model, inputs)
+    model.fuse_qkv_projections()
+    assert relative_error(run(model, inputs), sparse) < 1e-5
+
+
+@torch.no_grad()
+def test_new_processors_are_taken_over():
+    tiny = TINY["cogvideox"]
+    model, inputs = tiny.build(), tiny.inputs(*GRID)
+    dense = run(model, inputs)
+    handle = na.apply(model, "nabla-0.5")
+    sparse = run(model, inputs)
+    model.fuse_qkv_projections()
+    assert relative_error(run(model, inputs), sparse) < 1e-5
+    handle.remove()
+    assert relative_error(run(model, inputs), dense) < 1e-5
+
+
+def test_checkpointing_with_another_grid_in_between(model, inputs):
+    model.train()
+    na.apply(model, "nabla-0.5")
+
+    def gradients(other):
+        model.zero_grad()
+        loss = run(model, inputs).square().mean()
+        if other:
+            with torch.no_grad():
+                run(model, WAN.inputs(*OTHER_GRID))
+        loss.backward()
+        return [p.grad.clone() for p in model.blocks.parameters()]
+
+    plain = gradients(other=False)
+    model.enable_gradient_checkpointing()
+    for other in (False, True):
+        for got, expected in zip(gradients(other), plain, strict=True):
+            assert torch.equal(got, expected)
+    remove(model)
+    assert type(model._gradient_checkpointing_func).__name__ == "function"
+
+
+@torch.no_grad()
+def test_regional_compile_has_one_graph_for_all_steps_and_layers(inputs):
+    from torch._dynamo.utils import counters
+
+    model = WAN.build(num_layers=3)
+    schedule = na.Schedule(
+        algorithm=na.parse("nabla-0.5"),
+        layer_overrides={2: na.parse("nabla-0.4_sta-1-1-1")},
+        step_overrides={2: na.parse("topk-0.3")},
+    )
+
+    def outputs():
+        with na.apply(model, schedule=schedule) as handle:
+            times = (900.0, 800.0, 700.0, 600.0)
+            out = [run(model, inputs | {"timestep": torch.full((2,), time)}) for time in times]
+            return torch.stack(out), handle.report().density
+
+    expected, density = outputs()
+    torch._dynamo.reset()
+    counters.clear()
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    compiled, compiled_density = outputs()
+    assert relative_error(compiled, expected) < 3e-6
+    assert torch.equal(compiled_density, density)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    with na.apply(model, schedule=na.Schedule(algorithm=na.parse("nabla-1"), dense_layers=(0,))):
+        run(model, inputs)
+    assert counters["stats"]["unique_graphs"] == 2
+    torch._dynamo.reset()
+
+
+def test_compiled_training_and_whole_model_compile(model, inputs):
+    torch._dynamo.reset()
+    na.apply(model, "nabla-0.5")
+    expected = run(model, inputs)
+    expected.square().mean().backward()
+    gradient = model.blocks[0].attn1.to_q.weight.grad.clone()
+    model.zero_grad()
+    remove(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    na.apply(compiled, "nabla-0.5")
+    out = run(compiled, inputs)
+    assert relative_error(out, expected) < 3e-6
+    out.square().mean().backward()
+    assert relative_error(model.blocks[0].attn1.to_q.weight.grad, gradient) < 1e-5
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_compile_after_apply_without_fullgraph(model, inputs):
+    torch._dynamo.reset()
+    na.apply(model, "nabla-0.5")
+    expected = run(model, inputs)
+    assert relative_error(run(torch.compile(model, backend="eager"), inputs), expected) < 3e-6
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_tokens_that_do_not_fit_raise(model, inputs):
+    register_model(
+        "WanTransformer3DModel", attention=r"blocks\.\d+\.attn1", grid=lambda *_: (3, 11, 12)
+    )
+    try:
+        na.apply(model, "nabla-0.5")
+        with pytest.raises(ValueError, match="got 429 tokens for 3x11x12 = 396 and no joint text"):
+            run(model, inputs)
+    finally:
+        register_model("WanTransformer3DModel", attention=r"blocks\.\d+\.attn1")
+
+
+@torch.no_grad()
+def test_masks_over_video_raise():
+    model = TINY["skyreels"].build(num_frame_per_block=2)
+    na.apply(model, "nabla-0.5")
+    with pytest.raises(ValueError, match="masks of padded keys"):
+        run(model, TINY["skyreels"].inputs(4, 8, 8))
+
+
+def test_wrong_requests(model):
+    with pytest.raises(ValueError, match=r"Linear is not a known model.*WanTransformer3DModel"):
+        na.apply(torch.nn.Linear(2, 2), "nabla-0.5")
+    with pytest.raises(ValueError, match="expected a diffusers pipeline"):
+        na.apply("wan", "nabla-0.5")
+    with pytest.raises(ValueError, match="unknown backend"):
+        na.apply(model, "nabla-0.5", backend="fast")
+    with pytest.raises(ValueError, match="trained with none"):
+        na.apply(model)
+    with pytest.raises(ValueError, match="differ"):
+        na.apply(model, "nabla-0.5", schedule=na.Schedule.default("nabla-0.6"))
+    with pytest.raises(ValueError, match="nothing was measured"):
+        na.apply(model, "nabla-0.5", telemetry=False).report()
+    with pytest.raises(ValueError, match="dense_last_steps needs num_steps"):
+        schedule = na.Schedule(algorithm=na.parse("nabla-0.5"), dense_last_steps=1)
+        na.apply(model.eval(), schedule=schedule)
+        run(model, WAN.inputs(*GRID))
+
+
+def test_processors_with_weights_are_refused(model):
+    class Weighted(torch.nn.Module):
+        pass
+
+    model.blocks[0].attn1.set_processor(Weighted())
+    with pytest.raises(ValueError, match="weights of their own"):
+        na.apply(model, "nabla-0.5")
+
+
+@torch.no_grad()
+def test_min_tokens_and_explicit_backend(model, inputs):
+    schedule = na.Schedule(algorithm=na.parse("nabla-0.5"), min_tokens=430)
+    dense = run(model, inputs)
+    with na.apply(model, schedule=schedule) as handle:
+        assert torch.equal(run(model, inputs), dense)
+        assert handle.report().mean_density == 1
+    with na.apply(model, "nabla-0.5", backend="reference"):
+        reference = run(model, inputs)
+    with na.apply(model, "nabla-0.5", backend="gather"):
+        assert relative_error(run(model, inputs), reference) < 3e-6
