@@ -8,6 +8,7 @@ import numpy as np
 
 from nabla_attn.files import whole_file
 
+CONTAINER_OPTIONS = {"movflags": "+faststart", "fflags": "+bitexact"}
 # x264's bytes depend on its number of threads; one keeps them the same on every machine.
 ENCODER_OPTIONS = {"crf": "14", "preset": "medium", "threads": "1"}
 
@@ -61,9 +62,8 @@ def write_video(frames: np.ndarray, path: str | Path, fps: float) -> None:
     check_fps(fps)
     with (
         whole_file(path) as temporary,
-        av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container,
+        av.open(str(temporary), "w", format="mp4", options=CONTAINER_OPTIONS) as container,
     ):
-        container.flags |= int(av.container.Flags.bitexact)
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         _describe_stream(stream, height, width)
         for index in range(count):
