@@ -1,0 +1,1 @@
+"""Training: recipes, the loop that runs them, and the stages of the built-in model."""

@@ -1,0 +1,207 @@
+"""The stages of the built-in model, each skipped when its result is already in the run folder."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+
+from nabla_attn.training.latents import encode_scenes
+from nabla_attn.training.loop import Progress, Stage, Step, run_stage
+from nabla_attn.training.recipes import BuiltinConfig, TransformerPhase
+from nabla_attn.training.text import CaptionEncoder, build_text_encoder, build_tokenizer
+from nabla_attn.training.transformer import (
+    PadWeight,
+    build_transformer,
+    flow_loss,
+    is_hidden_matrix,
+)
+from nabla_attn.training.vae import (
+    build_vae,
+    encode_mean,
+    is_hidden_convolution,
+    to_model_range,
+    vae_loss,
+)
+from nabla_attn.world.render import render
+from nabla_attn.world.scene import sample_scene
+
+Report = Callable[[Progress], None]
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """`model.save_pretrained(folder)` that leaves either nothing or the whole folder."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    os.replace(temporary, folder)
+
+
+@torch.no_grad()
+def _measure_latents(vae: Any, size: int, frames: int) -> None:
+    """Write the mean and deviation of every latent channel to the VAE's config."""
+    scenes = [sample_scene(index) for index in range(48)]
+    videos = torch.stack([to_model_range(render(s, frames, size, size)) for s in scenes])
+    latents = encode_mean(vae, videos).transpose(0, 1).flatten(1)
+    vae.register_to_config(
+        latents_mean=[round(x, 4) for x in latents.mean(1).tolist()],
+        latents_std=[round(x, 4) for x in latents.std(1).tolist()],
+    )
+
+
+def train_vae(config: BuiltinConfig, folder: Path, report: Report) -> dict[str, Any]:
+    """Train the VAE to `folder`/vae and return the stage's record."""
+    vae = build_vae(config.seed)
+    record = run_stage(
+        Stage(
+            name="vae",
+            folder=folder,
+            module=vae,
+            loss_at=lambda step: vae_loss(vae, config.vae, step),
+            is_hidden=is_hidden_convolution,
+            optim=config.vae.optim,
+            steps=config.vae.steps,
+            seed=config.seed,
+            report=report,
+        )
+    )
+    _measure_latents(vae, size=64, frames=config.frames)
+    save_model(vae, folder / "vae")
+    return record
+
+
+def _sparse_step(model: WanTransformer3DModel, phase: TransformerPhase, step: Step) -> Any:
+    """Attention of one step: NABLA with a random threshold, or dense."""
+    if phase.thresholds is None or step.rng.random() < phase.dense_share:
+        return nullcontext()
+    from nabla_attn import apply
+
+    threshold = round(step.rng.uniform(*phase.thresholds), 3)
+    return apply(model, f"nabla-{threshold}")
+
+
+def train_phase(
+    config: BuiltinConfig, phase: TransformerPhase, start: Path | None, folder: Path, report: Report
+) -> dict[str, Any]:
+    """Train one phase of the transformer to `folder`/<phase> and return the stage's record.
+
+    Args:
+        config: The recipe.
+        phase: Which phase.
+        start: The phase before, or None to start untrained.
+        folder: The run folder.
+        report: Called after every step.
+    """
+    text = CaptionEncoder(
+        build_tokenizer(), build_text_encoder(config.seed), num_tokens=config.text_tokens
+    )
+    vae = AutoencoderKLWan.from_pretrained(folder / "vae")
+    data = encode_scenes(
+        vae,
+        folder,
+        clips=phase.clips,
+        frames=config.frames,
+        size=phase.size,
+        seed=config.seed,
+        report=lambda done, total: report(Progress(f"encode-{phase.size}", done, total, 0.0, 0.0)),
+    )
+    model = (
+        WanTransformer3DModel.from_pretrained(start) if start else build_transformer(config.seed)
+    )
+    padding = PadWeight(config.text_tokens)
+
+    def loss_at(step: Step) -> torch.Tensor:
+        low, high = phase.padding
+        padding.set(low + (high - low) * step.progress)
+        with padding.applied(model), _sparse_step(model, phase, step):
+            loss = flow_loss(model, data, text, phase, step)
+        return loss
+
+    record = run_stage(
+        Stage(
+            name=phase.name,
+            folder=folder,
+            module=model,
+            loss_at=loss_at,
+            is_hidden=is_hidden_matrix,
+            optim=phase.optim,
+            steps=phase.steps,
+            seed=config.seed,
+            save_every=100,
+            report=report,
+        )
+    )
+    save_model(model, folder / phase.name)
+    return record
+
+
+def build_pipeline(config: BuiltinConfig, folder: Path, transformer: Path) -> WanPipeline:
+    """Put the trained parts together as a standard `WanPipeline`."""
+    return WanPipeline(
+        tokenizer=build_tokenizer(),
+        text_encoder=build_text_encoder(config.seed),
+        vae=AutoencoderKLWan.from_pretrained(folder / "vae"),
+        transformer=WanTransformer3DModel.from_pretrained(transformer),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=config.flow_shift,
+        ),
+    )
+
+
+def _write_json(value: Any, path: Path) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def train_builtin(
+    config: BuiltinConfig, folder: Path, report: Report = lambda progress: None
+) -> Path:
+    """Run every stage that is not done yet and save the pipeline.
+
+    Args:
+        config: The recipe.
+        folder: The run folder: checkpoints, encoded clips, logs, `training.json`, `pipeline`.
+        report: Called after every step.
+
+    Returns:
+        The pipeline's directory.
+
+    Raises:
+        ValueError: The folder was begun with another recipe.
+        KeyboardInterrupt: Ctrl-C; the same call goes on from there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "training.json"
+    record = json.loads(log.read_text()) if log.exists() else {"config": None, "stages": []}
+    settings = json.loads(json.dumps(asdict(config)))
+    if record["config"] not in (None, settings):
+        raise ValueError(f"{folder} was begun with another recipe. Choose a new --output folder.")
+    record["config"] = settings
+    _write_json(record, log)
+
+    def add(stage: dict[str, Any]) -> None:
+        record["stages"] = [s for s in record["stages"] if s["stage"] != stage["stage"]] + [stage]
+        _write_json(record, log)
+
+    if not (folder / "vae").exists():
+        add(train_vae(config, folder, report))
+    start = None
+    for phase in config.phases:
+        if not (folder / phase.name).exists():
+            add(train_phase(config, phase, start, folder, report))
+        start = folder / phase.name
+    if not (folder / "pipeline").exists():
+        assert start is not None, "a recipe has at least one phase"
+        pipeline = build_pipeline(config, folder, start)
+        save_model(pipeline, folder / "pipeline")
+        _write_json(settings["defaults"], folder / "pipeline" / "defaults.json")
+    return folder / "pipeline"

@@ -1,0 +1,187 @@
+"""Recipes: short functions that return everything a training run is made of."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimiser and schedule of one stage.
+
+    Attributes:
+        muon_lr: Learning rate of hidden weights.
+        adamw_lr: Learning rate of everything else.
+        muon_weight_decay: Decoupled weight decay of hidden weights.
+        warmup: Steps of linear warm-up.
+        flat: Share of the steps after which the learning rate decays linearly.
+        final: Learning rate at the end, as a share of the full one.
+        average: Decay of the running average of the weights.
+        clip: Largest gradient norm.
+    """
+
+    muon_lr: float
+    adamw_lr: float
+    muon_weight_decay: float = 0.0
+    warmup: int = 20
+    flat: float = 0.4
+    final: float = 0.0
+    average: float = 0.99
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class VaePhase:
+    """Part of the VAE's training: steps on crops of one size.
+
+    Attributes:
+        steps: Number of steps.
+        batch: Clips a step.
+        frames: Frames of a clip, 4 n + 1.
+        size: Height and width of a crop in pixels.
+        largest: Height of the largest frame that crops are cut from.
+    """
+
+    steps: int
+    batch: int
+    frames: int
+    size: int
+    largest: int
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """Training of the VAE."""
+
+    phases: tuple[VaePhase, ...]
+    optim: OptimConfig = OptimConfig(muon_lr=0.015, adamw_lr=2e-3)
+    foreground_weight: float = 4.0
+    latent_noise: float = 0.1
+    latent_penalty: float = 1e-4
+
+    @property
+    def steps(self) -> int:
+        """Steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
+
+
+BUILTIN_VAE = VaeConfig(
+    phases=(
+        VaePhase(steps=600, batch=48, frames=1, size=32, largest=128),
+        VaePhase(steps=350, batch=16, frames=5, size=32, largest=128),
+        VaePhase(steps=600, batch=8, frames=13, size=32, largest=128),
+        VaePhase(steps=300, batch=2, frames=13, size=64, largest=256),
+        VaePhase(steps=60, batch=2, frames=1, size=256, largest=256),
+        VaePhase(steps=100, batch=1, frames=13, size=128, largest=256),
+        VaePhase(steps=40, batch=1, frames=5, size=256, largest=256),
+    )
+)
+
+
+@dataclass(frozen=True)
+class TransformerPhase:
+    """One stage of the transformer's training: clips of one size, from the stage before.
+
+    Attributes:
+        name: Names the stage.
+        size: Height and width in pixels.
+        steps: Number of steps.
+        batch: Clips a step.
+        clips: Number of distinct clips.
+        shift: Shift of the noise levels; larger frames need more noise.
+        optim: Optimiser settings.
+        images: Train on the first latent frame only.
+        thresholds: NABLA thresholds to draw from, (lowest, highest); None is dense attention.
+        dense_share: Share of the steps that stay dense where thresholds are given.
+        padding: Weight of the text padding at the stage's start and end, 0 to 1.
+    """
+
+    name: str
+    size: int
+    steps: int
+    batch: int
+    clips: int
+    shift: float
+    optim: OptimConfig
+    images: bool = False
+    thresholds: tuple[float, float] | None = None
+    dense_share: float = 0.25
+    padding: tuple[float, float] = (1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """How the finished model is used unless asked otherwise."""
+
+    height: int
+    width: int
+    frames: int
+    steps: int
+    guidance: float
+    fps: int
+    sparse_algo: str
+
+
+@dataclass(frozen=True)
+class BuiltinConfig:
+    """Everything the built-in model is made of."""
+
+    seed: int
+    frames: int
+    text_tokens: int
+    vae: VaeConfig
+    phases: tuple[TransformerPhase, ...]
+    flow_shift: float
+    defaults: Defaults
+
+
+def _optim(rate: float, warmup: int, average: float) -> OptimConfig:
+    """Muon at `rate` and AdamW at a tenth of it."""
+    return OptimConfig(
+        muon_lr=rate,
+        adamw_lr=rate / 10,
+        muon_weight_decay=0.01,
+        warmup=warmup,
+        final=0.1,
+        average=average,
+    )
+
+
+def builtin() -> BuiltinConfig:
+    """The model that ships with the package: 256x256, 13 frames, 4,096 tokens; under two hours."""
+    return BuiltinConfig(
+        seed=0,
+        frames=13,
+        text_tokens=14,
+        vae=BUILTIN_VAE,
+        phases=(
+            TransformerPhase(
+                "images-32", 32, 300, 128, 4096, 3.0, _optim(0.02, 100, 0.99),
+                images=True, padding=(0.0, 0.2),
+            ),
+            TransformerPhase(
+                "clips-32", 32, 900, 32, 4096, 3.0, _optim(0.02, 50, 0.998), padding=(0.2, 1.0)
+            ),
+            TransformerPhase("clips-64", 64, 800, 12, 1536, 4.0, _optim(0.015, 50, 0.995)),
+            TransformerPhase("clips-128", 128, 600, 3, 512, 5.0, _optim(0.01, 50, 0.995)),
+            TransformerPhase("images-256", 256, 100, 3, 224, 7.0, _optim(0.01, 20, 0.98), images=True),
+            TransformerPhase(
+                "clips-256", 256, 500, 1, 224, 7.0, _optim(0.006, 20, 0.99), thresholds=(0.4, 0.9)
+            ),
+        ),
+        flow_shift=5.0,
+        defaults=Defaults(256, 256, 13, 10, 4.0, 8, "nabla-0.7"),
+    )  # fmt: skip
+
+
+RECIPES: dict[str, Callable[[], BuiltinConfig]] = {"builtin": builtin}
+
+
+def recipe(name: str) -> BuiltinConfig:
+    """Look a recipe up by name.
+
+    Raises:
+        ValueError: There is no such recipe.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}. Known recipes: {', '.join(RECIPES)}.")
+    return RECIPES[name]()

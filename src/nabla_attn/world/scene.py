@@ -1,0 +1,158 @@
+"""Scenes of the moving-shapes world: what is in a video, before a single pixel is drawn."""
+
+import random
+from dataclasses import dataclass
+from itertools import combinations, islice, product
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 40, 40),
+    "green": (40, 180, 60),
+    "blue": (50, 70, 220),
+    "yellow": (230, 210, 40),
+    "purple": (180, 50, 200),
+    "cyan": (50, 200, 210),
+}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {"black": (16, 16, 16), "white": (240, 240, 240)}
+KINDS = ("circle", "square", "triangle")
+DIRECTIONS: dict[str, tuple[int, int]] = {
+    "right": (1, 0),
+    "left": (-1, 0),
+    "up": (0, -1),
+    "down": (0, 1),
+}
+SIZES: dict[str, float] = {"small": 0.14, "large": 0.22}
+"""Half the width of a shape's bounding box, as a share of the frame's shorter side."""
+
+TRAVEL = 0.4
+"""Share of the frame that a shape crosses from the first frame to the last."""
+
+MARGIN = 0.02
+"""Share of the frame kept free between a shape and the frame's edge, and between shapes."""
+
+HELD_OUT: frozenset[tuple[str, str, str]] = frozenset(
+    islice(
+        (
+            (colour, kind, list(DIRECTIONS)[(i + j) % len(DIRECTIONS)])
+            for (i, colour), (j, kind) in product(enumerate(COLOURS), enumerate(KINDS))
+        ),
+        16,
+    )
+)
+"""16 of the 72 (colour, kind, direction) triples, never shown in training: one direction each of
+16 of the 18 coloured shapes, so every word is learnt and only the combination is new."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One moving shape; `x` and `y` are its centre in the first frame, as shares of the frame."""
+
+    colour: str
+    kind: str
+    direction: str
+    size: str
+    x: float
+    y: float
+
+    @property
+    def radius(self) -> float:
+        """Half the width of the bounding box, as a share of the frame's shorter side."""
+        return SIZES[self.size]
+
+    @property
+    def triple(self) -> tuple[str, str, str]:
+        """What the held-out split is made of: (colour, kind, direction)."""
+        return (self.colour, self.kind, self.direction)
+
+    def centre(self, time: float) -> tuple[float, float]:
+        """Centre (x, y) as shares of the frame at `time`, 0 in the first frame and 1 in the last."""
+        step_x, step_y = DIRECTIONS[self.direction]
+        return self.x + TRAVEL * step_x * time, self.y + TRAVEL * step_y * time
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Shapes of different colours on a plain background."""
+
+    shapes: tuple[Shape, ...]
+    background: str
+
+
+def _start(rng: random.Random, radius: float, step: int) -> float:
+    """Draw one coordinate of the first centre so that the shape stays inside the frame."""
+    low, high = radius + MARGIN, 1 - radius - MARGIN
+    return rng.uniform(low - min(step, 0) * TRAVEL, high - max(step, 0) * TRAVEL)
+
+
+def place_shape(
+    rng: random.Random, colour: str, kind: str, direction: str, size: str | None = None
+) -> Shape:
+    """Place a described shape at random, wholly inside the frame from first to last frame."""
+    size = size or rng.choice(list(SIZES))
+    step_x, step_y = DIRECTIONS[direction]
+    radius = SIZES[size]
+    x, y = _start(rng, radius, step_x), _start(rng, radius, step_y)
+    return Shape(colour, kind, direction, size, x, y)
+
+
+def _collide(first: Shape, second: Shape) -> bool:
+    reach = first.radius + second.radius + MARGIN
+    for time in (0, 0.25, 0.5, 0.75, 1):
+        (x0, y0), (x1, y1) = first.centre(time), second.centre(time)
+        if max(abs(x0 - x1), abs(y0 - y1)) < reach:
+            return True
+    return False
+
+
+def _sample_shape(rng: random.Random, colour: str) -> Shape:
+    while True:
+        kind, direction = rng.choice(KINDS), rng.choice(list(DIRECTIONS))
+        if (colour, kind, direction) not in HELD_OUT:
+            return place_shape(rng, colour, kind, direction)
+
+
+def _sample_apart(rng: random.Random, colour: str, others: list[Shape]) -> Shape:
+    """Draw a shape that collides with no other; where none fits, one of the others moves away."""
+    while True:
+        for _ in range(20):
+            shape = _sample_shape(rng, colour)
+            if not any(_collide(shape, other) for other in others):
+                return shape
+        index = rng.randrange(len(others))
+        moved = others.pop(index)
+        others.insert(index, _sample_apart(rng, moved.colour, others))
+
+
+def sample_scene(seed: int, num_shapes: int = 1) -> Scene:
+    """Draw a training scene: colours differ, nothing collides, no held-out triple occurs.
+
+    Args:
+        seed: The same seed gives the same scene.
+        num_shapes: 1 to 3.
+
+    Raises:
+        ValueError: `num_shapes` is out of range.
+    """
+    if num_shapes not in (1, 2, 3):
+        raise ValueError(f"a scene has 1 to 3 shapes: got num_shapes={num_shapes}")
+    rng = random.Random(seed)
+    background = rng.choice(list(BACKGROUNDS))
+    shapes: list[Shape] = []
+    for colour in rng.sample(list(COLOURS), num_shapes):
+        shapes.append(_sample_apart(rng, colour, shapes))
+    return Scene(tuple(shapes), background)
+
+
+def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
+    """Scenes of one shape for judging, cycling through the held-out triples.
+
+    Args:
+        count: How many; the first n of a longer list are the list of n.
+        seed: Draws sizes, places and backgrounds.
+    """
+    triples = sorted(HELD_OUT)
+    scenes = []
+    for index in range(count):
+        rng = random.Random(f"held-out {seed} {index}")
+        shape = place_shape(rng, *triples[index % len(triples)])
+        scenes.append(Scene((shape,), rng.choice(list(BACKGROUNDS))))
+    return scenes
