@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from nabla_attn.checkpoints.kinds import FAMILIES
+
 # Share of the noise steps that the high-noise expert of Wan 2.2 takes (Wan2.2 wan/configs).
 BOUNDARIES = {"t2v-2.2": 0.875, "i2v-2.2": 0.900}
 IMAGE_FAMILIES = ("i2v", "flf2v", "i2v-2.2")
@@ -27,3 +29,18 @@ def pipeline_options(family: str) -> dict[str, Any]:
     if family == "ti2v-2.2":
         options["expand_timesteps"] = True
     return options
+
+
+def check_pipeline(task: str, cls: type, where: object) -> None:
+    """Raise unless a diffusers directory's pipeline class serves ``task``.
+
+    Raises:
+        ValueError: the class is another task's.
+    """
+    family = next(family for family, tasks in FAMILIES.items() if task in tasks)
+    wanted = pipeline_class(family)
+    if cls is not wanted:
+        raise ValueError(
+            f"{where} is a {cls.__name__}, {task} needs a {wanted.__name__}. Pass another task, or "
+            "the directory of a checkpoint for this one."
+        )

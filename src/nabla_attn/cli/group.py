@@ -11,7 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 # Each is the function of the same name in the module of the same name beside this one.
-VERBS = ("generate", "compare", "info")
+VERBS = ("generate", "compare", "info", "convert", "wan")
 BAD_INPUT, INTERRUPTED = 2, 130
 
 
@@ -30,6 +30,13 @@ class VerbGroup(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         """All verbs, in reading order."""
         return list(VERBS)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the verb; ``generate --task`` is the reference command, which ``wan`` runs."""
+        has_task = any(arg.partition("=")[0] == "--task" for arg in args)
+        if args[:1] == ["generate"] and has_task:
+            args = ["wan", *args[1:]]
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Import a verb's module and make its function a command."""

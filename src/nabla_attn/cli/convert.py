@@ -1,0 +1,28 @@
+"""``nabla convert``: an original Wan checkpoint to a diffusers directory."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="Checkpoint in the original Wan layout.")],
+    target: Annotated[
+        Path, typer.Argument(help="Directory to make; an earlier run is gone on with.")
+    ],
+    dtype: Annotated[
+        str, typer.Option(help="stored, float32, bfloat16 or float16; the VAE stays as stored.")
+    ] = "stored",
+) -> None:
+    """Write an original Wan checkpoint as a diffusers directory: streamed, resumable, verified."""
+    from nabla_attn.checkpoints.convert import convert_wan
+    from nabla_attn.cli.wan_options import loading_bar, quiet_libraries
+    from nabla_attn.generation.pipeline import DTYPES
+
+    if dtype != "stored" and dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}. Known: stored, {', '.join(DTYPES)}.")
+    quiet_libraries()
+    with loading_bar() as progress:
+        convert_wan(source, target, dtype=DTYPES.get(dtype), progress=progress)
+    typer.echo(f"{target}: written and compared with {source}, tensor by tensor.")
