@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from hypothesis import strategies as st
 from tests.oracle import ODD_GRIDS, random_qkv
 
 import nabla_attn as na
+from nabla_attn import mapping
+from nabla_attn.core.order import TokenLayout
+from nabla_attn.core.scores import pool_blocks, score_blocks
 
 grids = pytest.mark.parametrize("grid", ODD_GRIDS.values(), ids=ODD_GRIDS.keys())
 
@@ -133,3 +137,48 @@ def test_import_loads_torch_and_nothing_heavier():
         " 'accelerate', 'fastapi'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("algorithm", ["nabla-0.4", "topk-0.3", "nabla-0.4_sta-1-3-3", "topk-0.2"])
+@grids
+def test_panels_of_any_size_give_the_same_map(grid, algorithm, monkeypatch):
+    q, k, _ = random_qkv(grid, batch=2, heads=3)
+    whole = na.build_block_map(q, k, grid, na.parse(algorithm))
+    for scores in (1, 3 * grid.num_blocks, 2 * grid.num_blocks**2):
+        monkeypatch.setattr(mapping, "PANEL_SCORES", scores)
+        assert torch.equal(na.build_block_map(q, k, grid, na.parse(algorithm)).mask, whole.mask)
+
+
+COMPILED_MAP = """
+import torch
+import nabla_attn as na
+from nabla_attn import fusion
+from tests.oracle import random_qkv
+
+q, k, _ = random_qkv(na.TokenGrid(3, 17, 16), batch=2)
+build = lambda text: na.build_block_map(q, k, na.TokenGrid(3, 17, 16), na.parse(text)).mask
+eager = {text: build(text) for text in ("nabla-0.4", "nabla-0.8")}
+fusion.MIN_ELEMENTS = 0
+assert torch.equal(build("nabla-0.4"), eager["nabla-0.4"])
+with torch._dynamo.config.patch(error_on_recompile=True):
+    assert torch.equal(build("nabla-0.8"), eager["nabla-0.8"])
+"""
+
+
+def test_a_compiled_map_is_the_same_and_a_new_threshold_recompiles_nothing():
+    # A process of its own: the compiler cannot see through this run's type checks.
+    subprocess.run([sys.executable, "-c", COMPILED_MAP], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_kept_mass_is_measured_on_the_map_that_is_used():
+    grid = na.TokenGrid(2, 16, 16)
+    q, k, _ = random_qkv(grid)
+    layout = TokenLayout(grid)
+    blocks = [na.to_blocks(x, grid) for x in (q, k)]
+    for algorithm, low in (("nabla-0.6", 0.6), ("dense", 1), ("sta-1-1-1", 0), ("topk-0.5", 0)):
+        bmap = mapping.map_blocks(*blocks, layout, na.parse(algorithm), measure=True)
+        pooled = [pool_blocks(x, torch.full((8,), 64)) for x in blocks]
+        probs = score_blocks(*pooled)
+        expected = (probs * bmap.mask).sum(-1).mean(-1)
+        torch.testing.assert_close(bmap.kept_mass, expected)
+        assert (bmap.kept_mass >= low - 1e-6).all()

@@ -3,18 +3,15 @@
 tokens -> blocks -> scores -> block map -> backend -> output
 """
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nabla_attn import backends
 from nabla_attn.config import SparseConfig
-from nabla_attn.core.block_map import BlockMap, block_map_of
+from nabla_attn.core.block_map import BlockMap
 from nabla_attn.core.grid import TokenGrid
-from nabla_attn.core.order import TokenLayout, block_order, to_blocks, to_raster
-from nabla_attn.core.scores import pool_blocks, score_blocks
-from nabla_attn.core.select import select_by_mass, select_top_share
-from nabla_attn.core.window import build_first_frame_map, build_segment_map, build_window_map
+from nabla_attn.core.order import TokenLayout, to_blocks, to_raster
+from nabla_attn.mapping import map_blocks
 
 
 def nabla_attention(
@@ -91,44 +88,3 @@ def build_block_map(
         text_valid=text_valid,
         keep_first_frame=keep_first_frame,
     )
-
-
-@torch.no_grad()
-def map_blocks(
-    q_blocks: Float[Tensor, "batch heads slots dim"],
-    k_blocks: Float[Tensor, "batch heads slots dim"],
-    layout: TokenLayout,
-    config: SparseConfig,
-    *,
-    scale: float | None = None,
-    text_valid: Bool[Tensor, "batch text"] | None = None,
-    keep_first_frame: bool = False,
-) -> BlockMap:
-    """Pool, score and select blocks of queries and keys that are already in block order."""
-    grid, device = layout.grid, q_blocks.device
-    segments = None if grid.segments is None else build_segment_map(grid, device)
-    shape = (*q_blocks.shape[:2], grid.num_blocks, grid.num_blocks)
-    if config.is_dense:
-        kept = torch.ones(shape, dtype=torch.bool, device=device)
-    elif config.is_adaptive:
-        counts = block_order(layout, device).counts[: grid.num_blocks]
-        q_pooled, k_pooled = (
-            pool_blocks(x[:, :, : grid.num_slots], counts) for x in (q_blocks, k_blocks)
-        )
-        kept = _select(score_blocks(q_pooled, k_pooled, scale=scale, allowed=segments), config)
-    else:
-        kept = torch.zeros(shape, dtype=torch.bool, device=device)
-    if config.window is not None:
-        kept = kept | build_window_map(grid, config.window, device)
-    if keep_first_frame:
-        kept = kept | build_first_frame_map(grid, device)
-    if segments is not None:
-        kept = kept & segments
-    return block_map_of(kept, layout, text_valid)
-
-
-def _select(probs: Tensor, config: SparseConfig) -> Tensor:
-    if config.threshold is not None:
-        return select_by_mass(probs, config.threshold)
-    assert config.topk is not None
-    return select_top_share(probs, config.topk)

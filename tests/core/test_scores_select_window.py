@@ -114,3 +114,22 @@ def test_clips_do_not_see_each_other():
 def test_first_frame_of_every_clip():
     grid = na.TokenGrid(5, 8, 16, segments=(2, 3))
     assert build_first_frame_map(grid, CPU).nonzero().flatten().tolist() == [0, 1, 4, 5]
+
+
+@given(seed=st.integers(0, 9999), size=st.integers(1, 40), spread=st.floats(0, 30))
+@settings(max_examples=200)
+def test_bisection_equals_sorting(seed, size, spread):
+    generator = torch.Generator().manual_seed(seed)
+    rows = (spread * torch.randn(5, size, generator=generator, dtype=torch.float64)).softmax(-1)
+    ordered, index = rows.sort(dim=-1, descending=True, stable=True)
+    for threshold in (0.1, 0.5, 0.9, 0.999):
+        keep = (ordered.cumsum(dim=-1) - ordered) < threshold
+        margin = (ordered.cumsum(-1) - threshold).abs().min(-1).values
+        expected = torch.zeros_like(keep).scatter_(-1, index, keep)
+        clear = margin > 1e-12
+        assert torch.equal(select_by_mass(rows, threshold)[clear], expected[clear])
+
+
+def test_rows_that_are_not_numbers_are_kept_whole():
+    probs = torch.tensor([[float("nan")] * 3, [0.2, 0.3, 0.5]])
+    assert select_by_mass(probs, 0.5).tolist() == [[True] * 3, [False, False, True]]

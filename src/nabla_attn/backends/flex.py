@@ -3,7 +3,6 @@
 Uncompiled FlexAttention silently ignores the block indices, so nothing here runs it uncompiled.
 """
 
-import shutil
 from functools import lru_cache
 from typing import Any
 
@@ -11,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention.flex_attention import FlexKernelOptions, flex_attention
-from torch.utils._triton import has_triton
 
 from nabla_attn.core.block_map import BlockMap, build_block_mask
+from nabla_attn.fusion import why_not_compile
 
 
 def attend(
@@ -32,17 +31,10 @@ def attend(
 
 def why_not(device: torch.device, *, needs_grad: bool = False) -> str | None:
     """The reason why FlexAttention cannot run on `device`, or None."""
-    if device.type == "cuda":
-        return (
-            None if has_triton() else "FlexAttention needs Triton on CUDA, which is not installed"
-        )
-    if device.type != "cpu":
-        return f"FlexAttention has no compiled kernel for {device.type}"
-    if needs_grad:
+    if device.type == "cpu" and needs_grad:
         return "FlexAttention has no backward on CPU"
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
-        return "FlexAttention needs a C++ compiler on CPU (g++ or clang++), none is on PATH"
-    return None
+    reason = why_not_compile(device)
+    return reason and f"FlexAttention must be compiled, and {reason}"
 
 
 @lru_cache(maxsize=1)

@@ -20,12 +20,15 @@ class BlockMap:
         kv_valid: slots that may be attended, per sample or for all (leading axis 1);
             None when every slot holds a token.
         block_tokens: slots of a block.
+        kept_mass: probability mass of the pooled map that is kept, mean over the rows of each
+            sample and head, where it was measured.
     """
 
     mask: Bool[Tensor, "batch heads q_blocks kv_blocks"]
     q_counts: Int[Tensor, " q_blocks"]
     kv_valid: Bool[Tensor, "samples kv_slots"] | None
     block_tokens: int
+    kept_mass: Float[Tensor, "batch heads"] | None = None
 
     @property
     def kv_counts(self) -> Int[Tensor, "samples kv_blocks"]:
@@ -74,6 +77,8 @@ def block_map_of(
     video_mask: Bool[Tensor, "batch heads q_blocks kv_blocks"],
     layout: TokenLayout,
     text_valid: Bool[Tensor, "batch text"] | None = None,
+    *,
+    kept_mass: Float[Tensor, "batch heads"] | None = None,
 ) -> BlockMap:
     """Wrap a map of video blocks, adding dense strips of text: text sees all and is seen by all.
 
@@ -81,6 +86,7 @@ def block_map_of(
         video_mask: kept pairs of video blocks.
         layout: where the tokens are.
         text_valid: False where a sample's text is padding, which is never attended; None is all.
+        kept_mass: as in `BlockMap`.
 
     Raises:
         ValueError: `text_valid` does not have one entry per sample and text token.
@@ -90,7 +96,7 @@ def block_map_of(
     mask = torch.nn.functional.pad(video_mask, pad, value=True) if num_text_blocks else video_mask
     counts = block_order(layout, mask.device).counts
     kv_valid = _valid_slots(layout, video_mask.shape[0], text_valid, mask.device)
-    return BlockMap(mask, counts, kv_valid, layout.grid.block.tokens)
+    return BlockMap(mask, counts, kv_valid, layout.grid.block.tokens, kept_mass)
 
 
 def _valid_slots(

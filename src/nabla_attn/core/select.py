@@ -1,14 +1,22 @@
-"""Which key blocks each query block keeps: probabilities -> bool."""
+"""Which key blocks each query block keeps: probabilities -> bool, without sorting.
+
+A row keeps its blocks above a crossing value and, among those equal to it, the first few. The
+crossing value is found by bisection over the bit patterns of floats, which ascend as they do.
+"""
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+# Floats of one sign sort like the integers that share their bits.
+_BITS = {torch.float32: (torch.int32, 31), torch.float64: (torch.int64, 63)}
+
 
 def select_by_mass(
-    probs: Float[Tensor, "*rows kv_blocks"], threshold: float
+    probs: Float[Tensor, "*rows kv_blocks"], threshold: float | Float[Tensor, "q_blocks 1"]
 ) -> Bool[Tensor, "*rows kv_blocks"]:
     """Keep the fewest highest blocks of each row whose mass reaches `threshold`.
 
@@ -16,21 +24,20 @@ def select_by_mass(
 
     Args:
         probs: rows that sum to 1, fp32 or fp64.
-        threshold: kept mass in (0, 1].
+        threshold: kept mass in (0, 1]; a tensor with one value per row is not checked, and a new
+            value recompiles nothing.
 
     Raises:
         ValueError: the threshold is outside (0, 1].
 
     Source: arXiv:2507.13546 Alg. 1 lines 7-10; reference wan/modules/attention.py:272-276.
     """
-    check_share("threshold", threshold)
-    if threshold == 1:
-        return torch.ones_like(probs, dtype=torch.bool)
-    ordered, index = probs.sort(dim=-1, descending=True, stable=True)
-    mass_above = ordered.cumsum(dim=-1) - ordered
-    keep = mass_above < threshold
-    keep[..., 0] = True
-    return torch.zeros_like(keep).scatter_(-1, index, keep)
+    if not isinstance(threshold, Tensor):
+        check_share("threshold", threshold)
+        threshold = torch.tensor(threshold, dtype=probs.dtype, device=probs.device)
+    kept = _keep_until(probs, lambda above: torch.where(above, probs, 0), threshold)
+    # Rounding must not let a row fall short of 1, nor hide a row that is not a number.
+    return kept | (threshold >= 1) | probs[..., :1].isnan()
 
 
 def select_top_share(
@@ -39,20 +46,60 @@ def select_top_share(
     """Keep the highest `share` of each row's blocks, rounded up, so at least one.
 
     Args:
-        probs: any score per block; only the order counts. Ties go to the lower index.
+        probs: rows of fp32 or fp64 that are not negative; only the order counts. Ties go to the
+            lower index.
         share: kept blocks / all blocks, in (0, 1].
+
+    Raises:
+        ValueError: the share is outside (0, 1].
+    """
+    num_kept = count_of_share(share, probs.shape[-1])
+    return select_top(probs, torch.tensor(num_kept, dtype=probs.dtype, device=probs.device))
+
+
+def select_top(
+    probs: Float[Tensor, "*rows kv_blocks"], num_kept: Tensor
+) -> Bool[Tensor, "*rows kv_blocks"]:
+    """Keep the `num_kept` highest blocks, one number for all rows or one per row; see above."""
+    return _keep_until(probs, lambda above: above.to(probs.dtype), num_kept)
+
+
+def count_of_share(share: float, num_blocks: int) -> int:
+    """Blocks that make up a share, rounded up, at least one.
 
     Raises:
         ValueError: the share is outside (0, 1].
     """
     check_share("share", share)
     # 0.1 * 30 is 3.0000000000000004 in binary: shave rounding off before going up.
-    num_kept = max(1, math.ceil(share * probs.shape[-1] * (1 - 1e-12)))
-    index = probs.sort(dim=-1, descending=True, stable=True).indices[..., :num_kept]
-    return torch.zeros_like(probs, dtype=torch.bool).scatter_(-1, index, True)
+    return max(1, math.ceil(share * num_blocks * (1 - 1e-12)))
 
 
 def check_share(name: str, value: float) -> None:
     """Raise ValueError unless `value` is a number in (0, 1]."""
     if not 0 < value <= 1:
         raise ValueError(f"{name} must be in (0, 1]: got {value}.")
+
+
+def _keep_until(values: Tensor, weigh: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
+    """Keep the fewest highest values of each row whose weights reach the target."""
+    crossing = _crossing_value(values, weigh, target)
+    above, ties = values > crossing, values == crossing
+    missing = target - weigh(above).sum(dim=-1, keepdim=True)
+    weight = weigh(ties).amax(dim=-1, keepdim=True)
+    # A row that never reaches the target divides by zero: infinity, so all ties are kept.
+    num_ties = (missing / weight).ceil().clamp_min(1)
+    return above | (ties & (ties.cumsum(dim=-1) <= num_ties))
+
+
+def _crossing_value(values: Tensor, weigh: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
+    """The lowest value of each row such that what lies above it weighs less than the target."""
+    integer, num_bits = _BITS[values.dtype]
+    bits = values.view(integer)
+    high = bits.amax(dim=-1, keepdim=True)
+    low = torch.full_like(high, -1)
+    for _ in range(num_bits):
+        middle = (low + high) >> 1
+        is_light = weigh(bits > middle).sum(dim=-1, keepdim=True) < target
+        low, high = torch.where(is_light, low, middle), torch.where(is_light, middle, high)
+    return high.view(values.dtype)

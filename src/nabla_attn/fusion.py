@@ -1,0 +1,41 @@
+"""Chains of small tensor operations, fused by torch.compile where that pays for its compilation."""
+
+import shutil
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.utils._triton import has_triton
+
+# Below this many elements a chain takes well under a millisecond, and compiling takes seconds.
+MIN_ELEMENTS = 2**21
+
+
+def fused(
+    function: Callable[..., Any], num_elements: int, device: torch.device
+) -> Callable[..., Any]:
+    """`function` compiled if its work is large and a compiler is here, else `function` itself."""
+    is_small = num_elements < MIN_ELEMENTS
+    if is_small or torch.compiler.is_compiling() or why_not_compile(device) is not None:
+        return function
+    return _compiled(function)
+
+
+@lru_cache(maxsize=1)
+def _has_cpp_compiler() -> bool:
+    return any(shutil.which(name) for name in ("g++", "clang++"))
+
+
+def why_not_compile(device: torch.device) -> str | None:
+    """The reason why torch.compile cannot make kernels for `device`, or None."""
+    if device.type == "cuda":
+        return None if has_triton() else "Triton is not installed"
+    if device.type == "cpu":
+        return None if _has_cpp_compiler() else "no C++ compiler (g++ or clang++) is on PATH"
+    return f"there is no compiled kernel for {device.type}"
+
+
+@lru_cache(maxsize=32)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True)

@@ -1,0 +1,133 @@
+"""Scores -> block map: the adaptive part in panels of bounded memory, joined with the windows."""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from nabla_attn.config import SparseConfig
+from nabla_attn.core.block_map import BlockMap, block_map_of
+from nabla_attn.core.order import TokenLayout, block_order
+from nabla_attn.core.scores import pool_blocks, score_blocks
+from nabla_attn.core.select import count_of_share, select_by_mass, select_top
+from nabla_attn.core.window import build_first_frame_map, build_segment_map, build_window_map
+from nabla_attn.fusion import fused
+
+# Scores of one panel: 128 MB in fp32, so that a few temporaries stay far below 2 GB.
+PANEL_SCORES = 2**25
+
+
+@torch.no_grad()
+def map_blocks(
+    q_blocks: Float[Tensor, "batch heads slots dim"],
+    k_blocks: Float[Tensor, "batch heads slots dim"],
+    layout: TokenLayout,
+    config: SparseConfig,
+    *,
+    scale: float | None = None,
+    text_valid: Bool[Tensor, "batch text"] | None = None,
+    keep_first_frame: bool = False,
+    measure: bool = False,
+) -> BlockMap:
+    """Pool, score and select blocks of queries and keys that are already in block order.
+
+    Args:
+        q_blocks: queries in block order.
+        k_blocks: keys in block order.
+        layout: where the tokens are.
+        config: which blocks are kept.
+        scale: factor on q.k; None is 1/sqrt(dim).
+        text_valid: False where a sample's text is padding.
+        keep_first_frame: every block attends the first frame of its clip.
+        measure: fill `BlockMap.kept_mass`.
+    """
+    grid, device = layout.grid, q_blocks.device
+    fixed = _fixed_blocks(layout, config, device, keep_first_frame)
+    segments = None if grid.segments is None else build_segment_map(grid, device)
+    shape = (*q_blocks.shape[:2], grid.num_blocks, grid.num_blocks)
+    if not config.is_adaptive and not measure:
+        kept = torch.ones(shape, dtype=torch.bool, device=device) if fixed is None else fixed
+        kept = kept if segments is None else kept & segments
+        return block_map_of(kept.expand(shape), layout, text_valid)
+    counts = block_order(layout, device).counts[: grid.num_blocks]
+    q_pooled, k_pooled = (
+        pool_blocks(x[:, :, : grid.num_slots], counts).flatten(0, 1) for x in (q_blocks, k_blocks)
+    )
+    kept = torch.empty(shape, dtype=torch.bool, device=device).flatten(0, 1)
+    mass = q_pooled.new_empty(q_pooled.shape[:2])
+    run = fused(_select_panel, kept.numel(), device)
+    target = _targets(layout, config).to(mass)
+    for heads, rows in _panels(*kept.shape):
+        kept[heads, rows], mass[heads, rows] = run(
+            q_pooled[heads, rows],
+            k_pooled[heads],
+            target[rows],
+            None if fixed is None else fixed[rows],
+            None if segments is None else segments[rows],
+            scale,
+            _rule(config),
+        )
+    head_mass = mass.mean(dim=1).view(shape[:2]) if measure else None
+    return block_map_of(kept.view(shape), layout, text_valid, kept_mass=head_mass)
+
+
+def _rule(config: SparseConfig) -> str:
+    if config.is_adaptive:
+        return "mass" if config.threshold is not None else "share"
+    return "all" if config.window is None else "none"
+
+
+def _targets(layout: TokenLayout, config: SparseConfig) -> Float[Tensor, "q_blocks 1"]:
+    """What each row must reach: a mass, or a number of blocks out of its own clip's."""
+    grid = layout.grid
+    if config.topk is None:
+        return torch.full((grid.num_blocks, 1), config.threshold or 1.0, dtype=torch.float64)
+    per_time = grid.num_blocks // grid.blocks[0]
+    counts = [count_of_share(config.topk, blocks * per_time) for blocks in grid.segment_blocks]
+    lengths = torch.tensor([blocks * per_time for blocks in grid.segment_blocks])
+    return torch.tensor(counts, dtype=torch.float64).repeat_interleave(lengths)[:, None]
+
+
+def _fixed_blocks(
+    layout: TokenLayout, config: SparseConfig, device: torch.device, keep_first_frame: bool
+) -> Bool[Tensor, "q_blocks kv_blocks"] | None:
+    """Blocks that are kept whatever the tokens hold, or None."""
+    fixed = None
+    if config.window is not None:
+        fixed = build_window_map(layout.grid, config.window, device)
+    if keep_first_frame and not config.is_dense:
+        first = build_first_frame_map(layout.grid, device)
+        fixed = first.expand(first.numel(), -1) if fixed is None else fixed | first
+    return fixed
+
+
+def _panels(num_heads: int, num_rows: int, num_columns: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of heads and rows of at most PANEL_SCORES scores, whole heads where they fit."""
+    rows = max(1, min(num_rows, PANEL_SCORES // num_columns))
+    heads = max(1, PANEL_SCORES // (rows * num_columns)) if rows == num_rows else 1
+    for head in range(0, num_heads, heads):
+        for row in range(0, num_rows, rows):
+            yield slice(head, head + heads), slice(row, row + rows)
+
+
+def _select_panel(
+    q_pooled: Tensor,
+    k_pooled: Tensor,
+    target: Tensor,
+    fixed: Tensor | None,
+    segments: Tensor | None,
+    scale: float | None,
+    rule: str,
+) -> tuple[Tensor, Tensor]:
+    """Kept blocks of some rows, and the probability mass that they hold."""
+    probs = score_blocks(q_pooled, k_pooled, scale=scale, allowed=segments)
+    if rule == "mass":
+        kept = select_by_mass(probs, target)
+    elif rule == "share":
+        kept = select_top(probs, target)
+    else:
+        kept = torch.full_like(probs, rule == "all", dtype=torch.bool)
+    kept = kept if fixed is None else kept | fixed
+    kept = kept if segments is None else kept & segments
+    return kept, torch.where(kept, probs, 0).sum(dim=-1)
