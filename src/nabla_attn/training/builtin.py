@@ -1,7 +1,6 @@
 """The stages of the built-in model, each skipped when its result is already in the run folder."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
+from nabla_attn.files import write_text
+from nabla_attn.record import RunRecord, collect_versions, describe_device
 from nabla_attn.training.latents import encode_scenes
 from nabla_attn.training.loop import Progress, Stage, Step, run_stage
 from nabla_attn.training.recipes import BuiltinConfig, TransformerPhase
@@ -40,7 +41,7 @@ def save_model(model: Any, folder: Path) -> None:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
-    os.replace(temporary, folder)
+    temporary.replace(folder)
 
 
 @torch.no_grad()
@@ -156,10 +157,38 @@ def build_pipeline(config: BuiltinConfig, folder: Path, transformer: Path) -> Wa
     )
 
 
-def _write_json(value: Any, path: Path) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+class _Log:
+    """`training.json` of a run folder: the recipe and a record of every finished stage."""
+
+    def __init__(self, config: BuiltinConfig, folder: Path) -> None:
+        self._path = folder / "training.json"
+        self._config = json.loads(json.dumps(asdict(config)))
+        self._seed = config.seed
+        self._stages: list[dict[str, Any]] = []
+        if self._path.exists():
+            record = RunRecord.load(self._path)
+            if record.config != self._config:
+                raise ValueError(
+                    f"{folder} was begun with another recipe. Choose a new --output folder."
+                )
+            self._stages = record.numbers["stages"]
+        self._save()
+
+    def add(self, stage: dict[str, Any]) -> None:
+        """Keep the record of a finished stage."""
+        self._stages = [kept for kept in self._stages if kept["stage"] != stage["stage"]]
+        self._stages.append(stage)
+        self._save()
+
+    def _save(self) -> None:
+        RunRecord(
+            kind="train",
+            config=self._config,
+            seed=self._seed,
+            versions=collect_versions(),
+            device=describe_device(),
+            numbers={"stages": self._stages},
+        ).save(self._path)
 
 
 def train_builtin(
@@ -180,28 +209,17 @@ def train_builtin(
         KeyboardInterrupt: Ctrl-C; the same call goes on from there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "training.json"
-    record = json.loads(log.read_text()) if log.exists() else {"config": None, "stages": []}
-    settings = json.loads(json.dumps(asdict(config)))
-    if record["config"] not in (None, settings):
-        raise ValueError(f"{folder} was begun with another recipe. Choose a new --output folder.")
-    record["config"] = settings
-    _write_json(record, log)
-
-    def add(stage: dict[str, Any]) -> None:
-        record["stages"] = [s for s in record["stages"] if s["stage"] != stage["stage"]] + [stage]
-        _write_json(record, log)
-
+    log = _Log(config, folder)
     if not (folder / "vae").exists():
-        add(train_vae(config, folder, report))
+        log.add(train_vae(config, folder, report))
     start = None
     for phase in config.phases:
         if not (folder / phase.name).exists():
-            add(train_phase(config, phase, start, folder, report))
+            log.add(train_phase(config, phase, start, folder, report))
         start = folder / phase.name
     if not (folder / "pipeline").exists():
         assert start is not None, "a recipe has at least one phase"
-        pipeline = build_pipeline(config, folder, start)
-        save_model(pipeline, folder / "pipeline")
-        _write_json(settings["defaults"], folder / "pipeline" / "defaults.json")
+        save_model(build_pipeline(config, folder, start), folder / "pipeline")
+        defaults = json.dumps(asdict(config.defaults), indent=2) + "\n"
+        write_text(folder / "pipeline" / "defaults.json", defaults)
     return folder / "pipeline"

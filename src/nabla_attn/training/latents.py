@@ -1,6 +1,5 @@
 """Scenes encoded once and kept: the transformer trains on latents, never on pixels."""
 
-import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nabla_attn.files import whole_file
 from nabla_attn.training.vae import encode_mean, to_model_range
 from nabla_attn.world.render import render
 from nabla_attn.world.scene import Scene, sample_scene
@@ -75,7 +75,6 @@ def encode_scenes(
         for start in range(0, clips, batch):
             parts.append(_encode(vae, scenes[start : start + batch], frames, size))
             report(min(start + batch, clips), clips)
-        temporary = path.with_name(path.name + ".tmp")
-        save_file({"latents": torch.cat(parts)}, temporary)
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            save_file({"latents": torch.cat(parts)}, temporary)
     return LatentSet(load_file(path)["latents"], scenes)

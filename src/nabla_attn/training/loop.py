@@ -5,7 +5,6 @@ no random state to save and a resumed run takes exactly the steps of an uninterr
 """
 
 import json
-import os
 import random
 import signal
 import threading
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nabla_attn.files import whole_file
 from nabla_attn.training.muon import MuonWithAdamW
 from nabla_attn.training.recipes import OptimConfig
 
@@ -94,14 +94,6 @@ def rate_scale(config: OptimConfig, step: int, steps: int) -> float:
     return warm * (1 - (1 - config.final) * (done - config.flat) / (1 - config.flat))
 
 
-def save_whole(payload: Any, path: Path) -> None:
-    """`torch.save` that leaves either the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(payload, temporary)
-    os.replace(temporary, path)
-
-
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
     """Turn Ctrl-C and SIGTERM into an event, so that a step is never cut in half."""
@@ -144,7 +136,8 @@ class _Run:
             "step": self.step,
             "seconds": self.seconds,
         }
-        save_whole(state, self.checkpoint)
+        with whole_file(self.checkpoint) as temporary:
+            torch.save(state, temporary)
 
     def advance(self) -> float:
         """Take one step and return its loss."""

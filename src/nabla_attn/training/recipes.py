@@ -155,22 +155,68 @@ def builtin() -> BuiltinConfig:
         vae=BUILTIN_VAE,
         phases=(
             TransformerPhase(
-                "images-32", 32, 300, 128, 4096, 3.0, _optim(0.02, 100, 0.99),
-                images=True, padding=(0.0, 0.2),
+                "images-32",
+                size=32,
+                steps=300,
+                batch=128,
+                clips=4096,
+                shift=3.0,
+                optim=_optim(0.02, warmup=100, average=0.99),
+                images=True,
+                padding=(0.0, 0.2),
             ),
             TransformerPhase(
-                "clips-32", 32, 900, 32, 4096, 3.0, _optim(0.02, 50, 0.998), padding=(0.2, 1.0)
+                "clips-32",
+                size=32,
+                steps=900,
+                batch=32,
+                clips=4096,
+                shift=3.0,
+                optim=_optim(0.02, warmup=50, average=0.998),
+                padding=(0.2, 1.0),
             ),
-            TransformerPhase("clips-64", 64, 800, 12, 1536, 4.0, _optim(0.015, 50, 0.995)),
-            TransformerPhase("clips-128", 128, 600, 3, 512, 5.0, _optim(0.01, 50, 0.995)),
-            TransformerPhase("images-256", 256, 100, 3, 224, 7.0, _optim(0.01, 20, 0.98), images=True),
             TransformerPhase(
-                "clips-256", 256, 500, 1, 224, 7.0, _optim(0.006, 20, 0.99), thresholds=(0.4, 0.9)
+                "clips-64",
+                size=64,
+                steps=800,
+                batch=12,
+                clips=1536,
+                shift=4.0,
+                optim=_optim(0.015, warmup=50, average=0.995),
+            ),
+            TransformerPhase(
+                "clips-128",
+                size=128,
+                steps=600,
+                batch=3,
+                clips=512,
+                shift=5.0,
+                optim=_optim(0.01, warmup=50, average=0.995),
+            ),
+            TransformerPhase(
+                "images-256",
+                size=256,
+                steps=100,
+                batch=3,
+                clips=224,
+                shift=7.0,
+                optim=_optim(0.01, warmup=20, average=0.98),
+                images=True,
+            ),
+            TransformerPhase(
+                "clips-256",
+                size=256,
+                steps=500,
+                batch=1,
+                clips=224,
+                shift=7.0,
+                optim=_optim(0.006, warmup=20, average=0.99),
+                thresholds=(0.4, 0.9),
             ),
         ),
         flow_shift=5.0,
         defaults=Defaults(256, 256, 13, 10, 4.0, 8, "nabla-0.7"),
-    )  # fmt: skip
+    )
 
 
 RECIPES: dict[str, Callable[[], BuiltinConfig]] = {"builtin": builtin}

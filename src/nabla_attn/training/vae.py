@@ -1,4 +1,4 @@
-"""The VAE of the built-in model: a small `AutoencoderKLWan`, from images to clips to full frames."""
+"""The VAE of the built-in model: a small `AutoencoderKLWan`, trained on images, then clips."""
 
 import random
 from itertools import accumulate

@@ -61,7 +61,7 @@ def parse_caption(caption: str) -> Words:
     Raises:
         ValueError: The sentence is not of this world.
     """
-    text = " ".join(caption.lower().rstrip(".").split())
+    text = " ".join(caption.lower().strip(" .").split())
     background = None
     if match := _BACKGROUND.fullmatch(text):
         text, background = match[1], match["background"]

@@ -14,6 +14,9 @@ MIN_CONTRAST = 60.0
 MIN_AREA = 0.005
 """Share of the frame below which a spot is taken for noise."""
 
+MAX_BOX = 0.5
+"""Share of the frame beyond which a spot's bounding box is no shape but a broken background."""
+
 MAX_COLOUR_ERROR = 90.0
 """RGB distance beyond which a spot has none of the known colours."""
 
@@ -83,7 +86,7 @@ def _spots(frame: NDArray, background: NDArray) -> list[_Spot]:
     spots = []
     for index, box in enumerate(ndimage.find_objects(labels), start=1):
         inside = labels[box] == index
-        if inside.sum() < MIN_AREA * mask.size:
+        if inside.sum() < MIN_AREA * mask.size or inside.size > MAX_BOX * mask.size:
             continue
         box_height, box_width = inside.shape
         centre_y, centre_x = ndimage.center_of_mass(inside)

@@ -2,7 +2,7 @@
 
 import random
 from dataclasses import dataclass
-from itertools import combinations, islice, product
+from itertools import islice, product
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
@@ -64,7 +64,7 @@ class Shape:
         return (self.colour, self.kind, self.direction)
 
     def centre(self, time: float) -> tuple[float, float]:
-        """Centre (x, y) as shares of the frame at `time`, 0 in the first frame and 1 in the last."""
+        """Centre (x, y) as shares of the frame at `time`, from 0 (first frame) to 1 (last)."""
         step_x, step_y = DIRECTIONS[self.direction]
         return self.x + TRAVEL * step_x * time, self.y + TRAVEL * step_y * time
 
