@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from tests.models.tiny_models import TINY, relative_error, run
 
 import nabla_attn as na
 from nabla_attn.models import remove
-from tests.models.tiny_models import TINY, relative_error, run
 
 WHOLE, RAGGED = (3, 16, 16), (3, 11, 13)
 # Its own forward raises unless blocks fill the grid; its own processor is sparse.

@@ -5,10 +5,10 @@ import pickle
 
 import pytest
 import torch
+from tests.models.tiny_models import TINY, relative_error, run
 
 import nabla_attn as na
 from nabla_attn.models import register_model, remove
-from tests.models.tiny_models import TINY, relative_error, run
 
 WAN = TINY["wan"]
 GRID, OTHER_GRID = (3, 11, 13), (2, 16, 9)

@@ -463,7 +463,11 @@ TINY = {
     ),
     "motif": Tiny(
         "MotifVideoTransformer3DModel",
-        {k: v for k, v in HUNYUAN.items() if k not in ("num_refiner_layers", "pooled_projection_dim")},
+        {
+            k: v
+            for k, v in HUNYUAN.items()
+            if k not in ("num_refiner_layers", "pooled_projection_dim")
+        },
         motif_inputs,
     ),
 }

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from nabla_attn import backends
-from nabla_attn.attention import map_blocks
 from nabla_attn.core.block_map import BlockMap
-from nabla_attn.core.order import TokenLayout, block_order, to_blocks, to_raster
-from nabla_attn.core.scores import pool_blocks, score_blocks
+from nabla_attn.core.order import TokenLayout, to_blocks, to_raster
+from nabla_attn.mapping import map_blocks
 from nabla_attn.models.plan import Layer, plan_of
 
 
@@ -72,14 +71,12 @@ def _attend(
         scale=scale,
         text_valid=text_valid,
         keep_first_frame=plan.keep_first_frame,
+        measure=plan.telemetry,
     )
     out = run(q, k, v, block_map, scale=scale)
     if not plan.in_block_order:
         out = to_raster(out, layout)
-    if plan.telemetry:
-        stats = measure_map(q, k, layout, block_map, scale=scale)
-    else:
-        stats = q.new_empty((2, q.shape[1]), dtype=torch.float32)
+    stats = _stats(block_map) if plan.telemetry else q.new_empty((2, q.shape[1])).float()
     return out.transpose(1, 2), stats
 
 
@@ -99,28 +96,12 @@ def _text_part(valid: Tensor | None, layout: TokenLayout) -> Tensor | None:
 
 
 @torch.no_grad()
-def measure_map(
-    q: Tensor, k: Tensor, layout: TokenLayout, block_map: BlockMap, *, scale: float | None
-) -> Tensor:
-    """Density and kept mass of every head, averaged over the batch; stays on the device.
-
-    Args:
-        q: queries in block order.
-        k: keys in block order.
-        layout: where the tokens are.
-        block_map: the map that attention used.
-        scale: factor on q.k.
-
-    Returns:
-        fp32 [2, heads]: kept token pairs / all; probability mass of the pooled map that is kept.
-    """
-    num_blocks, num_slots = layout.grid.num_blocks, layout.grid.num_slots
-    counts = block_order(layout, q.device).counts[:num_blocks]
-    q_pooled, k_pooled = (pool_blocks(x[:, :, :num_slots], counts) for x in (q, k))
-    probs = score_blocks(q_pooled, k_pooled, scale=scale)
-    kept = probs.masked_fill_(~block_map.mask[..., :num_blocks, :num_blocks], 0)
-    kept_mass = kept.sum(dim=-1).mean(dim=(0, 2))
-    return torch.stack([block_map.head_density.mean(dim=0), kept_mass.float()])
+def _stats(block_map: BlockMap) -> Tensor:
+    """Density and kept mass of every head, averaged over the batch; stays on the device."""
+    assert block_map.kept_mass is not None
+    return torch.stack(
+        [block_map.head_density.mean(dim=0), block_map.kept_mass.mean(dim=0).float()]
+    )
 
 
 _attend_op = torch.library.custom_op("nabla_attn::attend", _attend, mutates_args=())
@@ -156,9 +137,9 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     # The operator is opaque, so its inner graph is gone by now: run it again, with gradients.
     with torch.enable_grad(), _above_autograd():
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        out, _ = _attend(*inputs, text_valid, key, scale)
-    dq, dk, dv = torch.autograd.grad(out, inputs, grad)
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        out, _ = _attend(q, k, v, text_valid, key, scale)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 

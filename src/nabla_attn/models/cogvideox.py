@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nabla_attn.models.attend import attend
 from nabla_attn.models.plan import Layer
-from nabla_attn.models.projections import project, project_out, rotate_behind_text
+from nabla_attn.models.projections import project, project_out, rotate_video
 
 
 class CogVideoXPort:
@@ -33,6 +33,6 @@ class CogVideoXPort:
         num_text = encoder_hidden_states.shape[1]
         q, k, v = project(attn, torch.cat([encoder_hidden_states, hidden_states], dim=1))
         if image_rotary_emb is not None:
-            q, k = (rotate_behind_text(x, image_rotary_emb, num_text) for x in (q, k))
+            q, k = (rotate_video(x, image_rotary_emb, num_text) for x in (q, k))
         out = project_out(attn, attend(self.layer, q, k, v).flatten(2))
         return out[:, num_text:], out[:, :num_text]

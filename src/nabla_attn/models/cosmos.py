@@ -1,5 +1,6 @@
 """Cosmos 1, 2 and 2.5: their processor does not hand the dispatcher a backend, so no door."""
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -33,10 +34,6 @@ class CosmosPort:
             raise ValueError("NABLA in Cosmos is for self-attention without a mask.")
         q, k, v = project(attn, hidden_states)
         if image_rotary_emb is not None:
-            q, k = (
-                apply_rotary_emb(
-                    x, image_rotary_emb, use_real=True, use_real_unbind_dim=-2, sequence_dim=1
-                )
-                for x in (q, k)
-            )
+            rotate: Any = partial(apply_rotary_emb, use_real_unbind_dim=-2, sequence_dim=1)
+            q, k = rotate(q, image_rotary_emb), rotate(k, image_rotary_emb)
         return project_out(attn, attend(self.layer, q, k, v).flatten(2).type_as(q))

@@ -12,7 +12,7 @@ from nabla_attn.models.projections import (
     project,
     project_out,
     project_text,
-    rotate_behind_text,
+    rotate_video,
 )
 
 
@@ -43,7 +43,7 @@ class EasyAnimatePort:
             text = project_text(attn, encoder_hidden_states)
             q, k, v = join(text, project(attn, hidden_states))
         if image_rotary_emb is not None:
-            q, k = (rotate_behind_text(x, image_rotary_emb, num_text) for x in (q, k))
+            q, k = (rotate_video(x, image_rotary_emb, num_text) for x in (q, k))
         out = attend(self.layer, q, k, v).flatten(2)
         text_out, video_out = out[:, :num_text], out[:, num_text:]
         if getattr(attn, "to_out", None) is not None:

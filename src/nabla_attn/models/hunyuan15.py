@@ -7,7 +7,13 @@ from torch.nn import functional
 
 from nabla_attn.models.attend import attend
 from nabla_attn.models.plan import Layer
-from nabla_attn.models.projections import join, project, project_out, project_text
+from nabla_attn.models.projections import (
+    join,
+    project,
+    project_out,
+    project_text,
+    rotate_video,
+)
 
 
 class HunyuanVideo15Port:
@@ -34,12 +40,10 @@ class HunyuanVideo15Port:
         image_rotary_emb: Any = None,
     ) -> tuple[Tensor, Tensor]:
         """Attend, and return (video, text)."""
-        from diffusers.models.embeddings import apply_rotary_emb
-
         num_video = hidden_states.shape[1]
         q, k, v = project(attn, hidden_states)
         if image_rotary_emb is not None:
-            q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k))
+            q, k = (rotate_video(x, image_rotary_emb) for x in (q, k))
         q, k, v = join((q, k, v), project_text(attn, encoder_hidden_states))
         out = self._attend(q, k, v, attention_mask.bool()).flatten(2).to(q.dtype)
         return project_out(attn, out[:, :num_video]), attn.to_add_out(out[:, num_video:])

@@ -26,11 +26,11 @@ def join(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> tuple[Tensor,
     return tuple(torch.cat(pair, dim=1) for pair in zip(first, second, strict=True))
 
 
-def rotate_behind_text(x: Tensor, rotary: Any, num_text: int) -> Tensor:
-    """Rotate the video tokens of a sequence that starts with text."""
+def rotate_video(x: Tensor, rotary: Any, num_text: int = 0) -> Tensor:
+    """Rotate the video tokens of a sequence that may start with text."""
     from diffusers.models.embeddings import apply_rotary_emb
 
-    video = apply_rotary_emb(x[:, num_text:], rotary, sequence_dim=1)
+    video: Any = apply_rotary_emb(x[:, num_text:], rotary, sequence_dim=1)
     return torch.cat([x[:, :num_text], video], dim=1)
 
 
