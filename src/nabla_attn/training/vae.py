@@ -101,7 +101,7 @@ def _window(rng: random.Random, scene: Scene, share: float) -> Window:
     return top, left, top + share, left + share
 
 
-def _batch(phase: VaePhase, rng: random.Random) -> tuple[Tensor, Tensor]:
+def draw_crops(phase: VaePhase, rng: random.Random) -> tuple[Tensor, Tensor]:
     """Random crops [batch, 3, frames, size, size] and their background colours [batch, 3]."""
     videos, backgrounds = [], []
     for _ in range(phase.batch):
@@ -122,7 +122,7 @@ def phase_at(config: VaeConfig, step: int) -> VaePhase:
 
 def vae_loss(vae: AutoencoderKLWan, config: VaeConfig, step: Step) -> Tensor:
     """Reconstruction error, counted more around shapes, plus a weak pull of latents to zero."""
-    video, background = _batch(phase_at(config, step.number), step.rng)
+    video, background = draw_crops(phase_at(config, step.number), step.rng)
     distance = (video - background[:, :, None, None, None]).abs().amax(1, keepdim=True)
     near_shape = F.max_pool3d((distance > 0.1).float(), (1, 5, 5), stride=1, padding=(0, 2, 2))
     with torch.autocast("cpu", torch.bfloat16):
