@@ -16,7 +16,7 @@ def video(algo, frames=9, height=64, width=96):
     if not is_dense:
         attention["density_per_step_and_layer"] = [[0.25, None], [0.5, 0.0], [0.1, 0.4]]
     config = {
-        "prompt": "a $costly^ circle_ <b>" + " and so on" * 30,
+        "prompt": "a $costly^$ circle_ <b>" + " and so on" * 30,
         "sparse_algo": algo,
         "frames": frames,
         "height": height,

@@ -17,7 +17,8 @@ def convert(
 ) -> None:
     """Write an original Wan checkpoint as a diffusers directory: streamed, resumable, verified."""
     from nabla_attn.checkpoints.convert import convert_wan
-    from nabla_attn.cli.wan_options import loading_bar, quiet_libraries
+    from nabla_attn.cli.options import quiet_libraries
+    from nabla_attn.cli.wan_options import loading_bar
     from nabla_attn.generation.pipeline import DTYPES
 
     if dtype != "stored" and dtype not in DTYPES:

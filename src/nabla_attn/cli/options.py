@@ -62,17 +62,22 @@ def make_request(
     return GenerationRequest(sparse_algo=algo, schedule=rules, **values)
 
 
+def quiet_libraries() -> None:
+    """Turn off the bars and notes of diffusers and transformers; ours take their place."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
+
+
 def load_quietly(model: str, device: str, dtype: str) -> Any:
     """Load a pipeline under a spinner, with the libraries' own bars and notes off."""
     from rich.console import Console
 
     with Console(stderr=True).status(f"loading {model}"):
-        import diffusers
-        import transformers
-
-        for library in (diffusers, transformers):
-            library.utils.logging.disable_progress_bar()
-            library.utils.logging.set_verbosity_error()
+        quiet_libraries()
         from nabla_attn.generation.pipeline import load_pipeline
 
         with warnings.catch_warnings():

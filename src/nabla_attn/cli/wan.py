@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from nabla_attn.cli import wan_options as opt
+from nabla_attn.cli.options import quiet_libraries
 
 if TYPE_CHECKING:
     from nabla_attn.generation.wan import WanPlacement
@@ -110,7 +111,7 @@ def _run(request: "WanRequest", placement: "WanPlacement", output: Path) -> None
     check_writable(output)
     algo, source = chosen_sparsity(request)
     typer.echo(f"{request.task}: attention {algo} ({source}); seed {request.seed}", err=True)
-    opt.quiet_libraries()
+    quiet_libraries()
     with opt.loading_bar() as load, generation_bars() as start:
         frames, record = generate_wan(request, placement, progress=start(algo), load_progress=load)
     if rank() != 0:

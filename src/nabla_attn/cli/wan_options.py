@@ -128,16 +128,6 @@ def extend(
     return replace(request, prompt=prompt)
 
 
-def quiet_libraries() -> None:
-    """Turn off the bars and notes of diffusers and transformers; ours take their place."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
-        library.utils.logging.set_verbosity_error()
-
-
 @contextmanager
 def loading_bar() -> Iterator["Progress"]:
     """A bar on stderr for loading or converting, part by part."""
