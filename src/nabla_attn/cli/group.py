@@ -11,7 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 # Each is the function of the same name in the module of the same name beside this one.
-VERBS = ("generate", "compare", "info", "convert", "wan")
+VERBS = ("generate", "compare", "train", "info", "convert", "wan")
 BAD_INPUT, INTERRUPTED = 2, 130
 
 
