@@ -1,0 +1,116 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from nabla_attn.generation.generate import generate
+from nabla_attn.generation.pipeline import load_pipeline
+from nabla_attn.generation.request import GenerationRequest, ModelDefaults
+from nabla_attn.record import RunRecord
+from nabla_attn.training.builtin import train_builtin
+from nabla_attn.training.latents import LatentSet
+from nabla_attn.training.loop import Stage, run_stage
+from nabla_attn.training.recipes import OptimConfig, TransformerPhase, VaeConfig, VaePhase, builtin
+from nabla_attn.training.text import CaptionEncoder, build_text_encoder, build_tokenizer
+from nabla_attn.training.transformer import build_transformer, flow_loss, is_hidden_matrix
+from nabla_attn.world import sample_scene
+
+OPTIM = OptimConfig(muon_lr=0.02, adamw_lr=2e-3, warmup=2, average=0.5)
+
+
+def phase(name, size=16, **settings):
+    return TransformerPhase(
+        name, size=size, steps=2, batch=2, clips=3, shift=3.0, optim=OPTIM, **settings
+    )
+
+
+def tiny_recipe():
+    """Every kind of stage, two steps each."""
+    return dataclasses.replace(
+        builtin(),
+        frames=5,
+        vae=VaeConfig((VaePhase(steps=2, batch=1, frames=5, size=16, largest=32),)),
+        phases=(
+            phase("images", images=True, padding=(0.0, 0.5)),
+            phase("sparse", thresholds=(0.3, 0.8), dense_share=0.0),
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    seen = []
+    pipeline = train_builtin(tiny_recipe(), folder, seen.append)
+    return folder, pipeline, seen
+
+
+def test_every_stage_is_run_and_recorded(run):
+    folder, _, seen = run
+    record = RunRecord.load(folder / "training.json")
+    assert [stage["stage"] for stage in record.numbers["stages"]] == ["vae", "images", "sparse"]
+    assert record.config == json.loads(json.dumps(dataclasses.asdict(tiny_recipe())))
+    assert {p.stage for p in seen} == {"vae", "encode-16", "images", "sparse"}
+
+
+def test_the_result_is_a_pipeline_that_generates(run):
+    _, directory, _ = run
+    assert ModelDefaults.load(directory).frames == builtin().defaults.frames
+    pipeline = load_pipeline(directory, device="cpu", dtype="float32")
+    request = GenerationRequest(
+        "a red circle moving right", height=32, width=48, frames=5, steps=2, guidance=2.0
+    )
+    video, _ = generate(pipeline, request)
+    assert video.shape == (5, 32, 48, 3)
+
+
+def test_a_finished_run_is_not_repeated(run):
+    folder, pipeline, _ = run
+    again = train_builtin(tiny_recipe(), folder, lambda progress: pytest.fail("trained again"))
+    assert again == pipeline
+
+
+def test_a_lost_stage_is_made_again_the_same(run, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file
+
+    folder, pipeline, _ = run
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    for name in ("sparse", "pipeline"):
+        shutil.rmtree(copy / name)
+    (copy / "sparse.checkpoint").unlink()
+    train_builtin(tiny_recipe(), copy)
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    first, second = load_file(pipeline / name), load_file(copy / "pipeline" / name)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_another_recipe_in_the_same_folder_is_refused(run):
+    folder, _, _ = run
+    with pytest.raises(ValueError, match="another recipe"):
+        train_builtin(dataclasses.replace(tiny_recipe(), seed=1), folder)
+
+
+def test_the_transformer_learns_a_few_clips(tmp_path):
+    torch.manual_seed(0)
+    pattern = torch.randn(4, 16, 1, 1, 1).expand(-1, -1, 2, 4, 4)
+    data = LatentSet(pattern.half(), [sample_scene(index) for index in range(4)])
+    text = CaptionEncoder(build_tokenizer(), build_text_encoder(0), num_tokens=14)
+    model = build_transformer(0)
+    one = dataclasses.replace(phase("learn"), batch=8, shift=1.0)
+    record = run_stage(
+        Stage(
+            name="learn",
+            folder=tmp_path,
+            module=model,
+            loss_at=lambda step: flow_loss(model, data, text, one, step),
+            is_hidden=is_hidden_matrix,
+            optim=OPTIM,
+            steps=30,
+            seed=0,
+        )
+    )
+    assert record["losses"][-1] < 0.6 * record["losses"][0]
