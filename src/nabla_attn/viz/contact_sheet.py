@@ -138,7 +138,7 @@ def _draw_label(canvas: _Canvas, record: RunRecord, top: float, row: float, slow
         axes.axis("off")
         axes.set(xlim=(0, 1), ylim=(0, 1))
         axes.add_patch(Rectangle((0, 0), share, 1, color=colour, linewidth=0))
-    canvas.text(MARGIN, top + 0.68, f"{seconds:.1f} s in the transformer", 8.5)
+    canvas.text(MARGIN, top + 0.68, f"{seconds:.1f} s transformer", 8.5)
     if not is_dense and to_dense.get("speed_up"):
         speed = f"{to_dense['speed_up']:.2f}×"
         canvas.text(MARGIN + length, top + 0.66, speed, 10, weight="bold", color=ACCENT, ha="right")
