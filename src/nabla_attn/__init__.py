@@ -12,7 +12,7 @@ from nabla_attn.schedule import Schedule
 
 if TYPE_CHECKING:
     from nabla_attn.checkpoints import load_wan_pipeline, load_wan_transformer
-    from nabla_attn.models import apply
+    from nabla_attn.models import apply, register_model
 
 __version__ = "0.1.0"
 
@@ -21,6 +21,7 @@ _LAZY = {
     "apply": "nabla_attn.models",
     "load_wan_pipeline": "nabla_attn.checkpoints",
     "load_wan_transformer": "nabla_attn.checkpoints",
+    "register_model": "nabla_attn.models",
 }
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "load_wan_transformer",
     "nabla_attention",
     "parse",
+    "register_model",
     "to_blocks",
     "to_raster",
 ]
