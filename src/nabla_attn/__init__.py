@@ -3,25 +3,34 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from nabla_attn.attention import build_block_map, nabla_attention
-from nabla_attn.config import SparseConfig, parse
-from nabla_attn.core.block_map import BlockMap
-from nabla_attn.core.grid import BlockShape, TokenGrid
-from nabla_attn.core.order import to_blocks, to_raster
-from nabla_attn.schedule import Schedule
-
 if TYPE_CHECKING:
+    from nabla_attn.attention import build_block_map, nabla_attention
     from nabla_attn.checkpoints import load_wan_pipeline, load_wan_transformer
+    from nabla_attn.config import SparseConfig, parse
+    from nabla_attn.core.block_map import BlockMap
+    from nabla_attn.core.grid import BlockShape, TokenGrid
+    from nabla_attn.core.order import to_blocks, to_raster
     from nabla_attn.models import apply, register_model
+    from nabla_attn.schedule import Schedule
 
 __version__ = "0.1.0"
 
-# Public names whose rooms import diffusers, loaded on first use.
-_LAZY = {
-    "apply": "nabla_attn.models",
-    "load_wan_pipeline": "nabla_attn.checkpoints",
-    "load_wan_transformer": "nabla_attn.checkpoints",
-    "register_model": "nabla_attn.models",
+# Loaded on first use: the command line answers --help without torch, and torch users get no more.
+_ROOMS = {
+    "BlockMap": "core.block_map",
+    "BlockShape": "core.grid",
+    "Schedule": "schedule",
+    "SparseConfig": "config",
+    "TokenGrid": "core.grid",
+    "apply": "models",
+    "build_block_map": "attention",
+    "load_wan_pipeline": "checkpoints",
+    "load_wan_transformer": "checkpoints",
+    "nabla_attention": "attention",
+    "parse": "config",
+    "register_model": "models",
+    "to_blocks": "core.order",
+    "to_raster": "core.order",
 }
 
 __all__ = [
@@ -43,6 +52,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'nabla_attn' has no attribute {name!r}")
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'nabla_attn' has no attribute {name!r}")
+    value = getattr(import_module(f"nabla_attn.{_ROOMS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

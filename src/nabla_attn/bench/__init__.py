@@ -1,0 +1,1 @@
+"""Benchmarks: check the output, then time, then record. Decides nothing."""

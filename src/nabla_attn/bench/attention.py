@@ -1,0 +1,104 @@
+"""Attention of one workload: contenders checked, then timed in turn, forward or with backward."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nabla_attn.attention import build_block_map
+from nabla_attn.bench.contenders import Contender, contenders
+from nabla_attn.bench.gate import check_output, sample_rows, token_rows
+from nabla_attn.bench.inputs import Inputs, make_inputs
+from nabla_attn.bench.measure import matmul_flops, peak_bytes, time_in_turn
+from nabla_attn.bench.workloads import Workload
+
+
+def measure_attention(
+    workload: Workload,
+    density: float,
+    device: torch.device,
+    *,
+    backward: bool = False,
+    rounds: int = 5,
+) -> dict[str, Any]:
+    """Gate and time every contender at one density.
+
+    Args:
+        workload: the shape.
+        density: wanted share of kept token pairs; the true one is in the result.
+        device: where to run.
+        backward: time forward and backward together.
+        rounds: timed rounds.
+
+    Returns:
+        Plain numbers for a record: the density, and per contender its gate, seconds, speed-up over
+        the fastest dense one, share of the ideal (speed-up x density), FLOP/s of useful work and
+        their share of the matrix product's.
+    """
+    inputs = make_inputs(workload, density, device)
+    block_map = build_block_map(inputs.q, inputs.k, workload.grid, inputs.config)
+    kept = block_map.density
+    rows = sample_rows(workload.grid.num_tokens)
+    keep = token_rows(block_map, workload.grid, rows)
+    ceiling = matmul_flops(workload.dtype, device)
+    results: dict[str, dict[str, Any]] = {}
+    runs: dict[str, Callable[[], object]] = {}
+    for contender in contenders(workload, inputs, device, needs_grad=backward):
+        if contender.run is None:
+            results[contender.name] = {"why_not": contender.why_not}
+            continue
+        gate = _gate(contender, inputs, rows, keep)
+        results[contender.name] = {"gate": gate, "is_dense": contender.is_dense}
+        if gate["passed"]:
+            runs[contender.name] = _runner(contender.run, inputs, backward)
+            results[contender.name]["peak_bytes"] = peak_bytes(runs[contender.name], device)
+    timings = time_in_turn(runs, device, rounds=rounds)
+    dense = min((timings[n].median for n in timings if results[n]["is_dense"]), default=None)
+    # The backward has five products where the forward has two.
+    flops = workload.dense_flops() * (3.5 if backward else 1)
+    for name, timing in timings.items():
+        useful = flops * (1 if results[name]["is_dense"] else kept)
+        results[name]["seconds"] = timing.to_dict()
+        results[name]["flops_per_second"] = useful / timing.median
+        results[name]["share_of_matmul"] = useful / timing.median / ceiling
+        if dense is not None:
+            results[name]["speed_up"] = dense / timing.median
+            results[name]["share_of_ideal"] = useful / flops * dense / timing.median
+    return {
+        "workload": workload.name,
+        "dtype": str(workload.dtype).removeprefix("torch."),
+        "density": kept,
+        "algorithm": str(inputs.config),
+        "sharpness": inputs.sharpness,
+        "direction": "forward+backward" if backward else "forward",
+        "matmul_flops_per_second": ceiling,
+        "contenders": results,
+    }
+
+
+def _gate(contender: Contender, inputs: Inputs, rows: Tensor, keep: Tensor) -> dict[str, Any]:
+    assert contender.run is not None
+    with torch.no_grad():
+        out = contender.run(inputs.q, inputs.k, inputs.v)
+    seen = None if contender.is_dense else keep
+    return check_output(out, inputs.q, inputs.k, inputs.v, rows, seen)
+
+
+def _runner(
+    run: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs, backward: bool
+) -> Callable[[], object]:
+    if not backward:
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return run(inputs.q, inputs.k, inputs.v)
+
+        return forward
+    leaves = [x.detach().clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+    grad = torch.randn_like(leaves[0])
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(run(*leaves), leaves, grad)
+
+    return both

@@ -1,0 +1,110 @@
+"""What is measured against what: name -> attention function, or the reason why it cannot run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nabla_attn import backends
+from nabla_attn.attention import nabla_attention
+from nabla_attn.bench.inputs import THRESHOLD, Inputs
+from nabla_attn.bench.workloads import Workload
+from nabla_attn.config import SparseConfig
+from nabla_attn.core.grid import TokenGrid
+
+_SDPA = {
+    "cuda": (
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+    ),
+    "cpu": (SDPBackend.FLASH_ATTENTION,),
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute attention over raster-order q, k, v.
+
+    Attributes:
+        name: as in records and tables.
+        run: q, k, v -> output; None when it cannot run.
+        why_not: the reason, or None.
+        is_dense: attends every pair, so it is held to the dense result.
+    """
+
+    name: str
+    run: Callable[[Tensor, Tensor, Tensor], Tensor] | None
+    why_not: str | None = None
+    is_dense: bool = False
+
+
+def contenders(
+    workload: Workload, inputs: Inputs, device: torch.device, *, needs_grad: bool = False
+) -> list[Contender]:
+    """Dense attention by every backend of the device, ours, and diffusers' own NABLA."""
+    return [
+        *_dense(device),
+        *(_ours(name, workload.grid, inputs, device, needs_grad) for name in ("gather", "flex")),
+        _diffusers(workload.grid, inputs, device, needs_grad),
+    ]
+
+
+def list_contenders(
+    workload: Workload, device: torch.device
+) -> dict[str, tuple[str | None, str | None]]:
+    """Every contender's reason not to run, forward and with backward; None where it runs."""
+    empty = torch.empty(0)
+    inputs = Inputs(empty, empty, empty, SparseConfig(threshold=THRESHOLD), 0.0)
+    forward, backward = (
+        {c.name: c.why_not for c in contenders(workload, inputs, device, needs_grad=needs_grad)}
+        for needs_grad in (False, True)
+    )
+    return {name: (forward[name], backward[name]) for name in forward}
+
+
+def _dense(device: torch.device) -> list[Contender]:
+    def runner(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v)
+
+        return run
+
+    found = _SDPA.get(device.type, (SDPBackend.MATH,))
+    return [
+        Contender(f"dense ({backend.name.split('_')[0].lower()})", runner(backend), is_dense=True)
+        for backend in found
+    ]
+
+
+def _ours(
+    name: str, grid: TokenGrid, inputs: Inputs, device: torch.device, needs_grad: bool
+) -> Contender:
+    reason = backends.why_not(name, device, needs_grad=needs_grad)
+    if reason is not None:
+        return Contender(f"ours ({name})", None, reason)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return nabla_attention(q, k, v, grid, inputs.config, backend=name)
+
+    return Contender(f"ours ({name})", run)
+
+
+def _diffusers(
+    grid: TokenGrid, inputs: Inputs, device: torch.device, needs_grad: bool
+) -> Contender:
+    """diffusers' map and compiled FlexAttention; the block order it needs is given for free."""
+    name = "diffusers NABLA"
+    reason = backends.why_not("flex", device, needs_grad=needs_grad)
+    if reason is None and grid.is_ragged:
+        reason = f"it needs rows and columns in multiples of 8: got {grid}"
+    if reason is not None:
+        return Contender(name, None, reason)
+    from nabla_attn.bench.rivals import diffusers_attention
+
+    assert inputs.config.threshold is not None
+    return Contender(name, diffusers_attention(grid, inputs.config.threshold))

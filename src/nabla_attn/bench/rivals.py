@@ -1,0 +1,65 @@
+"""Other builders of the same map, run as they are published, for comparison."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from nabla_attn.core.grid import TokenGrid
+from nabla_attn.core.order import to_blocks, to_raster
+
+
+def diffusers_map(
+    q_blocks: Tensor, k_blocks: Tensor, window: Tensor | None, threshold: float
+) -> BlockMask:
+    """diffusers' own map of queries and keys that are already in block order."""
+    from diffusers.models.transformers.transformer_kandinsky6_sr import nabla_block_mask
+
+    blocks = q_blocks.shape[2] // 64
+    nothing = torch.zeros(blocks, blocks, dtype=torch.bool, device=q_blocks.device)
+    return nabla_block_mask(q_blocks, k_blocks, nothing if window is None else window, threshold)
+
+
+def five_sort_map(
+    q_blocks: Tensor, k_blocks: Tensor, window: Tensor | None, threshold: float
+) -> BlockMask:
+    """The reference's recipe written anew: sort, two argsorts, and two more for the backward.
+
+    Source: wan/modules/attention.py:256-292 of the authors' repository (facts, not code).
+    """
+    means = [x.unflatten(2, (-1, 64)).mean(dim=3) for x in (q_blocks, k_blocks)]
+    probs = (means[0] @ means[1].mT / q_blocks.shape[-1] ** 0.5).softmax(dim=-1)
+    ascending, order = probs.sort(dim=-1)
+    keep = (ascending.cumsum(dim=-1) >= 1 - threshold).gather(-1, order.argsort(dim=-1))
+    keep = keep if window is None else keep | window
+    index = keep.int().argsort(dim=-1, descending=True).int()
+    counts = keep.sum(dim=-1).int()
+    return BlockMask.from_kv_blocks(
+        torch.zeros_like(counts), index, counts, index, BLOCK_SIZE=64, mask_mod=None
+    )
+
+
+def diffusers_attention(
+    grid: TokenGrid, threshold: float
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """diffusers' map and compiled FlexAttention, with the aliased index tensor cloned.
+
+    Uncompiled it would be dense, and with the alias it does not compile on CPU.
+    """
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (to_blocks(x, grid) for x in (q, k, v))
+        mask = diffusers_map(q, k, None, threshold)
+        mask.kv_indices = mask.kv_indices.clone()
+        options = {"BLOCK_M": 64, "BLOCK_N": 64} if q.device.type == "cuda" else None
+        return to_raster(_compiled_flex()(q, k, v, block_mask=mask, kernel_options=options), grid)
+
+    return run
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Any:
+    return torch.compile(flex_attention, dynamic=False)

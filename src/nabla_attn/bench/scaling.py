@@ -1,0 +1,102 @@
+"""How time grows with tokens, and below which length dense attention is faster."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from nabla_attn.attention import build_block_map, nabla_attention
+from nabla_attn.bench.inputs import Inputs, make_inputs
+from nabla_attn.bench.measure import time_in_turn
+from nabla_attn.bench.workloads import Workload, workload
+from nabla_attn.core.grid import TokenGrid
+
+ATTENTION_FRAMES = (2, 4, 8, 16)
+MAP_FRAMES = (2, 4, 8, 16, 32, 64)
+CROSSOVER_GRIDS = ((1, 16, 16), (2, 16, 16), (4, 16, 16), (4, 24, 24), (4, 32, 32), (8, 32, 32))
+CROSSOVER_DENSITIES = (0.1, 0.2, 0.3, 0.5, 0.7)
+
+
+def measure_scaling(
+    device: torch.device, *, rounds: int = 3, on_job: Callable[[str], None] | None = None
+) -> list[dict[str, Any]]:
+    """Seconds of dense, sparse and map over growing lengths, and the fitted exponents."""
+    base = workload("toy-cpu")
+    points: list[dict[str, Any]] = []
+    for frames in MAP_FRAMES:
+        work = base.with_grid(TokenGrid(frames, 32, 32))
+        if on_job:
+            on_job(f"{work.grid.num_tokens} tokens")
+        inputs = make_inputs(work, 0.2, device)
+        runs = _runs(work.grid, inputs, has_attention=frames in ATTENTION_FRAMES)
+        timings = time_in_turn(runs, device, rounds=rounds)
+        seconds = {name: timing.median for name, timing in timings.items()}
+        density = build_block_map(inputs.q, inputs.k, work.grid, inputs.config).density
+        points.append({"tokens": work.grid.num_tokens, "density": density, "seconds": seconds})
+    return [{"points": points, "exponents": fit_exponents(points)}]
+
+
+def _runs(grid: TokenGrid, inputs: Inputs, *, has_attention: bool) -> dict[str, Any]:
+    q, k, v, config = inputs.q, inputs.k, inputs.v, inputs.config
+    runs: dict[str, Any] = {"map": lambda: build_block_map(q, k, grid, config)}
+    if has_attention:
+        runs["dense"] = lambda: F.scaled_dot_product_attention(q, k, v)
+        runs["sparse"] = lambda: nabla_attention(q, k, v, grid, config)
+    return runs
+
+
+def fit_exponents(points: list[dict[str, Any]]) -> dict[str, float]:
+    """Slope of log seconds over log tokens, by least squares, per curve."""
+    exponents = {}
+    for name in ("dense", "sparse", "map"):
+        found = [(p["tokens"], p["seconds"][name]) for p in points if name in p["seconds"]]
+        tokens, seconds = np.log(np.array(found, dtype=float)).T
+        exponents[name] = float(np.polyfit(tokens, seconds, deg=1)[0])
+    return exponents
+
+
+def measure_crossover(
+    device: torch.device, *, rounds: int = 3, on_job: Callable[[str], None] | None = None
+) -> list[dict[str, Any]]:
+    """Speed-up over dense for small grids and growing densities."""
+    base = workload("toy-cpu")
+    results = []
+    for sizes in CROSSOVER_GRIDS:
+        work = base.with_grid(TokenGrid(*sizes))
+        if on_job:
+            on_job(f"{work.grid.num_tokens} tokens")
+        for density in CROSSOVER_DENSITIES:
+            results.append(_crossover_point(work, density, device, rounds))
+    return results
+
+
+def _crossover_point(
+    work: Workload, density: float, device: torch.device, rounds: int
+) -> dict[str, Any]:
+    inputs = make_inputs(work, density, device)
+    q, k, v = inputs.q, inputs.k, inputs.v
+    timings = time_in_turn(
+        {
+            "dense": lambda: F.scaled_dot_product_attention(q, k, v),
+            "sparse": lambda: nabla_attention(q, k, v, work.grid, inputs.config),
+        },
+        device,
+        rounds=rounds,
+    )
+    return {
+        "tokens": work.grid.num_tokens,
+        "density": build_block_map(q, k, work.grid, inputs.config).density,
+        "speed_up": timings["dense"].median / timings["sparse"].median,
+    }
+
+
+def min_tokens(results: list[dict[str, Any]], *, density: float = 0.3) -> int | None:
+    """The shortest measured length from which sparse wins at `density` or less; None if never."""
+    lengths = sorted({point["tokens"] for point in results})
+    for length in lengths:
+        longer = [p for p in results if p["tokens"] >= length and p["density"] <= density]
+        if longer and all(point["speed_up"] > 1 for point in longer):
+            return int(length)
+    return None

@@ -1,0 +1,140 @@
+"""Suites: which measurements one `nabla bench` makes, each saved as a record."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nabla_attn.bench.attention import measure_attention
+from nabla_attn.bench.maps import measure_map_share, measure_maps
+from nabla_attn.bench.workloads import Workload, workload
+from nabla_attn.record import RunRecord, collect_versions, describe_device
+
+GPU_SUITE = ("wan1.3b-480p", "wan14b-720p", "paper-768p", "kandinsky5-10s")
+CPU_SUITE = ("toy-cpu", "toy-16k", "map-36k")
+# A run needs its inputs, their block-order copies and a backend's scratch.
+MEMORY_FACTOR = 6
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement: what it is called, and how to make it."""
+
+    title: str
+    run: Callable[[], dict[str, Any]]
+
+
+def jobs(work: Workload, device: torch.device, *, rounds: int) -> Iterator[Job]:
+    """The measurements of one workload: forward at each density, backward once, the map.
+
+    Raises:
+        ValueError: the workload does not fit into memory.
+    """
+    _check_memory(work, device)
+    if work.is_map_only:
+        density = work.densities[0]
+        yield Job(f"{work.name} map", lambda: measure_maps(work, density, device, rounds=rounds))
+        return
+    dtypes = (torch.float32, torch.bfloat16) if device.type == "cpu" else (work.dtype,)
+    for dtype in dtypes:
+        typed = replace(work, dtype=dtype)
+        for density in work.densities:
+            yield _attention_job(typed, density, device, rounds, backward=False)
+        yield _attention_job(typed, work.densities[-1], device, rounds, backward=True)
+    yield Job(
+        f"{work.name} map share",
+        lambda: measure_map_share(work, work.densities[-1], device, rounds=rounds),
+    )
+
+
+def _attention_job(
+    work: Workload, density: float, device: torch.device, rounds: int, *, backward: bool
+) -> Job:
+    direction = "forward+backward" if backward else "forward"
+    dtype = str(work.dtype).removeprefix("torch.")
+    return Job(
+        f"{work.name} {dtype} density {density} {direction}",
+        lambda: measure_attention(work, density, device, backward=backward, rounds=rounds),
+    )
+
+
+def default_suite(device: torch.device) -> tuple[str, ...]:
+    """The workloads that suit a device."""
+    return GPU_SUITE if device.type == "cuda" else CPU_SUITE
+
+
+def run_suite(
+    names: tuple[str, ...],
+    device: torch.device,
+    output: Path,
+    *,
+    rounds: int = 3,
+    on_job: Callable[[str], None] | None = None,
+) -> list[Path]:
+    """Measure workloads and save one record each under `output`.
+
+    Args:
+        names: workload names.
+        device: where to run.
+        output: folder of the records.
+        rounds: timed rounds.
+        on_job: told the title of each measurement before it starts.
+
+    Returns:
+        The records' paths.
+
+    Raises:
+        ValueError: an unknown workload, or one that does not fit into memory.
+    """
+    plans = [(name, list(jobs(workload(name), device, rounds=rounds))) for name in names]
+    paths = []
+    for name, plan in plans:
+        results = []
+        for job in plan:
+            if on_job:
+                on_job(job.title)
+            results.append(job.run())
+        record = make_record("bench", {"workload": name, "rounds": rounds}, results, device)
+        paths.append(output / f"bench_{name}_{device_slug(device)}.json")
+        record.save(paths[-1])
+    return paths
+
+
+def make_record(
+    kind: str, config: dict[str, Any], results: list[dict[str, Any]], device: torch.device
+) -> RunRecord:
+    """A record of measurements with the environment they were made in."""
+    return RunRecord(
+        kind=kind,
+        config=config,
+        seed=0,
+        versions=collect_versions(),
+        device=describe_device(device),
+        numbers={"results": results},
+    )
+
+
+def device_slug(device: torch.device) -> str:
+    """The device's name for file names."""
+    if device.type == "cpu":
+        return "cpu"
+    return describe_device(device).lower().replace(" ", "-")
+
+
+def _check_memory(work: Workload, device: torch.device) -> None:
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available
+    # A CPU measures fp32 too.
+    widening = 4 // work.dtype.itemsize if device.type == "cpu" else 1
+    wanted = MEMORY_FACTOR * work.input_bytes() * widening
+    if wanted > free:
+        raise ValueError(
+            f"workload {work.name} needs about {wanted / 2**30:.0f} GiB on {device}: "
+            f"{free / 2**30:.0f} GiB are free. Choose a smaller one."
+        )

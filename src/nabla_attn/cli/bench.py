@@ -1,0 +1,129 @@
+"""``nabla bench``: check, time and record."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from nabla_attn.record import RunRecord
+
+
+def bench(
+    workload: Annotated[
+        list[str] | None, typer.Option(help="A workload; repeat for more. Default: the device's.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="Timed rounds.")] = 3,
+    output: Annotated[Path, typer.Option(help="Folder of the records.")] = Path(
+        "benchmarks/results"
+    ),
+    scaling: Annotated[bool, typer.Option("--scaling", help="Time against tokens.")] = False,
+    crossover: Annotated[
+        bool, typer.Option("--crossover", help="Where dense attention is faster.")
+    ] = False,
+    model: Annotated[bool, typer.Option("--model", help="A whole transformer forward.")] = False,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers of --model.")] = None,
+    base: Annotated[str | None, typer.Option(help="Compare with another commit.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List contenders and why some cannot run.")
+    ] = False,
+    docs: Annotated[
+        Path | None, typer.Option(help="Write benchmarks.md and charts into this folder.")
+    ] = None,
+) -> None:
+    """Benchmark attention and maps: outputs are checked before anything is timed."""
+    import torch
+
+    from nabla_attn.bench.suite import default_suite, make_record, run_suite
+
+    where = torch.device(_device(device))
+    names = tuple(workload or default_suite(where))
+    if dry_run:
+        _list_contenders(names, where)
+    elif scaling or crossover or model:
+        from nabla_attn.bench.scaling import measure_crossover, measure_scaling
+        from nabla_attn.bench.whole_model import measure_model
+
+        if scaling:
+            results = measure_scaling(where, rounds=rounds, on_job=_say)
+            _save(make_record("bench-scaling", {}, results, where), output)
+        if crossover:
+            results = measure_crossover(where, rounds=rounds, on_job=_say)
+            _save(make_record("bench-crossover", {}, results, where), output)
+        if model:
+            results = [
+                measure_model(where, density, num_layers=layers, rounds=rounds)
+                for density in (0.1, 0.2)
+            ]
+            _save(make_record("bench-model", {"layers": layers}, results, where), output)
+    elif docs is None or workload:
+        for path in run_suite(names, where, output, rounds=rounds, on_job=_say):
+            _print_record(path)
+        if base is not None:
+            _compare_with(base, names, device, rounds, output)
+    if docs is not None:
+        from nabla_attn.bench.tables import build_docs
+        from nabla_attn.files import write_text
+
+        write_text(docs / "benchmarks.md", build_docs(output, docs))
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _say(title: str) -> None:
+    typer.echo(f"measuring {title}", err=True)
+
+
+def _save(record: "RunRecord", output: Path) -> None:
+    path = output / f"{record.kind.replace('-', '_')}.json"
+    record.save(path)
+    _print_record(path)
+
+
+def _print_record(path: Path) -> None:
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from nabla_attn.bench.tables import section
+    from nabla_attn.record import RunRecord
+
+    Console().print(Markdown(section(RunRecord.load(path))))
+    typer.echo(f"record: {path}")
+
+
+def _list_contenders(names: tuple[str, ...], where: "torch.device") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from nabla_attn.bench.contenders import list_contenders
+    from nabla_attn.bench.workloads import workload
+
+    table = Table("workload", "contender", "forward", "forward + backward")
+    for name in names:
+        for contender, reasons in list_contenders(workload(name), where).items():
+            table.add_row(name, contender, *(reason or "runs" for reason in reasons))
+    Console().print(table)
+
+
+def _compare_with(
+    base: str, names: tuple[str, ...], device: str, rounds: int, output: Path
+) -> None:
+    from nabla_attn.bench.revisions import measure_revision, ratios
+    from nabla_attn.record import RunRecord
+
+    for name in names:
+        ours = RunRecord.load(next(output.glob(f"bench_{name}_*.json")))
+        for row in ratios(ours, measure_revision(base, name, _device(device), rounds)):
+            typer.echo(
+                f"{row['workload']} {row['dtype']} {row['density']:.3f} {row['direction']} "
+                f"{row['contender']}: {row['ratio']:.2f}x the share of ideal at {base}"
+            )

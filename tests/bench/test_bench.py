@@ -1,0 +1,157 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import nabla_attn as na
+from nabla_attn.bench import attention, contenders, gate, revisions, scaling, suite, tables
+from nabla_attn.bench.inputs import make_inputs
+from nabla_attn.bench.maps import measure_map_share, measure_maps
+from nabla_attn.bench.measure import time_in_turn
+from nabla_attn.bench.workloads import WORKLOADS, workload
+from nabla_attn.record import RunRecord
+
+CPU = torch.device("cpu")
+SMALL = replace(
+    workload("toy-cpu"), grid=na.TokenGrid(3, 16, 24), heads=2, dim=32, dtype=torch.float32
+)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """Compiling FlexAttention takes longer than everything else here."""
+    monkeypatch.setattr("nabla_attn.backends.flex.why_not_compile", lambda device: "not in tests")
+
+
+def test_workloads_have_the_published_sizes():
+    tokens = {name: work.grid.num_tokens for name, work in WORKLOADS.items()}
+    assert tokens["wan14b-720p"] == 75_600
+    assert tokens["paper-768p"] == 80_640
+    assert tokens["kandinsky5-10s"] == 93_696
+    assert tokens["long-327k"] == 327_680
+    assert tokens["hunyuan-720p"] == 118_800
+    assert workload("paper-768p").dense_flops() == 4 * 80_640**2 * 40 * 128
+
+
+def test_unknown_workload_lists_the_known():
+    with pytest.raises(ValueError, match=r"unknown workload 'wan'; expected one of toy-cpu"):
+        workload("wan")
+
+
+@pytest.mark.parametrize("density", [0.1, 0.3])
+def test_inputs_reach_the_wanted_density(density):
+    work = replace(SMALL, grid=na.TokenGrid(8, 32, 32), heads=3)
+    inputs = make_inputs(work, density, CPU)
+    bmap = na.build_block_map(inputs.q, inputs.k, work.grid, inputs.config)
+    assert bmap.density == pytest.approx(density, rel=0.1)
+    assert bmap.mask.sum(-1).unique().numel() > 3
+
+
+def test_attention_is_checked_and_timed(no_compiler):
+    result = attention.measure_attention(SMALL, 0.4, CPU, rounds=1)
+    ours = result["contenders"]["ours (gather)"]
+    assert ours["gate"]["passed"] and ours["seconds"]["median"] > 0
+    share = ours["speed_up"] * result["density"]
+    assert ours["share_of_ideal"] == pytest.approx(share)
+    assert "not in tests" in result["contenders"]["ours (flex)"]["why_not"]
+    both = attention.measure_attention(SMALL, 0.4, CPU, rounds=1, backward=True)
+    assert both["contenders"]["ours (gather)"]["seconds"]["median"] > 0
+
+
+def test_a_wrong_output_is_never_timed(no_compiler, monkeypatch):
+    def wrong(*args, **options):
+        return 1.01 * na.nabla_attention(*args, **options)
+
+    monkeypatch.setattr(contenders, "nabla_attention", wrong)
+    ours = attention.measure_attention(SMALL, 0.4, CPU, rounds=1)["contenders"]["ours (gather)"]
+    assert not ours["gate"]["passed"]
+    assert "seconds" not in ours
+
+
+def test_gate_rows_are_the_map():
+    inputs = make_inputs(SMALL, 0.4, CPU)
+    out = na.nabla_attention(inputs.q, inputs.k, inputs.v, SMALL.grid, inputs.config)
+    bmap = na.build_block_map(inputs.q, inputs.k, SMALL.grid, inputs.config)
+    rows = gate.sample_rows(SMALL.grid.num_tokens)
+    keep = gate.token_rows(bmap, SMALL.grid, rows)
+    assert {0, SMALL.grid.num_tokens - 1} <= set(rows.tolist())
+    assert gate.check_output(out, inputs.q, inputs.k, inputs.v, rows, keep)["passed"]
+    assert not gate.check_output(out, inputs.q, inputs.k, inputs.v, rows, None)["passed"]
+
+
+def test_all_builders_make_the_same_map():
+    result = measure_maps(SMALL, 0.3, CPU, rounds=1)
+    assert set(result["differing_entries"].values()) == {0}
+    assert measure_map_share(SMALL, 0.3, CPU, rounds=1)["map_share_of_dense"] > 0
+
+
+def test_contenders_take_turns():
+    calls = []
+    runs = {name: lambda name=name: calls.append(name) for name in "ab"}
+    timings = time_in_turn(runs, CPU, rounds=2, warmup=1)
+    assert calls == list("ababab")
+    assert len(timings["a"].seconds) == 2
+
+
+def test_exponents_are_fitted():
+    points = [
+        {"tokens": n, "seconds": {"dense": n**2.0, "sparse": n**1.5, "map": float(n)}}
+        for n in (1000, 2000, 4000)
+    ]
+    assert scaling.fit_exponents(points) == pytest.approx({"dense": 2, "sparse": 1.5, "map": 1})
+
+
+def test_crossover_is_the_length_from_which_sparse_always_wins():
+    points = [
+        {"tokens": tokens, "density": density, "speed_up": speed_up}
+        for tokens, density, speed_up in [
+            (256, 0.1, 1.2),
+            (512, 0.1, 0.9),
+            (1024, 0.1, 1.1),
+            (1024, 0.7, 0.5),
+            (2048, 0.3, 1.5),
+        ]
+    ]
+    assert scaling.min_tokens(points) == 1024
+    assert scaling.min_tokens(points[:2]) is None
+
+
+def test_too_large_a_workload_is_refused_before_it_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "MEMORY_FACTOR", 10**6)
+    with pytest.raises(ValueError, match=r"toy-cpu needs about .* GiB on cpu"):
+        suite.run_suite(("toy-cpu",), CPU, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_suite_writes_records_and_the_page_comes_from_them(no_compiler, tmp_path, monkeypatch):
+    monkeypatch.setitem(WORKLOADS, "toy-cpu", replace(SMALL, densities=(0.4,)))
+    paths = suite.run_suite(("toy-cpu",), CPU, tmp_path / "results", rounds=1)
+    record = RunRecord.load(paths[0])
+    page = tables.build_docs(tmp_path / "results", tmp_path / "docs")
+    density = record.numbers["results"][0]["density"]
+    assert f"{density:.3f}" in page and "ours (gather)" in page
+    assert (tmp_path / "docs" / "images" / "speed_by_density.png").stat().st_size > 1000
+    assert page == tables.build_docs(tmp_path / "results", tmp_path / "docs")
+
+
+def test_revisions_are_compared_by_share_of_ideal():
+    def record(share):
+        result = {"workload": "w", "dtype": "float32", "density": 0.2, "direction": "forward"}
+        ours = {"ours (gather)": {"share_of_ideal": share, "is_dense": False}}
+        numbers = {"results": [result | {"contenders": ours}]}
+        return RunRecord("bench", {}, 0, {}, "cpu", json.loads(json.dumps(numbers)))
+
+    assert revisions.ratios(record(0.9), record(0.6))[0]["ratio"] == pytest.approx(1.5)
+
+
+def test_an_unknown_revision_is_named():
+    with pytest.raises(ValueError, match="git rev-parse failed"):
+        revisions.measure_revision("no-such-revision", "toy-cpu", "cpu", 1)
+
+
+def test_dry_listing_gives_reasons():
+    found = contenders.list_contenders(workload("wan14b-720p"), CPU)
+    assert found["ours (gather)"] == (None, None)
+    assert "no backward on CPU" in found["ours (flex)"][1]
+    assert "multiples of 8" in found["diffusers NABLA"][0]
