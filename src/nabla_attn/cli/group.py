@@ -10,8 +10,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
-# Each is the function of the same name in the module of the same name beside this one.
-VERBS = ("generate", "compare", "train", "info", "convert", "wan")
+# Each is the function, or the group of them, of the same name in the module of that name.
+VERBS = ("generate", "compare", "train", "info", "convert", "wan", "vote")
 BAD_INPUT, INTERRUPTED = 2, 130
 
 
@@ -42,8 +42,10 @@ class VerbGroup(TyperGroup):
         """Import a verb's module and make its function a command."""
         if cmd_name not in VERBS:
             return None
-        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         function = getattr(import_module(f"nabla_attn.cli.{cmd_name}"), cmd_name)
+        if isinstance(function, typer.Typer):
+            return typer.main.get_command(function)
+        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         single.command(name=cmd_name, cls=VerbCommand)(function)
         return typer.main.get_command(single)
 

@@ -1,0 +1,1 @@
+"""Blind side-by-side studies: who votes does not know which video is which."""

@@ -1,0 +1,319 @@
+import json
+import stat
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("sqlalchemy")
+
+from fastapi.testclient import TestClient
+from tests.vote.study_helpers import ballot, make_small_study
+
+from nabla_attn.vote.server import create_app
+from nabla_attn.vote.study import Study, videos_folder
+
+EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)> {}"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_small_study(tmp_path, pairs_per_rater=3, num_repeats=1, num_controls=1)
+    return tmp_path / "study"
+
+
+@pytest.fixture
+def study(folder):
+    return Study.load(folder)
+
+
+@pytest.fixture
+def client(folder):
+    with TestClient(create_app(folder)) as client:
+        yield client
+
+
+def join(client, study):
+    answer = client.post(f"/api/s/{study.link_token}/raters", json={})
+    assert answer.status_code == 201
+    return {"X-Rater": answer.json()["rater"]}
+
+
+def vote_all(client, rater, answer="first"):
+    turn, turns = client.get("/api/next", headers=rater).json(), []
+    while "trial" in turn:
+        turns.append(turn)
+        turn = client.post("/api/votes", json=ballot(turn["trial"], answer), headers=rater).json()
+    return turns
+
+
+def test_a_rater_sees_each_pair_once_and_repeats_once_more(client, study, folder):
+    for _ in range(4):
+        turns = vote_all(client, join(client, study))
+        assert len(turns) == 3 + 1 + 1 == turns[0]["total"]
+        assert [turn["done"] for turn in turns] == list(range(5))
+        assert len({turn["trial"] for turn in turns}) == 5
+    rows = votes_of(client)
+    for rater in range(1, 5):
+        shown = Counter((row.pair_id, row.is_repeat) for row in rows if row.rater_id == rater)
+        assert set(shown.values()) == {1}
+        assert sum(is_repeat for _, is_repeat in shown) == 1
+    # 4 raters x 3 of 4 pairs: each pair is given three times.
+    real = {pair.id for pair in study.pairs if not pair.is_control}
+    given = Counter(row.pair_id for row in rows if row.pair_id in real and not row.is_repeat)
+    assert set(given.values()) == {3}
+
+
+def votes_of(client):
+    """Rows straight from the database behind a client."""
+    from nabla_attn.vote.database import VoteStore
+    from nabla_attn.vote.study import database_path
+
+    folder = client.app.state.folder
+    store = VoteStore(database_path(folder), Study.load(folder))
+    return store.all_votes()
+
+
+def test_order_and_sides_differ_between_raters(client, study):
+    for _ in range(12):
+        vote_all(client, join(client, study))
+    rows = votes_of(client)
+    ways = {tuple(row.pair_id for row in rows if row.rater_id == rater) for rater in range(1, 13)}
+    assert len(ways) > 6
+    sides = Counter(row.is_swapped for row in rows)
+    assert min(sides.values()) > 10
+    for row in rows:
+        if row.is_repeat:
+            first = next(r for r in rows if (r.rater_id, r.pair_id) == (row.rater_id, row.pair_id))
+            assert first.is_swapped != row.is_swapped
+
+
+def test_resume_goes_on_where_the_rater_stopped(client, study, folder):
+    rater = join(client, study)
+    first = client.get("/api/next", headers=rater).json()
+    client.post("/api/votes", json=ballot(first["trial"]), headers=rater)
+    second = client.get("/api/next", headers=rater).json()
+    assert second["done"] == 1
+    with TestClient(create_app(folder)) as later:
+        assert later.get("/api/next", headers=rater).json() == second
+
+
+def test_a_vote_counts_once(client, study):
+    rater = join(client, study)
+    trial = client.get("/api/next", headers=rater).json()["trial"]
+    once = client.post("/api/votes", json=ballot(trial), headers=rater)
+    again = client.post("/api/votes", json=ballot(trial), headers=rater)
+    assert once.status_code == again.status_code == 200
+    assert once.json() == again.json()
+    other = client.post("/api/votes", json=ballot(trial, "second"), headers=rater)
+    assert other.status_code == 409
+    assert [row.overall for row in votes_of(client)] == ["first"]
+
+
+def test_nothing_tells_the_videos_apart(client, study, folder):
+    rater = join(client, study)
+    page = client.get(f"/s/{study.link_token}")
+    turn = client.get("/api/next", headers=rater)
+    videos = [
+        client.get(f"/api/video/{turn.json()['trial']}/{side}", headers=rater)
+        for side in ("first", "second")
+    ]
+    script = client.get("/static/vote.js")
+    sent = "".join(
+        f"{answer.headers}{'' if answer in videos else answer.text}"
+        for answer in (page, turn, script, *videos)
+    )
+    sent = sent.replace("cache-control", "")
+    for word in ("dense", "nabla", "control", "repeat", "swapped", "baseline", "damaged"):
+        assert word not in sent, word
+    for pair in study.pairs:
+        assert pair.id not in sent
+        assert pair.baseline_video not in sent
+    # The files themselves carry no time: dense ones are generated first.
+    assert len({answer.headers["last-modified"] for answer in videos}) == 1
+    assert {path.stat().st_mtime for path in videos_folder(folder).iterdir()} == {0}
+
+
+def test_both_sides_serve_the_pair(client, study, folder):
+    rater = join(client, study)
+    turn = client.get("/api/next", headers=rater).json()
+    bodies = {
+        client.get(f"/api/video/{turn['trial']}/{side}", headers=rater).content
+        for side in ("first", "second")
+    }
+    files = {
+        frozenset(
+            (videos_folder(folder) / name).read_bytes()
+            for name in (pair.baseline_video, pair.method_video)
+        )
+        for pair in study.pairs
+    }
+    assert frozenset(bodies) in files
+    assert len(bodies) == 2
+
+
+def test_tokens_open_only_their_door(client, study):
+    rater, other = join(client, study), join(client, study)
+    trial = client.get("/api/next", headers=rater).json()["trial"]
+    refused = [
+        client.get("/s/wrong"),
+        client.get(f"/s/{study.admin_token}"),
+        client.get("/s/%C3%A9"),
+        client.post("/api/s/wrong/raters", json={}),
+        client.get("/api/next", headers={"X-Rater": "0" * 32}),
+        client.get(f"/api/video/{trial}/first", headers=other),
+        client.get(f"/api/video/{trial}/third", headers=rater),
+        client.post("/api/votes", json=ballot(trial), headers=other),
+        client.get(f"/results/{study.link_token}"),
+        client.get(f"/results/{study.link_token}/votes.csv"),
+        client.get("/docs"),
+        client.get("/openapi.json"),
+        client.get("/"),
+    ]
+    assert [answer.status_code for answer in refused] == [404] * len(refused)
+    assert client.get("/api/next").status_code == 422
+    assert client.get(f"/api/video/{trial}/first").status_code == 422
+    assert votes_of(client) == []
+
+
+def test_only_files_of_the_study_are_served(client, study):
+    rater = join(client, study)
+    trial = client.get("/api/next", headers=rater).json()["trial"]
+    for path in (
+        "/static/../study.json",
+        "/static/%2e%2e%2fserver.py",
+        "/static/..%2f..%2f..%2fetc%2fpasswd",
+        "/static/vote.html",
+        f"/api/video/{trial}/..%2f..%2fstudy.json",
+        "/videos/" + study.pairs[0].baseline_video,
+        "/study.json",
+    ):
+        assert client.get(path, headers=rater).status_code == 404, path
+
+
+def test_other_sites_cannot_act(client, study):
+    rater = join(client, study)
+    trial = client.get("/api/next", headers=rater).json()["trial"]
+    evil = {"Origin": "https://evil.example"}
+    assert client.post("/api/votes", json=ballot(trial), headers=rater | evil).status_code == 403
+    address = f"/api/s/{study.link_token}/raters"
+    assert client.post(address, json={}, headers=evil).status_code == 403
+    assert client.post(address, data={"a": "b"}).status_code == 415
+    text = {"Content-Type": "text/plain"}
+    sent = client.post("/api/votes", content=json.dumps(ballot(trial)), headers=rater | text)
+    assert sent.status_code == 415
+    preflight = client.options(
+        "/api/votes", headers=evil | {"Access-Control-Request-Method": "POST"}
+    )
+    assert preflight.status_code == 405
+    assert "access-control-allow-origin" not in preflight.headers
+    own = {"Origin": "http://testserver"}
+    assert client.post("/api/votes", json=ballot(trial), headers=rater | own).status_code == 200
+    assert not client.cookies
+
+
+def malformed(trial):
+    good = ballot(trial)
+    yield b""
+    yield b"{"
+    yield b"\xff\xfe"
+    yield b"[" * 2000
+    yield b"null"
+    for changes in (
+        {"overall": "third"},
+        {"overall": None},
+        {"overall": ["first"]},
+        {"seconds": -1},
+        {"seconds": "1"},
+        {"seconds": 1e400},
+        {"trial": "../../etc/passwd"},
+        {"trial": 5},
+        {"admin": True},
+    ):
+        yield json.dumps(good | changes).encode()
+    yield json.dumps({key: good[key] for key in list(good)[:-1]}).encode()
+
+
+def test_malformed_bodies_are_refused(client, study):
+    rater = join(client, study)
+    trial = client.get("/api/next", headers=rater).json()["trial"]
+    headers = rater | {"Content-Type": "application/json"}
+    for body in malformed(trial):
+        answer = client.post("/api/votes", content=body, headers=headers)
+        assert answer.status_code in (400, 422), body[:80]
+        assert isinstance(answer.json()["detail"], str)
+    assert votes_of(client) == []
+
+
+def test_oversized_bodies_are_refused_whatever_they_claim(client, study):
+    rater = join(client, study) | {"Content-Type": "application/json"}
+    assert client.post("/api/votes", content=b" " * 5000, headers=rater).status_code == 413
+
+    def chunks():
+        for _ in range(100):
+            yield b" " * 1000
+
+    assert client.post("/api/votes", content=chunks(), headers=rater).status_code == 413
+    for length in ("-1", "x", "9" * 30):
+        answer = client.post(
+            "/api/votes", content=b"{}", headers=rater | {"Content-Length": length}
+        )
+        assert answer.status_code == 413
+
+
+def test_strict_headers_on_every_answer(client, study):
+    for path in (f"/s/{study.link_token}", "/static/vote.js", "/nowhere", "/api/next"):
+        headers = client.get(path).headers
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert "unsafe" not in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["referrer-policy"] == "no-referrer"
+
+
+def test_script_in_a_prompt_stays_text(tmp_path):
+    study = make_small_study(tmp_path, prompt=EVIL, num_repeats=0, num_controls=0)
+    with TestClient(create_app(tmp_path / "study")) as client:
+        rater = join(client, study)
+        turn = client.get("/api/next", headers=rater)
+        assert turn.headers["content-type"] == "application/json"
+        assert turn.json()["prompt"].startswith("<script>")
+        vote_all(client, rater)
+        assert "<script>alert" not in client.get(f"/results/{study.admin_token}").text
+
+
+def test_formulas_in_a_prompt_stay_text_in_csv(tmp_path):
+    study = make_small_study(tmp_path, prompt='=HYPERLINK("x") {}', num_repeats=0, num_controls=0)
+    with TestClient(create_app(tmp_path / "study")) as client:
+        vote_all(client, join(client, study))
+        csv = client.get(f"/results/{study.admin_token}/votes.csv")
+        assert csv.headers["content-type"].startswith("text/csv")
+        assert len(csv.text.splitlines()) == 5
+        assert ",=HYPER" not in csv.text.replace('"', "")
+
+
+def test_the_study_fills_up(tmp_path):
+    study = make_small_study(tmp_path)
+    from dataclasses import replace
+
+    replace(study, max_raters=2).save(tmp_path / "study")
+    with TestClient(create_app(tmp_path / "study")) as client:
+        join(client, study), join(client, study)
+        full = client.post(f"/api/s/{study.link_token}/raters", json={})
+        assert full.status_code == 409
+        assert "all its raters" in full.json()["detail"]
+
+
+def test_the_study_file_is_private_and_checked(folder, study):
+    path = folder / "study.json"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    values = json.loads(path.read_text())
+    values["pairs"][0]["baseline_video"] = "../study.json"
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="not in its videos"):
+        Study.load(folder)
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"study\.json"):
+        Study.load(folder)
+    path.unlink()
+    with pytest.raises(ValueError, match="nabla vote make"):
+        Study.load(folder)
