@@ -60,7 +60,8 @@ def _attention_rows(record: RunRecord) -> list[dict[str, Any]]:
     return [result for result in record.numbers["results"] if "contenders" in result]
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table; none without rows."""
     if not rows:
         return []
     lines = [head, ["---"] * len(head), *rows]
@@ -78,7 +79,7 @@ def _attention_table(results: list[dict[str, Any]]) -> list[str]:
                 absent[name] = f"output off by {numbers['gate']['error']:.2g}"
             else:
                 rows.append(_attention_row(result, name, numbers))
-    lines = _table([*head, "of matmul", "error / budget"], rows)
+    lines = table([*head, "of matmul", "error / budget"], rows)
     return lines + [f"- {name}: not run, {reason}." for name, reason in absent.items()] + [""]
 
 
@@ -107,7 +108,7 @@ def _map_tables(results: list[dict[str, Any]]) -> list[str]:
                 for name, ratio in result["times_slower_than_ours"].items()
             ]
             differ = "; ".join(f"{n}: {c}" for n, c in result["differing_entries"].items())
-            lines += _table([f"map, {result['algorithm']}", "seconds", "of ours"], rows)
+            lines += table([f"map, {result['algorithm']}", "seconds", "of ours"], rows)
             lines += [f"Entries that differ from ours, of {result['entries']:,}: {differ}.", ""]
         elif "map_share_of_dense" in result:
             share = f"{result['map_share_of_dense']:.2%}"
@@ -123,7 +124,7 @@ def _scaling_table(result: dict[str, Any]) -> list[str]:
         for point in result["points"]
     ]
     fitted = ", ".join(f"{name} {value:.2f}" for name, value in result["exponents"].items())
-    return [*_table(["tokens", "density", *names], rows), f"Fitted exponents: {fitted}.", ""]
+    return [*table(["tokens", "density", *names], rows), f"Fitted exponents: {fitted}.", ""]
 
 
 def _crossover_table(results: list[dict[str, Any]]) -> list[str]:
@@ -131,7 +132,7 @@ def _crossover_table(results: list[dict[str, Any]]) -> list[str]:
     found = min_tokens(results)
     verdict = f"from {found:,} tokens on" if found else "at none of these lengths"
     return [
-        *_table(["tokens", "density", "speed-up over dense"], rows),
+        *table(["tokens", "density", "speed-up over dense"], rows),
         f"At density 0.3 or less, sparse wins {verdict}.",
         "",
     ]
@@ -151,4 +152,4 @@ def _model_table(results: list[dict[str, Any]]) -> list[str]:
         ]
         for r in results
     ]
-    return _table(head, rows)
+    return table(head, rows)

@@ -31,7 +31,8 @@ def bench(
         bool, typer.Option("--dry-run", help="List contenders and why some cannot run.")
     ] = False,
     docs: Annotated[
-        Path | None, typer.Option(help="Write benchmarks.md and charts into this folder.")
+        Path | None,
+        typer.Option(help="Write the generated pages and charts into this folder."),
     ] = None,
 ) -> None:
     """Benchmark attention and maps: outputs are checked before anything is timed."""
@@ -65,10 +66,12 @@ def bench(
         if base is not None:
             _compare_with(base, names, device, rounds, output)
     if docs is not None:
+        from nabla_attn.bench.correctness_page import build_page
         from nabla_attn.bench.tables import build_docs
         from nabla_attn.files import write_text
 
         write_text(docs / "benchmarks.md", build_docs(output, docs))
+        write_text(docs / "correctness.md", build_page(output))
 
 
 def _device(name: str) -> str:
