@@ -160,6 +160,40 @@ def vae_2_2_state(base=8, decoder_base=8):
     return state
 
 
+def vae_state(base=2):
+    """A tiny Wan 2.1 VAE: the levels' blocks in one flat list."""
+    state, mult, has_time = {}, (1, 2, 4, 4), (False, True, True)
+    widths = [base, *(base * m for m in mult)]
+    _ends(state, "encoder", widths[-1], (base, 3), (32, widths[-1]))
+    index = 0
+    for level, (inside, out) in enumerate(itertools.pairwise(widths)):
+        for width in (inside, out):
+            _residual(state, f"encoder.downsamples.{index}", width, out)
+            index += 1
+        if level < 3:
+            _conv(state, f"encoder.downsamples.{index}.resample.1", out, out, 3, 3)
+            if has_time[level]:
+                _conv(state, f"encoder.downsamples.{index}.time_conv", out, out, 3, 1, 1)
+            index += 1
+    widths = [base * m for m in (mult[-1], *mult[::-1])]
+    _ends(state, "decoder", widths[0], (widths[0], 16), (3, widths[-1]))
+    index = 0
+    for level, (before, out) in enumerate(itertools.pairwise(widths)):
+        # Up-sampling halves the channels, so levels after the first take half of the one before.
+        inside = before if level == 0 else before // 2
+        for width in (inside, out, out):
+            _residual(state, f"decoder.upsamples.{index}", width, out)
+            index += 1
+        if level < 3:
+            _conv(state, f"decoder.upsamples.{index}.resample.1", out // 2, out, 3, 3)
+            if has_time[::-1][level]:
+                _conv(state, f"decoder.upsamples.{index}.time_conv", 2 * out, out, 3, 1, 1)
+            index += 1
+    _conv(state, "conv1", 32, 32, 1, 1, 1)
+    _conv(state, "conv2", 16, 16, 1, 1, 1)
+    return state
+
+
 def write_transformer(folder, family, num_layers=1, num_shards=1, **config):
     """One transformer with its config.json, split into shards with an index if asked."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -202,7 +236,7 @@ def write_tokenizer(folder):
 
 
 def write_checkpoint(folder, family, **options):
-    """A whole original checkpoint of ``family``; text encoder and VAE are the recorded ones."""
+    """A whole original checkpoint of ``family``; the text encoder is the recorded one."""
     torch.manual_seed(7)
     if family in ("t2v-2.2", "i2v-2.2"):
         for expert in ("high_noise_model", "low_noise_model"):
@@ -214,8 +248,7 @@ def write_checkpoint(folder, family, **options):
     if family == "ti2v-2.2":
         torch.save(vae_2_2_state(), folder / "Wan2.2_VAE.pth")
     else:
-        vae = load_file(GOLDEN / "vae_a_weights_bf16.safetensors")
-        torch.save({n: w.float() for n, w in vae.items()}, folder / "Wan2.1_VAE.pth")
+        torch.save(vae_state(), folder / "Wan2.1_VAE.pth")
     write_tokenizer(folder / "google" / "umt5-xxl")
     if family in ("i2v", "flf2v"):
         name = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"

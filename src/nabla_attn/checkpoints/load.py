@@ -32,9 +32,11 @@ def stored_or(plan: PartPlan, name: str, dtype: torch.dtype | None) -> torch.dty
         plan: the part.
         name: of the parameter.
         dtype: what was asked for; None is the stored type, with float8 widened to bfloat16.
-            In half precision the modules that diffusers keeps in float32 stay so.
+            In half precision the modules that diffusers and transformers keep in float32 stay so;
+            transformers does it in float16 alone.
     """
-    if dtype in (torch.float16, torch.bfloat16):
+    halves = (torch.float16,) if plan.kind.config_class else (torch.float16, torch.bfloat16)
+    if dtype in halves:
         kept = getattr(plan.model, "_keep_in_fp32_modules", None) or ()
         if any(part in name.split(".") for part in kept):
             return torch.float32

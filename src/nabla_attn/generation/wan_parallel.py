@@ -52,6 +52,11 @@ def check(placement: "WanPlacement", *, is_sparse: bool) -> None:
             f"ulysses_size * ring_size must be the number of processes: {ulysses} * {ring} is not "
             f"{processes}."
         )
+    if ulysses * ring > 1 and torch.accelerator.device_count() == 0:
+        raise ValueError(
+            "ulysses_size and ring_size go through diffusers, which places each process on a GPU; "
+            "this machine has none. Leave them at 1; t5_fsdp and dit_fsdp work on CPUs."
+        )
     if placement.t5_cpu and placement.t5_fsdp:
         raise ValueError("t5_cpu and t5_fsdp exclude each other. Pass one.")
     if placement.offload_model and placement.dit_fsdp:
