@@ -10,6 +10,7 @@ from torch.utils._triton import has_triton
 
 # Below this many elements a chain takes well under a millisecond, and compiling takes seconds.
 MIN_ELEMENTS = 2**21
+MAX_VARIANTS = 128
 
 
 def fused(
@@ -19,7 +20,7 @@ def fused(
     is_small = num_elements < MIN_ELEMENTS
     if is_small or torch.compiler.is_compiling() or why_not_compile(device) is not None:
         return function
-    return _compiled(function)
+    return compiled(function)
 
 
 @lru_cache(maxsize=1)
@@ -37,5 +38,13 @@ def why_not_compile(device: torch.device) -> str | None:
 
 
 @lru_cache(maxsize=32)
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True)
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` under torch.compile, one instance per process, without graph breaks."""
+    run = torch.compile(function, fullgraph=True)
+
+    def call(*args: Any) -> Any:
+        # A long-lived process meets more dtypes, head sizes and layouts than the default of 8.
+        with torch._dynamo.config.patch(recompile_limit=MAX_VARIANTS):
+            return run(*args)
+
+    return call

@@ -147,3 +147,14 @@ def test_flex_refuses_devices_without_a_kernel():
 def test_bad_inputs_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         backends.resolve("auto", *change(*random_qkv(ODD_GRIDS["one-block"])))
+
+
+def test_flex_serves_more_variants_than_the_compilers_default_limit():
+    # scale is a constant of the graph, so each value is a variant.
+    grid = ODD_GRIDS["one-block"]
+    q, k, v = random_qkv(grid, heads=1)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for scale in (0.5, 0.25):
+            out = na.nabla_attention(q, k, v, grid, na.parse("dense"), backend="flex", scale=scale)
+            expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+            torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)

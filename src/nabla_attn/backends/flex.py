@@ -3,16 +3,13 @@
 Uncompiled FlexAttention silently ignores the block indices, so nothing here runs it uncompiled.
 """
 
-from functools import lru_cache
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention.flex_attention import FlexKernelOptions, flex_attention
 
 from nabla_attn.core.block_map import BlockMap, build_block_mask
-from nabla_attn.fusion import why_not_compile
+from nabla_attn.fusion import compiled, why_not_compile
 
 
 def attend(
@@ -26,7 +23,7 @@ def attend(
     """Attention over the map's blocks; a new map of the same shape does not recompile."""
     needs_backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     tables = block_map.flex_tables()
-    return _compiled()(q, k, v, *tables, block_map.block_tokens, scale, needs_backward)
+    return compiled(_attend)(q, k, v, *tables, block_map.block_tokens, scale, needs_backward)
 
 
 def why_not(device: torch.device, *, needs_grad: bool = False) -> str | None:
@@ -35,11 +32,6 @@ def why_not(device: torch.device, *, needs_grad: bool = False) -> str | None:
         return "FlexAttention has no backward on CPU"
     reason = why_not_compile(device)
     return reason and f"FlexAttention must be compiled, and {reason}"
-
-
-@lru_cache(maxsize=1)
-def _compiled() -> Any:
-    return torch.compile(_attend, fullgraph=True)
 
 
 def _attend(
