@@ -21,10 +21,11 @@ grids = pytest.mark.parametrize("grid", ODD_GRIDS.values(), ids=ODD_GRIDS.keys()
 
 @pytest.mark.parametrize("name", [name for name in ODD_GRIDS if name != "clips"])
 @pytest.mark.parametrize("algorithm", ["nabla-1", "dense", "topk-1"])
-def test_keeping_everything_equals_dense_attention(name, algorithm):
+@pytest.mark.parametrize("backend", ["auto", "gather"])
+def test_keeping_everything_equals_dense_attention(name, algorithm, backend):
     grid = ODD_GRIDS[name]
     q, k, v = random_qkv(grid, batch=3)
-    out = na.nabla_attention(q, k, v, grid, na.parse(algorithm))
+    out = na.nabla_attention(q, k, v, grid, na.parse(algorithm), backend=backend)
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v), atol=1e-5, rtol=1e-5)
 
 

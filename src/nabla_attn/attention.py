@@ -3,6 +3,7 @@
 tokens -> blocks -> scores -> block map -> backend -> output
 """
 
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -51,6 +52,8 @@ def nabla_attention(
     """
     layout = TokenLayout(grid, text_before, text_after)
     attend = backends.resolve(backend, q, k, v)
+    if backend == "auto" and config.is_dense and grid.segments is None and text_valid is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
     q_blocks, k_blocks, v_blocks = (to_blocks(x, layout) for x in (q, k, v))
     block_map = map_blocks(
         q_blocks,

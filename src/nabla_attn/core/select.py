@@ -89,7 +89,7 @@ def _keep_until(values: Tensor, weigh: Callable[[Tensor], Tensor], target: Tenso
     weight = weigh(ties).amax(dim=-1, keepdim=True)
     # A row that never reaches the target divides by zero: infinity, so all ties are kept.
     num_ties = (missing / weight).ceil().clamp_min(1)
-    return above | (ties & (ties.cumsum(dim=-1) <= num_ties))
+    return above | (ties & (ties.cumsum(dim=-1, dtype=torch.int32) <= num_ties))
 
 
 def _crossing_value(values: Tensor, weigh: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
