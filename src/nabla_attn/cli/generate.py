@@ -30,6 +30,12 @@ def generate(
     fps: opt.Fps = None,
     negative_prompt: opt.NegativePrompt = "",
     schedule: opt.ScheduleFile = None,
+    record_maps: Annotated[
+        bool, typer.Option("--record-maps", help="Also record block maps, for `nabla view`.")
+    ] = False,
+    map_steps: Annotated[str, typer.Option(help="Steps to record, such as 0,10,19.")] = "",
+    map_layers: Annotated[str, typer.Option(help="Layers to record.")] = "",
+    map_heads: Annotated[str, typer.Option(help="Heads to record.")] = "",
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
 ) -> None:
@@ -58,9 +64,29 @@ def generate(
         raise ValueError(f"the output must be an .mp4 file, got {output}.")
     check_writable(output)
     pipeline = opt.load_quietly(model, device, dtype)
+    recorder = None
+    if record_maps:
+        from nabla_attn.generation.record_maps import MapRecorder
+
+        if request.is_dense:
+            raise ValueError("dense attention has no maps to record. Pass --sparse-algo nabla-0.7.")
+        recorder = MapRecorder(
+            pipeline,
+            request,
+            steps=opt.read_indices(map_steps),
+            layers=opt.read_indices(map_layers),
+            heads=opt.read_indices(map_heads),
+        )
     with generation_bars() as start:
-        video, record = make_video(pipeline, request, progress=start(request.sparse_algo))
+        video, record = make_video(
+            pipeline,
+            request,
+            progress=start(request.sparse_algo),
+            on_apply=recorder.attach if recorder else None,
+        )
     write_video(video, output, rate)
+    if recorder:
+        recorder.result().save(output.with_suffix(".maps.safetensors"))
     record.save(output.with_suffix(".json"))
     _summarise(output, record)
 

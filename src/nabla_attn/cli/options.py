@@ -85,6 +85,18 @@ def load_quietly(model: str, device: str, dtype: str) -> Any:
             return load_pipeline(model, device=device, dtype=dtype)
 
 
+def read_indices(text: str) -> tuple[int, ...] | None:
+    """``"0,10,19"`` as numbers; nothing as None.
+
+    Raises:
+        ValueError: not whole numbers with commas between.
+    """
+    try:
+        return tuple(int(part) for part in text.split(",")) if text.strip() else None
+    except ValueError:
+        raise ValueError(f"expected whole numbers such as 0,10,19: got {text!r}.") from None
+
+
 def _read_schedule(path: Path) -> Any:
     from nabla_attn.schedule import Schedule
 

@@ -1,7 +1,7 @@
 """One video from one request: apply the algorithm, sample, measure, restore."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -28,6 +28,7 @@ def generate(
     *,
     progress: Progress | None = None,
     inputs: dict[str, Any] | None = None,
+    on_apply: Callable[[Any], None] | None = None,
 ) -> tuple[np.ndarray, RunRecord]:
     """Make one video. The same request on the same machine gives the same bytes.
 
@@ -37,6 +38,7 @@ def generate(
         request: what to make.
         progress: told about every stage and step.
         inputs: further arguments of the pipeline call, such as ``image`` or ``generator``.
+        on_apply: given the handle of the sparse attention before sampling, to observe it.
 
     Returns:
         The frames, uint8 [frames, height, width, 3], and the record of the run.
@@ -48,6 +50,8 @@ def generate(
     device = pipeline.device
     clock = StageClock(device, request.steps, progress)
     with _sparse(pipeline, request) as handle, clock.watch(pipeline):
+        if on_apply is not None and handle is not None:
+            on_apply(handle)
         video = _sample(
             pipeline, request, callback_on_step_end=clock.on_step_end, **(inputs or {})
         )

@@ -49,6 +49,8 @@ def attend(
     out, stats = run(q, k, v, text_valid, layer.key, scale)
     if layer.stats is not None:
         layer.stats.copy_(stats)
+    if layer.observer is not None:
+        layer.observer(layer, q, k, v, text_valid, scale)
     return out
 
 

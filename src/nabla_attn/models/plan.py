@@ -1,5 +1,6 @@
 """Plans: what one attention module does in the current forward."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,8 @@ class Layer:
         is_dense: whether this forward is dense here.
         key: the plan of this forward.
         stats: fp32 [2, heads], density and kept mass of this forward; None when not measured.
+        observer: called after each eager sparse call with (layer, q, k, v, text_valid, scale), the
+            arguments of `attend`; for measuring and recording.
     """
 
     def __init__(self, name: str, original: Any) -> None:
@@ -92,6 +95,7 @@ class Layer:
         self.is_dense = True
         self.key: Tensor | None = None
         self.stats: Tensor | None = None
+        self.observer: Callable[..., None] | None = None
 
     def snapshot(self) -> tuple[bool, Tensor | None, Tensor | None]:
         """What `restore` needs to come back to this forward."""

@@ -1,0 +1,127 @@
+"""Recording of block maps while a video is made."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from nabla_attn.core.grid import TokenGrid
+from nabla_attn.core.order import block_order
+from nabla_attn.core.scores import pool_blocks, score_blocks
+from nabla_attn.generation.attention_probe import BlockCall, block_call, measure_losses
+from nabla_attn.generation.recorded_maps import SCORE_BITS, RecordedMaps, choose
+from nabla_attn.generation.request import GenerationRequest, video_tokens
+from nabla_attn.models.state import num_heads
+
+
+class MapRecorder:
+    """Records the first call of each step and layer: the one with the prompt.
+
+    Give `attach` to ``generate(on_apply=...)``, then take `result`.
+
+    Args:
+        pipeline: the pipeline of the run.
+        request: the request of the run.
+        num_rows: query tokens sampled per step and layer for the losses.
+        asked: steps, layers, heads, has_scores and max_bytes of
+            `nabla_attn.generation.recorded_maps.choose`.
+    """
+
+    def __init__(
+        self, pipeline: Any, request: GenerationRequest, *, num_rows: int = 16, **asked: Any
+    ) -> None:
+        self._algorithm = request.sparse_algo
+        self._num_steps = request.steps
+        self._grid = TokenGrid(*video_tokens(pipeline, request))
+        self._num_rows = num_rows
+        self._asked = asked
+        self._maps: dict[tuple[int, int], tuple[np.ndarray, np.ndarray | None]] = {}
+        self._seen: set[tuple[int, int]] = set()
+
+    def attach(self, handle: Any) -> None:
+        """Choose what fits and observe the layers of a handle.
+
+        Raises:
+            ValueError: what was asked for does not exist or is too large.
+        """
+        states = [state for _, state in handle.models]
+        num_layers = max(len(state.layers) for state in states)
+        heads = max(num_heads(module) for state in states for module in state.modules.values())
+        counts = (self._num_steps, num_layers, heads)
+        self._selection = choose(counts, self._grid.num_blocks, **self._asked)
+        names = ("density", "true_mass", "best_mass")
+        self._numbers = {name: torch.ones(counts) for name in names}
+        for state in states:
+            for index, layer in enumerate(state.layers):
+                layer.observer = self._observer(handle, index)
+
+    def result(self) -> RecordedMaps:
+        """What was recorded.
+
+        Raises:
+            ValueError: no sparse attention ran.
+        """
+        if not self._seen:
+            raise ValueError(
+                "there are no maps to record: attention was dense throughout. Ask for a sparse "
+                "algorithm, and for more steps than its dense ones."
+            )
+        chosen, count = self._selection, self._grid.num_blocks
+        shape = (len(chosen.steps), len(chosen.layers), len(chosen.heads), count)
+        masks = np.full((*shape, -(-count // 8)), 255, np.uint8)  # dense unless recorded
+        scores = np.zeros((*shape, count) if chosen.has_scores else 0, np.uint8)
+        for row, step in enumerate(chosen.steps):
+            for column, layer in enumerate(chosen.layers):
+                packed, quantised = self._maps.get((step, layer), (None, None))
+                if packed is not None:
+                    masks[row, column] = packed
+                if quantised is not None:
+                    scores[row, column] = quantised
+        grid, block = self._grid, self._grid.block
+        return RecordedMaps(
+            algorithm=self._algorithm,
+            blocks=grid.blocks,
+            block=(block.frames, block.height, block.width),
+            grid=(grid.frames, grid.height, grid.width),
+            selection=chosen,
+            masks=torch.from_numpy(masks),
+            scores=torch.from_numpy(scores),
+            **self._numbers,
+        )
+
+    def _observer(self, handle: Any, index: int) -> Any:
+        def observe(layer: Any, *arguments: Any) -> None:
+            step = handle.telemetry.forwards[-1].step
+            if step is not None and (step, index) not in self._seen:
+                self._seen.add((step, index))
+                self._record(step, index, block_call(layer, *arguments))
+
+        return observe
+
+    def _record(self, step: int, layer: int, call: BlockCall) -> None:
+        losses = measure_losses(call, num_rows=self._num_rows, seed=step * 1000 + layer)
+        self._numbers["density"][step, layer] = call.block_map.head_density[0].cpu()
+        self._numbers["true_mass"][step, layer] = losses.true_mass
+        self._numbers["best_mass"][step, layer] = losses.best_mass
+        chosen = self._selection
+        if step not in chosen.steps or layer not in chosen.layers:
+            return
+        count = self._grid.num_blocks
+        heads = torch.tensor(chosen.heads)
+        mask = call.block_map.mask[0, :, :count, :count].cpu()[heads]
+        scores = to_bytes(_pooled_scores(call).cpu()[heads]) if chosen.has_scores else None
+        self._maps[step, layer] = (np.packbits(mask.numpy(), axis=-1), scores)
+
+
+def to_bytes(scores: torch.Tensor) -> np.ndarray:
+    """Probabilities to bytes, logarithmic, within 3.4 %."""
+    logs = scores.double().clamp_min(2.0**-SCORE_BITS).log2()
+    return ((logs / SCORE_BITS + 1) * 255).round().to(torch.uint8).numpy()
+
+
+def _pooled_scores(call: BlockCall) -> torch.Tensor:
+    """Probabilities of the pooled map, [heads, blocks, blocks]."""
+    grid = call.layout.grid
+    counts = block_order(call.layout, call.q.device).counts[: grid.num_blocks]
+    q, k = (pool_blocks(x[:, :, : grid.num_slots], counts) for x in (call.q, call.k))
+    return score_blocks(q, k, scale=call.scale)[0]

@@ -1,0 +1,122 @@
+"""One self-contained page of a run: its frames, and which blocks attend which."""
+
+import base64
+import gzip
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nabla_attn.files import write_text
+from nabla_attn.generation.recorded_maps import SCORE_BITS, RecordedMaps
+from nabla_attn.record import RunRecord
+
+PAGE = Path(__file__).parent / "page"
+MAX_BYTES = 6_000_000
+MAX_FRAME_BYTES = 1_200_000
+WIDTHS = (640, 480, 320, 240, 160)  # pixels of a frame, tried until all frames fit
+
+
+def write_view(
+    path: str | Path, frames: np.ndarray, maps: RecordedMaps, record: RunRecord | None = None
+) -> None:
+    """Write the page: no server, no network, under 6 MB.
+
+    Args:
+        path: the HTML file; whole or not at all.
+        frames: the video, uint8 [frames, height, width, 3].
+        maps: recorded with the video.
+        record: of the run, for the heading.
+
+    Raises:
+        ValueError: the page would be larger than 6 MB.
+    """
+    page = build_view(frames, maps, record)
+    size = len(page.encode())
+    if size > MAX_BYTES:
+        raise ValueError(
+            f"the page would have {size:,} bytes and the limit is {MAX_BYTES:,}. Record fewer "
+            "steps, layers or heads."
+        )
+    write_text(path, page)
+
+
+def build_view(frames: np.ndarray, maps: RecordedMaps, record: RunRecord | None = None) -> str:
+    """The page as text; the same input gives the same bytes."""
+    chosen = maps.selection
+    data = {
+        "algorithm": maps.algorithm,
+        "prompt": "" if record is None else str(record.config.get("prompt", "")),
+        "facts": [] if record is None else _facts(record),
+        "blocks": maps.blocks,
+        "block": maps.block,
+        "grid": maps.grid,
+        "steps": chosen.steps,
+        "layers": chosen.layers,
+        "heads": chosen.heads,
+        "counts": tuple(maps.density.shape),
+        "scoreBits": SCORE_BITS if chosen.has_scores else 0,
+        "density": _heat(maps.density.numpy()),
+        "recall": _heat(maps.true_mass.numpy()),
+        "best": _heat(maps.best_mass.numpy()),
+        "masks": _pack(maps.masks.numpy()),
+        "scores": _pack(maps.scores.numpy()),
+        "frames": encode_frames(pick_frames(frames, maps.blocks[0])),
+    }
+    text = (PAGE / "view.html").read_text(encoding="utf-8")
+    # A prompt must not be able to close the script element that holds it.
+    content = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    for name, part in (
+        ("/*STYLE*/", (PAGE / "view.css").read_text(encoding="utf-8")),
+        ("/*SCRIPT*/", (PAGE / "view.js").read_text(encoding="utf-8")),
+        ("/*DATA*/", content),
+    ):
+        text = text.replace(name, part)
+    return text
+
+
+def pick_frames(frames: np.ndarray, count: int) -> np.ndarray:
+    """The video frame at each block's place in time, first and last included."""
+    if count == 1:
+        return frames[:1]
+    return frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
+
+
+def encode_frames(frames: np.ndarray) -> list[str]:
+    """Frames as WebP addresses, as wide as the page's limit allows."""
+    for width in WIDTHS:
+        encoded = [_encode(frame, min(width, frame.shape[1] * 2)) for frame in frames]
+        if sum(map(len, encoded)) <= MAX_FRAME_BYTES:
+            break
+    return encoded
+
+
+def _encode(frame: np.ndarray, width: int) -> str:
+    from PIL import Image
+
+    height = max(1, round(width * frame.shape[0] / frame.shape[1]))
+    buffer = io.BytesIO()
+    Image.fromarray(frame).resize((width, height)).save(buffer, "WEBP", quality=82, method=4)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _pack(values: np.ndarray) -> str:
+    return base64.b64encode(gzip.compress(values.tobytes(), 9, mtime=0)).decode()
+
+
+def _heat(values: np.ndarray) -> list[list[float | None]]:
+    """Means over heads per step and layer."""
+    means = values.mean(axis=-1)
+    return [[round(float(v), 4) if np.isfinite(v) else None for v in row] for row in means]
+
+
+def _facts(record: RunRecord) -> list[str]:
+    config = record.config
+    facts = [f"{config['frames']} frames, {config['width']}×{config['height']}"]
+    facts += [f"{config['steps']} steps, seed {record.seed}", str(config.get("model", ""))]
+    seconds: dict[str, Any] = record.numbers.get("seconds", {})
+    if "transformer" in seconds:
+        facts.append(f"{seconds['transformer']:.1f} s in the transformer, {record.device}")
+    return [fact for fact in facts if fact]

@@ -1,0 +1,134 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from nabla_attn.generation.generate import generate
+from nabla_attn.generation.pipeline import load_pipeline
+from nabla_attn.generation.record_maps import MapRecorder, to_bytes
+from nabla_attn.generation.recorded_maps import SCORE_BITS, RecordedMaps, Selection, choose, spread
+from nabla_attn.generation.request import GenerationRequest
+
+REQUEST = GenerationRequest(
+    prompt="a red circle", height=144, width=176, frames=5, steps=3, sparse_algo="nabla-0.4"
+)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_wan):
+    return load_pipeline(tiny_wan, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def recorded(pipeline):
+    recorder = MapRecorder(pipeline, REQUEST, steps=(0, 2))
+    frames, record = generate(pipeline, REQUEST, on_apply=recorder.attach)
+    return frames, record, recorder.result()
+
+
+def test_a_recording_agrees_with_the_run(recorded):
+    _, record, maps = recorded
+    assert maps.selection == Selection((0, 2), (0, 1), (0, 1))
+    assert maps.density.shape == (3, 2, 2)
+    assert maps.grid == tuple(record.numbers["tokens"].values())
+    # Telemetry averages both calls of guidance, the recording holds the prompted one.
+    per_step = np.array(record.numbers["attention"]["density_per_step_and_layer"])
+    assert np.abs(maps.density.mean(-1).numpy() - per_step).max() < 0.2
+    assert ((maps.true_mass > 0) & (maps.true_mass <= 1.0001)).all()
+    assert (maps.best_mass >= maps.true_mass - 1e-5).all()
+    counts = torch.tensor(maps.mask(0, 0, 0).sum(axis=1))
+    assert (counts >= 1).all()
+
+
+def test_recording_changes_nothing(pipeline, recorded):
+    frames, _ = generate(pipeline, REQUEST)
+    assert np.array_equal(frames, recorded[0])
+
+
+def test_scores_and_maps_tell_the_same(recorded):
+    maps = recorded[2]
+    bits = maps.scores[0, 0, 0].numpy() / 255 - 1
+    scores = 2.0 ** (bits * SCORE_BITS)
+    assert scores.sum(axis=1) == pytest.approx(1, abs=0.04)
+    kept = maps.mask(0, 0, 0)
+    assert (scores * kept).sum(axis=1).min() > 0.38  # nabla-0.4, within a byte's precision
+    for row, keep in zip(scores, kept, strict=True):
+        if not keep.all():
+            assert row[keep].min() >= row[~keep].max() * 0.999
+
+
+def test_saved_and_read_back(recorded, tmp_path):
+    maps = recorded[2]
+    maps.save(tmp_path / "a.maps.safetensors")
+    back = RecordedMaps.load(tmp_path / "a.maps.safetensors")
+    assert back.selection == maps.selection
+    assert torch.equal(back.masks, maps.masks)
+    assert torch.equal(back.true_mass, maps.true_mass)
+    assert back.blocks == maps.blocks
+
+
+def test_dense_steps_are_dense_in_the_recording(pipeline):
+    from dataclasses import replace
+
+    from nabla_attn import Schedule
+
+    schedule = Schedule(algorithm=Schedule.default("nabla-0.4").algorithm, dense_first_steps=2)
+    request = replace(REQUEST, schedule=schedule)
+    recorder = MapRecorder(pipeline, request)
+    generate(pipeline, request, on_apply=recorder.attach)
+    maps = recorder.result()
+    assert (maps.density[:2] == 1).all()
+    assert (maps.density[2] < 1).any()
+    assert maps.mask(0, 0, 0).all()
+    nothing = MapRecorder(pipeline, request)
+    all_dense = replace(REQUEST, schedule=replace(schedule, dense_first_steps=3))
+    with pytest.warns(UserWarning, match="changes nothing"):
+        generate(pipeline, all_dense, on_apply=nothing.attach)
+    with pytest.raises(ValueError, match="dense throughout"):
+        nothing.result()
+
+
+def test_the_selection_fits_or_says_why():
+    counts = (50, 40, 40)
+    small = choose(counts, 60)
+    assert (small.steps, small.layers) == ((0, 12, 24, 37, 49), (0, 8, 16, 23, 31, 39))
+    large = choose(counts, 1260)
+    assert 0 < large.num_bytes(1260) <= 3_300_000
+    assert choose(counts, 60, steps=(3,)).steps == (3,)
+    with pytest.raises(ValueError, match="Record fewer"):
+        choose(counts, 1260, steps=(0, 1), layers=(0, 1), heads=tuple(range(40)))
+    with pytest.raises(ValueError, match="steps to record must be in 0 to 49"):
+        choose(counts, 60, steps=(50,))
+    assert spread(1, 5) == (0,)
+    assert spread(3, 5) == (0, 1, 2)
+
+
+def test_bytes_of_scores():
+    scores = torch.tensor([1.0, 0.5, 1e-3, 2.0**-24, 0.0])
+    coded = to_bytes(scores)
+    assert coded[0] == 255
+    assert coded[3] == coded[4] == 0
+    decoded = 2.0 ** ((coded[:3] / 255 - 1) * SCORE_BITS)
+    assert decoded == pytest.approx(scores[:3].numpy(), rel=0.034)
+
+
+def test_damaged_recordings_are_named(recorded, tmp_path):
+    path = tmp_path / "bad.maps.safetensors"
+    with pytest.raises(ValueError, match=r"bad\.maps"):
+        RecordedMaps.load(path)
+    path.write_bytes(b"no safetensors at all")
+    with pytest.raises(ValueError, match=r"bad\.maps"):
+        RecordedMaps.load(path)
+    from safetensors.torch import save_file
+
+    recorded[2].save(path)
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        meta = json.loads(file.metadata()["maps"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for change in ({"schema": 9}, {"blocks": [9, 9, 9]}, {"selection": {"steps": [99]}}, {"x": 1}):
+        save_file(tensors, path, metadata={"maps": json.dumps(meta | change)})
+        with pytest.raises(ValueError, match=r"bad\.maps"):
+            RecordedMaps.load(path)

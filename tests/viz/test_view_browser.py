@@ -1,0 +1,175 @@
+"""The viewer in real Chromium. SCREENSHOTS=docs/images writes the pictures of the docs."""
+
+import random
+
+import pytest
+from tests.browser import chromium, open_page, save_screenshot
+from tests.viz.view_helpers import make_frames, make_maps, make_record
+
+from nabla_attn.viz.view import write_view
+
+pytestmark = pytest.mark.slow
+
+# A block is lit where nothing dark lies over its middle.
+LIT = """() => {
+  const [, rows, columns] = data.blocks, lit = [];
+  document.querySelectorAll("#frames canvas").forEach((canvas, time) => {
+    const context = canvas.getContext("2d");
+    for (let row = 0; row < rows; row++) for (let column = 0; column < columns; column++) {
+      const [x, y, w, h] = box(row, column, canvas.width, canvas.height);
+      const alpha = context.getImageData(x + w / 2, y + h / 2, 1, 1).data[3];
+      if (alpha === 0) lit.push((time * rows + row) * columns + column);
+    }
+  });
+  return lit;
+}"""
+
+
+@pytest.fixture(scope="module")
+def maps():
+    return make_maps()
+
+
+@pytest.fixture(scope="module")
+def address(maps, tmp_path_factory):
+    path = tmp_path_factory.mktemp("view") / "view.html"
+    write_view(path, make_frames(), maps, make_record())
+    return path.as_uri()
+
+
+def ready(browser, address, **options):
+    page, errors = open_page(browser, address, **options)
+    page.wait_for_selector("body[data-ready]")
+    return page, errors
+
+
+def click_block(page, maps, block):
+    """Click the middle of a block's tokens."""
+    _, rows, columns = maps.blocks
+    time, rest = divmod(block, rows * columns)
+    row, column = divmod(rest, columns)
+    canvas = page.locator("#frames canvas").nth(time)
+    canvas.scroll_into_view_if_needed()
+    size = canvas.bounding_box()
+    middles = [
+        (index * 8 + min((index + 1) * 8, tokens)) / 2 / tokens
+        for index, tokens in ((column, maps.grid[2]), (row, maps.grid[1]))
+    ]
+    canvas.click(position={"x": middles[0] * size["width"], "y": middles[1] * size["height"]})
+
+
+def set_slider(page, name, value):
+    page.locator(f"#{name}").evaluate(
+        "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input')); }",
+        value,
+    )
+
+
+def test_clicking_a_block_lights_exactly_the_recorded_blocks(maps, address):
+    rng = random.Random(0)
+    with chromium() as browser:
+        page, errors = ready(browser, address)
+        for _ in range(6):
+            step, layer, head = rng.randrange(3), rng.randrange(3), rng.randrange(4)
+            for name, value in (("step", step), ("layer", layer), ("head", head)):
+                set_slider(page, name, value)
+            block = rng.randrange(maps.num_blocks)
+            click_block(page, maps, block)
+            mask = maps.mask(step, layer, head)
+            assert page.evaluate(LIT) == mask[block].nonzero()[0].tolist()
+            page.locator("#frames").focus()
+            page.keyboard.press("d")
+            assert page.evaluate(LIT) == mask[:, block].nonzero()[0].tolist()
+            page.keyboard.press("d")
+            count = int(mask[block].sum())
+            assert f"attends {count} of {maps.num_blocks}" in page.locator("#status").inner_text()
+        assert errors == []
+
+
+def test_hovering_tells_the_score(maps, address):
+    with chromium() as browser:
+        page, _ = ready(browser, address)
+        click_block(page, maps, 7)
+        canvas = page.locator("#frames canvas").first
+        canvas.hover(position={"x": 5, "y": 5})  # block 0
+        text = page.locator("#status").inner_text()
+        score = 2.0 ** ((int(maps.scores[0, 0, 0, 7, 0]) / 255 - 1) * 24)
+        rank = int((maps.scores[0, 0, 0, 7] > maps.scores[0, 0, 0, 7, 0]).sum()) + 1
+        assert f"rank {rank} of {maps.num_blocks}" in text
+        shown = f"{100 * score:.1f} %" if score >= 0.01 else f"{100 * score:.2g} %"
+        assert shown in text or score < 1e-6
+        assert ("kept" if maps.mask(0, 0, 0)[7, 0] else "dropped") in text
+
+
+def test_all_of_it_works_by_keyboard(maps, address):
+    with chromium() as browser:
+        page, errors = ready(browser, address)
+        page.locator("#frames").focus()
+        start = page.evaluate("() => state.block")
+        moves = {"ArrowRight": 1, "ArrowDown": 4, "PageUp": -12, "ArrowLeft": -1, "PageDown": 12}
+        for key, change in moves.items():
+            before = page.evaluate("() => state.block")
+            page.keyboard.press(key)
+            assert page.evaluate("() => state.block") == before + change, key
+        page.keyboard.press("ArrowUp")
+        assert page.evaluate("() => state.block") == start
+        page.keyboard.press("s")
+        page.keyboard.press("Shift+L")
+        page.keyboard.press("h")
+        assert page.evaluate("() => [state.step, state.layer, state.head]") == [1, 2, 1]
+        assert page.evaluate(LIT) == maps.mask(1, 2, 1)[start].nonzero()[0].tolist()
+        page.keyboard.press("Shift+H")
+        page.keyboard.press("Shift+H")
+        assert page.locator("#head-value").inner_text() == "all 4"
+        assert errors == []
+
+
+def test_labels_for_screen_readers(address):
+    with chromium() as browser:
+        page, _ = ready(browser, address)
+        for name in ("Step", "Layer", "Head"):
+            slider = page.get_by_role("slider", name=name)
+            assert slider.count() == 1
+            assert "of" in slider.get_attribute("aria-valuetext")
+        assert page.get_by_role("application", name="Blocks of the video").count() == 1
+        assert page.get_by_role("status").inner_text().startswith("Block frame")
+        pictures = page.get_by_role("img").all()
+        labels = [p.get_attribute("aria-label") or p.get_attribute("alt") for p in pictures]
+        assert all(labels)
+        assert sum("by step and layer" in label for label in labels) == 2
+        assert any(label.startswith("Kept blocks per row") for label in labels)
+
+
+def test_the_heat_map_leads_to_its_map(address):
+    with chromium() as browser:
+        page, _ = ready(browser, address)
+        page.locator("#heat-recall rect.recorded").nth(4).click()
+        assert page.evaluate("() => [state.step, state.layer]") == [1, 1]
+        assert (
+            page.locator("#heat-density title").first.text_content().startswith("step 0, layer 0:")
+        )
+
+
+def test_it_asks_the_network_for_nothing_and_fits_a_laptop(address):
+    with chromium() as browser:
+        requests = []
+        for dark in (False, True):
+            page, errors = ready(browser, address, dark=dark, width=1366, height=768)
+            page.on("request", lambda request: requests.append(request.url))
+            page.evaluate("() => set('step', 2)")
+            page.evaluate("() => choose(17, true)")
+            assert page.evaluate("() => document.documentElement.scrollWidth") <= 1366
+            save_screenshot(page, "view-dark.png" if dark else "view.png")
+            assert errors == []
+        assert [url for url in requests if not url.startswith(("data:", "file:", "blob:"))] == []
+
+
+def test_many_blocks(tmp_path):
+    """720p: 21 x 6 x 10 blocks, 3 heads."""
+    maps = make_maps(blocks=(21, 6, 10), grid=(21, 48, 80), counts=(20, 8, 3), has_scores=False)
+    write_view(tmp_path / "many.html", make_frames(81, 96, 160), maps)
+    with chromium() as browser:
+        page, errors = ready(browser, (tmp_path / "many.html").as_uri())
+        click_block(page, maps, 200)
+        assert page.evaluate(LIT) == maps.mask(0, 0, 0)[200].nonzero()[0].tolist()
+        assert errors == []
