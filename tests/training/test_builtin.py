@@ -13,7 +13,12 @@ from nabla_attn.training.latents import LatentSet
 from nabla_attn.training.loop import Stage, run_stage
 from nabla_attn.training.recipes import OptimConfig, TransformerPhase, VaeConfig, VaePhase, builtin
 from nabla_attn.training.text import CaptionEncoder, build_text_encoder, build_tokenizer
-from nabla_attn.training.transformer import build_transformer, flow_loss, is_hidden_matrix
+from nabla_attn.training.transformer import (
+    build_transformer,
+    flow_loss,
+    is_hidden_matrix,
+    is_image_step,
+)
 from nabla_attn.world import sample_scene
 
 OPTIM = OptimConfig(muon_lr=0.02, adamw_lr=2e-3, warmup=2, average=0.5)
@@ -32,7 +37,7 @@ def tiny_recipe():
         frames=5,
         vae=VaeConfig((VaePhase(steps=2, batch=1, frames=5, size=16, largest=32),)),
         phases=(
-            phase("images", images=True, padding=(0.0, 0.5)),
+            phase("images", image_share=1.0, padding=(0.0, 0.5)),
             phase("sparse", thresholds=(0.3, 0.8), dense_share=0.0),
         ),
     )
@@ -114,3 +119,11 @@ def test_the_transformer_learns_a_few_clips(tmp_path):
         )
     )
     assert record["losses"][-1] < 0.6 * record["losses"][0]
+
+
+@pytest.mark.parametrize(("share", "images"), [(0.0, 0), (0.25, 25), (0.5, 50), (1.0, 100)])
+def test_image_steps_are_spread_evenly(share, images):
+    mixed = phase("mixed", image_share=share)
+    steps = [is_image_step(mixed, number) for number in range(100)]
+    assert sum(steps) == images
+    assert abs(sum(steps[:50]) - images / 2) <= 1

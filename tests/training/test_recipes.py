@@ -9,12 +9,12 @@ from nabla_attn.training.recipes import RECIPES, recipe
 def test_builtin_is_what_made_the_shipped_model():
     config = recipe("builtin")
     assert [(p.name, p.size, p.steps, p.batch, p.thresholds) for p in config.phases] == [
-        ("images-32", 32, 300, 128, None),
+        ("images-32", 32, 300, 32, None),
         ("clips-32", 32, 900, 32, None),
-        ("clips-64", 64, 800, 12, None),
-        ("clips-128", 128, 600, 3, None),
-        ("images-256", 256, 100, 3, None),
-        ("clips-256", 256, 500, 1, (0.3, 0.8)),
+        ("clips-64", 64, 1200, 12, None),
+        ("clips-128", 128, 500, 3, None),
+        ("images-256", 256, 100, 1, None),
+        ("clips-256", 256, 600, 1, (0.3, 0.8)),
     ]
     assert config.vae.steps == 2050 and config.frames == 13 and config.seed == 0
 

@@ -22,6 +22,7 @@ from nabla_attn.training.transformer import (
     build_transformer,
     flow_loss,
     is_hidden_matrix,
+    is_image_step,
 )
 from nabla_attn.training.vae import (
     build_vae,
@@ -78,8 +79,10 @@ def train_vae(config: BuiltinConfig, folder: Path, report: Report) -> dict[str, 
 
 
 def _sparse_step(model: WanTransformer3DModel, phase: TransformerPhase, step: Step) -> Any:
-    """Attention of one step: NABLA with a random threshold, or dense."""
-    if phase.thresholds is None or step.rng.random() < phase.dense_share:
+    """Attention of one step: NABLA with a random threshold, or dense; images are always dense."""
+    if phase.thresholds is None or is_image_step(phase, step.number):
+        return nullcontext()
+    if step.rng.random() < phase.dense_share:
         return nullcontext()
     from nabla_attn import apply
 

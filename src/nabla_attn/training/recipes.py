@@ -85,11 +85,12 @@ class TransformerPhase:
         name: Names the stage.
         size: Height and width in pixels.
         steps: Number of steps.
-        batch: Clips a step.
+        batch: Clips a step; of images, as many as have the same number of tokens.
         clips: Number of distinct clips.
         shift: Shift of the noise levels; larger frames need more noise.
         optim: Optimiser settings.
-        images: Train on the first latent frame only.
+        image_share: Share of the steps that see first latent frames only: more scenes for the same
+            number of tokens, which is how shapes are learnt.
         thresholds: NABLA thresholds to draw from, (lowest, highest); None is dense attention.
         dense_share: Share of the steps that stay dense where thresholds are given.
         padding: Weight of the text padding at the stage's start and end, 0 to 1.
@@ -102,7 +103,7 @@ class TransformerPhase:
     clips: int
     shift: float
     optim: OptimConfig
-    images: bool = False
+    image_share: float = 0.0
     thresholds: tuple[float, float] | None = None
     dense_share: float = 0.25
     padding: tuple[float, float] = (1.0, 1.0)
@@ -158,11 +159,11 @@ def builtin() -> BuiltinConfig:
                 "images-32",
                 size=32,
                 steps=300,
-                batch=128,
+                batch=32,
                 clips=4096,
                 shift=3.0,
                 optim=_optim(0.02, warmup=100, average=0.99),
-                images=True,
+                image_share=1.0,
                 padding=(0.0, 0.2),
             ),
             TransformerPhase(
@@ -178,7 +179,7 @@ def builtin() -> BuiltinConfig:
             TransformerPhase(
                 "clips-64",
                 size=64,
-                steps=800,
+                steps=1200,
                 batch=12,
                 clips=1536,
                 shift=4.0,
@@ -187,30 +188,32 @@ def builtin() -> BuiltinConfig:
             TransformerPhase(
                 "clips-128",
                 size=128,
-                steps=600,
+                steps=500,
                 batch=3,
                 clips=512,
                 shift=5.0,
                 optim=_optim(0.01, warmup=50, average=0.995),
+                image_share=0.5,
             ),
             TransformerPhase(
                 "images-256",
                 size=256,
                 steps=100,
-                batch=3,
+                batch=1,
                 clips=224,
                 shift=7.0,
                 optim=_optim(0.01, warmup=20, average=0.98),
-                images=True,
+                image_share=1.0,
             ),
             TransformerPhase(
                 "clips-256",
                 size=256,
-                steps=500,
+                steps=600,
                 batch=1,
                 clips=224,
                 shift=7.0,
                 optim=_optim(0.006, warmup=20, average=0.99),
+                image_share=0.25,
                 thresholds=(0.3, 0.8),
                 dense_share=0.2,
             ),

@@ -79,15 +79,22 @@ class PadWeight:
                 hook.remove()
 
 
+def is_image_step(phase: TransformerPhase, number: int) -> bool:
+    """Whether a step sees images; they are spread evenly over the phase."""
+    return int((number + 1) * phase.image_share) > int(number * phase.image_share)
+
+
 def _draw(data: LatentSet, phase: TransformerPhase, step: Step, drop: float) -> tuple[Any, Any]:
     """A batch of latents and captions; some captions are empty, for guidance."""
-    indices = [step.rng.randrange(len(data.scenes)) for _ in range(phase.batch)]
+    is_image = is_image_step(phase, step.number)
+    batch = phase.batch * data.latents.shape[2] if is_image else phase.batch
+    indices = [step.rng.randrange(len(data.scenes)) for _ in range(batch)]
     latents = data.latents[indices].float()
     captions = [
         "" if step.rng.random() < drop else describe(data.scenes[index], step.rng)
         for index in indices
     ]
-    return (latents[:, :, :1] if phase.images else latents), captions
+    return (latents[:, :, :1] if is_image else latents), captions
 
 
 def flow_loss(
@@ -101,7 +108,7 @@ def flow_loss(
     """Mean squared error of the predicted velocity, in bfloat16 autocast."""
     latents, captions = _draw(data, phase, step, drop)
     noise = torch.randn(latents.shape, generator=step.generator)
-    sigma = spread_times(step.number, phase.batch, phase.shift)
+    sigma = spread_times(step.number, len(latents), phase.shift)
     with torch.autocast("cpu", torch.bfloat16):
         predicted = model(
             add_noise(latents, noise, sigma),

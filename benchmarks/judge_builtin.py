@@ -1,0 +1,56 @@
+"""Judge the built-in model on 96 held-out prompts with each algorithm; writes one record each.
+
+Run it again after an interruption: prompts that a record already holds are not repeated.
+
+    python benchmarks/judge_builtin.py dense nabla-0.7 nabla-0.4 sta-3-3-3
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from nabla_attn.config import parse
+from nabla_attn.generation.pipeline import load_pipeline, model_directory
+from nabla_attn.generation.request import GenerationRequest, ModelDefaults
+from nabla_attn.schedule import Schedule
+from nabla_attn.training.judging import judge_prompts
+
+
+def main() -> None:
+    """Judge one algorithm after the other."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("algorithms", nargs="+")
+    parser.add_argument("--model", default="builtin")
+    parser.add_argument("--count", type=int, default=96)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    defaults = ModelDefaults.load(model_directory(options.model))
+    pipeline = load_pipeline(options.model)
+    for algorithm in options.algorithms:
+        config = parse(algorithm)
+        request = GenerationRequest(
+            "",
+            height=defaults.height,
+            width=defaults.width,
+            frames=defaults.frames,
+            steps=defaults.steps,
+            guidance=defaults.guidance,
+            sparse_algo=str(config),
+            # Sparse from the first step: a window's default schedule starts with 12 dense steps,
+            # more than this model takes in all.
+            schedule=None if config.is_dense else Schedule(algorithm=config),
+        )
+        path = options.output / f"judge_{algorithm}.json"
+        record = judge_prompts(pipeline, request, options.count, path=path, report=_show(algorithm))
+        print(algorithm, record.numbers["summary"])  # noqa: T201
+
+
+def _show(algorithm: str):
+    return lambda done, total: print(f"{algorithm} {done}/{total}", flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
