@@ -8,12 +8,14 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from nabla_attn import backends
 from nabla_attn.core.block_map import BlockMap
 from nabla_attn.core.order import TokenLayout, to_blocks, to_raster
 from nabla_attn.mapping import map_blocks
-from nabla_attn.models.plan import Layer, plan_of
+from nabla_attn.models.parallel import gather_stats, to_heads, to_tokens
+from nabla_attn.models.plan import Layer, Plan, plan_of
 
 
 def attend(
@@ -46,7 +48,7 @@ def attend(
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
     assert layer.key is not None
     run = _attend_op if torch.compiler.is_compiling() else _attend
-    out, stats = run(q, k, v, text_valid, layer.key, scale)
+    out, stats = run(q, k, v, text_valid, layer.key, layer.order, scale)
     if layer.stats is not None:
         layer.stats.copy_(stats)
     if layer.observer is not None:
@@ -55,13 +57,40 @@ def attend(
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, text_valid: Tensor | None, key: Tensor, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_valid: Tensor | None,
+    key: Tensor,
+    order: Tensor | None,
+    scale: float | None,
 ) -> tuple[Tensor, Tensor]:
     plan = plan_of(key)
-    text_before, text_after = plan.text_tokens(q.shape[1])
-    layout = TokenLayout(plan.grid, text_before, text_after)
+    before, after = plan.text_tokens(q.shape[1])
+    layout = TokenLayout(plan.grid, before, after)
     text_valid = _text_part(text_valid, layout)
+    if plan.ranks is None:
+        return _attend_here(q, k, v, text_valid, plan, layout, scale)
+    q, k, v = (to_heads(x, plan.ranks, before, after, order) for x in (q, k, v))
+    out, stats = _attend_here(q, k, v, text_valid, plan, layout, scale)
+    stats = gather_stats(stats, plan.ranks, order)
+    return to_tokens(out, plan.ranks, before, after, order), stats
+
+
+def _attend_here(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_valid: Tensor | None,
+    plan: Plan,
+    layout: TokenLayout,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over whole sequences [batch, tokens, heads, dim], and its statistics."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if plan.config.is_dense:
+        out = _dense(q, k, v, text_valid, layout, scale)
+        return out.transpose(1, 2), torch.ones((2, q.shape[1]), device=q.device)
     run = backends.resolve(plan.backend, q, k, v)
     if not plan.in_block_order:
         q, k, v = (to_blocks(x, layout) for x in (q, k, v))
@@ -80,6 +109,24 @@ def _attend(
         out = to_raster(out, layout)
     stats = _stats(block_map) if plan.telemetry else q.new_empty((2, q.shape[1])).float()
     return out.transpose(1, 2), stats
+
+
+def _dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_valid: Tensor | None,
+    layout: TokenLayout,
+    scale: float | None,
+) -> Tensor:
+    """Dense attention behind padded text, [batch, heads, tokens, dim]."""
+    mask = None
+    if text_valid is not None:
+        mask = text_valid.new_ones(text_valid.shape[0], layout.num_tokens, dtype=torch.bool)
+        mask[:, : layout.text_before] = text_valid[:, : layout.text_before]
+        mask[:, layout.num_tokens - layout.text_after :] = text_valid[:, layout.text_before :]
+        mask = mask[:, None, None, :]
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 def _text_part(valid: Tensor | None, layout: TokenLayout) -> Tensor | None:
@@ -111,7 +158,13 @@ _attend_op = torch.library.custom_op("nabla_attn::attend", _attend, mutates_args
 
 @_attend_op.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, text_valid: Tensor | None, key: Tensor, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_valid: Tensor | None,
+    key: Tensor,
+    order: Tensor | None,
+    scale: float | None,
 ) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = q.shape
     out = q.new_empty(batch, heads, tokens, v.shape[-1]).transpose(1, 2)
@@ -135,12 +188,13 @@ def _attend_backward(
     v: Tensor,
     text_valid: Tensor | None,
     key: Tensor,
+    order: Tensor | None,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # The operator is opaque, so its inner graph is gone by now: run it again, with gradients.
     with torch.enable_grad(), _above_autograd():
         q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        out, _ = _attend(q, k, v, text_valid, key, scale)
+        out, _ = _attend(q, k, v, text_valid, key, order, scale)
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
@@ -153,6 +207,7 @@ def _(
     v: Tensor,
     text_valid: Tensor | None,
     key: Tensor,
+    order: Tensor | None,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
@@ -160,15 +215,14 @@ def _(
 
 
 def _save_inputs(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    q, k, v, text_valid, key, scale = inputs
-    ctx.save_for_backward(q, k, v, text_valid, key)
+    q, k, v, text_valid, key, order, scale = inputs
+    ctx.save_for_backward(q, k, v, text_valid, key, order)
     ctx.scale = scale  # type: ignore[attr-defined]
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple:
-    q, k, v, text_valid, key = ctx.saved_tensors  # type: ignore[attr-defined]
-    gradients = _attend_backward(grad, q, k, v, text_valid, key, ctx.scale)  # type: ignore[attr-defined]
-    return *gradients, None, None, None
+    gradients = _attend_backward(grad, *ctx.saved_tensors, ctx.scale)  # type: ignore[attr-defined]
+    return *gradients, None, None, None, None
 
 
 _attend_op.register_autograd(_backward, setup_context=_save_inputs)

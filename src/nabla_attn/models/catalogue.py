@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nabla_attn.models.table import ModelRow, model_rows
 
@@ -56,8 +57,8 @@ class Usual:
         return 1 / (1 - self.attention_share * (1 - kept))
 
 
-_WAN = dict(size="1280x720, 81", grid=(21, 45, 80), dim=5120, weights=11.4)
-_HUNYUAN = dict(dim=3072, weights=12.0)
+_WAN: dict[str, Any] = dict(size="1280x720, 81", grid=(21, 45, 80), dim=5120, weights=11.4)
+_HUNYUAN: dict[str, Any] = dict(dim=3072, weights=12.0)
 _USUAL = {
     "WanTransformer3DModel": Usual(
         family="Wan 2.1, 2.2: T2V, I2V, FLF2V (14B)", pipeline=True, **_WAN

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nabla_attn.config import SparseConfig
 from nabla_attn.core.grid import TokenGrid
+from nabla_attn.models.parallel import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class Plan:
         backend: backend name.
         keep_first_frame: every block attends the first frame.
         telemetry: measure density and kept mass.
+        ranks: the processes that share the sequence; None is this one alone.
     """
 
     grid: TokenGrid
@@ -34,20 +36,25 @@ class Plan:
     backend: str = "auto"
     keep_first_frame: bool = False
     telemetry: bool = False
+    ranks: Ranks | None = None
 
     def text_tokens(self, num_tokens: int) -> tuple[int, int]:
         """Tokens (before, after) the video among `num_tokens` of a call: text and history.
 
+        With ranks, a call has their share of the video.
+
         Raises:
             ValueError: the call's tokens do not fit the grid.
         """
-        num_text = num_tokens - self.grid.num_tokens - self.prefix
+        share = self.grid.num_tokens // (self.ranks.count if self.ranks else 1)
+        num_text = num_tokens - share - self.prefix
         if num_text < 0 or (num_text > 0 and self.text is None):
             extra = f" + {self.prefix} in front" if self.prefix else ""
+            ranks = f" over {self.ranks.count} ranks" if self.ranks else ""
             text = " and no joint text" if self.text is None else ""
             raise ValueError(
-                f"tokens do not match the grid: got {num_tokens} tokens for {self.grid} = "
-                f"{self.grid.num_tokens}{extra}{text}. Register the model with the grid and the "
+                f"tokens do not match the grid: got {num_tokens} tokens for {self.grid}{ranks} = "
+                f"{share}{extra}{text}. Register the model with the grid and the "
                 "text of its attention (nabla_attn.register_model)."
             )
         before, after = (num_text, 0) if self.text == "before" else (0, num_text)
@@ -76,6 +83,9 @@ def plan_of(key: Tensor) -> Plan:
     return _PLANS[int(key)]
 
 
+Snapshot = tuple[bool, Tensor | None, Tensor | None, Tensor | None]
+
+
 class Layer:
     """The state of one attention module: its own processor and what to do in this forward.
 
@@ -85,6 +95,7 @@ class Layer:
         is_dense: whether this forward is dense here.
         key: the plan of this forward.
         stats: fp32 [2, heads], density and kept mass of this forward; None when not measured.
+        order: the heads in the order in which ranks take them; None is as they are.
         observer: called after each eager sparse call with (layer, q, k, v, text_valid, scale), the
             arguments of `attend`; for measuring and recording.
     """
@@ -95,12 +106,13 @@ class Layer:
         self.is_dense = True
         self.key: Tensor | None = None
         self.stats: Tensor | None = None
+        self.order: Tensor | None = None
         self.observer: Callable[..., None] | None = None
 
-    def snapshot(self) -> tuple[bool, Tensor | None, Tensor | None]:
+    def snapshot(self) -> Snapshot:
         """What `restore` needs to come back to this forward."""
-        return self.is_dense, self.key, self.stats
+        return self.is_dense, self.key, self.stats, self.order
 
-    def restore(self, snapshot: tuple[bool, Tensor | None, Tensor | None]) -> None:
+    def restore(self, snapshot: Snapshot) -> None:
         """Return to the forward of a snapshot."""
-        self.is_dense, self.key, self.stats = snapshot
+        self.is_dense, self.key, self.stats, self.order = snapshot

@@ -4,13 +4,15 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from nabla_attn.config import DENSE, SparseConfig
 from nabla_attn.core.grid import TokenGrid
 from nabla_attn.models.checkpointing import unwrap_checkpoint, wrap_checkpoint
+from nabla_attn.models.parallel import Ranks, balanced_order, keep_ranks_from, ranks_of
 from nabla_attn.models.plan import Layer, Plan, plan_key
 from nabla_attn.models.processor import NablaProcessor, make_processor, open_door
 from nabla_attn.models.steps import StepCounter
@@ -60,10 +62,15 @@ class ModelState:
         self.modules = _attention_modules(model, row)
         self.layers = [Layer(path, module.processor) for path, module in self.modules.items()]
         self.hook: Any = None
+        self.has_own_plan = False
 
     def install(self, model: nn.Module, hooked: nn.Module) -> None:
         """Put the processors in place and hook the forward of `hooked`, `model` or its wrapper."""
         setattr(model, STATE_NAME, self)
+        if getattr(model, "_cp_plan", None) is None and self.row.cp_plan is not None:
+            # Seen by `enable_parallelism`, which asks for a plan otherwise.
+            cast(Any, model)._cp_plan = self.row.cp_plan(model)
+            self.has_own_plan = True
         self._place_processors()
         self.hook = hooked.register_forward_pre_hook(_PlanForward(), with_kwargs=True)
 
@@ -74,6 +81,8 @@ class ModelState:
             if isinstance(module.processor, NablaProcessor):
                 _set_processor(module, layer.original)
         unwrap_checkpoint(model)
+        if self.has_own_plan:
+            delattr(model, "_cp_plan")
         delattr(model, STATE_NAME)
 
     def _place_processors(self) -> None:
@@ -95,8 +104,24 @@ class ModelState:
         is_training = model.training and torch.is_grad_enabled()
         step = None if is_training else self.steps.observe(arguments.get("timestep"))
         device = arguments["hidden_states"].device
+        heads = num_heads(next(iter(self.modules.values())))
+        ranks = ranks_of(model, grid, heads)
+        if ranks is not None:
+            self._prepare_ranks(model, ranks, device, is_training)
+        settings = self.settings
+        plan = Plan(
+            grid=grid,
+            config=DENSE,
+            text=self.row.text,
+            prefix=prefix,
+            in_block_order=self.row.in_block_order,
+            backend=settings.backend,
+            keep_first_frame=settings.keep_first_frame,
+            telemetry=settings.telemetry or ranks is not None,
+            ranks=ranks,
+        )
         for index, layer in enumerate(self.layers):
-            self._plan_layer(layer, index, step, grid, prefix, device)
+            self._plan_layer(layer, replace(plan, config=self._config(step, index, grid)), device)
         if self.settings.telemetry:
             forward = Forward(
                 self.name,
@@ -106,41 +131,51 @@ class ModelState:
             )
             self.telemetry.record(forward, -1 if is_training else self.steps.generation)
 
-    def _plan_layer(
-        self,
-        layer: Layer,
-        index: int,
-        step: int | None,
-        grid: TokenGrid,
-        prefix: int,
-        device: torch.device,
-    ) -> None:
-        settings = self.settings
-        schedule = settings.schedule if step is not None else _without_steps(settings.schedule)
-        config = schedule.config_for(
+    def _config(self, step: int | None, index: int, grid: TokenGrid) -> SparseConfig:
+        schedule = self.settings.schedule
+        return (_without_steps(schedule) if step is None else schedule).config_for(
             step or 0,
             index,
             num_steps=self.steps.num_steps,
             num_layers=len(self.layers),
             num_tokens=grid.num_tokens,
         )
-        layer.is_dense, layer.stats = config.is_dense, None
-        if config.is_dense:
+
+    def _plan_layer(self, layer: Layer, plan: Plan, device: torch.device) -> None:
+        # diffusers' own parallel attention does not know joint text, nor processors without a door.
+        needs_ranks = plan.ranks is not None and bool(self.row.text or self.row.ports)
+        layer.is_dense = plan.config.is_dense and not needs_ranks
+        layer.stats = None
+        if layer.is_dense:
             return
-        plan = Plan(
-            grid=grid,
-            config=config,
-            text=self.row.text,
-            prefix=prefix,
-            in_block_order=self.row.in_block_order,
-            backend=settings.backend,
-            keep_first_frame=settings.keep_first_frame,
-            telemetry=settings.telemetry,
-        )
         layer.key = plan_key(plan)
-        if settings.telemetry:
+        if plan.telemetry:
             heads = num_heads(self.modules[layer.name])
             layer.stats = torch.full((2, heads), float("nan"), device=device)
+
+    def _prepare_ranks(
+        self, model: nn.Module, ranks: Ranks, device: torch.device, is_training: bool
+    ) -> None:
+        if is_training and not self.row.cp_trains:
+            raise ValueError(
+                f"{self.row.name} cannot train with context parallelism: its last layers would get "
+                "whole gradients where all others get partial ones. Use model.eval() or no_grad()."
+            )
+        self._balance_heads(ranks, device)
+        if self.row.cp_plan is not None:
+            ours = set(map(id, self.modules.values()))
+            keep_ranks_from(part for part in model.modules() if id(part) not in ours)
+
+    def _balance_heads(self, ranks: Ranks, device: torch.device) -> None:
+        """Share heads by the densities of the last forward; the same on all ranks."""
+        measured = [layer for layer in self.layers if layer.stats is not None]
+        if not measured:
+            return
+        loads = torch.stack([layer.stats[0] for layer in measured if layer.stats is not None])
+        for layer, load in zip(measured, loads.cpu().tolist(), strict=True):
+            if load[0] == load[0]:
+                order = balanced_order(load, ranks.count)
+                layer.order = torch.tensor(order, device=device)
 
 
 def _without_steps(schedule: Schedule) -> Schedule:

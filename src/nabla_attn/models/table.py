@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from nabla_attn.models import grids
+from nabla_attn.models import grids, parallel
 from nabla_attn.models.allegro import AllegroPort
 from nabla_attn.models.cogvideox import CogVideoXPort
 from nabla_attn.models.cosmos import CosmosPort
@@ -34,6 +34,8 @@ class ModelRow:
         ports: processor class name -> port, for processors that leave no door.
         in_block_order: the model brings its tokens in block order already.
         without: arguments of the forward that are replaced by None (the model's own sparsity).
+        cp_plan: model -> context-parallel plan, where diffusers has none.
+        cp_trains: whether gradients under that plan are those of one process, summed over ranks.
         refusal: why the model cannot gain; such a row refuses.
     """
 
@@ -45,6 +47,8 @@ class ModelRow:
     ports: Mapping[str, Port] = field(default_factory=dict)
     in_block_order: bool = False
     without: tuple[str, ...] = ()
+    cp_plan: Callable[[nn.Module], parallel.Plan] | None = None
+    cp_trains: bool = True
     refusal: str | None = None
 
     def __post_init__(self) -> None:
@@ -65,11 +69,18 @@ _COGVIDEOX_PORTS = {
 
 _ROWS = (
     ModelRow(name="WanTransformer3DModel", attention=_WAN),
-    ModelRow(name="WanVACETransformer3DModel", attention=r"(vace_)?" + _WAN),
+    ModelRow(
+        name="WanVACETransformer3DModel", attention=r"(vace_)?" + _WAN, cp_plan=parallel.VACE_PLAN
+    ),
     ModelRow(name="WanAnimateTransformer3DModel", attention=_WAN),
-    ModelRow(name="SkyReelsV2Transformer3DModel", attention=_WAN),
+    ModelRow(name="SkyReelsV2Transformer3DModel", attention=_WAN, cp_plan=parallel.WAN_PLAN),
     ModelRow(name="ChronoEditTransformer3DModel", attention=_WAN),
-    ModelRow(name="HunyuanVideoTransformer3DModel", attention=_HUNYUAN, text="after"),
+    ModelRow(
+        name="HunyuanVideoTransformer3DModel",
+        attention=_HUNYUAN,
+        text="after",
+        cp_plan=parallel.JOINT_PLAN,
+    ),
     ModelRow(
         name="HunyuanVideoFramepackTransformer3DModel",
         attention=_HUNYUAN,
@@ -81,12 +92,15 @@ _ROWS = (
         attention=r"transformer_blocks\.\d+\.attn",
         text="after",
         ports={"HunyuanVideo15AttnProcessor2_0": HunyuanVideo15Port},
+        cp_plan=parallel.JOINT_PLAN,
     ),
     ModelRow(
         name="Kandinsky5Transformer3DModel",
         attention=_KANDINSKY,
         grid=grids.channels_last_grid,
         without=("sparse_params",),
+        cp_plan=parallel.KANDINSKY_PLAN,
+        cp_trains=False,
     ),
     ModelRow(
         name="Kandinsky6Transformer3DModel",
@@ -104,6 +118,7 @@ _ROWS = (
         name="CosmosTransformer3DModel",
         attention=_BLOCKS,
         ports={"CosmosAttnProcessor2_0": CosmosPort},
+        cp_plan=parallel.COSMOS_PLAN,
     ),
     ModelRow(name="LTXVideoTransformer3DModel", attention=_BLOCKS, grid=grids.named_grid),
     ModelRow(name="LTX2VideoTransformer3DModel", attention=_BLOCKS, grid=grids.named_grid),
@@ -113,6 +128,7 @@ _ROWS = (
         grid=grids.frames_first_grid,
         text="before",
         ports=_COGVIDEOX_PORTS,
+        cp_plan=parallel.COGVIDEOX_PLAN,
     ),
     ModelRow(
         name="ConsisIDTransformer3DModel",
@@ -120,12 +136,14 @@ _ROWS = (
         grid=grids.frames_first_grid,
         text="before",
         ports=_COGVIDEOX_PORTS,
+        cp_plan=parallel.COGVIDEOX_PLAN,
     ),
     ModelRow(
         name="MochiTransformer3DModel",
         attention=_BLOCKS,
         text="after",
         ports={"MochiAttnProcessor2_0": MochiPort},
+        cp_plan=parallel.JOINT_PLAN,
     ),
     ModelRow(
         name="AllegroTransformer3DModel",
@@ -137,6 +155,7 @@ _ROWS = (
         attention=_BLOCKS,
         text="before",
         ports={"EasyAnimateAttnProcessor2_0": EasyAnimatePort},
+        cp_plan=parallel.EASYANIMATE_PLAN,
     ),
     ModelRow(name="MotifVideoTransformer3DModel", attention=_HUNYUAN, text="after"),
     ModelRow(

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nabla_attn.models.parallel import balanced_order, imbalance
+
 # Forwards remembered; a generation has fewer, and training must not fill memory.
 MAX_FORWARDS = 1024
 
@@ -54,6 +56,22 @@ class Report:
     def mean_kept_mass(self) -> float:
         """Mean kept mass over steps, layers and heads; NaN when nothing ran."""
         return self.kept_mass.nanmean().item()
+
+    def head_balance(self, num_ranks: int) -> tuple[float, float]:
+        """Work of the busiest rank / mean work when ranks share the heads: (as they are, balanced).
+
+        Mean over layers and steps; balanced means by the densities of the step before, as context
+        parallelism does. NaN when no step has one before it.
+        """
+        before, after = [], []
+        for step in range(1, self.density.shape[0]):
+            for last, now in zip(self.density[step - 1], self.density[step], strict=True):
+                if last.isnan().any() or now.isnan().any():
+                    continue
+                order = balanced_order(last.tolist(), num_ranks)
+                before.append(imbalance(now.tolist(), num_ranks))
+                after.append(imbalance(now.tolist(), num_ranks, order))
+        return _mean(before), _mean(after)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for records: means, and density and kept mass per step and layer."""
@@ -116,6 +134,10 @@ def _stack(forward: Forward, num_layers: int, num_heads: int) -> Tensor:
         else:
             values[layer, :, : stats.shape[1]] = stats.cpu()
     return values
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")
 
 
 def _plain(values: Tensor) -> Any:

@@ -1,0 +1,238 @@
+"""Context parallelism (Ulysses) through diffusers: every rank has some tokens outside attention and
+some heads of all tokens inside it. Maps are per head, so nothing else is shared.
+
+Joint text stays whole on every rank; only its heads are shared out.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nabla_attn.core.grid import TokenGrid
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that share one sequence.
+
+    Attributes:
+        group: their process group.
+    """
+
+    group: Any
+
+    @property
+    def count(self) -> int:
+        """Processes."""
+        return dist.get_world_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        """This process among them."""
+        return dist.get_rank(self.group)
+
+
+def ranks_of(model: nn.Module, grid: TokenGrid, heads: int) -> Ranks | None:
+    """The ranks that `enable_parallelism` gave the model; None without it.
+
+    Raises:
+        ValueError: a kind of parallelism that block maps cannot follow, or tokens or heads that the
+            ranks cannot share evenly.
+    """
+    config = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
+    if config is None:
+        return None
+    if config.ring_degree > 1:
+        raise ValueError(
+            "ring attention passes keys along piece by piece, so no rank sees the whole map that "
+            "blocks are selected from. Use ContextParallelConfig(ulysses_degree=...)."
+        )
+    if config.ulysses_anything:
+        raise ValueError("ulysses_anything shares tokens unevenly. Use a plain ulysses_degree.")
+    ranks = Ranks(config._ulysses_mesh.get_group())
+    for what, count in (("heads", heads), (f"tokens of {grid}", grid.num_tokens)):
+        if count % ranks.count:
+            raise ValueError(
+                f"{count} {what} do not divide over {ranks.count} ranks. Choose a ulysses_degree "
+                "that divides both."
+            )
+    return ranks
+
+
+def keep_ranks_from(modules: Iterable[Any]) -> None:
+    """Take context parallelism away from attention over keys that every rank has whole."""
+    for module in modules:
+        processor: Any = getattr(module, "processor", None)
+        if getattr(processor, "_parallel_config", None) is not None:
+            processor._parallel_config = None
+
+
+def to_heads(x: Tensor, ranks: Ranks, before: int, after: int, order: Tensor | None) -> Tensor:
+    """This rank's tokens of all heads -> all tokens of its heads.
+
+    Args:
+        x: [batch, tokens, heads, dim], the video's share of tokens between whole text.
+        ranks: the ranks.
+        before: text tokens in front.
+        after: text tokens behind.
+        order: the heads in the order in which ranks take them; None is as they are.
+    """
+    from diffusers.models.attention_dispatch import SeqAllToAllDim
+
+    x = x if order is None else x.index_select(2, order)
+    parts = list(x.split([before, x.shape[1] - before - after, after], dim=1))
+    heads = x.shape[2] // ranks.count
+    mine = slice(ranks.rank * heads, (ranks.rank + 1) * heads)
+    parts[1] = SeqAllToAllDim.apply(ranks.group, parts[1].contiguous(), 2, 1)
+    parts[0], parts[2] = parts[0][:, :, mine], parts[2][:, :, mine]
+    return torch.cat(parts, dim=1)
+
+
+def to_tokens(x: Tensor, ranks: Ranks, before: int, after: int, order: Tensor | None) -> Tensor:
+    """Undo `to_heads`; every rank gets all heads of the text."""
+    from diffusers.models.attention_dispatch import SeqAllToAllDim
+    from torch.distributed._functional_collectives import all_gather_tensor_autograd
+
+    parts = list(x.split([before, x.shape[1] - before - after, after], dim=1))
+    parts[1] = SeqAllToAllDim.apply(ranks.group, parts[1].contiguous(), 1, 2)
+    for text in (0, 2):
+        if parts[text].shape[1]:
+            parts[text] = all_gather_tensor_autograd(parts[text].contiguous(), 2, ranks.group)
+        else:
+            parts[text] = parts[text].repeat(1, 1, ranks.count, 1)
+    x = torch.cat(parts, dim=1)
+    return x if order is None else x.index_select(2, order.argsort())
+
+
+def gather_stats(stats: Tensor, ranks: Ranks, order: Tensor | None) -> Tensor:
+    """Statistics [2, heads of this rank] -> [2, all heads], in the model's order."""
+    parts = [torch.empty_like(stats) for _ in range(ranks.count)]
+    dist.all_gather(parts, stats.contiguous(), group=ranks.group)
+    every = torch.cat(parts, dim=1)
+    return every if order is None else every.index_select(1, order.argsort())
+
+
+def balanced_order(loads: list[float], num_ranks: int) -> list[int]:
+    """Heads in an order whose equal shares have nearly equal loads.
+
+    The heaviest head left goes to the lightest rank with room. Deterministic, so that all ranks
+    agree.
+
+    Args:
+        loads: work of every head, such as its density.
+        num_ranks: ranks that take equally many heads each.
+    """
+    room = len(loads) // num_ranks
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    totals = [0.0] * num_ranks
+    for head in sorted(range(len(loads)), key=lambda head: -loads[head]):
+        rank = min((r for r in range(num_ranks) if len(shares[r]) < room), key=totals.__getitem__)
+        shares[rank].append(head)
+        totals[rank] += loads[head]
+    return [head for share in shares for head in share]
+
+
+def imbalance(loads: list[float], num_ranks: int, order: list[int] | None = None) -> float:
+    """Load of the busiest rank / mean load; 1 is even.
+
+    Args:
+        loads: work of every head.
+        num_ranks: ranks that take equally many heads each, in `order`.
+        order: the heads in the order in which ranks take them; None is as they are.
+    """
+    order = list(range(len(loads))) if order is None else order
+    room = len(loads) // num_ranks
+    totals = [sum(loads[h] for h in order[r * room : (r + 1) * room]) for r in range(num_ranks)]
+    return max(totals) * num_ranks / sum(totals)
+
+
+Plan = dict[str, Any]
+Axis = int | tuple[int, int] | list[int]
+
+
+def sequence_plan(
+    split: dict[str, dict[str, Axis]],
+    *,
+    outputs: dict[str, list[int]] | None = None,
+    gather: str = "proj_out",
+) -> Callable[[nn.Module], Plan]:
+    """A context-parallel plan in diffusers' form, for a model that has none.
+
+    Args:
+        split: module path -> argument -> token axis; a list for each of its tensors, or (axis,
+            number of axes) for what has tokens only then.
+        outputs: module path -> token axis of each output (rotary tables).
+        gather: the module after which tokens are put together again along axis 1; "{last}" in it
+            is the index of the last entry of the module list. Weights behind it get whole instead
+            of partial gradients on every rank.
+    """
+
+    def plan(model: nn.Module) -> Plan:
+        from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+
+        found: Plan = {}
+        for path, axes in (outputs or {}).items():
+            if getattr(model, path, None) is not None:
+                found[path] = {
+                    index: ContextParallelInput(split_dim=axis, split_output=True)
+                    for index, axis in enumerate(axes)
+                }
+        for path, arguments in split.items():
+            found[path] = {name: _input(axis) for name, axis in arguments.items()}
+        end = gather
+        if "{last}" in gather:
+            end = gather.format(last=len(model.get_submodule(gather.split(".")[0])) - 1)  # type: ignore[arg-type]
+        found[end] = ContextParallelOutput(gather_dim=1, expected_dims=3)
+        return found
+
+    return plan
+
+
+def _input(axis: Axis) -> Any:
+    from diffusers.models._modeling_parallel import ContextParallelInput
+
+    if isinstance(axis, list):
+        return [ContextParallelInput(split_dim=each) for each in axis]
+    if isinstance(axis, tuple):
+        return ContextParallelInput(split_dim=axis[0], expected_dims=axis[1])
+    return ContextParallelInput(split_dim=axis)
+
+
+_HIDDEN: dict[str, Axis] = {"hidden_states": 1}
+# One time for all tokens has two axes, one for each token three.
+_TIMES: dict[str, Axis] = {"embedded_timestep": (1, 3), "temb": (1, 3)}
+WAN_PLAN = sequence_plan({"blocks.0": _HIDDEN}, outputs={"rope": [1, 1]})
+VACE_PLAN = sequence_plan(
+    {
+        "vace_blocks.*": _HIDDEN,
+        "vace_blocks.0": {"control_hidden_states": 1},
+        "blocks.0": _HIDDEN,
+    },
+    outputs={"rope": [1, 1]},
+)
+JOINT_PLAN = sequence_plan({"transformer_blocks.0": _HIDDEN}, outputs={"rope": [0, 0]})
+EASYANIMATE_PLAN = sequence_plan(
+    {"transformer_blocks.0": _HIDDEN}, outputs={"rope_embedding": [0, 0]}
+)
+COGVIDEOX_PLAN = sequence_plan(
+    {"transformer_blocks.*": {"image_rotary_emb": [0, 0]}, "transformer_blocks.0": _HIDDEN}
+)
+COSMOS_PLAN = sequence_plan(
+    {
+        "transformer_blocks.*": _TIMES | {"controlnet_residual": 1},
+        "transformer_blocks.0": _HIDDEN,
+        "norm_out": _TIMES,
+    },
+    outputs={"rope": [0, 0], "learnable_pos_embed": [1]},
+)
+KANDINSKY_PLAN = sequence_plan(
+    {
+        "visual_transformer_blocks.*": {"rope": 1},
+        "visual_transformer_blocks.0": {"visual_embed": 1},
+    },
+    gather="visual_transformer_blocks.{last}",
+)

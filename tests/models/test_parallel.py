@@ -1,0 +1,95 @@
+"""Context parallelism: results of 2 and 4 processes equal those of one, forward and backward."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from tests.models import ulysses_worker
+from tests.models.tiny_models import TINY, run
+
+import nabla_attn as na
+from nabla_attn.core.grid import TokenGrid
+from nabla_attn.models.parallel import balanced_order, imbalance, ranks_of
+from nabla_attn.models.telemetry import Report
+
+# One without text, one with text behind the video, one with text before it and a port.
+QUICK = ("wan", "hunyuan", "cogvideox")
+
+
+def check(tmp_path, names):
+    mp.spawn(ulysses_worker.main, args=(str(tmp_path), names), nprocs=ulysses_worker.WORLD)
+    results = torch.load(tmp_path / "results.pt")
+    assert len(results) == 4 * len(names)
+    for case, (error, is_reordered) in results.items():
+        assert error < 3e-6, f"{case}: {error}"
+        assert is_reordered or case[1:] != (2, "nabla-0.5"), case
+
+
+def test_processes_agree_with_one(tmp_path):
+    check(tmp_path, QUICK)
+
+
+@pytest.mark.slow
+def test_processes_agree_with_one_in_every_model_with_a_plan(tmp_path):
+    check(tmp_path, tuple(name for name in ulysses_worker.CHANGES if name not in QUICK))
+
+
+def configured(**changes):
+    settings = dict(ring_degree=1, ulysses_degree=2, ulysses_anything=False)
+    return SimpleNamespace(
+        _parallel_config=SimpleNamespace(
+            context_parallel_config=SimpleNamespace(**settings | changes)
+        )
+    )
+
+
+def test_what_block_maps_cannot_follow_is_refused():
+    grid = TokenGrid(3, 11, 13)
+    assert ranks_of(SimpleNamespace(), grid, 4) is None
+    with pytest.raises(ValueError, match="ring attention passes keys along"):
+        ranks_of(configured(ring_degree=2), grid, 4)
+    with pytest.raises(ValueError, match="shares tokens unevenly"):
+        ranks_of(configured(ulysses_anything=True), grid, 4)
+
+
+def test_uneven_shares_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+    model = configured(_ulysses_mesh=SimpleNamespace(get_group=lambda: None))
+    assert ranks_of(model, TokenGrid(2, 11, 13), 4).count == 2
+    with pytest.raises(ValueError, match="3 heads do not divide over 2 ranks"):
+        ranks_of(model, TokenGrid(2, 11, 13), 3)
+    with pytest.raises(ValueError, match="429 tokens of 3x11x13 do not divide over 2 ranks"):
+        ranks_of(model, TokenGrid(3, 11, 13), 4)
+
+
+def test_heads_are_balanced():
+    loads = [0.9, 0.8, 0.1, 0.2, 0.5, 0.5, 0.4, 0.6]
+    order = balanced_order(loads, 4)
+    assert sorted(order) == list(range(8))
+    assert imbalance(loads, 4) == pytest.approx(1.7)
+    assert imbalance(loads, 4, order) == pytest.approx(1.0)
+    assert balanced_order([1.0] * 4, 2) == [0, 2, 1, 3]
+
+
+def test_the_report_shows_the_balance():
+    density = torch.tensor([[[0.9, 0.8, 0.1, 0.2]], [[0.8, 0.8, 0.2, 0.2]]])
+    report = Report(density, density, ["transformer"] * 2)
+    assert report.head_balance(2) == (pytest.approx(1.6), pytest.approx(1.0))
+    first = Report(density[:1], density[:1], ["transformer"])
+    assert all(value != value for value in first.head_balance(2))
+
+
+@torch.no_grad()
+def test_plans_are_supplied_and_taken_back():
+    model = TINY["hunyuan"].build()
+    assert model._cp_plan is None
+    handle = na.apply(model, "nabla-0.5")
+    assert set(model._cp_plan) == {"rope", "transformer_blocks.0", "proj_out"}
+    run(model, TINY["hunyuan"].inputs(2, 8, 8))
+    handle.remove()
+    assert model._cp_plan is None and "_cp_plan" not in model.__dict__
+    wan = TINY["wan"].build()
+    plan = wan._cp_plan
+    with na.apply(wan, "nabla-0.5"):
+        assert wan._cp_plan is plan

@@ -1,0 +1,91 @@
+"""One rank of test_parallel.py: every model with a plan, shared over 2 and 4 processes."""
+
+import warnings
+from pathlib import Path
+from types import MethodType
+
+import torch
+import torch.distributed as dist
+from tests.models.tiny_models import TINY, relative_error, run
+
+import nabla_attn as na
+
+WORLD = 4
+GRIDS = ((2, 16, 16), (4, 11, 13))
+# Four heads each, so that four ranks have one.
+CHANGES = {
+    "wan": dict(num_attention_heads=4),
+    "wan-vace": dict(num_attention_heads=4),
+    "skyreels": dict(num_attention_heads=4),
+    "chronoedit": dict(num_attention_heads=4),
+    "hunyuan": dict(num_attention_heads=4),
+    "hunyuan15": dict(num_attention_heads=4),
+    "kandinsky5": dict(model_dim=96, num_visual_blocks=2),
+    "cosmos": dict(num_attention_heads=4),
+    "cogvideox": dict(num_attention_heads=4),
+    "mochi": dict(num_attention_heads=4),
+    "easyanimate": dict(num_attention_heads=4),
+}
+
+
+def enable(model, degree):
+    """`model.enable_parallelism` with a mesh of CPU processes, which diffusers does not build."""
+    from diffusers import ContextParallelConfig
+    from diffusers.models._modeling_parallel import ParallelConfig
+
+    mesh = dist.init_device_mesh(
+        "cpu", (WORLD // degree, 1, degree), mesh_dim_names=("copies", "ring", "ulysses")
+    )
+
+    def resolve(self, config):
+        whole = ParallelConfig(context_parallel_config=config)
+        whole.setup(dist.get_rank(), WORLD, torch.device("cpu"), mesh=mesh)
+        self._parallel_config = whole
+        return whole
+
+    model._resolve_parallel_config = MethodType(resolve, model)
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=degree))
+
+
+def measure(name, degree, grid, algorithm):
+    """Largest relative difference to one process in output and gradients."""
+    tiny = TINY[name]
+    alone, shared = (tiny.build(**CHANGES[name]) for _ in range(2))
+    inputs = tiny.inputs(*grid)
+    na.apply(alone, algorithm)
+    handle = na.apply(shared, algorithm)
+    enable(shared, degree)
+    expected = run(alone, inputs)
+    errors = []
+    # The second call shares heads by what the first measured.
+    for _ in range(2):
+        out = run(shared, inputs)
+        errors.append(relative_error(out, expected))
+    expected.square().mean().backward()
+    if name != "kandinsky5":
+        out.square().mean().backward()
+    for mine, whole in zip(shared.parameters(), alone.parameters(), strict=True):
+        if whole.grad is None or mine.grad is None or whole.grad.abs().max() < 1e-6:
+            continue
+        dist.all_reduce(mine.grad)
+        mine.grad *= degree / WORLD
+        errors.append(relative_error(mine.grad, whole.grad) / 10)
+    orders = [layer.order for layer in handle.models[0][1].layers]
+    return max(errors), any(o is not None and o.tolist() != sorted(o.tolist()) for o in orders)
+
+
+def main(rank: int, folder: str, names: tuple[str, ...]) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD
+    )
+    results = {}
+    for name in names:
+        for degree, grid in zip((2, 4), GRIDS, strict=True):
+            for algorithm in ("nabla-0.5", "dense"):
+                results[name, degree, algorithm] = measure(name, degree, grid, algorithm)
+    if rank == 0:
+        torch.save(results, Path(folder) / "results.pt")
+    dist.barrier()
+    dist.destroy_process_group()
