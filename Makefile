@@ -1,6 +1,7 @@
 # make demo   set up .venv, then compare dense and NABLA attention on one prompt with the built-in model
 # make test   set up .venv, then lint, types, layer contracts and tests
 # make bench  set up .venv, then the CPU benchmark table
+# make bench-gpu   the same on a CUDA machine; needs Python and PyTorch only, no network
 # A second call reuses the set-up.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint types contracts tests coverage bench clean
+.PHONY: demo test lint types contracts tests coverage bench bench-gpu clean
 
 $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (torch, diffusers and the development tools; a few minutes the first time)"
@@ -44,7 +45,10 @@ coverage: $(READY)
 	$(BIN)/python -m pytest --cov=nabla_attn --cov-report=term-missing:skip-covered
 
 bench: $(READY)
-	$(BIN)/nabla bench
+	$(BIN)/nabla bench --docs docs
+
+bench-gpu:
+	PYTHONPATH=src $(PYTHON) -m nabla_attn.bench --device cuda
 
 clean:
 	rm -rf $(VENV) out

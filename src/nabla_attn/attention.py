@@ -4,7 +4,6 @@ tokens -> blocks -> scores -> block map -> backend -> output
 """
 
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nabla_attn import backends
@@ -13,6 +12,7 @@ from nabla_attn.core.block_map import BlockMap
 from nabla_attn.core.grid import TokenGrid
 from nabla_attn.core.order import TokenLayout, to_blocks, to_raster
 from nabla_attn.mapping import map_blocks
+from nabla_attn.shapes import Bool, Float
 
 
 def nabla_attention(

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nabla_attn.config import SparseConfig
@@ -13,6 +12,7 @@ from nabla_attn.core.scores import pool_blocks, score_blocks
 from nabla_attn.core.select import count_of_share, select_by_mass, select_top
 from nabla_attn.core.window import build_first_frame_map, build_segment_map, build_window_map
 from nabla_attn.fusion import fused
+from nabla_attn.shapes import Bool, Float
 
 # Scores of one panel: 128 MB in fp32, so that a few temporaries stay far below 2 GB.
 PANEL_SCORES = 2**25

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -155,3 +157,22 @@ def test_dry_listing_gives_reasons():
     assert found["ours (gather)"] == (None, None)
     assert "no backward on CPU" in found["ours (flex)"][1]
     assert "multiples of 8" in found["diffusers NABLA"][0]
+
+
+def test_the_benchmark_needs_only_torch(tmp_path):
+    # A GPU machine without a network: none of these can be imported there.
+    absent = ["jaxtyping", "diffusers", "transformers", "typer", "rich", "scipy", "matplotlib"]
+    code = (
+        f"import sys, runpy; sys.modules.update(dict.fromkeys({absent}));"
+        f"sys.argv = ['bench', '--device', 'cpu', '--rounds', '1', '--output', {str(tmp_path)!r}];"
+        "from dataclasses import replace; from nabla_attn.bench import suite, workloads as w;"
+        "from nabla_attn.core.grid import TokenGrid;"
+        "toy = replace(w.WORKLOADS['toy-cpu'], grid=TokenGrid(2, 11, 13), densities=(0.5,));"
+        "w.WORKLOADS['toy-cpu'] = toy; suite.CPU_SUITE = ('toy-cpu',);"
+        "import nabla_attn.backends.flex as f; f.why_not_compile = lambda device: 'not in tests';"
+        "runpy.run_module('nabla_attn.bench', run_name='__main__')"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "| float32 | forward |" in process.stdout
+    assert len(list(tmp_path.glob("bench_toy-cpu_*.json"))) == 1

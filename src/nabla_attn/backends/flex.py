@@ -4,12 +4,12 @@ Uncompiled FlexAttention silently ignores the block indices, so nothing here run
 """
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention.flex_attention import FlexKernelOptions, flex_attention
 
 from nabla_attn.core.block_map import BlockMap, build_block_mask
 from nabla_attn.fusion import compiled, why_not_compile
+from nabla_attn.shapes import Float
 
 
 def attend(

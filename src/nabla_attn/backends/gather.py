@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from math import sqrt
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nabla_attn.core.block_map import BlockMap
+from nabla_attn.shapes import Float
 
 # Scores of one batched product: small enough for a CPU core's L2 cache.
 MAX_SCORES = {"cpu": 2**19}

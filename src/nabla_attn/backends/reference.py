@@ -3,10 +3,10 @@
 from math import sqrt
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from nabla_attn.core.block_map import BlockMap
+from nabla_attn.shapes import Float
 
 
 def attend(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +105,8 @@ def _diffusers(
         reason = f"it needs rows and columns in multiples of 8: got {grid}"
     if reason is not None:
         return Contender(name, None, reason)
+    if find_spec("diffusers") is None:
+        return Contender(name, None, "diffusers is not installed")
     from nabla_attn.bench.rivals import diffusers_attention
 
     assert inputs.config.threshold is not None

@@ -3,12 +3,12 @@
 from math import sqrt
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nabla_attn.core.block_map import BlockMap
 from nabla_attn.core.grid import TokenGrid
 from nabla_attn.core.order import TokenLayout, block_order
+from nabla_attn.shapes import Bool, Float, Int
 
 NUM_ROWS = 64
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from nabla_attn.attention import build_block_map
 from nabla_attn.bench.workloads import Workload
 from nabla_attn.config import SparseConfig
 from nabla_attn.core.grid import TokenGrid
+from nabla_attn.shapes import Float
 
 THRESHOLD = 0.6
 # Heads that the sharpness is found on; the others come out near them.

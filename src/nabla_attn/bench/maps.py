@@ -1,5 +1,6 @@
 """The map alone: ours from raster order against other builders, stage by stage."""
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from nabla_attn.core.order import to_blocks
 from nabla_attn.core.window import build_window_map
 
 WINDOW = (3, 3, 3)
+OURS = "ours (raster order in)"
 
 
 def measure_maps(
@@ -33,20 +35,21 @@ def measure_maps(
     window = build_window_map(grid, WINDOW, device)
     q_blocks, k_blocks = (to_blocks(x, grid) for x in (q, k))
     builders: dict[str, Any] = {
-        "ours (raster order in)": lambda: build_block_map(q, k, grid, config),
-        "diffusers 0.42 nabla_block_mask": lambda: diffusers_map(
-            q_blocks, k_blocks, window, THRESHOLD
-        ),
+        OURS: lambda: build_block_map(q, k, grid, config),
         "reference, five sorts": lambda: five_sort_map(q_blocks, k_blocks, window, THRESHOLD),
     }
+    if find_spec("diffusers") is not None:
+        builders["diffusers 0.42 nabla_block_mask"] = lambda: diffusers_map(
+            q_blocks, k_blocks, window, THRESHOLD
+        )
     ours = build_block_map(q, k, grid, config)
     differing = {
         name: int((build().to_dense().bool() != ours.mask).sum())
         for name, build in builders.items()
-        if name != "ours (raster order in)"
+        if name != OURS
     }
     timings = time_in_turn(builders, device, rounds=rounds)
-    base = timings["ours (raster order in)"].median
+    base = timings[OURS].median
     return {
         "workload": workload.name,
         "algorithm": str(config),

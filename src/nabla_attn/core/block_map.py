@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from nabla_attn.core.order import TokenLayout, block_order
+from nabla_attn.shapes import Bool, Float, Int
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from nabla_attn.core.grid import TokenGrid
+from nabla_attn.shapes import Int
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from math import sqrt
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from nabla_attn.shapes import Bool, Float, Int
 
 
 def pool_blocks(

@@ -8,8 +8,9 @@ import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
+
+from nabla_attn.shapes import Bool, Float
 
 # Floats of one sign sort like the integers that share their bits.
 _BITS = {torch.float32: (torch.int32, 31), torch.float64: (torch.int64, 63)}

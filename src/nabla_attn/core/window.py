@@ -3,10 +3,10 @@
 from functools import lru_cache
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
 
 from nabla_attn.core.grid import TokenGrid
+from nabla_attn.shapes import Bool, Int
 
 
 @lru_cache(maxsize=32)
