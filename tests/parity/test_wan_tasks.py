@@ -169,3 +169,19 @@ def test_prompt_extension_by_a_local_model(tmp_path):
     assert first and first == extend_prompt("cat", directory, "en", 3, "cpu")
     with pytest.raises(ValueError, match="unknown prompt_extend_target_lang 'fr'"):
         check_method("local_qwen", "fr", str(tmp_path))
+
+
+def test_docs_name_every_flag_and_default():
+    import typer
+    from typer.main import get_command
+
+    from nabla_attn.cli.wan import wan
+    from nabla_attn.generation.wan_tasks import task_table
+
+    page = (Path(__file__).parents[2] / "docs" / "wan.md").read_text(encoding="utf-8")
+    assert task_table() in page
+    app = typer.Typer(add_completion=False)
+    app.command()(wan)
+    for option in get_command(app).params:
+        name = option.opts[0]
+        assert name == "--help" or f"`{name}`" in page, name

@@ -99,3 +99,32 @@ def find_task(name: str) -> WanTask:
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}. Known: {', '.join(TASKS)}.")
     return TASKS[name]
+
+
+def task_table() -> str:
+    """The table of docs/wan.md."""
+    rows = [
+        "| task | input flags | steps | shift | guidance | frames | fps | trained sizes |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, task in TASKS.items():
+        flags = [f"`--{flag}`" for flag in task.flags]
+        flags += [f"(`--{flag}`)" for flag in task.optional_flags]
+        shift = f"{task.shift:g}"
+        if task.shift_480p is not None:
+            shift += f", {task.shift_480p:g} at 480p"
+        guidance = f"{task.guidance:g}"
+        if task.guidance_low_noise is not None:
+            guidance += f", low noise {task.guidance_low_noise:g}"
+        cells = (
+            name,
+            " ".join(flags),
+            task.steps,
+            shift,
+            guidance,
+            task.frames,
+            task.fps,
+            " ".join(size.replace("*", "x") for size in task.sizes),
+        )
+        rows.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return "\n".join(rows)
