@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests.models.tiny_models import TINY
 
-from nabla_attn.models import dispatch, table
+from nabla_attn.models import catalogue, dispatch, table
 
 
 def test_the_dispatcher_is_as_expected():
@@ -48,6 +48,14 @@ def test_processors_have_a_door_or_a_port(name):
         source = inspect.getsource(type(processor).__call__)
         assert "backend=self._attention_backend" in source, f"{path} has no door any more"
         assert "self._parallel_config" in source, f"{path} has no door any more"
+
+
+def test_classes_with_a_plan_of_their_own():
+    import diffusers
+
+    planned = {row.name for row in table._ROWS if getattr(diffusers, row.name)._cp_plan is not None}
+    refused = {row.name for row in table._ROWS if row.refusal}
+    assert planned - refused == catalogue.PLANNED_BY_DIFFUSERS
 
 
 def test_private_names_of_torch():

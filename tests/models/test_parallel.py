@@ -89,6 +89,10 @@ def test_plans_are_supplied_and_taken_back():
     run(model, TINY["hunyuan"].inputs(2, 8, 8))
     handle.remove()
     assert model._cp_plan is None and "_cp_plan" not in model.__dict__
+    # Token replacement finds the first frame by position, which shares of tokens do not keep.
+    replacing = TINY["hunyuan"].build(image_condition_type="token_replace")
+    with na.apply(replacing, "nabla-0.5"):
+        assert replacing._cp_plan is None
     wan = TINY["wan"].build()
     plan = wan._cp_plan
     with na.apply(wan, "nabla-0.5"):

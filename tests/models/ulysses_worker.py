@@ -23,6 +23,7 @@ CHANGES = {
     "kandinsky5": dict(model_dim=96, num_visual_blocks=2),
     "cosmos": dict(num_attention_heads=4),
     "cogvideox": dict(num_attention_heads=4),
+    "consisid": dict(num_attention_heads=4),
     "mochi": dict(num_attention_heads=4),
     "easyanimate": dict(num_attention_heads=4),
 }

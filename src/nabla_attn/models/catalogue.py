@@ -156,6 +156,13 @@ _USUAL = {
         weights=12,
     ),
 }
+# Classes with a context-parallel plan of their own.
+PLANNED_BY_DIFFUSERS = {
+    "WanTransformer3DModel",
+    "ChronoEditTransformer3DModel",
+    "LTXVideoTransformer3DModel",
+    "LTX2VideoTransformer3DModel",
+}
 _FAMILIES = {"Kandinsky6SRTransformer3DModel": "Kandinsky 6 super-resolution"}
 
 
@@ -165,8 +172,8 @@ def render_table() -> str:
     refused = [row for row in model_rows() if row.refusal is not None]
     lines = [
         f"| model | class | usual size | tokens | attention | gain at {SPARSITY:.0%} sparse | text "
-        "| way in | tested |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| way in | ranks | tested |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *(_line(row) for row in works),
         "",
         "| refused | why |",
@@ -187,6 +194,14 @@ def write_table(path: Path) -> None:
         raise ValueError(f"{path} has no place for the table: it needs {BEGIN} and {END}.")
     head, tail = text.split(BEGIN)[0], text.split(END)[1]
     path.write_text(f"{head}{BEGIN}\n{render_table()}\n{END}{tail}", encoding="utf-8")
+
+
+def _ranks(row: ModelRow) -> str:
+    if row.name in PLANNED_BY_DIFFUSERS:
+        return "diffusers' plan"
+    if row.cp_plan is None:
+        return "no"
+    return "plan supplied" if row.cp_trains else "plan supplied, inference"
 
 
 def _documented() -> set[str]:
@@ -211,6 +226,7 @@ def _cells(row: ModelRow) -> Iterator[str]:
     history = "history in front, " if row.prefix else ""
     yield f"{history}joint, {row.text}" if row.text else "cross-attention or none"
     yield "port" if row.ports else "door"
+    yield _ranks(row)
     yield "model, pipeline" if usual and usual.pipeline else "model"
 
 

@@ -159,8 +159,10 @@ def sequence_plan(
     *,
     outputs: dict[str, list[int]] | None = None,
     gather: str = "proj_out",
-) -> Callable[[nn.Module], Plan]:
+) -> Callable[[nn.Module], Plan | None]:
     """A context-parallel plan in diffusers' form, for a model that has none.
+
+    Plans are functions of the model; None from one means that it cannot be shared.
 
     Args:
         split: module path -> argument -> token axis; a list for each of its tensors, or (axis,
@@ -171,7 +173,7 @@ def sequence_plan(
             of partial gradients on every rank.
     """
 
-    def plan(model: nn.Module) -> Plan:
+    def plan(model: nn.Module) -> Plan | None:
         from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 
         found: Plan = {}
@@ -215,6 +217,14 @@ VACE_PLAN = sequence_plan(
     outputs={"rope": [1, 1]},
 )
 JOINT_PLAN = sequence_plan({"transformer_blocks.0": _HIDDEN}, outputs={"rope": [0, 0]})
+
+
+def hunyuan_plan(model: nn.Module) -> Plan | None:
+    """None for token replacement, which finds the first frame's tokens by their position."""
+    config: Any = model.config
+    return None if config.image_condition_type == "token_replace" else JOINT_PLAN(model)
+
+
 EASYANIMATE_PLAN = sequence_plan(
     {"transformer_blocks.0": _HIDDEN}, outputs={"rope_embedding": [0, 0]}
 )

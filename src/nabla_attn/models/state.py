@@ -67,9 +67,10 @@ class ModelState:
     def install(self, model: nn.Module, hooked: nn.Module) -> None:
         """Put the processors in place and hook the forward of `hooked`, `model` or its wrapper."""
         setattr(model, STATE_NAME, self)
-        if getattr(model, "_cp_plan", None) is None and self.row.cp_plan is not None:
+        plan = self.row.cp_plan(model) if self.row.cp_plan is not None else None
+        if plan is not None and getattr(model, "_cp_plan", None) is None:
             # Seen by `enable_parallelism`, which asks for a plan otherwise.
-            cast(Any, model)._cp_plan = self.row.cp_plan(model)
+            cast(Any, model)._cp_plan = plan
             self.has_own_plan = True
         self._place_processors()
         self.hook = hooked.register_forward_pre_hook(_PlanForward(), with_kwargs=True)

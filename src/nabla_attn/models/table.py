@@ -47,7 +47,7 @@ class ModelRow:
     ports: Mapping[str, Port] = field(default_factory=dict)
     in_block_order: bool = False
     without: tuple[str, ...] = ()
-    cp_plan: Callable[[nn.Module], parallel.Plan] | None = None
+    cp_plan: Callable[[nn.Module], parallel.Plan | None] | None = None
     cp_trains: bool = True
     refusal: str | None = None
 
@@ -79,7 +79,7 @@ _ROWS = (
         name="HunyuanVideoTransformer3DModel",
         attention=_HUNYUAN,
         text="after",
-        cp_plan=parallel.JOINT_PLAN,
+        cp_plan=parallel.hunyuan_plan,
     ),
     ModelRow(
         name="HunyuanVideoFramepackTransformer3DModel",
