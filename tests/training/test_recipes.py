@@ -14,7 +14,7 @@ def test_builtin_is_what_made_the_shipped_model():
         ("clips-64", 64, 1200, 12, None),
         ("clips-128", 128, 500, 3, None),
         ("images-256", 256, 100, 1, None),
-        ("clips-256", 256, 600, 1, (0.3, 0.8)),
+        ("clips-256", 256, 850, 1, (0.25, 0.7)),
     ]
     assert config.vae.steps == 2050 and config.frames == 13 and config.seed == 0
 

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from nabla_attn.world.scene import BACKGROUNDS, COLOURS, SIZES, Scene
+from nabla_attn.world.render import AREAS, signed_distance
+from nabla_attn.world.scene import BACKGROUNDS, COLOURS, KINDS, SIZES, Scene
 
 MIN_CONTRAST = 60.0
 """RGB distance from the background below which nothing counts as a shape."""
@@ -23,7 +24,15 @@ MAX_COLOUR_ERROR = 90.0
 MIN_TRAVEL = 0.08
 """Share of the frame that the centre must move to have a direction."""
 
-_FILLED = {"triangle": 0.5, "circle": np.pi / 4, "square": 1.0}
+_SPREADS = {
+    "circle": (1 / 2, 1 / 2),
+    "square": (3**-0.5, 3**-0.5),
+    "triangle": (6**-0.5, 2**0.5 / 3),
+}
+"""Standard deviation of each kind along x and y at radius 1."""
+
+MIN_FIT = 0.7
+"""Overlap with the best fitting kind below which a spot is of no known kind."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class _Spot:
     """One connected spot in one frame, in shares of the frame."""
 
     colour: str | None
-    filled: float
+    fits: dict[str, float]
     width: float
     x: float
     y: float
@@ -73,6 +82,27 @@ def _border_colour(video: NDArray) -> NDArray:
     return np.median(np.concatenate([edge.reshape(-1, 3) for edge in edges]), axis=0)
 
 
+def _fits(spot: NDArray) -> dict[str, float]:
+    """Overlap (intersection over union) of a spot with each kind of the same centre and spread.
+
+    Moments hardly change when an edge is ragged; a bounding box does.
+    """
+    rows, columns = np.nonzero(spot)
+    dy = np.arange(spot.shape[0])[:, None] - rows.mean()
+    dx = np.arange(spot.shape[1])[None, :] - columns.mean()
+    fits = {}
+    for kind, (spread_x, spread_y) in _SPREADS.items():
+        # A pixel's own spread of 1/12 counts, so that a lone row has a height.
+        radius_x = float(np.sqrt(columns.var() + 1 / 12)) / spread_x
+        radius_y = float(np.sqrt(rows.var() + 1 / 12)) / spread_y
+        # A triangle's centre of mass lies a third of its height above its base.
+        middle = 1 / 3 if kind == "triangle" else 0.0
+        template = signed_distance(kind, dx / radius_x, dy / radius_y + middle, 1.0) < 0
+        shared = float((spot & template).sum())
+        fits[kind] = shared / (len(rows) + AREAS[kind] * radius_x * radius_y - shared)
+    return fits
+
+
 def _spots(frame: NDArray, background: NDArray) -> list[_Spot]:
     """Connected spots of a frame [height, width, 3] that stand out from the background."""
     contrast = np.linalg.norm(frame - background, axis=-1)
@@ -85,7 +115,7 @@ def _spots(frame: NDArray, background: NDArray) -> list[_Spot]:
     height, width = mask.shape
     spots = []
     for index, box in enumerate(ndimage.find_objects(labels), start=1):
-        inside = labels[box] == index
+        inside = ndimage.binary_fill_holes(labels[box] == index)
         if inside.sum() < MIN_AREA * mask.size or inside.size > MAX_BOX * mask.size:
             continue
         box_height, box_width = inside.shape
@@ -93,7 +123,7 @@ def _spots(frame: NDArray, background: NDArray) -> list[_Spot]:
         spots.append(
             _Spot(
                 colour=_nearest(np.median(frame[box][inside], axis=0), COLOURS),
-                filled=float(inside.mean()),
+                fits=_fits(inside),
                 width=float(np.sqrt(box_height * box_width)) / min(height, width),
                 x=(box[1].start + centre_x) / width,
                 y=(box[0].start + centre_y) / height,
@@ -119,9 +149,10 @@ def _direction(spots: list[tuple[int, _Spot]], frames: int) -> str | None:
 
 
 def _shape_facts(colour: str | None, spots: list[tuple[int, _Spot]], frames: int) -> ShapeFacts:
-    filled = float(np.median([spot.filled for _, spot in spots]))
+    fits = {kind: float(np.median([spot.fits[kind] for _, spot in spots])) for kind in KINDS}
+    best = max(fits, key=fits.__getitem__)
+    kind = best if fits[best] >= MIN_FIT else None
     radius = float(np.median([spot.width for _, spot in spots])) / 2
-    kind = min(_FILLED, key=lambda name: abs(_FILLED[name] - filled))
     size = min(SIZES, key=lambda name: abs(SIZES[name] - radius))
     return ShapeFacts(colour, kind, _direction(spots, frames), size)
 
@@ -129,8 +160,8 @@ def _shape_facts(colour: str | None, spots: list[tuple[int, _Spot]], frames: int
 def judge(video: NDArray[np.uint8]) -> Facts:
     """Read a video of this world back into facts.
 
-    The kind of a shape is read from how much of its bounding box it fills (triangle 1/2, circle
-    pi/4, square 1), its direction from the path of its centre, its size from its bounding box.
+    The kind of a shape is the one it overlaps most at its own centre and spread, its direction is
+    read from the path of its centre, its size from its bounding box.
 
     Args:
         video: uint8 [frames, height, width, 3], 48 pixels or more a side.

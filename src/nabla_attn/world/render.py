@@ -5,10 +5,13 @@ from numpy.typing import NDArray
 
 from nabla_attn.world.scene import BACKGROUNDS, COLOURS, Scene, Shape
 
+AREAS = {"circle": np.pi, "square": 4.0, "triangle": 2.0}
+"""Area of each kind at radius 1."""
+
 Window = tuple[float, float, float, float]
 
 
-def _signed_distance(kind: str, dx: NDArray, dy: NDArray, radius: float) -> NDArray:
+def signed_distance(kind: str, dx: NDArray, dy: NDArray, radius: float) -> NDArray:
     """Distance to the shape's edge, negative inside; the bounding box is 2 radius wide and high."""
     if kind == "circle":
         return np.hypot(dx, dy) - radius
@@ -27,7 +30,7 @@ def _coverage(shape: Shape, time: float, xs: Axis, ys: Axis, pixel: float) -> ND
     """Share of every pixel that the shape covers."""
     x, y = shape.centre(time)
     side_x, side_y = xs[1], ys[1]
-    distance = _signed_distance(
+    distance = signed_distance(
         shape.kind, xs[0][None, :] - x * side_x, ys[0][:, None] - y * side_y, shape.radius
     )
     return np.clip(0.5 - distance / pixel, 0, 1).astype(np.float32)
