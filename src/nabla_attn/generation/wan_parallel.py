@@ -94,6 +94,8 @@ def _join(device: torch.device) -> None:
 def _split_sequence(model: Any, placement: "WanPlacement") -> None:
     from diffusers import ContextParallelConfig
 
+    from nabla_attn.models.table import find_row
+
     heads = model.config.num_attention_heads
     if heads % placement.ulysses_size:
         raise ValueError(
@@ -103,7 +105,10 @@ def _split_sequence(model: Any, placement: "WanPlacement") -> None:
     config = ContextParallelConfig(
         ulysses_degree=placement.ulysses_size, ring_degree=placement.ring_size
     )
-    model.enable_parallelism(config=config)
+    own = getattr(model, "_cp_plan", None)
+    row = find_row(model)
+    plan = row.cp_plan(model) if own is None and row is not None and row.cp_plan else None
+    model.enable_parallelism(config=config, cp_plan=plan)
 
 
 def _shard(model: Any, blocks: Any, device: torch.device) -> None:
