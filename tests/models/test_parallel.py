@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from tests.models import ulysses_worker
-from tests.models.tiny_models import TINY, run
+from tests.models.tiny_models import TINY, relative_error, run
 
 import nabla_attn as na
 from nabla_attn.core.grid import TokenGrid
@@ -17,22 +17,55 @@ from nabla_attn.models.telemetry import Report
 QUICK = ("wan", "hunyuan", "cogvideox")
 
 
-def check(tmp_path, names):
-    mp.spawn(ulysses_worker.main, args=(str(tmp_path), names), nprocs=ulysses_worker.WORLD)
+def check(tmp_path, num_ranks, names):
+    mp.spawn(ulysses_worker.main, args=(str(tmp_path), num_ranks, names), nprocs=num_ranks)
     results = torch.load(tmp_path / "results.pt")
-    assert len(results) == 4 * len(names)
+    assert {name for name, *_ in results} == set(names)
     for case, (error, is_reordered) in results.items():
         assert error < 3e-6, f"{case}: {error}"
         assert is_reordered or case[1:] != (2, "nabla-0.5"), case
 
 
-def test_processes_agree_with_one(tmp_path):
-    check(tmp_path, QUICK)
+def test_two_processes_agree_with_one(tmp_path):
+    check(tmp_path, 2, QUICK)
 
 
 @pytest.mark.slow
-def test_processes_agree_with_one_in_every_model_with_a_plan(tmp_path):
-    check(tmp_path, tuple(name for name in ulysses_worker.CHANGES if name not in QUICK))
+def test_four_processes_agree_with_one_in_every_model_with_a_plan(tmp_path):
+    check(tmp_path, 4, tuple(ulysses_worker.CHANGES))
+
+
+@pytest.fixture
+def group(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1
+    )
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan", "cogvideox"])
+def test_a_group_of_one(group, name):
+    model, inputs = TINY[name].build(), TINY[name].inputs(3, 11, 13)
+    mesh = SimpleNamespace(get_group=lambda: group)
+    expected = {}
+    for algorithm in ("nabla-0.5", "dense"):
+        with na.apply(model, algorithm):
+            expected[algorithm] = run(model, inputs)
+    model._parallel_config = configured(_ulysses_mesh=mesh)._parallel_config
+    for algorithm, out in expected.items():
+        with na.apply(model, algorithm, telemetry=False):
+            for _ in range(2):
+                assert relative_error(run(model, inputs), out) < 3e-6
+
+
+def test_kandinsky_does_not_train_in_parallel(group):
+    model, inputs = TINY["kandinsky5"].build().train(), TINY["kandinsky5"].inputs(3, 11, 13)
+    mesh = SimpleNamespace(get_group=lambda: group)
+    model._parallel_config = configured(_ulysses_mesh=mesh)._parallel_config
+    na.apply(model, "nabla-0.5")
+    with pytest.raises(ValueError, match="cannot train with context parallelism"):
+        run(model, inputs)
 
 
 def configured(**changes):

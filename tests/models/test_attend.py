@@ -1,0 +1,92 @@
+"""The attention call itself: grouped queries, masks, and models inside wrappers."""
+
+import pytest
+import torch
+from tests.models.tiny_models import TINY, randn, relative_error, run
+
+import nabla_attn as na
+from nabla_attn.models.allegro import AllegroPort
+from nabla_attn.models.attend import attend
+from nabla_attn.models.cogvideox import CogVideoXPort
+from nabla_attn.models.cosmos import CosmosPort
+from nabla_attn.models.dispatch import _nabla, text_valid_of
+from nabla_attn.models.easyanimate import EasyAnimatePort
+from nabla_attn.models.handle import unwrap
+from nabla_attn.models.plan import Layer, Plan, plan_key
+from nabla_attn.models.processor import make_processor
+
+GRID = na.TokenGrid(2, 11, 9)
+
+
+def layer_with(text=None, **changes):
+    layer = Layer("blocks.0.attn1", None)
+    layer.key = plan_key(Plan(grid=GRID, config=na.parse("nabla-0.5"), text=text, **changes))
+    return layer
+
+
+def test_grouped_queries_repeat_keys():
+    q, k, v = (randn(2, GRID.num_tokens, heads, 16) for heads in (4, 2, 2))
+    repeated = (x.repeat_interleave(2, dim=2) for x in (k, v))
+    assert torch.equal(attend(layer_with(), q, k, v), attend(layer_with(), q, *repeated))
+
+
+def test_observers_see_the_call():
+    layer, seen = layer_with(), []
+    layer.observer = lambda *call: seen.append(call)
+    q = randn(1, GRID.num_tokens, 2, 16)
+    attend(layer, q, q, q)
+    assert seen[0][0] is layer and seen[0][1] is q
+
+
+def test_masks_are_read_as_padded_keys():
+    query = randn(2, 5, 1, 4)
+    keep = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]).bool()
+    assert text_valid_of(None, query) is None
+    for mask in (keep, keep[:, None, None], (~keep)[:, None, None] * -10000.0):
+        assert torch.equal(text_valid_of(mask, query), keep)
+    assert text_valid_of(keep[:1], query).shape == (2, 5)
+    with pytest.raises(ValueError, match=r"got \(2, 3, 5, 5\)"):
+        text_valid_of(keep.new_ones(2, 3, 5, 5), query)
+
+
+def test_text_may_be_given_alone_or_with_the_video():
+    q = randn(2, GRID.num_tokens + 4, 2, 16)
+    text = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool()
+    video = text.new_ones(2, GRID.num_tokens)
+    for side, valid in (("after", [video, text]), ("before", [text, video])):
+        alone = attend(layer_with(side), q, q, q, text_valid=text)
+        assert torch.equal(alone, attend(layer_with(side), q, q, q, text_valid=torch.cat(valid, 1)))
+        assert not torch.equal(alone, attend(layer_with(side), q, q, q))
+
+
+def test_what_cannot_be_attended_is_refused():
+    q = randn(1, GRID.num_tokens, 2, 16)
+    with pytest.raises(ValueError, match="a mask over video tokens"):
+        attend(layer_with(), q, q, q, text_valid=torch.ones(1, GRID.num_tokens).bool())
+    with pytest.raises(ValueError, match="got 190 tokens for 2x11x9 = 198"):
+        attend(layer_with("after"), q[:, :190], q[:, :190], q[:, :190])
+    with pytest.raises(ValueError, match="no causal order and no dropout"):
+        _nabla(q, q, q, is_causal=True, _parallel_config=layer_with())
+    for port in (AllegroPort, CogVideoXPort, CosmosPort, EasyAnimatePort):
+        with pytest.raises(ValueError, match="mask"):
+            port(None, layer_with())(None, q, q, attention_mask=q)
+
+
+def test_processors_without_a_door_are_refused():
+    with pytest.raises(ValueError, match="object does not go through diffusers' attention"):
+        make_processor(Layer("attn", object()))
+
+
+@torch.no_grad()
+def test_models_inside_wrappers(tmp_path):
+    model, inputs = TINY["wan"].build(), TINY["wan"].inputs(2, 8, 9)
+    expected = run(model, inputs)
+    parallel = torch.nn.DataParallel(model)
+    assert unwrap(parallel) is model
+    na.apply(parallel, "nabla-0.3")
+    assert relative_error(run(model, inputs), expected) > 1e-3
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["to_q"]))
+    assert unwrap(adapted) is model
+    with na.apply(adapted, "nabla-1"):
+        assert relative_error(run(adapted, inputs), expected) < 3e-6
