@@ -163,3 +163,18 @@ def test_bad_input_says_how_to_mend_it(here, capsys, flags, message):
     assert code == 2
     assert message in said
     assert "Traceback" not in said
+
+
+def test_full_disk(here, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    assert run(["wan", *shlex.split(f"--ckpt_dir {PLAIN} {SMALL}")]) == 2
+    assert "no space for" in capsys.readouterr().err
+
+
+def test_convert_verb(workdir, tmp_path, capsys):
+    source, target = str(workdir / PLAIN), str(tmp_path / "dst")
+    assert run(["convert", source, target]) == 0
+    assert "compared with" in capsys.readouterr().out
+    assert run(["convert", target, str(tmp_path / "again")]) == 2
+    assert "is a diffusers directory already" in capsys.readouterr().err
+    assert run(["convert", source, target, "--dtype", "int8"]) == 2

@@ -109,8 +109,10 @@ def _run(request: "WanRequest", placement: "WanPlacement", output: Path) -> None
 
     _check_suffix(request, output)
     check_writable(output)
+    _check_space(request, output)
     algo, source = chosen_sparsity(request)
-    typer.echo(f"{request.task}: attention {algo} ({source}); seed {request.seed}", err=True)
+    if rank() == 0:
+        typer.echo(f"{request.task}: attention {algo} ({source}); seed {request.seed}", err=True)
     quiet_libraries()
     with opt.loading_bar() as load, generation_bars() as start:
         frames, record = generate_wan(request, placement, progress=start(algo), load_progress=load)
@@ -136,6 +138,22 @@ def _check_suffix(request: "WanRequest", output: Path) -> None:
     wanted = ".png" if request.task.startswith("t2i") else ".mp4"
     if output.suffix.lower() != wanted:
         raise ValueError(f"{request.task} writes a {wanted} file, got {output}.")
+
+
+def _check_space(request: "WanRequest", output: Path) -> None:
+    import shutil
+
+    from nabla_attn.generation.wan_tasks import parse_size
+
+    width, height = parse_size(request.size)
+    # Half a byte a pixel is far above what the encoder writes.
+    needed = width * height * (request.frames or 1) // 2
+    free = shutil.disk_usage(output.parent).free
+    if free < needed:
+        raise ValueError(
+            f"no space for {output}: it may take {needed / 2**20:.0f} MiB, the disk has "
+            f"{free / 2**20:.0f} MiB free."
+        )
 
 
 def _default_name(request: "WanRequest", placement: "WanPlacement") -> Path:

@@ -93,6 +93,7 @@ def generate_wan(
     assert request.frames is not None
     inputs = read_inputs(request.inputs, request.frames)
     device = wan_parallel.local_device(resolve_device(placement.device))
+    request = wan_parallel.same_everywhere(request, device)
     pipe, text_tokens = _load(request, placement, device, load_progress)
     if "image" in inputs:
         pipe = _with_image(pipe)

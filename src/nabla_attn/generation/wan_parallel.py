@@ -63,6 +63,18 @@ def check(placement: "WanPlacement", *, is_sparse: bool) -> None:
         raise ValueError("offload_model moves whole parts, dit_fsdp shards them. Pass one.")
 
 
+def same_everywhere(value: Any, device: torch.device) -> Any:
+    """The first process's ``value`` in every process, such as a seed that each drew."""
+    if world_size() == 1:
+        return value
+    import torch.distributed as dist
+
+    _join(device)
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def distribute(pipe: Any, placement: "WanPlacement", device: torch.device) -> None:
     """Shard the parts that were asked for over the processes.
 
