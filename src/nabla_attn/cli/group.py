@@ -11,7 +11,19 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 # Each is the function, or the group of them, of the same name in the module of that name.
-VERBS = ("generate", "compare", "train", "bench", "info", "convert", "wan", "view", "vote")
+VERBS = (
+    "generate",
+    "compare",
+    "evaluate",
+    "train",
+    "bench",
+    "info",
+    "convert",
+    "wan",
+    "report",
+    "view",
+    "vote",
+)
 BAD_INPUT, INTERRUPTED = 2, 130
 
 

@@ -1,0 +1,159 @@
+"""Curves of a summary: quality against density and against seconds; where recall is lost."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nabla_attn.config import parse
+from nabla_attn.evaluation.summary import Records
+from nabla_attn.files import whole_file
+
+INK, MUTED, RULE = "#1b1f24", "#667080", "#d8dee6"
+FAMILIES = {
+    "nabla": ("#0f766e", "o"),
+    "nabla + window": ("#1d4ed8", "s"),
+    "window": ("#b45309", "^"),
+    "top-k": ("#7e22ce", "D"),
+    "top-k + window": ("#be123c", "v"),
+    "dense": (INK, "*"),
+}
+QUALITIES = {
+    "psnr": "PSNR to dense, dB",
+    "ssim": "SSIM to dense",
+    "judge_all": "prompts wholly right",
+    "true_mass": "true attention mass kept",
+    "lpips": "LPIPS to dense (less is better)",
+    "clip": "CLIP score",
+}
+COSTS = {"density": "token pairs kept", "seconds": "seconds in the transformer"}
+
+
+def family(algo: str) -> str:
+    """The kind of an algorithm, for its colour and marker."""
+    config = parse(algo)
+    if config.is_dense:
+        return "dense"
+    name = "nabla" if config.threshold is not None else "top-k" if config.topk else ""
+    if config.window is None:
+        return name
+    return f"{name} + window" if name else "window"
+
+
+def draw_curves(summary: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
+    """Write a PNG: a row per quality that was measured, against density and seconds.
+
+    Args:
+        summary: from `summarise`.
+        path: the PNG; whole or not at all, the same bytes for the same summary.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    measured = [
+        name
+        for name in QUALITIES
+        if any(name in metrics for algo, metrics in summary.items() if algo != "dense")
+    ]
+    figure = Figure(figsize=(10, 2.9 * len(measured) + 0.5), dpi=130, layout="constrained")
+    grid = figure.subplots(len(measured), 2, squeeze=False, sharey="row")
+    for row, quality in zip(grid, measured, strict=True):
+        for axes, cost in zip(row, COSTS, strict=True):
+            _draw_panel(axes, summary, quality, cost)
+        row[0].set_ylabel(QUALITIES[quality], color=MUTED)
+    for axes, label in zip(grid[-1], COSTS.values(), strict=True):
+        axes.set_xlabel(label, color=MUTED)
+    handles, labels = _legend(grid)
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    with whole_file(path) as temporary:
+        FigureCanvasAgg(figure).print_png(str(temporary), metadata={"Software": None})
+
+
+def draw_losses(records: Records, path: str | Path) -> None:
+    """Write a PNG: true attention mass kept per step and layer, one map per probed algorithm.
+
+    Raises:
+        ValueError: nothing was probed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    maps = mean_maps(records, "true_mass")
+    if not maps:
+        raise ValueError("no attention was measured in this run. Pass --num-probed 2.")
+    columns = min(3, len(maps))
+    rows = -(-len(maps) // columns)
+    figure = Figure(figsize=(3.4 * columns, 2.3 * rows + 0.4), dpi=130, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    image: Any = None
+    for axes, (algo, values) in zip(grid.flat, maps.items(), strict=False):
+        # Layers down, steps across.
+        image = axes.imshow(
+            list(zip(*values, strict=True)), cmap="YlGnBu", vmin=0, vmax=1, aspect="auto"
+        )
+        axes.set_title(algo, fontsize=9, loc="left")
+        axes.set_xlabel("step", fontsize=7, color=MUTED)
+        axes.set_ylabel("layer", fontsize=7, color=MUTED)
+        axes.tick_params(labelsize=7, colors=MUTED)
+    for axes in list(grid.flat)[len(maps) :]:
+        axes.axis("off")
+    bar = figure.colorbar(image, ax=grid.ravel().tolist(), shrink=0.8)
+    bar.set_label("true attention mass kept", color=MUTED, fontsize=8)
+    with whole_file(path) as temporary:
+        FigureCanvasAgg(figure).print_png(str(temporary), metadata={"Software": None})
+
+
+def mean_maps(records: Records, measure: str) -> dict[str, list[list[float]]]:
+    """Mean over probed items of a measure: algorithm -> [steps][layers]."""
+    result = {}
+    for algo, items in sorted(records.items()):
+        found = [
+            record.numbers["probe"][f"{measure}_per_step_and_layer"]
+            for record in items.values()
+            if "probe" in record.numbers
+        ]
+        if found:
+            result[algo] = [
+                [round(sum(cell) / len(cell), 5) for cell in zip(*rows, strict=True)]
+                for rows in zip(*found, strict=True)
+            ]
+    return result
+
+
+def _draw_panel(
+    axes: Any, summary: Mapping[str, Mapping[str, Any]], quality: str, cost: str
+) -> None:
+    groups: dict[str, list[tuple[float, Any, str]]] = {}
+    for algo, metrics in summary.items():
+        if quality not in metrics or cost not in metrics or metrics[quality]["mean"] is None:
+            continue
+        groups.setdefault(family(algo), []).append((metrics[cost]["mean"], metrics[quality], algo))
+    for name, points in groups.items():
+        colour, marker = FAMILIES[name]
+        points.sort(key=lambda point: point[0])
+        xs, means = [x for x, _, _ in points], [entry["mean"] for _, entry, _ in points]
+        low = [
+            m - (e["low"] if e["low"] is not None else m)
+            for m, (_, e, _) in zip(means, points, strict=True)
+        ]
+        high = [
+            (e["high"] if e["high"] is not None else m) - m
+            for m, (_, e, _) in zip(means, points, strict=True)
+        ]
+        axes.errorbar(
+            xs, means, yerr=[[max(0, v) for v in low], [max(0, v) for v in high]],
+            color=colour, marker=marker, markersize=9 if name == "dense" else 5,
+            linewidth=1.4, elinewidth=0.8, capsize=2, label=name,
+        )  # fmt: skip
+    axes.grid(color=RULE, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=MUTED, labelsize=8)
+    if cost == "density":
+        axes.set_xlim(0, 1.03)
+
+
+def _legend(grid: Any) -> tuple[list[Any], list[str]]:
+    found: dict[str, Any] = {}
+    for axes in grid.flat:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    return list(found.values()), list(found)

@@ -1,0 +1,121 @@
+"""Equal terms: find the number of an algorithm that gives a density or a time."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from nabla_attn.config import parse
+from nabla_attn.evaluation.prompts import Item
+from nabla_attn.generation.generate import generate, warm_up
+from nabla_attn.generation.request import GenerationRequest
+
+LOW, HIGH = 0.01, 1.0
+QUANTITIES = {
+    "density": lambda record: record.numbers["attention"]["density"],
+    "seconds": lambda record: record.numbers["seconds"]["transformer"],
+}
+
+
+@dataclass(frozen=True)
+class Match:
+    """What bisection found.
+
+    Attributes:
+        value: the number.
+        reached: what it gives.
+        tried: (number, what it gave), in order.
+    """
+
+    value: float
+    reached: float
+    tried: tuple[tuple[float, float], ...]
+
+
+def bisect(
+    measure: Callable[[float], float], target: float, *, tolerance: float, max_tries: int = 10
+) -> Match:
+    """Find where a measure that rises from 0.01 to 1 reaches a target.
+
+    Args:
+        measure: the number -> what it gives; never falling.
+        target: what is wanted.
+        tolerance: how near, relative to the target.
+        max_tries: measurements at most.
+
+    Returns:
+        The nearest that was measured.
+
+    Raises:
+        ValueError: the target is outside what the ends give.
+    """
+    low, high = LOW, HIGH
+    tried = [(low, measure(low)), (high, measure(high))]
+    if not tried[0][1] * (1 - tolerance) <= target <= tried[1][1] * (1 + tolerance):
+        raise ValueError(
+            f"{target:g} cannot be reached: the number {low} gives {tried[0][1]:.4g} and {high} "
+            f"gives {tried[1][1]:.4g}. Pass a target between them."
+        )
+    while len(tried) < max_tries and _nearest(tried, target)[1] > tolerance * target:
+        middle = round((low + high) / 2, 4)
+        tried.append((middle, measure(middle)))
+        if tried[-1][1] < target:
+            low = middle
+        else:
+            high = middle
+    value, reached = _nearest(tried, target)[0]
+    return Match(value, reached, tuple(tried))
+
+
+def match_algorithm(
+    pipeline: Any,
+    request: GenerationRequest,
+    template: str,
+    items: Sequence[Item],
+    *,
+    by: str,
+    target: float,
+    tolerance: float = 0.02,
+    report: Callable[[str, float], None] = lambda algo, value: None,
+) -> tuple[str, Match]:
+    """Fill the ``*`` of an algorithm such as ``nabla-*_sta-3-3-3`` so that runs reach a target.
+
+    Args:
+        pipeline: a text-to-video pipeline.
+        request: the run; prompt, seed and algorithm are replaced.
+        template: an algorithm with ``*`` in the place of its threshold or share.
+        items: videos that are made for each number tried; their mean counts.
+        by: a name of `QUANTITIES`.
+        target: the density, or the transformer's seconds.
+        tolerance: how near, relative to the target.
+        report: told each algorithm tried and what it gave.
+
+    Raises:
+        ValueError: no ``*``, an unknown quantity, or a target that cannot be reached.
+    """
+    if template.count("*") != 1:
+        raise ValueError(f"{template!r} must have one * for the number to find, as nabla-* has.")
+    if by not in QUANTITIES:
+        raise ValueError(f"unknown quantity {by!r}; expected one of {', '.join(QUANTITIES)}.")
+
+    def measure(value: float) -> float:
+        algo = _fill(template, value)
+        asked = [
+            replace(request, prompt=item.prompt, seed=item.seed).with_algo(algo) for item in items
+        ]
+        if by == "seconds":
+            warm_up(pipeline, asked[0])
+        values = [QUANTITIES[by](generate(pipeline, one)[1]) for one in asked]
+        report(algo, sum(values) / len(values))
+        return sum(values) / len(values)
+
+    found = bisect(measure, target, tolerance=tolerance)
+    return _fill(template, found.value), found
+
+
+def _fill(template: str, value: float) -> str:
+    return str(parse(template.replace("*", f"{value:.4f}")))
+
+
+def _nearest(tried: list[tuple[float, float]], target: float) -> tuple[tuple[float, float], float]:
+    best = min(tried, key=lambda pair: abs(pair[1] - target))
+    return best, abs(best[1] - target)

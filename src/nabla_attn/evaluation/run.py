@@ -1,0 +1,215 @@
+"""Evaluate algorithms against dense attention: paired, resumable, over several processes.
+
+A run is a folder: ``<algorithm>/<item>.mp4`` and beside it its record, ``<item>.json``.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nabla_attn.config import parse
+from nabla_attn.evaluation.metrics import measure_fidelity
+from nabla_attn.evaluation.motion import measure_motion
+from nabla_attn.evaluation.probe import AttentionProbe
+from nabla_attn.evaluation.prompts import Item, judge_prompt
+from nabla_attn.generation.clock import Progress
+from nabla_attn.generation.generate import generate, warm_up
+from nabla_attn.generation.pipeline import model_name
+from nabla_attn.generation.request import GenerationRequest, check_request
+from nabla_attn.generation.video import write_video
+from nabla_attn.record import RunRecord
+
+Report = Callable[[str, int, int], Progress | None]
+"""Called with a label, videos done and videos in all; gives the progress callback of the next."""
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is measured besides PSNR, SSIM, motion, time and the world's judge.
+
+    Attributes:
+        lpips: ours, reference -> LPIPS per frame.
+        clip: frames, prompt -> CLIP score.
+        num_probed: items, from the first, whose attention is measured in a run of its own.
+        num_rows: query tokens sampled per call there.
+    """
+
+    lpips: Callable[[np.ndarray, np.ndarray], list[float]] | None = None
+    clip: Callable[[np.ndarray, str], float] | None = None
+    num_probed: int = 2
+    num_rows: int = 16
+
+
+class Evaluation:
+    """One process's share of an evaluation.
+
+    Args:
+        pipeline: a text-to-video pipeline.
+        request: size, steps and guidance; prompt, seed and algorithm are replaced.
+        folder: the run's folder.
+        fps: frames per second of the videos.
+        measures: what is measured.
+
+    Raises:
+        ValueError: the model cannot take the request.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        request: GenerationRequest,
+        folder: str | Path,
+        *,
+        fps: float,
+        measures: Measures | None = None,
+    ) -> None:
+        self._pipeline = pipeline
+        self._request = request
+        self._folder = Path(folder)
+        self._fps = fps
+        self._measures = measures or Measures()
+        self._warm: set[str] = set()
+        check_request(pipeline, request)
+
+    def run(
+        self,
+        algos: Sequence[str],
+        items: Sequence[Item],
+        *,
+        shard: tuple[int, int] = (0, 1),
+        report: Report = lambda label, done, total: None,
+    ) -> None:
+        """Make and measure what is missing; dense first, since all others compare with it.
+
+        Args:
+            algos: algorithms; dense is always added.
+            items: prompts and seeds.
+            shard: (k, n): this process takes every n-th item from k on.
+            report: told about every video.
+
+        Raises:
+            ValueError: an unknown algorithm, a shard outside 0 to n-1, or records in the folder
+                that were made with other settings.
+        """
+        index, count = shard
+        if not 0 <= index < count:
+            raise ValueError(f"a shard is K/N with K from 0 to N-1: got {index}/{count}.")
+        names = list(dict.fromkeys(["dense", *(str(parse(algo)) for algo in algos)]))
+        mine = list(items)[index::count]
+        total, done = len(mine) * len(names), 0
+        for item in mine:
+            missing = [name for name in names if not self._is_done(name, item)]
+            done += len(names) - len(missing)
+            dense: np.ndarray | None = None
+            for name in missing:
+                if dense is None and name != "dense":
+                    dense = self._make_dense_again(item, report(f"dense {item.name}", done, total))
+                progress = report(f"{name} {item.name}", done, total)
+                frames = self._make(name, item, dense, progress)
+                dense = frames if name == "dense" else dense
+                done += 1
+
+    def _make(
+        self, name: str, item: Item, dense: np.ndarray | None, progress: Progress | None
+    ) -> np.ndarray:
+        asked = self._asked(name, item)
+        if name not in self._warm:
+            warm_up(self._pipeline, asked)
+            self._warm.add(name)
+        with peak_memory(self._pipeline.device) as memory:
+            frames, record = generate(self._pipeline, asked, progress=progress)
+        numbers = record.numbers | {"memory_bytes": memory.get("bytes")}
+        numbers["to_dense"] = self._compare(frames, frames if dense is None else dense)
+        numbers["to_prompt"] = self._judge(frames, item.prompt)
+        if item.index < self._measures.num_probed and name != "dense":
+            numbers["probe"] = self._probe(asked, numbers["frames_sha256"], self._path(name, item))
+        path = self._path(name, item)
+        write_video(frames, path.with_suffix(".mp4"), self._fps)
+        config = record.config | {"prompt_index": item.index}
+        # Last: a record says that all of its files are there.
+        replace(record, kind="evaluate", config=config, numbers=numbers).save(path)
+        return frames
+
+    def _make_dense_again(self, item: Item, progress: Progress | None) -> np.ndarray:
+        """Dense frames of an interrupted item: the mp4 is lossy, and generation is exact."""
+        frames, record = generate(self._pipeline, self._asked("dense", item), progress=progress)
+        path = self._path("dense", item)
+        if RunRecord.load(path).numbers["frames_sha256"] != record.numbers["frames_sha256"]:
+            raise ValueError(
+                f"{path}: dense attention gives other frames now than when this run began, on "
+                "another machine or version. Start in a new folder."
+            )
+        return frames
+
+    def _compare(self, frames: np.ndarray, dense: np.ndarray) -> dict[str, Any]:
+        values = measure_fidelity(frames, dense).to_dict() | measure_motion(frames, dense)
+        if self._measures.lpips is not None:
+            distances = self._measures.lpips(frames, dense)
+            values |= {"lpips": sum(distances) / len(distances), "lpips_frames": distances}
+        return values
+
+    def _judge(self, frames: np.ndarray, prompt: str) -> dict[str, Any]:
+        values: dict[str, Any] = {"world": judge_prompt(frames, prompt)}
+        if self._measures.clip is not None:
+            values["clip"] = self._measures.clip(frames, prompt)
+        return values
+
+    def _probe(self, asked: GenerationRequest, sha256: str, path: Path) -> dict[str, Any]:
+        """The same video once more under observation, apart from the run that is timed."""
+        probe = AttentionProbe(asked.steps, num_rows=self._measures.num_rows)
+        _, record = generate(self._pipeline, asked, on_apply=probe.attach)
+        assert record.numbers["frames_sha256"] == sha256, "observing changed the video"
+        result = probe.result()
+        result.save(path.with_suffix(".probe.safetensors"))
+        return result.to_dict()
+
+    def _is_done(self, name: str, item: Item) -> bool:
+        path = self._path(name, item)
+        if not path.is_file():
+            return False
+        found = RunRecord.load(path).config
+        asked = self._asked(name, item).to_dict() | {"model": model_name(self._pipeline)}
+        changed = [key for key, value in asked.items() if found.get(key) != value]
+        if changed:
+            raise ValueError(
+                f"{path} was made with other settings: "
+                + ", ".join(f"{key} {found.get(key)!r}, now {asked[key]!r}" for key in changed[:4])
+                + ". Start in a new folder."
+            )
+        return True
+
+    def _asked(self, name: str, item: Item) -> GenerationRequest:
+        request = replace(self._request, prompt=item.prompt, seed=item.seed)
+        return request.with_algo(name)
+
+    def _path(self, name: str, item: Item) -> Path:
+        return self._folder / name / f"{item.name}.json"
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[dict[str, int | None]]:
+    """Yield a dictionary whose ``"bytes"`` is the block's peak once it has ended.
+
+    On a GPU what torch allocated, on a Linux CPU the resident memory of the process; elsewhere
+    None.
+    """
+    found: dict[str, int | None] = {"bytes": None}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield found
+        found["bytes"] = torch.cuda.max_memory_allocated(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # begins a new peak
+    except OSError:
+        yield found
+        return
+    yield found
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak = next((line for line in lines if line.startswith("VmHWM:")), None)
+    found["bytes"] = None if peak is None else 1024 * int(peak.split()[1])

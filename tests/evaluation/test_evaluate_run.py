@@ -1,0 +1,258 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from nabla_attn import Schedule
+from nabla_attn.cli import app
+from nabla_attn.evaluation import run as run_module
+from nabla_attn.evaluation.curves import draw_curves, draw_losses, family, mean_maps
+from nabla_attn.evaluation.match import bisect, match_algorithm
+from nabla_attn.evaluation.probe import MEASURES, AttentionProbe
+from nabla_attn.evaluation.prompts import make_items
+from nabla_attn.evaluation.run import Evaluation, Measures
+from nabla_attn.evaluation.summary import read_records, resample, summarise, summary_record
+from nabla_attn.generation.generate import generate
+from nabla_attn.generation.pipeline import load_pipeline
+from nabla_attn.generation.request import GenerationRequest
+from nabla_attn.record import RunRecord
+
+REQUEST = GenerationRequest(prompt="red", height=64, width=64, frames=5, steps=1)
+MORE_BLOCKS = replace(REQUEST, height=144, width=176, steps=2)  # 2 x 2 x 2 blocks
+ITEMS = make_items(["a red circle", "a blue square"], [0, 1])
+ALGOS = ["nabla-0.2"]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_wan):
+    return load_pipeline(tiny_wan, device="cpu", dtype="float32")
+
+
+def evaluation(pipeline, folder, **changes):
+    return Evaluation(
+        pipeline, replace(REQUEST, **changes), folder, fps=8, measures=Measures(num_probed=1)
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(pipeline, tmp_path_factory):
+    """A run made by two processes, one after the other."""
+    folder = tmp_path_factory.mktemp("run")
+    for index in (0, 1):
+        evaluation(pipeline, folder).run(ALGOS, ITEMS, shard=(index, 2))
+    return folder
+
+
+def test_every_algorithm_has_every_item(finished):
+    for algo in ("dense", *ALGOS):
+        names = {path.name for path in (finished / algo).iterdir()}
+        assert {f"{item.name}{kind}" for item in ITEMS for kind in (".mp4", ".json")} <= names
+        assert ("p0000-s0.probe.safetensors" in names) == (algo != "dense")
+    record = RunRecord.load(finished / "nabla-0.2" / "p0001-s1.json")
+    assert record.config["prompt"] == "a blue square"
+    assert record.seed == 1
+    assert record.numbers["memory_bytes"] > 1e6
+    assert record.numbers["to_dense"]["psnr"] > 5
+    assert "probe" not in record.numbers
+
+
+def test_dense_is_compared_with_itself(finished):
+    to_dense = RunRecord.load(finished / "dense" / "p0000-s0.json").numbers["to_dense"]
+    assert to_dense["psnr"] is None
+    assert to_dense["ssim"] == pytest.approx(1)
+
+
+def test_a_finished_run_makes_nothing_and_an_interrupted_one_only_what_is_missing(
+    pipeline, finished, monkeypatch
+):
+    made = []
+    real = run_module.generate
+
+    def counting(pipeline, request, **options):
+        made.append((request.sparse_algo, request.seed))
+        return real(pipeline, request, **options)
+
+    monkeypatch.setattr(run_module, "generate", counting)
+    evaluation(pipeline, finished).run(ALGOS, ITEMS)
+    assert made == []
+    before = RunRecord.load(finished / "nabla-0.2" / "p0001-s0.json")
+    (finished / "nabla-0.2" / "p0001-s0.json").unlink()
+    evaluation(pipeline, finished).run(ALGOS, ITEMS)
+    assert made == [("dense", 0), ("nabla-0.2", 0)]
+    after = RunRecord.load(finished / "nabla-0.2" / "p0001-s0.json")
+    assert after.numbers["to_dense"] == before.numbers["to_dense"]
+
+
+def test_other_settings_are_refused(pipeline, finished):
+    with pytest.raises(ValueError, match="steps 1, now 3"):
+        evaluation(pipeline, finished, steps=3).run(ALGOS, ITEMS)
+    with pytest.raises(ValueError, match="prompt 'a red circle', now 'a dog'"):
+        evaluation(pipeline, finished).run(ALGOS, make_items(["a dog"], [0]))
+    with pytest.raises(ValueError, match="K from 0"):
+        evaluation(pipeline, finished).run(ALGOS, ITEMS, shard=(2, 2))
+
+
+def test_nothing_is_carried_over_from_a_run_of_another_size(pipeline):
+    # Tables of one size must not serve another (a stale cache seen elsewhere).
+    small, large = (
+        replace(request, sparse_algo="nabla-0.4", steps=1) for request in (REQUEST, MORE_BLOCKS)
+    )
+    first, _ = generate(pipeline, small)
+    big, _ = generate(pipeline, large)
+    assert np.array_equal(first, generate(pipeline, small)[0])
+    assert np.array_equal(big, generate(pipeline, large)[0])
+
+
+def test_the_probe_agrees_with_telemetry_and_counts_density_not_sparsity(pipeline):
+    values = {}
+    for algo in ("nabla-0.2", "nabla-0.9"):
+        probe = AttentionProbe(MORE_BLOCKS.steps)
+        _, record = generate(
+            pipeline, replace(MORE_BLOCKS, sparse_algo=algo), on_apply=probe.attach
+        )
+        values[algo] = probe.result().to_dict()
+        attention = record.numbers["attention"]
+        # Density is kept pairs / all pairs: little mass kept means a low density, not a high one.
+        assert values[algo]["density"] == pytest.approx(attention["density"], abs=1e-5)
+        assert values[algo]["kept_mass"] == pytest.approx(attention["kept_mass"], abs=1e-5)
+    low, high = values["nabla-0.2"], values["nabla-0.9"]
+    assert low["density"] < high["density"]
+    assert 0.2 <= low["kept_mass"] < high["kept_mass"]
+    assert low["true_mass"] < high["true_mass"] <= high["best_mass"] + 1e-6 <= 1 + 2e-6
+    assert low["output_error"] > high["output_error"] >= 0
+
+
+def test_dense_steps_lose_nothing_in_the_probe(pipeline):
+    schedule = replace(Schedule.default("nabla-0.2"), dense_first_steps=1)
+    probe = AttentionProbe(2)
+    request = replace(MORE_BLOCKS, sparse_algo="nabla-0.2", schedule=schedule)
+    generate(pipeline, request, on_apply=probe.attach)
+    values = probe.result().values
+    assert set(values) == set(MEASURES)
+    assert (values["true_mass"][0] == 1).all()
+    assert (values["output_error"][0] == 0).all()
+    assert (values["true_mass"][1] < 1).all()
+
+
+def test_summary_of_a_run(finished):
+    records = read_records(finished)
+    summary = summarise(records)
+    assert list(summary) == ["dense", "nabla-0.2"]
+    low = summary["nabla-0.2"]
+    assert low["ssim"]["count"] == 4
+    assert low["ssim"]["prompts"] == 2
+    assert low["true_mass"]["count"] == 2  # the seeds of the one probed prompt
+    assert low["ssim"]["low"] <= low["ssim"]["mean"] <= low["ssim"]["high"]
+    assert summary["dense"]["psnr"]["mean"] is None
+    mean = np.mean([record.numbers["to_dense"]["ssim"] for record in records["nabla-0.2"].values()])
+    assert low["ssim"]["mean"] == pytest.approx(mean, abs=1e-6)
+    assert low["seconds"]["difference"][0] == pytest.approx(
+        low["seconds"]["mean"] - summary["dense"]["seconds"]["mean"], abs=1e-5
+    )
+    record = summary_record(records)
+    assert RunRecord.from_json(record.to_json()) == record
+
+
+def synthetic(values, algo="nabla-0.5", prompts=None, **numbers):
+    names = prompts or [f"p{i}" for i in range(len(values))]
+    return {
+        f"p{i}": RunRecord(
+            "evaluate", {"prompt": names[i], "sparse_algo": algo}, 0, {}, "",
+            {"to_dense": {"psnr": value, "ssim": 0.5, "motion_psnr": None, "motion_ssim": 1.0}}
+            | {name: entries[i] for name, entries in numbers.items()},
+        )
+        for i, value in enumerate(values)
+    }  # fmt: skip
+
+
+def test_one_identical_video_does_not_make_the_mean_infinite():
+    records = {"dense": synthetic([None] * 2, "dense"), "nabla-0.5": synthetic([None, 20.0])}
+    mean = summarise(records)["nabla-0.5"]["psnr"]["mean"]
+    assert mean == pytest.approx(20 + 10 * np.log10(2), abs=1e-4)
+
+
+def test_intervals_are_paired():
+    # Videos differ widely, the algorithm changes each by the same: the difference is certain.
+    times = [{"transformer": float(t)} for t in (1, 5, 20, 60, 2, 9)]
+    faster = [{"transformer": t["transformer"] - 0.5} for t in times]
+    records = {
+        "dense": synthetic([None] * 6, "dense", seconds=times),
+        "nabla-0.5": synthetic([20.0] * 6, seconds=faster),
+    }
+    entry = summarise(records)["nabla-0.5"]["seconds"]
+    assert entry["difference"] == pytest.approx([-0.5, -0.5, -0.5])
+    assert entry["high"] - entry["low"] > 10
+
+
+def test_seeds_of_a_prompt_are_resampled_together():
+    draws = resample({"a": [0, 1], "b": [2, 3]})
+    assert {tuple(sorted(draw)) for draw in draws} == {(0, 0, 1, 1), (0, 1, 2, 3), (2, 2, 3, 3)}
+    one = {"dense": synthetic([None] * 2, "dense", ["a", "a"])}
+    one["nabla-0.5"] = synthetic([20.0, 30.0], prompts=["a", "a"])
+    entry = summarise(one)["nabla-0.5"]["psnr"]
+    assert (entry["low"], entry["high"]) == (None, None)  # one prompt gives no interval
+
+
+def test_pictures_are_the_same_bytes_again(finished, tmp_path):
+    records = read_records(finished)
+    for name in ("a.png", "b.png"):
+        draw_curves(summarise(records), tmp_path / name)
+        draw_losses(records, tmp_path / f"losses-{name}")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert (tmp_path / "losses-a.png").read_bytes() == (tmp_path / "losses-b.png").read_bytes()
+    assert set(mean_maps(records, "true_mass")) == set(ALGOS)
+    names = ("nabla-0.4", "nabla-0.2_sta-3-3-3", "sta-3-3-3", "topk-0.2", "topk-0.2_sta-1-1-1")
+    assert [family(name) for name in names] == [
+        "nabla", "nabla + window", "window", "top-k", "top-k + window",
+    ]  # fmt: skip
+
+
+def test_bisection():
+    found = bisect(lambda x: x**2, 0.25, tolerance=0.02)
+    assert found.value == pytest.approx(0.5, abs=0.01)
+    assert len(found.tried) <= 10
+    assert bisect(lambda x: x, 1.0, tolerance=0.01).value == 1
+    with pytest.raises(ValueError, match="cannot be reached"):
+        bisect(lambda x: 0.3 + x, 0.1, tolerance=0.01)
+    steps = bisect(lambda x: 0.2 if x < 0.4 else 0.8, 0.5, tolerance=0.01)
+    assert len(steps.tried) == 10  # a jump over the target ends in the nearest, not for ever
+
+
+def test_an_algorithm_is_matched_to_a_density(pipeline):
+    algo, found = match_algorithm(
+        pipeline, MORE_BLOCKS, "topk-*", ITEMS[:1], by="density", target=0.4, tolerance=0.15
+    )
+    assert algo.startswith("topk-0.")
+    assert found.reached == pytest.approx(0.4, rel=0.2)
+    wrong = (("nabla-0.4", "density", "must have one"), ("nabla-*", "x", "density"))
+    for template, by, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            match_algorithm(pipeline, REQUEST, template, ITEMS[:1], by=by, target=0.4)
+
+
+def test_the_command(tiny_wan, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    arguments = [
+        "evaluate", "--sparse-algo", "nabla-0.4", "--model", str(tiny_wan), "--device", "cpu",
+        "--prompts", str(tmp_path / "prompts.txt"), "--num-prompts", "1", "--num-probed", "1",
+        "--height", "64", "--width", "64", "--frames", "5", "--steps", "1",
+        "--output", str(tmp_path / "out"),
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "nabla-0.4" in result.output
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"dense", "nabla-0.4", "summary.json", "curves.png", "losses.png"}
+    again = CliRunner().invoke(app, ["evaluate", "summary", str(tmp_path / "out")])
+    assert again.exit_code == 0, again.output
+    json.loads((tmp_path / "out" / "summary.json").read_text())
+    for wrong, message in (
+        (["--sparse-algo", "nabla-*"], "--match"),
+        (["--shard", "x"], "K/N"),
+        (["--sparse-algo", "magic"], "magic"),
+    ):
+        result = CliRunner().invoke(app, [*arguments, *wrong])
+        assert result.exit_code == 2
+        assert message in result.output

@@ -1,0 +1,111 @@
+import re
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from nabla_attn.cli import app
+from nabla_attn.generation.video import write_video
+from nabla_attn.record import RunRecord
+from nabla_attn.viz.document import Section, Table, Text, write_html, write_markdown
+from nabla_attn.viz.report import build_report
+
+MEASURES = ("density", "kept_mass", "true_mass", "best_mass", "output_error")
+
+
+def write_run(folder, num_prompts=3, prompt="a red circle moving right {}"):
+    """Made-up records in the layout of `nabla evaluate`."""
+    rng = np.random.default_rng(0)
+    for algo, density in (("dense", 1.0), ("nabla-0.7", 0.4), ("sta-3-3-3", 0.3)):
+        for index in range(num_prompts):
+            config = {
+                "prompt": prompt.format(index), "sparse_algo": algo, "height": 32, "width": 48,
+                "frames": 5, "steps": 4, "guidance": 5.0, "model": "builtin", "dtype": "float32",
+                "device": "cpu", "prompt_index": index, "seed": 0,
+            }  # fmt: skip
+            is_dense = algo == "dense"
+            numbers = {
+                "seconds": {"transformer": density * (10 + index)},
+                "tokens": {"frames": 2, "height": 2, "width": 3},
+                "attention": {"density": density},
+                "memory_bytes": 5e8,
+                "to_dense": {
+                    "psnr": None if is_dense else 20 + float(rng.uniform()), "ssim": 0.9,
+                    "motion_psnr": None if is_dense else 30.0, "motion_ssim": 0.9,
+                },
+                "to_prompt": {"world": {"colour": True, "all": bool(rng.uniform() > 0.3)}},
+            }  # fmt: skip
+            if not is_dense:
+                numbers["probe"] = {name: density for name in MEASURES} | {
+                    f"{name}_per_step_and_layer": rng.uniform(size=(4, 3)).tolist()
+                    for name in MEASURES
+                }
+            path = folder / algo / f"p{index:04d}-s0.json"
+            video = rng.integers(255, size=(5, 32, 48, 3), dtype=np.uint8)
+            write_video(video, path.with_suffix(".mp4"), 8)
+            RunRecord("evaluate", config, 0, {"torch": "2.13.0"}, "a machine", numbers).save(path)
+    return folder
+
+
+def test_the_same_records_give_the_same_bytes(tmp_path):
+    write_run(tmp_path / "run")
+    for name in ("a", "b"):
+        result = CliRunner().invoke(
+            app, ["report", str(tmp_path / "run"), "--output", str(tmp_path / name / "page")]
+        )
+        assert result.exit_code == 0, result.output
+    files = sorted(
+        p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()
+    )
+    assert [str(file) for file in files] == [
+        "page-images/curves.png", "page-images/losses.png", "page-images/videos.png",
+        "page.html", "page.md",
+    ]  # fmt: skip
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+    page = (tmp_path / "a" / "page.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    text = (tmp_path / "a" / "page.md").read_text()
+    for word in ("nabla-0.7", "sta-3-3-3", "40.0%", "worst layer", "builtin", "2.13.0", "to dense"):
+        assert word in text, word
+
+
+def test_prompts_stay_text(tmp_path):
+    write_run(tmp_path / "run", 1, "<script>alert(1)</script> | ![x](http://evil) {}")
+    sections = build_report([tmp_path / "run"])
+    write_html("t", sections, tmp_path / "a.html")
+    write_markdown("t", sections, tmp_path / "a.md")
+    assert "<script>" not in (tmp_path / "a.html").read_text()
+    text = (tmp_path / "a.md").read_text()
+    assert "<script>" not in text.replace("\\<", "")
+    assert "![x]" not in text
+
+
+def test_votes_in_a_report(tmp_path):
+    shares = {"votes": 4} | {
+        name: [0.25, 0.1, 0.5]
+        for name in ("baseline", "method", "both_good", "both_bad", "difference")
+    }
+    numbers = {
+        "notice": "synthetic raters", "baseline": "dense", "raters": 3, "raters_counted": 2,
+        "rule": "A rule.", "methods": {"nabla-0.7": {"overall": shares}},
+        "agreement": {"overall": None},
+    }  # fmt: skip
+    RunRecord("vote", {}, 0, {}, "raters", numbers).save(tmp_path / "results.json")
+    (section,) = build_report([tmp_path])
+    assert isinstance(section.blocks[0], Text)
+    assert "synthetic raters" in section.blocks[0].text
+    assert section.blocks[1].rows[0][2] == "25.0% [10.0%, 50.0%]"
+
+
+def test_a_folder_without_records_is_named(tmp_path):
+    with pytest.raises(ValueError, match="nabla evaluate"):
+        build_report([tmp_path])
+
+
+def test_tables_are_escaped(tmp_path):
+    section = Section("a <b>", [Table(("x|y",), (("1 | 2",),))])
+    write_markdown("t", [section], tmp_path / "a.md")
+    assert "| x\\|y |" in (tmp_path / "a.md").read_text()
+    write_html("t", [section], tmp_path / "a.html")
+    assert "<h2>a &lt;b&gt;</h2>" in (tmp_path / "a.html").read_text()
