@@ -81,3 +81,15 @@ def test_gradients_flow(models, name):
     dense, full, sparse = gradients
     assert relative_error(full, dense) < 2e-5
     assert sparse.isfinite().all() and relative_error(sparse, dense) > 1e-4
+
+
+@pytest.mark.parametrize("grid", [(1, 11, 13), (1, 3, 2), (9, 8, 9), (2, 1, 40)])
+@pytest.mark.parametrize("name", ["wan", "hunyuan", "cogvideox"])
+@torch.no_grad()
+def test_any_size(models, name, grid):
+    model, inputs = models(name), TINY[name].inputs(*grid)
+    dense = run(model, inputs)
+    with na.apply(model, "nabla-1"):
+        assert relative_error(run(model, inputs), dense) < 3e-6
+    with na.apply(model, "nabla-0.3_sta-3-1-1", keep_first_frame=True):
+        assert run(model, inputs).isfinite().all()

@@ -6,11 +6,19 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from tests.models import ulysses_worker
-from tests.models.tiny_models import TINY, relative_error, run
+from tests.models.tiny_models import TINY, randn, relative_error, run
 
 import nabla_attn as na
 from nabla_attn.core.grid import TokenGrid
-from nabla_attn.models.parallel import balanced_order, imbalance, ranks_of
+from nabla_attn.models.parallel import (
+    Ranks,
+    balanced_order,
+    gather_stats,
+    imbalance,
+    ranks_of,
+    to_heads,
+    to_tokens,
+)
 from nabla_attn.models.telemetry import Report
 
 # One without text, one with text behind the video, one with text before it and a port.
@@ -57,6 +65,16 @@ def test_a_group_of_one(group, name):
         with na.apply(model, algorithm, telemetry=False):
             for _ in range(2):
                 assert relative_error(run(model, inputs), out) < 3e-6
+
+
+def test_reordered_heads_come_back(group):
+    ranks, order = Ranks(group), torch.tensor([2, 0, 3, 1])
+    x = randn(2, 9, 4, 3)
+    shared = to_heads(x, ranks, 2, 3, order)
+    assert torch.equal(shared, x[:, :, order])
+    assert torch.equal(to_tokens(shared, ranks, 2, 3, order), x)
+    stats = randn(2, 4)
+    assert torch.equal(gather_stats(stats[:, order], ranks, order), stats)
 
 
 def test_kandinsky_does_not_train_in_parallel(group):
