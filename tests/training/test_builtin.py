@@ -26,7 +26,7 @@ OPTIM = OptimConfig(muon_lr=0.02, adamw_lr=2e-3, warmup=2, average=0.5)
 
 def phase(name, size=16, **settings):
     return TransformerPhase(
-        name, size=size, steps=2, batch=2, clips=3, shift=3.0, optim=OPTIM, **settings
+        name, size=size, frames=5, steps=2, batch=2, clips=3, shift=3.0, optim=OPTIM, **settings
     )
 
 
@@ -34,7 +34,6 @@ def tiny_recipe():
     """Every kind of stage, two steps each."""
     return dataclasses.replace(
         builtin(),
-        frames=5,
         vae=VaeConfig((VaePhase(steps=2, batch=1, frames=5, size=16, largest=32),)),
         phases=(
             phase("images", image_share=1.0, padding=(0.0, 0.5)),
@@ -56,7 +55,7 @@ def test_every_stage_is_run_and_recorded(run):
     record = RunRecord.load(folder / "training.json")
     assert [stage["stage"] for stage in record.numbers["stages"]] == ["vae", "images", "sparse"]
     assert record.config == json.loads(json.dumps(dataclasses.asdict(tiny_recipe())))
-    assert {p.stage for p in seen} == {"vae", "encode-16", "images", "sparse"}
+    assert {p.stage for p in seen} == {"vae", "encode-5x16", "images", "sparse"}
 
 
 def test_the_result_is_a_pipeline_that_generates(run):

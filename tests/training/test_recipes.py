@@ -8,15 +8,14 @@ from nabla_attn.training.recipes import RECIPES, recipe
 
 def test_builtin_is_what_made_the_shipped_model():
     config = recipe("builtin")
-    assert [(p.name, p.size, p.steps, p.batch, p.thresholds) for p in config.phases] == [
-        ("images-32", 32, 300, 32, None),
-        ("clips-32", 32, 900, 32, None),
-        ("clips-64", 64, 1200, 12, None),
-        ("clips-128", 128, 500, 3, None),
-        ("images-256", 256, 100, 1, None),
-        ("clips-256", 256, 850, 1, (0.25, 0.7)),
+    assert [(p.name, p.size, p.frames, p.steps, p.batch, p.thresholds) for p in config.phases] == [
+        ("images-32", 32, 13, 300, 32, None),
+        ("clips-32", 32, 13, 900, 32, None),
+        ("clips-64", 64, 13, 1200, 12, None),
+        ("clips-128", 128, 13, 500, 3, None),
+        ("long-128", 128, 61, 650, 1, (0.25, 0.7)),
     ]
-    assert config.vae.steps == 2050 and config.frames == 13 and config.seed == 0
+    assert config.vae.steps == 2050 and config.seed == 0
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -26,8 +25,13 @@ def test_recipes_make_sense(name):
     assert len(set(names)) == len(names)
     sizes = [phase.size for phase in config.phases]
     assert sizes == sorted(sizes) and config.defaults.height == sizes[-1]
-    assert (config.frames - 1) % 4 == 0 and config.defaults.frames == config.frames
-    tokens = (1 + config.frames // 4) * (config.defaults.height // 8) * (config.defaults.width // 8)
+    assert all((phase.frames - 1) % 4 == 0 for phase in config.phases)
+    assert config.defaults.frames == config.phases[-1].frames
+    tokens = (
+        (1 + config.defaults.frames // 4)
+        * (config.defaults.height // 8)
+        * (config.defaults.width // 8)
+    )
     assert tokens >= 4096
     parse(config.defaults.sparse_algo)
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -73,7 +73,7 @@ def train_vae(config: BuiltinConfig, folder: Path, report: Report) -> dict[str, 
             report=report,
         )
     )
-    _measure_latents(vae, size=64, frames=config.frames)
+    _measure_latents(vae, size=64, frames=max(phase.frames for phase in config.vae.phases))
     save_model(vae, folder / "vae")
     return record
 
@@ -106,14 +106,15 @@ def train_phase(
         build_tokenizer(), build_text_encoder(config.seed), num_tokens=config.text_tokens
     )
     vae = AutoencoderKLWan.from_pretrained(folder / "vae")
+    encoding = f"encode-{phase.frames}x{phase.size}"
     data = encode_scenes(
         vae,
         folder,
         clips=phase.clips,
-        frames=config.frames,
+        frames=phase.frames,
         size=phase.size,
         seed=config.seed,
-        report=lambda done, total: report(Progress(f"encode-{phase.size}", done, total, 0.0, 0.0)),
+        report=lambda done, total: report(Progress(encoding, done, total, 0.0, 0.0)),
     )
     model = (
         WanTransformer3DModel.from_pretrained(start) if start else build_transformer(config.seed)

@@ -84,6 +84,7 @@ class TransformerPhase:
     Attributes:
         name: Names the stage.
         size: Height and width in pixels.
+        frames: Frames of a clip, 4 n + 1.
         steps: Number of steps.
         batch: Clips a step; of images, as many as have the same number of tokens.
         clips: Number of distinct clips.
@@ -98,6 +99,7 @@ class TransformerPhase:
 
     name: str
     size: int
+    frames: int
     steps: int
     batch: int
     clips: int
@@ -127,7 +129,6 @@ class BuiltinConfig:
     """Everything the built-in model is made of."""
 
     seed: int
-    frames: int
     text_tokens: int
     vae: VaeConfig
     phases: tuple[TransformerPhase, ...]
@@ -148,16 +149,16 @@ def _optim(rate: float, warmup: int, average: float) -> OptimConfig:
 
 
 def builtin() -> BuiltinConfig:
-    """The model that ships with the package: 256x256, 13 frames, 4,096 tokens; under two hours."""
+    """The model that ships with the package: 128x128, 61 frames, 4,096 tokens; under two hours."""
     return BuiltinConfig(
         seed=0,
-        frames=13,
         text_tokens=14,
         vae=BUILTIN_VAE,
         phases=(
             TransformerPhase(
                 "images-32",
                 size=32,
+                frames=13,
                 steps=300,
                 batch=32,
                 clips=4096,
@@ -169,6 +170,7 @@ def builtin() -> BuiltinConfig:
             TransformerPhase(
                 "clips-32",
                 size=32,
+                frames=13,
                 steps=900,
                 batch=32,
                 clips=4096,
@@ -179,6 +181,7 @@ def builtin() -> BuiltinConfig:
             TransformerPhase(
                 "clips-64",
                 size=64,
+                frames=13,
                 steps=1200,
                 batch=12,
                 clips=1536,
@@ -188,6 +191,7 @@ def builtin() -> BuiltinConfig:
             TransformerPhase(
                 "clips-128",
                 size=128,
+                frames=13,
                 steps=500,
                 batch=3,
                 clips=512,
@@ -196,30 +200,21 @@ def builtin() -> BuiltinConfig:
                 image_share=0.5,
             ),
             TransformerPhase(
-                "images-256",
-                size=256,
-                steps=100,
+                "long-128",
+                size=128,
+                frames=61,
+                steps=650,
                 batch=1,
-                clips=224,
-                shift=7.0,
-                optim=_optim(0.01, warmup=20, average=0.98),
-                image_share=1.0,
-            ),
-            TransformerPhase(
-                "clips-256",
-                size=256,
-                steps=850,
-                batch=1,
-                clips=224,
-                shift=7.0,
-                optim=_optim(0.01, warmup=20, average=0.99),
-                image_share=0.3,
+                clips=256,
+                shift=10.0,
+                optim=_optim(0.008, warmup=20, average=0.99),
+                image_share=0.2,
                 thresholds=(0.25, 0.7),
                 dense_share=0.1,
             ),
         ),
-        flow_shift=5.0,
-        defaults=Defaults(256, 256, 13, 10, 4.0, 8, "nabla-0.7"),
+        flow_shift=12.0,
+        defaults=Defaults(128, 128, 61, 8, 4.0, 15, "nabla-0.5"),
     )
 
 
