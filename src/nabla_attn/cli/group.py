@@ -21,6 +21,7 @@ VERBS = (
     "convert",
     "wan",
     "report",
+    "studio",
     "view",
     "vote",
 )

@@ -1,0 +1,106 @@
+"""Dense and sparse videos of one request, made beside the caller, who may stop at any time."""
+
+import queue
+import threading
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nabla_attn.generation.clock import Progress
+from nabla_attn.generation.generate import generate
+from nabla_attn.generation.record_maps import MapRecorder
+from nabla_attn.generation.recorded_maps import RecordedMaps
+from nabla_attn.generation.request import GenerationRequest
+from nabla_attn.record import RunRecord
+
+
+@dataclass(frozen=True)
+class Step:
+    """How far a video is.
+
+    Attributes:
+        algo: the algorithm at work.
+        stage: "text", "denoise", "decode" or "done".
+        done: steps done in this stage.
+        total: steps of this stage.
+    """
+
+    algo: str
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Made:
+    """A finished video.
+
+    Attributes:
+        frames: uint8 [frames, height, width, 3].
+        record: of the run.
+        maps: recorded with it; None for dense.
+    """
+
+    frames: np.ndarray
+    record: RunRecord
+    maps: RecordedMaps | None
+
+
+class _Stopped(Exception):
+    """Nobody waits for the video any more."""
+
+
+def make_pair(pipeline: Any, request: GenerationRequest) -> Generator[Step | Made, None, None]:
+    """Make the request's video with dense attention, then with its algorithm.
+
+    Closing the iterator stops the work at its next denoising step and waits until it has.
+
+    Args:
+        pipeline: a text-to-video pipeline; used by nobody else meanwhile.
+        request: what to make.
+
+    Yields:
+        Every step, and each video when it is finished.
+
+    Raises:
+        ValueError: the model cannot take the request.
+    """
+    events: queue.Queue[Step | Made | BaseException | None] = queue.Queue()
+    stop = threading.Event()
+
+    def watch(algo: str) -> Progress:
+        def show(stage: str, done: int, total: int) -> None:
+            if stop.is_set():
+                raise _Stopped
+            events.put(Step(algo, stage, done, total))
+
+        return show
+
+    def work() -> None:
+        try:
+            for asked in (request.with_algo("dense"), request):
+                recorder = None if asked.is_dense else MapRecorder(pipeline, asked)
+                frames, record = generate(
+                    pipeline,
+                    asked,
+                    progress=watch(asked.sparse_algo),
+                    on_apply=recorder.attach if recorder else None,
+                )
+                events.put(Made(frames, record, recorder.result() if recorder else None))
+        except BaseException as error:
+            events.put(error)
+        finally:
+            events.put(None)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while (event := events.get()) is not None:
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+    finally:
+        stop.set()
+        thread.join()

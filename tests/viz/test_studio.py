@@ -1,0 +1,74 @@
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from nabla_attn.generation.generate import generate
+from nabla_attn.generation.pipeline import load_pipeline
+from nabla_attn.generation.request import GenerationRequest
+from nabla_attn.viz.pair import Made, Step, make_pair
+
+REQUEST = GenerationRequest(
+    prompt="red circle", height=64, width=64, frames=5, steps=2, sparse_algo="nabla-0.4"
+)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_wan):
+    return load_pipeline(tiny_wan, device="cpu", dtype="float32")
+
+
+def test_dense_then_sparse_with_steps_between(pipeline):
+    events = list(make_pair(pipeline, REQUEST))
+    dense, sparse = (event for event in events if isinstance(event, Made))
+    assert dense.record.config["sparse_algo"] == "dense"
+    assert dense.maps is None
+    assert sparse.maps.algorithm == "nabla-0.4"
+    assert Step("nabla-0.4", "denoise", 1, 2) in events
+    expected, _ = generate(pipeline, REQUEST)
+    assert np.array_equal(sparse.frames, expected)
+
+
+def test_closing_stops_the_work_and_leaves_the_model_clean(pipeline):
+    pair = make_pair(pipeline, replace(REQUEST, steps=40))
+    for event in pair:
+        if event == Step("dense", "denoise", 1, 40):
+            break
+    before = threading.active_count()
+    pair.close()
+    assert threading.active_count() == before - 1
+    pair = make_pair(pipeline, REQUEST)
+    for event in pair:
+        if isinstance(event, Step) and event.algo == "nabla-0.4" and event.done == 1:
+            break
+    pair.close()
+    assert not hasattr(pipeline.transformer, "_nabla_attn")
+
+
+def test_errors_reach_the_caller(pipeline):
+    with pytest.raises(ValueError, match="height 65"):
+        list(make_pair(pipeline, replace(REQUEST, height=65)))
+
+
+def test_the_page(tiny_wan, pipeline):
+    gradio = pytest.importorskip("gradio", reason="gradio is not installed")
+    from nabla_attn.viz.studio import Studio, build_studio
+
+    page = build_studio([str(tiny_wan)], lambda name: pipeline)
+    assert page.max_threads
+    studio = Studio([str(tiny_wan)], lambda name: pipeline)
+    answers = list(studio.run("red circle", str(tiny_wan), "NABLA", 0.4, 64, 64, 5, 2, 0))
+    dense, sparse, facts, viewer = answers[-1]
+    assert dense != sparse
+    assert "of the token pairs" in facts
+    assert 'sandbox="allow-scripts"' in viewer
+    assert any("step 1 of 2" in answer[2] for answer in answers)
+    for wrong in (
+        ("x", "elsewhere", "NABLA", 0.4, 64, 64, 5, 2, 0),
+        ("x", str(tiny_wan), "NABLA", 0.4, 65, 64, 5, 2, 0),
+        ("x", str(tiny_wan), "NABLA", 9, 64, 64, 5, 2, 0),
+        ("x", str(tiny_wan), "NABLA", 0.4, None, 64, 5, 2, 0),
+    ):
+        with pytest.raises(gradio.Error):
+            list(studio.run(*wrong))
