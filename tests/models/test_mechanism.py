@@ -258,9 +258,11 @@ def test_processors_with_weights_are_refused(model):
     class Weighted(torch.nn.Module):
         pass
 
-    model.blocks[0].attn1.set_processor(Weighted())
+    model.blocks[1].attn1.set_processor(Weighted())
     with pytest.raises(ValueError, match="weights of their own"):
         na.apply(model, "nabla-0.5")
+    assert not model._forward_pre_hooks and "_nabla_attn" not in model.__dict__
+    assert type(model.blocks[0].attn1.processor).__name__ == "WanAttnProcessor"
 
 
 @torch.no_grad()

@@ -56,11 +56,11 @@ def apply(
     handle = Handle(collector)
     for name, hooked in models.items():
         model = unwrap(hooked)
-        row = row_of(model)
-        remove(model)
-        state = ModelState(name, model, row, settings, steps, collector)
-        state.install(model, hooked if hasattr(hooked, "_orig_mod") else model)
+        state = ModelState(name, model, row_of(model), settings, steps, collector)
         handle.models.append((model, state))
+    for (model, state), hooked in zip(handle.models, models.values(), strict=True):
+        remove(model)
+        state.install(model, hooked if hasattr(hooked, "_orig_mod") else model)
     return handle
 
 

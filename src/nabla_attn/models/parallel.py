@@ -95,13 +95,16 @@ def to_heads(x: Tensor, ranks: Ranks, before: int, after: int, order: Tensor | N
 def to_tokens(x: Tensor, ranks: Ranks, before: int, after: int, order: Tensor | None) -> Tensor:
     """Undo `to_heads`; every rank gets all heads of the text."""
     from diffusers.models.attention_dispatch import SeqAllToAllDim
-    from torch.distributed._functional_collectives import all_gather_tensor_autograd
+    from torch.distributed import _functional_collectives as collectives
 
+    # Renamed in torch 2.13.
+    names = ("all_gather_single_autograd", "all_gather_tensor_autograd")
+    gather = next(getattr(collectives, name) for name in names if hasattr(collectives, name))
     parts = list(x.split([before, x.shape[1] - before - after, after], dim=1))
     parts[1] = SeqAllToAllDim.apply(ranks.group, parts[1].contiguous(), 1, 2)
     for text in (0, 2):
         if parts[text].shape[1]:
-            parts[text] = all_gather_tensor_autograd(parts[text].contiguous(), 2, ranks.group)
+            parts[text] = gather(parts[text].contiguous(), 2, ranks.group)
         else:
             parts[text] = parts[text].repeat(1, 1, ranks.count, 1)
     x = torch.cat(parts, dim=1)

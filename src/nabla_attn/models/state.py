@@ -65,15 +65,23 @@ class ModelState:
         self.has_own_plan = False
 
     def install(self, model: nn.Module, hooked: nn.Module) -> None:
-        """Put the processors in place and hook the forward of `hooked`, `model` or its wrapper."""
+        """Put the processors in place and hook the forward of `hooked`, `model` or its wrapper.
+
+        Raises:
+            ValueError: a processor cannot be replaced; the model is left as it was.
+        """
         setattr(model, STATE_NAME, self)
+        self.hook = hooked.register_forward_pre_hook(_PlanForward(), with_kwargs=True)
+        try:
+            self._place_processors()
+        except ValueError:
+            self.uninstall(model)
+            raise
         plan = self.row.cp_plan(model) if self.row.cp_plan is not None else None
         if plan is not None and getattr(model, "_cp_plan", None) is None:
             # Seen by `enable_parallelism`, which asks for a plan otherwise.
             cast(Any, model)._cp_plan = plan
             self.has_own_plan = True
-        self._place_processors()
-        self.hook = hooked.register_forward_pre_hook(_PlanForward(), with_kwargs=True)
 
     def uninstall(self, model: nn.Module) -> None:
         """Take everything back."""
@@ -98,39 +106,39 @@ class ModelState:
     def plan(self, model: nn.Module, arguments: Mapping[str, Any]) -> None:
         """Decide for every layer what it does in this forward."""
         self._place_processors()
-        if getattr(model, "gradient_checkpointing", False):
+        if torch.is_grad_enabled():
             wrap_checkpoint(model, self.layers)
-        grid = TokenGrid(*self.row.grid(model, arguments))
-        prefix = self.row.prefix(model, arguments) if self.row.prefix else 0
         is_training = model.training and torch.is_grad_enabled()
         step = None if is_training else self.steps.observe(arguments.get("timestep"))
         device = arguments["hidden_states"].device
-        heads = num_heads(next(iter(self.modules.values())))
-        ranks = ranks_of(model, grid, heads)
-        if ranks is not None:
-            self._prepare_ranks(model, ranks, device, is_training)
-        settings = self.settings
-        plan = Plan(
+        plan = self._common_plan(model, arguments)
+        if plan.ranks is not None:
+            self._prepare_ranks(model, plan.ranks, device, is_training)
+        for index, layer in enumerate(self.layers):
+            config = self._config(step, index, plan.grid)
+            self._plan_layer(layer, replace(plan, config=config), device)
+        if self.settings.telemetry:
+            grid = (plan.grid.frames, plan.grid.height, plan.grid.width)
+            forward = Forward(self.name, step, grid, [layer.stats for layer in self.layers])
+            self.telemetry.record(forward, -1 if is_training else self.steps.generation)
+
+    def _common_plan(self, model: nn.Module, arguments: Mapping[str, Any]) -> Plan:
+        """What is the same for all layers of this forward."""
+        row, settings = self.row, self.settings
+        grid = TokenGrid(*row.grid(model, arguments))
+        ranks = ranks_of(model, grid, num_heads(next(iter(self.modules.values()))))
+        return Plan(
             grid=grid,
             config=DENSE,
-            text=self.row.text,
-            prefix=prefix,
-            in_block_order=self.row.in_block_order,
+            text=row.text,
+            prefix=row.prefix(model, arguments) if row.prefix else 0,
+            in_block_order=row.in_block_order,
             backend=settings.backend,
             keep_first_frame=settings.keep_first_frame,
+            # Ranks share heads by their densities.
             telemetry=settings.telemetry or ranks is not None,
             ranks=ranks,
         )
-        for index, layer in enumerate(self.layers):
-            self._plan_layer(layer, replace(plan, config=self._config(step, index, grid)), device)
-        if self.settings.telemetry:
-            forward = Forward(
-                self.name,
-                step,
-                (grid.frames, grid.height, grid.width),
-                [layer.stats for layer in self.layers],
-            )
-            self.telemetry.record(forward, -1 if is_training else self.steps.generation)
 
     def _config(self, step: int | None, index: int, grid: TokenGrid) -> SparseConfig:
         schedule = self.settings.schedule
