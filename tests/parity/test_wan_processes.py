@@ -34,7 +34,6 @@ def run(launcher, task, checkpoint, out, flags=""):
         "--dit_fsdp --t5_fsdp --sparse_algo dense",
         "--ulysses_size 2 --sparse_algo dense",
         "--ulysses_size 2 --sparse_algo nabla-0.7",
-        "--ring_size 2 --sparse_algo dense",
     ],
 )
 def test_two_processes(tmp_path, family, flags):

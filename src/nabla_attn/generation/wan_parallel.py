@@ -114,6 +114,11 @@ def _split_sequence(model: Any, placement: "WanPlacement") -> None:
             f"{heads} heads do not split over {placement.ulysses_size} processes. Pass an "
             "ulysses_size that divides them."
         )
+    if placement.ring_size > 1:
+        if model.dtype == torch.float32:
+            raise ValueError("ring attention runs in half precision. Use --dtype bfloat16.")
+        # The pieces of a ring are joined by their log-sum-exp, which the default kernel keeps back.
+        model.set_attention_backend("_native_flash")
     config = ContextParallelConfig(
         ulysses_degree=placement.ulysses_size, ring_degree=placement.ring_size
     )
