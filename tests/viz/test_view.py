@@ -7,7 +7,9 @@ from tests.viz.view_helpers import make_frames, make_maps, make_record
 from typer.testing import CliRunner
 
 from nabla_attn.cli import app
+from nabla_attn.generation.recorded_maps import MAX_BYTES, RecordedMaps
 from nabla_attn.generation.video import write_video
+from nabla_attn.record import RunRecord
 from nabla_attn.viz import view
 from nabla_attn.viz.view import build_view, encode_frames, pick_frames, write_view
 
@@ -46,8 +48,6 @@ def test_the_largest_recording_fits_the_page():
     noise = rng.integers(255, size=(21, 320, 480, 3), dtype=np.uint8)
     frames = sum(map(len, encode_frames(noise)))
     assert frames <= view.MAX_FRAME_BYTES
-    from nabla_attn.generation.recorded_maps import MAX_BYTES
-
     assert MAX_BYTES * 4 / 3 + frames + 60_000 < view.MAX_BYTES
 
 
@@ -75,3 +75,25 @@ def test_maps_without_scores():
     page = build_view(make_frames(), make_maps(has_scores=False))
     assert '"scoreBits":0' in page
     assert build_view(make_frames()[:1], replace(make_maps(), algorithm="sta-3-3-3"))
+
+
+def test_from_prompt_to_page(tiny_wan, tmp_path):
+    arguments = [
+        "generate", "--prompt", "a red circle", "--model", str(tiny_wan), "--device", "cpu",
+        "--height", "64", "--width", "160", "--frames", "5", "--steps", "2",
+        "--sparse-algo", "nabla-0.4", "--output", str(tmp_path / "v.mp4"), "--record-maps",
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, [*arguments, "--map-steps", "1", "--map_layers", "0,1"])
+    assert result.exit_code == 0, result.output
+    assert RecordedMaps.load(tmp_path / "v.maps.safetensors").selection.steps == (1,)
+    assert RunRecord.load(tmp_path / "v.json").numbers["seconds"]["recording"] > 0
+    assert CliRunner().invoke(app, ["view", str(tmp_path)]).exit_code == 0
+    assert (tmp_path / "v.html").stat().st_size < 6_000_000
+    for wrong, message in (
+        (["--map-steps", "2"], "0 to 1"),
+        (["--map-heads", "x"], "whole numbers"),
+        (["--sparse-algo", "dense"], "dense attention has no maps"),
+    ):
+        result = CliRunner().invoke(app, [*arguments, *wrong])
+        assert result.exit_code == 2
+        assert message in result.output

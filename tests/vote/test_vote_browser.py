@@ -78,9 +78,9 @@ def test_two_raters_vote_and_the_results_add_up(folder):
         second.get_by_role("button", name="Begin").click()
         keys = random.Random(0)
         for _ in range(NUM_PAIRS + 1):
-            judge_pair(first, "".join(keys.choice("1234") for _ in range(4)))
+            judge_pair(first, "".join(keys.choice("1234") for _ in range(3)) + "4")
         for index in range(NUM_PAIRS + 2):
-            judge_pair(second, "3333")
+            judge_pair(second, "3334")
             if index == 0:
                 second.keyboard.press("4")
                 second.wait_for_timeout(400)
@@ -95,7 +95,10 @@ def test_two_raters_vote_and_the_results_add_up(folder):
         assert errors == more_errors == result_errors == []
     lines = csv.splitlines()[1:]
     assert len(lines) == 2 * (NUM_PAIRS + 2)
-    assert sum(line.count("both_good") for line in lines if line.startswith("2,")) == 20
+    assert sum(line.count("both_good") for line in lines if line.startswith("2,")) == 15
+    # Both bad is a right answer to a control, so both raters count, with three pairs each.
+    assert "6 votes of 2 raters" in text
+    assert "100.0 %" in text
     assert "synthetic raters" in text
     assert re.search(r"\(2 voted\)", text)
 

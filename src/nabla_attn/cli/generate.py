@@ -87,6 +87,7 @@ def generate(
     write_video(video, output, rate)
     if recorder:
         recorder.result().save(output.with_suffix(".maps.safetensors"))
+        record = recorder.note_in(record)
     record.save(output.with_suffix(".json"))
     _summarise(output, record)
 

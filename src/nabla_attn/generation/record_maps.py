@@ -1,5 +1,7 @@
 """Recording of block maps while a video is made."""
 
+import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,12 +14,14 @@ from nabla_attn.generation.attention_probe import BlockCall, block_call, measure
 from nabla_attn.generation.recorded_maps import SCORE_BITS, RecordedMaps, choose
 from nabla_attn.generation.request import GenerationRequest, video_tokens
 from nabla_attn.models.state import num_heads
+from nabla_attn.record import RunRecord
 
 
 class MapRecorder:
     """Records the first call of each step and layer: the one with the prompt.
 
-    Give `attach` to ``generate(on_apply=...)``, then take `result`.
+    Give `attach` to ``generate(on_apply=...)``, then take `result`. The run's seconds in the
+    transformer include those of the recording, which are counted in `seconds`.
 
     Args:
         pipeline: the pipeline of the run.
@@ -37,6 +41,7 @@ class MapRecorder:
         self._asked = asked
         self._maps: dict[tuple[int, int], tuple[np.ndarray, np.ndarray | None]] = {}
         self._seen: set[tuple[int, int]] = set()
+        self.seconds = 0.0
 
     def attach(self, handle: Any) -> None:
         """Choose what fits and observe the layers of a handle.
@@ -89,12 +94,19 @@ class MapRecorder:
             **self._numbers,
         )
 
+    def note_in(self, record: RunRecord) -> RunRecord:
+        """The run's record with the seconds of the recording, which its others include."""
+        seconds = record.numbers["seconds"] | {"recording": round(self.seconds, 4)}
+        return replace(record, numbers=record.numbers | {"seconds": seconds})
+
     def _observer(self, handle: Any, index: int) -> Any:
         def observe(layer: Any, *arguments: Any) -> None:
             step = handle.telemetry.forwards[-1].step
             if step is not None and (step, index) not in self._seen:
                 self._seen.add((step, index))
+                began = time.perf_counter()
                 self._record(step, index, block_call(layer, *arguments))
+                self.seconds += time.perf_counter() - began
 
         return observe
 

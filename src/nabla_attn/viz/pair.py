@@ -88,7 +88,10 @@ def make_pair(pipeline: Any, request: GenerationRequest) -> Generator[Step | Mad
                     progress=watch(asked.sparse_algo),
                     on_apply=recorder.attach if recorder else None,
                 )
-                events.put(Made(frames, record, recorder.result() if recorder else None))
+                if recorder is None:
+                    events.put(Made(frames, record, None))
+                else:
+                    events.put(Made(frames, recorder.note_in(record), recorder.result()))
         except BaseException as error:
             events.put(error)
         finally:

@@ -14,7 +14,7 @@ from nabla_attn.generation.pipeline import model_directory
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults
 from nabla_attn.generation.video import write_video
 from nabla_attn.viz.pair import Made, Step, make_pair
-from nabla_attn.viz.view import build_view
+from nabla_attn.viz.view import build_view, net_seconds
 
 MAX_WAITING = 8  # requests in the queue; the next one is told so
 FAMILIES = {
@@ -81,19 +81,21 @@ def build_studio(models: Sequence[str], load: Callable[[str], Any]) -> Any:
     return page
 
 
-def launch(page: Any, host: str, port: int) -> None:
-    """Serve the page until Ctrl-C."""
+def launch(page: Any, host: str, port: int, *, wait: bool = True) -> str:
+    """Serve the page, with `wait` until Ctrl-C; returns its address."""
     import gradio
 
     theme = gradio.themes.Base(font=list(FONTS), font_mono=["ui-monospace", "monospace"])
-    page.launch(
+    _, address, _ = page.launch(
         server_name=host,
         server_port=port or None,
         theme=theme,
         share=False,
         quiet=True,
         allowed_paths=[],
+        prevent_thread_lock=not wait,
     )
+    return str(address)
 
 
 class Studio:
@@ -190,12 +192,12 @@ def describe_step(step: Step) -> str:
 
 def describe_pair(dense: Made, sparse: Made) -> str:
     """Density, time and fidelity as Markdown."""
-    ours, theirs = (made.record.numbers["seconds"]["transformer"] for made in (sparse, dense))
+    ours, theirs = (net_seconds(made.record) for made in (sparse, dense))
     kept = sparse.record.numbers["attention"]["density"]
     psnr = measure_fidelity(sparse.frames, dense.frames).psnr
     return (
         f"**{sparse.record.config['sparse_algo']}** kept **{kept:.1%}** of the token pairs: "
-        f"{ours:.2f} s in the transformer, recording included, against {theirs:.2f} s dense. "
+        f"{ours:.2f} s in the transformer against {theirs:.2f} s dense. "
         f"PSNR to dense {psnr:.1f} dB."
     )
 

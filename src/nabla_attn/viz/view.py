@@ -5,7 +5,6 @@ import gzip
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -112,11 +111,16 @@ def _heat(values: np.ndarray) -> list[list[float | None]]:
     return [[round(float(v), 4) if np.isfinite(v) else None for v in row] for row in means]
 
 
+def net_seconds(record: RunRecord) -> float:
+    """Seconds in the transformer without those of recording."""
+    seconds = record.numbers["seconds"]
+    return float(seconds["transformer"] - seconds.get("recording", 0.0))
+
+
 def _facts(record: RunRecord) -> list[str]:
     config = record.config
     facts = [f"{config['frames']} frames, {config['width']}×{config['height']}"]
     facts += [f"{config['steps']} steps, seed {record.seed}", str(config.get("model", ""))]
-    seconds: dict[str, Any] = record.numbers.get("seconds", {})
-    if "transformer" in seconds:
-        facts.append(f"{seconds['transformer']:.1f} s in the transformer, {record.device}")
+    if "seconds" in record.numbers:
+        facts.append(f"{net_seconds(record):.1f} s in the transformer, {record.device}")
     return [fact for fact in facts if fact]

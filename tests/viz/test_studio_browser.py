@@ -1,0 +1,69 @@
+"""The studio in real Chromium. SCREENSHOTS=docs/images writes the picture of the docs."""
+
+import json
+import shutil
+
+import pytest
+from tests.browser import chromium, save_screenshot
+
+from nabla_attn.generation.pipeline import load_pipeline
+from nabla_attn.viz.studio import build_studio, launch
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def address(tiny_wan, tmp_path_factory):
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install 'nabla-attn[ui]'")
+    model = tmp_path_factory.mktemp("studio") / "model"
+    shutil.copytree(tiny_wan, model)
+    sizes = {"height": 144, "width": 176, "frames": 5, "steps": 4}
+    (model / "defaults.json").write_text(json.dumps(sizes))
+    pipeline = load_pipeline(model, device="cpu", dtype="float32")
+    page = build_studio([str(model)], lambda name: pipeline)
+    yield launch(page, "127.0.0.1", 0, wait=False)
+    page.close()
+
+
+def test_a_pair_is_made_and_its_viewer_works(address):
+    with chromium() as browser:
+        requests = []
+        page = browser.new_context(viewport={"width": 1366, "height": 900}).new_page()
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(address)
+        page.get_by_label("Prompt").fill("a red circle")
+        page.get_by_role("button", name="Generate").click()
+        page.wait_for_selector("iframe[title='What attention kept']", timeout=120_000)
+        page.get_by_text("of the token pairs").wait_for()
+        assert page.locator("video").count() == 2
+        inner = page.frame_locator("iframe[title='What attention kept']")
+        inner.locator("#frames canvas").first.wait_for()
+        assert "attends" in inner.locator("#status").inner_text()
+        page.wait_for_timeout(500)
+        save_screenshot(page, "studio.png")
+        outside = [url for url in requests if not url.startswith((address, "data:", "blob:"))]
+        assert [url for url in outside if "127.0.0.1" not in url and "about:" not in url] == []
+
+
+def test_an_error_is_a_message(address):
+    with chromium() as browser:
+        page = browser.new_context().new_page()
+        page.goto(address)
+        page.get_by_text("Size and seed").click()
+        page.get_by_label("Height").fill("65")
+        page.get_by_role("button", name="Generate").click()
+        page.get_by_text("height 65 does not fit").wait_for(timeout=60_000)
+
+
+def test_cancel_stops(address):
+    with chromium() as browser:
+        page = browser.new_context().new_page()
+        page.goto(address)
+        page.get_by_text("Size and seed").click()
+        page.get_by_label("Frames").fill("13")
+        page.get_by_role("button", name="Generate").click()
+        page.get_by_text("step 1 of 4").first.wait_for(timeout=60_000)
+        page.get_by_role("button", name="Cancel").click()
+        page.get_by_text("Cancelled.").wait_for(timeout=60_000)
+        page.wait_for_timeout(1500)
+        assert page.locator("iframe").count() == 0
