@@ -23,7 +23,7 @@ def studio(
         raise ValueError(
             "gradio is not installed; the studio needs it. Run: pip install 'nabla-attn[ui]'."
         ) from None
-    from nabla_attn.viz.studio import build_studio, launch
+    from nabla_attn.studio.page import build_studio, launch
 
     models = model or ["builtin"]
     page = build_studio(models, lambda name: opt.load_quietly(name, device, dtype))

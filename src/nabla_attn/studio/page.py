@@ -13,7 +13,7 @@ from nabla_attn.evaluation.metrics import measure_fidelity
 from nabla_attn.generation.pipeline import model_directory
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults
 from nabla_attn.generation.video import write_video
-from nabla_attn.viz.pair import Made, Step, make_pair
+from nabla_attn.studio.pair import Made, Step, make_pair
 from nabla_attn.viz.view import build_view, net_seconds
 
 MAX_WAITING = 8  # requests in the queue; the next one is told so

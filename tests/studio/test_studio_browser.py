@@ -7,7 +7,7 @@ import pytest
 from tests.browser import chromium, save_screenshot
 
 from nabla_attn.generation.pipeline import load_pipeline
-from nabla_attn.viz.studio import build_studio, launch
+from nabla_attn.studio.page import build_studio, launch
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,7 @@ import pytest
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import load_pipeline
 from nabla_attn.generation.request import GenerationRequest
-from nabla_attn.viz.pair import Made, Step, make_pair
+from nabla_attn.studio.pair import Made, Step, make_pair
 
 REQUEST = GenerationRequest(
     prompt="red circle", height=64, width=64, frames=5, steps=2, sparse_algo="nabla-0.4"
@@ -53,7 +53,7 @@ def test_errors_reach_the_caller(pipeline):
 
 def test_the_page(tiny_wan, pipeline):
     gradio = pytest.importorskip("gradio", reason="gradio is not installed")
-    from nabla_attn.viz.studio import Studio, build_studio
+    from nabla_attn.studio.page import Studio, build_studio
 
     page = build_studio([str(tiny_wan)], lambda name: pipeline)
     assert page.max_threads

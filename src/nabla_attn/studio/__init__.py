@@ -1,0 +1,1 @@
+"""The studio: a page on which to try algorithms, dense and sparse side by side."""
