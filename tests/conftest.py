@@ -3,6 +3,7 @@
 import pytest
 import tests.type_rules  # noqa: F401  the hook looks it up by name
 import torch
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 install_import_hook(
@@ -14,6 +15,11 @@ install_import_hook(
     ],
     "tests.type_rules.check_types",
 )
+
+
+# Nothing is timed in tests: machines that run them are shared.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)
