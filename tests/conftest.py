@@ -3,7 +3,7 @@
 import pytest
 import tests.type_rules  # noqa: F401  the hook looks it up by name
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 install_import_hook(
@@ -18,7 +18,7 @@ install_import_hook(
 
 
 # Nothing is timed in tests: machines that run them are shared.
-settings.register_profile("untimed", deadline=None)
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
 
