@@ -69,6 +69,12 @@ def test_the_result_is_a_pipeline_that_generates(run):
     assert video.shape == (5, 32, 48, 3)
 
 
+def test_the_result_does_not_say_where_it_was_made(run):
+    folder, directory, _ = run
+    texts = [path.read_text() for path in directory.rglob("*.json")]
+    assert len(texts) > 5 and not any(str(folder) in text for text in texts)
+
+
 def test_a_finished_run_is_not_repeated(run):
     folder, pipeline, _ = run
     again = train_builtin(tiny_recipe(), folder, lambda progress: pytest.fail("trained again"))

@@ -14,6 +14,7 @@ def test_builtin_is_what_made_the_shipped_model():
         ("clips-64", 64, 13, 1200, 12, None),
         ("clips-128", 128, 13, 500, 3, None),
         ("long-128", 128, 61, 650, 1, (0.25, 0.7)),
+        ("long-128-fine", 128, 61, 850, 1, (0.25, 0.7)),
     ]
     assert config.vae.steps == 2050 and config.seed == 0
 

@@ -146,13 +146,20 @@ def train_phase(
     return record
 
 
+def _load(model_class: Any, folder: Path) -> Any:
+    """Load a part without its origin, which would be saved with the pipeline."""
+    part = model_class.from_pretrained(folder)
+    part.register_to_config(_name_or_path="")
+    return part
+
+
 def build_pipeline(config: BuiltinConfig, folder: Path, transformer: Path) -> WanPipeline:
     """Put the trained parts together as a standard `WanPipeline`."""
     return WanPipeline(
         tokenizer=build_tokenizer(),
         text_encoder=build_text_encoder(config.seed),
-        vae=AutoencoderKLWan.from_pretrained(folder / "vae"),
-        transformer=WanTransformer3DModel.from_pretrained(transformer),
+        vae=_load(AutoencoderKLWan, folder / "vae"),
+        transformer=_load(WanTransformer3DModel, transformer),
         scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction",
             use_flow_sigmas=True,

@@ -212,9 +212,28 @@ def builtin() -> BuiltinConfig:
                 thresholds=(0.25, 0.7),
                 dense_share=0.1,
             ),
+            TransformerPhase(
+                "long-128-fine",
+                size=128,
+                frames=61,
+                steps=850,
+                batch=1,
+                clips=256,
+                shift=10.0,
+                optim=OptimConfig(
+                    muon_lr=0.006,
+                    adamw_lr=6e-4,
+                    muon_weight_decay=0.01,
+                    flat=0.1,
+                    average=0.99,
+                ),
+                image_share=0.2,
+                thresholds=(0.25, 0.7),
+                dense_share=0.2,
+            ),
         ),
         flow_shift=12.0,
-        defaults=Defaults(128, 128, 61, 8, 4.0, 15, "nabla-0.5"),
+        defaults=Defaults(128, 128, 61, 6, 1.0, 15, "nabla-0.5"),
     )
 
 
