@@ -276,3 +276,18 @@ def test_min_tokens_and_explicit_backend(model, inputs):
         reference = run(model, inputs)
     with na.apply(model, "nabla-0.5", backend="gather"):
         assert relative_error(run(model, inputs), reference) < 3e-6
+
+
+def test_old_plans_are_forgotten_and_used_ones_kept(monkeypatch):
+    # Training draws a threshold per step; plans must not pile up.
+    from nabla_attn.models import plan as plans
+
+    monkeypatch.setattr(plans, "MAX_PLANS", 3)
+    grid = na.TokenGrid(1, 8, 8)
+    used = plans.Plan(grid=grid, config=na.parse("nabla-0.123"))
+    key = plans.plan_key(used)
+    for index in range(1, 9):
+        plans.plan_key(plans.Plan(grid=grid, config=na.SparseConfig(threshold=index / 1000)))
+        assert plans.plan_key(used) is key
+    assert plans.plan_of(key) == used
+    assert len(plans._PLANS) == len(plans._KEYS)

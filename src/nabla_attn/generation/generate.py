@@ -47,14 +47,13 @@ def generate(
         ValueError: the model cannot take the request, or its numbers overflowed.
     """
     check_request(pipeline, request)
-    device = pipeline.device
+    # With offloading the pipeline rests on the CPU and works elsewhere.
+    device = getattr(pipeline, "_execution_device", pipeline.device)
     clock = StageClock(device, request.steps, progress)
     with _sparse(pipeline, request) as handle, clock.watch(pipeline):
         if on_apply is not None and handle is not None:
             on_apply(handle)
-        video = _sample(
-            pipeline, request, callback_on_step_end=clock.on_step_end, **(inputs or {})
-        )
+        video = _sample(pipeline, request, callback_on_step_end=clock.on_step_end, **(inputs or {}))
         seconds = clock.seconds()
         attention = _attention_numbers(handle)
     frames = _to_uint8(video[0])

@@ -1,7 +1,9 @@
 """Plans: what one attention module does in the current forward."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -61,20 +63,27 @@ class Plan:
         return self.prefix + before, after
 
 
-# Compiled graphs take the plan as a tensor that holds its place in this list, so that no change of
-# step, layer, threshold or window is a new graph.
-_PLANS: list[Plan] = []
-_KEYS: dict[Plan, Tensor] = {}
+# Compiled graphs take the plan as a tensor that holds its number here, so that no change of step,
+# layer, threshold or window is a new graph. Training draws thresholds at random: old plans go.
+_PLANS: dict[int, Plan] = {}
+_KEYS: OrderedDict[Plan, Tensor] = OrderedDict()
+_NUMBERS = count()
+MAX_PLANS = 4096
 
 
 def plan_key(plan: Plan) -> Tensor:
     """The 0-d int64 CPU tensor that stands for `plan` in attention calls."""
     key = _KEYS.get(plan)
-    if key is None:
-        with torch.inference_mode(False):
-            key = torch.tensor(len(_PLANS), dtype=torch.int64, device="cpu")
-        _PLANS.append(plan)
-        _KEYS[plan] = key
+    if key is not None:
+        _KEYS.move_to_end(plan)
+        return key
+    with torch.inference_mode(False):
+        key = torch.tensor(next(_NUMBERS), dtype=torch.int64, device="cpu")
+    _KEYS[plan] = key
+    _PLANS[int(key)] = plan
+    if len(_KEYS) > MAX_PLANS:
+        _, oldest = _KEYS.popitem(last=False)
+        del _PLANS[int(oldest)]
     return key
 
 
