@@ -1,15 +1,30 @@
-"""``nabla generate``: a prompt to an mp4 and its record."""
+"""``nabla generate``: a prompt, or a list of them, to mp4 files with their records."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nabla_attn.cli import options as opt
+from nabla_attn.cli.prompt_list import first_bars, make_list
+
+if TYPE_CHECKING:
+    from nabla_attn.generation.request import GenerationRequest
+
+VIDEO, FOLDER = Path("out/video.mp4"), Path("out/videos")
 
 
 def generate(
-    prompt: opt.Prompt,
+    prompt: Annotated[str | None, typer.Option(help="What the video shows.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help='Make many videos: a file with a prompt or {"prompt": ..., "seed": ...} per line.'
+        ),
+    ] = None,
     model: opt.Model = "builtin",
     sparse_algo: Annotated[
         str | None,
@@ -18,9 +33,13 @@ def generate(
             show_default=opt.MODEL_DEFAULT,
         ),
     ] = None,
-    output: Annotated[Path, typer.Option(help="The mp4; its record goes beside it.")] = Path(
-        "out/video.mp4"
-    ),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="The mp4; its record goes beside it. With --prompts a folder.",
+            show_default=f"{VIDEO}; with --prompts {FOLDER}",
+        ),
+    ] = None,
     height: opt.Height = None,
     width: opt.Width = None,
     frames: opt.Frames = None,
@@ -39,18 +58,24 @@ def generate(
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
 ) -> None:
-    """Make a video from a prompt: an mp4, and beside it a .json record of the run."""
-    from nabla_attn.cli.progress import generation_bars
-    from nabla_attn.files import check_writable
-    from nabla_attn.generation.generate import generate as make_video
-    from nabla_attn.generation.video import check_fps, write_video
+    """Make a video from a prompt: an mp4, and beside it a .json record of the run.
 
+    With --prompts, make one per line of a file: any number of processes and machines may share the
+    list and the folder, and a run that was stopped goes on. Under torchrun without --prompts, the
+    processes share one video.
+    """
+    from nabla_attn.generation.video import check_fps
+
+    if (prompt is None) == (prompts is None):
+        raise ValueError("pass either --prompt TEXT or --prompts FILE.")
+    if prompts is not None and record_maps:
+        raise ValueError("--record-maps is for one video. Pass --prompt.")
     defaults = opt.read_defaults(model)
     request = opt.make_request(
         defaults,
         sparse_algo=sparse_algo,
         schedule=schedule,
-        prompt=prompt,
+        prompt=prompt or "",
         negative_prompt=negative_prompt,
         height=height,
         width=width,
@@ -60,36 +85,96 @@ def generate(
         seed=seed,
     )
     rate = check_fps(defaults.fps if fps is None else fps)
+    if prompts is not None:
+        make_list(prompts, request, output or FOLDER, rate, model, device, dtype)
+        return
+    maps = None
+    if record_maps:
+        if request.is_dense:
+            raise ValueError("dense attention has no maps to record. Pass --sparse-algo nabla-0.7.")
+        maps = {
+            "steps": opt.read_indices(map_steps),
+            "layers": opt.read_indices(map_layers),
+            "heads": opt.read_indices(map_heads),
+        }
+    _make_one(request, output or VIDEO, rate, model, device, dtype, maps)
+
+
+def _make_one(
+    request: "GenerationRequest",
+    output: Path,
+    fps: float,
+    model: str,
+    device: str,
+    dtype: str,
+    maps: dict[str, Any] | None,
+) -> None:
+    from nabla_attn.files import check_writable
+    from nabla_attn.generation.generate import generate as make_video
+    from nabla_attn.generation.video import write_video
+    from nabla_attn.generation.wan_parallel import rank
+
     if output.suffix.lower() != ".mp4":
         raise ValueError(f"the output must be an .mp4 file, got {output}.")
     check_writable(output)
-    pipeline = opt.load_quietly(model, device, dtype)
-    recorder = None
-    if record_maps:
-        from nabla_attn.generation.record_maps import MapRecorder
+    with _shared_pipeline(request, model, device, dtype, has_maps=maps is not None) as pipeline:
+        recorder = None
+        if maps is not None:
+            from nabla_attn.generation.record_maps import MapRecorder
 
-        if request.is_dense:
-            raise ValueError("dense attention has no maps to record. Pass --sparse-algo nabla-0.7.")
-        recorder = MapRecorder(
-            pipeline,
-            request,
-            steps=opt.read_indices(map_steps),
-            layers=opt.read_indices(map_layers),
-            heads=opt.read_indices(map_heads),
-        )
-    with generation_bars() as start:
-        video, record = make_video(
-            pipeline,
-            request,
-            progress=start(request.sparse_algo),
-            on_apply=recorder.attach if recorder else None,
-        )
-    write_video(video, output, rate)
+            recorder = MapRecorder(pipeline, request, **maps)
+        with first_bars() as start:
+            video, record = make_video(
+                pipeline,
+                request,
+                progress=start(request.sparse_algo),
+                on_apply=recorder.attach if recorder else None,
+            )
+    if rank() != 0:
+        return
+    write_video(video, output, fps)
     if recorder:
         recorder.result().save(output.with_suffix(".maps.safetensors"))
         record = recorder.note_in(record)
     record.save(output.with_suffix(".json"))
     _summarise(output, record)
+
+
+@contextmanager
+def _shared_pipeline(
+    request: "GenerationRequest", model: str, device: str, dtype: str, *, has_maps: bool
+) -> Iterator[Any]:
+    """The pipeline; under torchrun, one whose transformers share each video between processes."""
+    from nabla_attn.generation import wan_parallel
+    from nabla_attn.generation.pipeline import resolve_device
+    from nabla_attn.generation.wan import WanPlacement
+
+    processes = wan_parallel.world_size()
+    if processes == 1:
+        yield opt.load_quietly(model, device, dtype)
+        return
+    import torch
+    import torch.distributed as dist
+
+    place = wan_parallel.local_device(resolve_device(device))
+    gpus, here = torch.accelerator.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if gpus < here or (place.type == "cpu" and torch.cuda.is_available()):
+        raise ValueError(
+            f"{processes} processes share one video through diffusers, which needs a GPU for each: "
+            f"this machine has {gpus}, and --device is {device}. Start one process, or pass "
+            "--prompts FILE to make a video in each."
+        )
+    if has_maps:
+        raise ValueError("maps are recorded in one process, which has all heads. Drop torchrun.")
+    placement = WanPlacement(ulysses_size=processes)
+    wan_parallel.check(placement, is_sparse=not request.is_dense)
+    pipeline = opt.load_quietly(model, str(place), dtype)
+    try:
+        wan_parallel.distribute(pipeline, placement, place)
+        yield pipeline
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _summarise(output: Path, record: object) -> None:

@@ -1,0 +1,136 @@
+"""``nabla generate --prompts``: a list of prompts to a folder of videos."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from nabla_attn.cli import options as opt
+
+if TYPE_CHECKING:
+    from nabla_attn.generation.prompt_list import Make, Outcome
+    from nabla_attn.generation.request import GenerationRequest
+    from nabla_attn.record import RunRecord
+
+
+def make_list(
+    prompts: Path,
+    request: "GenerationRequest",
+    folder: Path,
+    fps: float,
+    model: str,
+    device: str,
+    dtype: str,
+) -> None:
+    """Make the videos of a list that are not there yet; exit code 1 if some failed.
+
+    Args:
+        prompts: the list.
+        request: what all have in common.
+        folder: where they go.
+        fps: frames per second.
+        model: ``"builtin"`` or a pipeline directory.
+        device: its name, or ``"auto"``.
+        dtype: its name, or ``"auto"``.
+    """
+    from nabla_attn.generation import prompt_list
+    from nabla_attn.generation.pipeline import model_directory
+    from nabla_attn.generation.wan_parallel import world_size
+
+    requests = prompt_list.read_prompts(prompts, request)
+    videos = prompt_list.name_videos(requests, model_directory(model), fps=fps, dtype=dtype)
+    prompt_list.check_folder(folder)
+
+    def tell(name: str, result: "RunRecord | str") -> None:
+        path = folder / f"{name}.mp4"
+        if isinstance(result, str):
+            typer.echo(f"{_rank_label()}{path}: failed: {result}", err=True)
+        else:
+            seconds = result.numbers["seconds"]["total"]
+            text = " ".join(videos[name].prompt.split())[:60]
+            typer.echo(f"{_rank_label()}{path}: seed {result.seed}, {seconds:.1f} s, {text}")
+
+    with _sigterm_as_ctrl_c():
+        if all(prompt_list.is_done(folder, name) for name in videos):
+            outcome = prompt_list.Outcome(there=list(videos))
+        else:
+            make = _maker(requests, model, device, dtype)
+            # torchrun stops all when one ends with an error, so none ends before the others.
+            wait = world_size() > 1
+            outcome = prompt_list.make_videos(folder, videos, make, fps, wait=wait, tell=tell)
+    _summarise_list(folder, len(videos), outcome)
+    if outcome.failed:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def first_bars() -> Iterator[Any]:
+    """Progress bars of the first process; the others' would overwrite them."""
+    from nabla_attn.cli.progress import generation_bars
+    from nabla_attn.generation.wan_parallel import rank
+
+    if rank() != 0:
+        yield lambda label: None
+        return
+    with generation_bars() as start:
+        yield start
+
+
+def _maker(requests: "list[GenerationRequest]", model: str, device: str, dtype: str) -> "Make":
+    """Load the pipeline on this process's own device; what makes a video with it."""
+    import torch
+
+    from nabla_attn.generation.generate import generate as make_video
+    from nabla_attn.generation.pipeline import resolve_device
+    from nabla_attn.generation.request import check_request
+    from nabla_attn.generation.wan_parallel import local_device
+
+    place = local_device(resolve_device(device))
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    pipeline = opt.load_quietly(model, str(place), dtype)
+    # Sizes are the same in all: one line now, or as many failures.
+    check_request(pipeline, requests[0])
+
+    def make(request: "GenerationRequest") -> Any:
+        with first_bars() as start:
+            return make_video(
+                pipeline, request, progress=start(" ".join(request.prompt.split())[:30])
+            )
+
+    return make
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Let claims lapse when torchrun or a job scheduler ends the process."""
+    import signal
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _rank_label() -> str:
+    from nabla_attn.generation.wan_parallel import rank, world_size
+
+    return f"[{rank()}] " if world_size() > 1 else ""
+
+
+def _summarise_list(folder: Path, count: int, outcome: "Outcome") -> None:
+    parts = [f"{len(outcome.made)} made", f"{len(outcome.there)} already there"]
+    if outcome.elsewhere:
+        parts.append(f"{len(outcome.elsewhere)} being made by other processes")
+    if outcome.failed:
+        parts.append(f"{len(outcome.failed)} failed")
+    typer.echo(f"{_rank_label()}{folder}: {count} videos: {', '.join(parts)}.")
+    for name, reason in outcome.failed.items():
+        typer.echo(f"{_rank_label()}failed: {name}: {reason}", err=True)
