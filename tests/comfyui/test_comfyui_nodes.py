@@ -102,7 +102,7 @@ def test_output_may_keep_the_heads(package):
     assert out.shape == q.shape
 
 
-def test_only_self_attention_of_the_video_is_sparse(node, model, monkeypatch):
+def test_only_self_attention_of_the_video_is_sparse(node, model, monkeypatch, caplog):
     lengths = []
     original = comfy.attention
 
@@ -114,6 +114,7 @@ def test_only_self_attention_of_the_video_is_sparse(node, model, monkeypatch):
     node.apply(model, "nabla-0.5")[0].sample_step(*latents())
     assert lengths
     assert set(lengths) == {7}
+    assert not caplog.records
 
 
 def test_text_as_long_as_the_video_is_not_taken_for_it(node, model, caplog):
