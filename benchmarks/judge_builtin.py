@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from nabla_attn.config import parse
+from nabla_attn.evaluation.judging import judge_prompts
 from nabla_attn.generation.pipeline import load_pipeline, model_directory
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults
 from nabla_attn.schedule import Schedule
-from nabla_attn.evaluation.judging import judge_prompts
 
 
 def main() -> None:
