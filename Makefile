@@ -20,7 +20,8 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	@echo "One prompt, dense and NABLA attention, same seed: pictures, videos and a table in out/demo"
-	$(BIN)/nabla compare --prompt "a large red circle moving right" --output out/demo
+	$(BIN)/nabla compare --prompt "a large red circle moving right" \
+		--sparse-algo nabla-0.5 --sparse-algo nabla-0.3 --output out/demo
 
 test: lint types contracts tests
 

@@ -79,23 +79,28 @@ def _backends(results: list[dict[str, Any]]) -> str:
 
 
 def _judged(records: list[RunRecord]) -> str:
-    order = sorted(records, key=lambda record: -record.numbers["summary"]["density"])
+    order = sorted(
+        records,
+        key=lambda record: (-record.config["guidance"], -record.numbers["summary"]["density"]),
+    )
     rows = []
     for record in order:
         summary = record.numbers["summary"]
         right = [f"{summary['right'][name]:.1%}" for name in JUDGED]
         density = f"{summary['density']:.3f}"
-        rows.append([record.config["sparse_algo"], str(record.numbers["count"]), density, *right])
+        guidance = f"{record.config['guidance']:g}"
+        count = str(record.numbers["count"])
+        rows.append([record.config["sparse_algo"], guidance, count, density, *right])
     config, versions = order[0].config, order[0].versions
     size = f"{config['width']}x{config['height']}, {config['frames']} frames"
     return "\n".join(
         [
             "## The built-in model, judged on held-out prompts",
             "",
-            f"{size}, {config['steps']} steps, guidance {config['guidance']}; torch "
+            f"{size}, {config['steps']} steps; torch "
             f"{versions['torch']}, {order[0].device}. The judge reads each video back into facts "
             "without a learned model. Window-only algorithms run sparse from the first step here.",
             "",
-            *table(["algorithm", "prompts", "density", *JUDGED], rows),
+            *table(["algorithm", "guidance", "prompts", "density", *JUDGED], rows),
         ]
     )
