@@ -1,15 +1,11 @@
-import json
 import os
-import socket
 import subprocess
 import sys
-import threading
-import time
 
 import numpy as np
 import pytest
 
-from nabla_attn.generation import claims, prompt_list
+from nabla_attn.generation import prompt_list
 from nabla_attn.generation.request import GenerationRequest
 from nabla_attn.record import RunRecord
 
@@ -132,123 +128,56 @@ def test_one_failure_stops_nobody_and_is_tried_again(tmp_path):
     assert files(tmp_path) == WHOLE
 
 
-def test_interrupted_claims_lapse_at_once(tmp_path):
+def test_an_interrupted_video_is_free_at_once(tmp_path):
     def interrupt(request):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, VIDEOS, make=interrupt)
-    assert files(tmp_path) == [".0001-aa.claim-0"]
+    assert files(tmp_path) == [".0001-aa.lock"]
+    (tmp_path / ".0001-aa.mp4.99.tmp").touch()
     assert run(tmp_path, VIDEOS).made == list(VIDEOS)
     assert files(tmp_path) == WHOLE
 
 
-def plant(folder, host, pid, age=0.0, name="0001-aa"):
-    path = folder / f".{name}.claim-0"
-    path.write_text(json.dumps({"host": host, "pid": pid, "time": 0, "token": "x"}))
-    now = time.time()
-    os.utime(path, (now - age, now - age))
+HOLD = """
+import sys
+from filelock import FileLock
+with FileLock(sys.argv[1]):
+    print("held", flush=True)
+    input()
+"""
 
 
-def dead_pid():
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that is at the first video."""
+    command = [sys.executable, "-c", HOLD, tmp_path / ".0001-aa.lock"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as process:
+        assert process.stdout.readline() == b"held\n"
+        yield process
+        process.kill()
 
 
-def test_stale_claims_are_taken_over_and_others_kept(tmp_path):
-    (tmp_path / ".0001-aa.mp4.99.tmp").touch()
-    plant(tmp_path, claims._host(), dead_pid())
-    plant(tmp_path, "elsewhere", 1, age=claims.STALE_SECONDS + 60, name="0002-aa")
-    plant(tmp_path, "elsewhere", dead_pid(), age=claims.STALE_SECONDS - 60, name="0003-aa")
+def test_what_others_make_is_left_to_them(tmp_path, holder):
     outcome = run(tmp_path, VIDEOS)
-    assert outcome.made == ["0001-aa", "0002-aa"]
-    assert outcome.elsewhere == ["0003-aa"]
-    assert files(tmp_path) == [".0003-aa.claim-0", *WHOLE[:4]]
-    # Alive on this machine: kept, until it goes untouched for long.
-    plant(tmp_path, claims._host(), os.getppid(), name="0003-aa")
-    assert run(tmp_path, VIDEOS).elsewhere == ["0003-aa"]
-    plant(tmp_path, claims._host(), os.getppid(), claims.STALE_SECONDS + 60, name="0003-aa")
-    assert run(tmp_path, VIDEOS).made == ["0003-aa"]
+    assert outcome.made == ["0002-aa", "0003-aa"]
+    assert outcome.elsewhere == ["0001-aa"]
+    holder.kill()
+    holder.wait()
+    assert run(tmp_path, VIDEOS).made == ["0001-aa"]
     assert files(tmp_path) == WHOLE
 
 
-def test_a_killed_process_nobody_waits_for_is_dead(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    plant(tmp_path, claims._host(), process.pid)
-    assert claims.take(tmp_path, "0001-aa") is None
-    process.kill()
-    time.sleep(0.5)
-    assert claims.take(tmp_path, "0001-aa") is not None
-    process.wait()
-    process.stdin.close()
-
-
-def test_a_claim_cut_short_waits_for_its_age(tmp_path):
-    path = tmp_path / ".0001-aa.claim-0"
-    for text in ("", "[]", "{", '{"host": 3, "pid": "x"}'):
-        path.write_text(text)
-        assert claims.take(tmp_path, "0001-aa") is None
-    os.utime(path, (0, 0))
-    assert claims.take(tmp_path, "0001-aa").path.name == ".0001-aa.claim-1"
-
-
-def test_owners_touch_their_claims(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims, "BEAT_SECONDS", 0.02)
-    with claims.take(tmp_path, "a") as claim:
-        os.utime(claim.path, (0, 0))
-        for _ in range(500):
-            if not claims.is_stale(claim.path):
-                break
-            time.sleep(0.01)
-        assert claims.take(tmp_path, "a") is None
-
-
-def test_one_of_many_takes_over(tmp_path):
-    plant(tmp_path, claims._host(), dead_pid())
-    start, taken = threading.Barrier(16), []
-
-    def take():
-        start.wait()
-        taken.append(claims.take(tmp_path, "0001-aa"))
-
-    threads = [threading.Thread(target=take) for _ in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sum(claim is not None for claim in taken) == 1
-
-
-def test_a_suspended_owner_that_lost_its_claim_writes_nothing(tmp_path):
-    def be_overtaken(request):
-        path = tmp_path / ".0001-aa.claim-0"
-        os.utime(path, (0, 0))
-        with claims.take(tmp_path, "0001-aa") as other:
-            assert other.path.name.endswith("claim-1")
-        return make(request)
-
-    outcome = run(tmp_path, {"0001-aa": REQUEST}, make=be_overtaken)
-    assert outcome.made == [] and outcome.elsewhere == ["0001-aa"]
-    assert not list(tmp_path.glob("*.mp4"))
-
-
-def test_waiting_takes_over_from_those_that_end(tmp_path, monkeypatch):
+def test_waiting_takes_over_from_those_that_end(tmp_path, monkeypatch, holder):
     monkeypatch.setattr(prompt_list, "WAIT_SECONDS", 0.02)
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    plant(tmp_path, claims._host(), process.pid, name="0001-aa")
 
     def tell(name, result):
         if name == "0003-aa":
-            process.kill()
+            holder.kill()
 
     assert run(tmp_path, VIDEOS, wait=True, tell=tell).made == ["0002-aa", "0003-aa", "0001-aa"]
-    process.wait()
-    process.stdin.close()
-
-
-def test_hosts_are_told_apart():
-    assert socket.gethostname() in claims._host()
 
 
 def test_folder_that_is_a_file(tmp_path):

@@ -52,14 +52,13 @@ def make_list(
             text = " ".join(videos[name].prompt.split())[:60]
             typer.echo(f"{_rank_label()}{path}: seed {result.seed}, {seconds:.1f} s, {text}")
 
-    with _sigterm_as_ctrl_c():
-        if all(prompt_list.is_done(folder, name) for name in videos):
-            outcome = prompt_list.Outcome(there=list(videos))
-        else:
-            make = _maker(requests, model, device, dtype)
-            # torchrun stops all when one ends with an error, so none ends before the others.
-            wait = world_size() > 1
-            outcome = prompt_list.make_videos(folder, videos, make, fps, wait=wait, tell=tell)
+    if all(prompt_list.is_done(folder, name) for name in videos):
+        outcome = prompt_list.Outcome(there=list(videos))
+    else:
+        make = _maker(requests, model, device, dtype)
+        # torchrun stops all when one ends with an error, so none ends before the others.
+        wait = world_size() > 1
+        outcome = prompt_list.make_videos(folder, videos, make, fps, wait=wait, tell=tell)
     _summarise_list(folder, len(videos), outcome)
     if outcome.failed:
         raise typer.Exit(1)
@@ -101,22 +100,6 @@ def _maker(requests: "list[GenerationRequest]", model: str, device: str, dtype: 
             )
 
     return make
-
-
-@contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Let claims lapse when torchrun or a job scheduler ends the process."""
-    import signal
-    import threading
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _rank_label() -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from nabla_attn.files import check_writable
-from nabla_attn.generation import claims
 from nabla_attn.generation.request import GenerationRequest
 from nabla_attn.generation.video import write_video
 from nabla_attn.record import RunRecord
@@ -31,7 +31,7 @@ class Outcome:
         made: by this process.
         there: finished before, or by another process meanwhile.
         failed: with the reason.
-        elsewhere: claimed by another process that was still at it in the end.
+        elsewhere: another process was still at it in the end.
     """
 
     made: list[str] = field(default_factory=list)
@@ -101,7 +101,7 @@ def make_videos(
     wait: bool = False,
     tell: Callable[[str, RunRecord | str], None] = lambda name, result: None,
 ) -> Outcome:
-    """Make the videos that are neither finished nor claimed by another process.
+    """Make the videos that are neither finished nor being made by another process.
 
     Each is tried once. One that fails does not stop the others.
 
@@ -118,7 +118,7 @@ def make_videos(
     while True:
         had = len(left)
         for name, request in list(left.items()):
-            result = _make_claimed(folder, name, request, make, fps)
+            result = _make_locked(folder, name, request, make, fps)
             if isinstance(result, RunRecord):
                 outcome.made.append(name)
                 tell(name, result)
@@ -138,30 +138,34 @@ def make_videos(
     return outcome
 
 
-def _make_claimed(
+def _make_locked(
     folder: Path, name: str, request: GenerationRequest, make: Make, fps: float
 ) -> RunRecord | str | None:
     """The record of the video made, why it failed, or None if it is not ours to make."""
-    if is_done(folder, name) or (claim := claims.take(folder, name)) is None:
+    path = folder / f".{name}.lock"
+    # The system frees a lock when its process ends, however it ends: a killed run goes on at once.
+    lock = FileLock(path, blocking=False)
+    if is_done(folder, name):
         return None
-    with claim:
-        if is_done(folder, name):
-            claim.finish()
-            return None
-        # What a killed process was writing.
-        for leftover in folder.glob(f".{name}.*.tmp"):
-            leftover.unlink(missing_ok=True)
-        try:
+    try:
+        with lock:
+            if is_done(folder, name):
+                return None
+            # What a killed process was writing.
+            for leftover in folder.glob(f".{name}.*.tmp"):
+                leftover.unlink(missing_ok=True)
             frames, record = make(request)
-            if claim.is_mine():
-                write_video(frames, folder / f"{name}.mp4", fps)
-            if claim.is_mine():
-                record.save(folder / f"{name}.json")
-                claim.finish()
-                return record
-        except (ValueError, OSError, RuntimeError) as error:
-            return " ".join(str(error).split()) or type(error).__name__
-    return None
+            write_video(frames, folder / f"{name}.mp4", fps)
+            record.save(folder / f"{name}.json")
+            return record
+    except Timeout:
+        return None
+    except (ValueError, OSError, RuntimeError) as error:
+        return " ".join(str(error).split()) or type(error).__name__
+    finally:
+        # Who still opens it finds the video done; before that, removing it would let two work.
+        if is_done(folder, name):
+            path.unlink(missing_ok=True)
 
 
 def check_folder(folder: Path) -> None:
