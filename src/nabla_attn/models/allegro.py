@@ -5,18 +5,15 @@ from typing import Any
 from torch import Tensor
 
 from nabla_attn.models.attend import attend
-from nabla_attn.models.plan import Layer
+from nabla_attn.models.processor import LayerPort
 from nabla_attn.models.projections import project, project_out
 
 
-class AllegroPort:
+class AllegroPort(LayerPort):
     """Video self-attention.
 
     Source: diffusers 0.42 AllegroAttnProcessor2_0 (attention_processor.py:1993).
     """
-
-    def __init__(self, original: Any, layer: Layer) -> None:
-        self.layer = layer
 
     def __call__(
         self,
@@ -30,11 +27,7 @@ class AllegroPort:
         """Attend."""
         from diffusers.models.embeddings import apply_rotary_emb_allegro
 
-        if encoder_hidden_states is not None or attention_mask is not None:
-            raise ValueError(
-                "NABLA in Allegro is for self-attention without an attention_mask over the video. "
-                "Pass attention_mask=None, or make the layers dense in the schedule."
-            )
+        self.refuse(encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
         q, k, v = project(attn, hidden_states)
         if image_rotary_emb is not None:
             # This rotation takes [batch, heads, tokens, dim] alone.

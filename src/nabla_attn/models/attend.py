@@ -5,6 +5,7 @@ silently computes dense attention.
 """
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -157,15 +158,7 @@ _attend_op = torch.library.custom_op("nabla_attn::attend", _attend, mutates_args
 
 
 @_attend_op.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text_valid: Tensor | None,
-    key: Tensor,
-    order: Tensor | None,
-    scale: float | None,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = q.shape
     out = q.new_empty(batch, heads, tokens, v.shape[-1]).transpose(1, 2)
     return out, q.new_empty((2, heads), dtype=torch.float32)
@@ -193,25 +186,16 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     # The operator is opaque, so its inner graph is gone by now: run it again, with gradients.
     with torch.enable_grad(), _above_autograd():
-        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        out, _ = _attend(q, k, v, text_valid, key, order, scale)
-    dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out, _ = _attend(*leaves, text_valid, key, order, scale)
+    dq, dk, dv = torch.autograd.grad(out, leaves, grad)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
 @_attend_backward.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text_valid: Tensor | None,
-    key: Tensor,
-    order: Tensor | None,
-    scale: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    return dq, dk, dv
+def _(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    # Of q, k and v.
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:3])
 
 
 def _save_inputs(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:

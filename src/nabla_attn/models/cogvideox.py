@@ -6,18 +6,15 @@ import torch
 from torch import Tensor
 
 from nabla_attn.models.attend import attend
-from nabla_attn.models.plan import Layer
+from nabla_attn.models.processor import LayerPort
 from nabla_attn.models.projections import project, project_out, rotate_video
 
 
-class CogVideoXPort:
+class CogVideoXPort(LayerPort):
     """Joint attention of text and video, text first; fused projections too.
 
     Source: diffusers 0.42 CogVideoXAttnProcessor2_0 (attention_processor.py:2277).
     """
-
-    def __init__(self, original: Any, layer: Layer) -> None:
-        self.layer = layer
 
     def __call__(
         self,
@@ -28,8 +25,7 @@ class CogVideoXPort:
         image_rotary_emb: Any = None,
     ) -> tuple[Tensor, Tensor]:
         """Attend, and return (video, text)."""
-        if attention_mask is not None:
-            raise ValueError("NABLA in CogVideoX takes no attention_mask: got one.")
+        self.refuse(attention_mask=attention_mask)
         num_text = encoder_hidden_states.shape[1]
         q, k, v = project(attn, torch.cat([encoder_hidden_states, hidden_states], dim=1))
         if image_rotary_emb is not None:

@@ -6,18 +6,15 @@ from typing import Any
 from torch import Tensor
 
 from nabla_attn.models.attend import attend
-from nabla_attn.models.plan import Layer
+from nabla_attn.models.processor import LayerPort
 from nabla_attn.models.projections import project, project_out
 
 
-class CosmosPort:
+class CosmosPort(LayerPort):
     """Video self-attention.
 
     Source: diffusers 0.42 CosmosAttnProcessor2_0 (transformer_cosmos.py:151).
     """
-
-    def __init__(self, original: Any, layer: Layer) -> None:
-        self.layer = layer
 
     def __call__(
         self,
@@ -30,8 +27,7 @@ class CosmosPort:
         """Attend."""
         from diffusers.models.embeddings import apply_rotary_emb
 
-        if encoder_hidden_states is not None or attention_mask is not None:
-            raise ValueError("NABLA in Cosmos is for self-attention without a mask.")
+        self.refuse(encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
         q, k, v = project(attn, hidden_states)
         if image_rotary_emb is not None:
             rotate: Any = partial(apply_rotary_emb, use_real_unbind_dim=-2, sequence_dim=1)

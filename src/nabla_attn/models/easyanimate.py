@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nabla_attn.models.attend import attend
-from nabla_attn.models.plan import Layer
+from nabla_attn.models.processor import LayerPort
 from nabla_attn.models.projections import (
     join,
     project,
@@ -16,14 +16,11 @@ from nabla_attn.models.projections import (
 )
 
 
-class EasyAnimatePort:
+class EasyAnimatePort(LayerPort):
     """Joint attention of text and video, text first, with or without projections of its own.
 
     Source: diffusers 0.42 EasyAnimateAttnProcessor2_0 (transformer_easyanimate.py:112).
     """
-
-    def __init__(self, original: Any, layer: Layer) -> None:
-        self.layer = layer
 
     def __call__(
         self,
@@ -34,8 +31,7 @@ class EasyAnimatePort:
         image_rotary_emb: Any = None,
     ) -> tuple[Tensor, Tensor]:
         """Attend, and return (video, text)."""
-        if attention_mask is not None:
-            raise ValueError("NABLA in EasyAnimate takes no attention_mask: got one.")
+        self.refuse(attention_mask=attention_mask)
         num_text = encoder_hidden_states.shape[1]
         if attn.add_q_proj is None:
             q, k, v = project(attn, torch.cat([encoder_hidden_states, hidden_states], dim=1))

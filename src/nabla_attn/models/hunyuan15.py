@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nabla_attn.models.attend import attend
-from nabla_attn.models.plan import Layer
+from nabla_attn.models.processor import LayerPort
 from nabla_attn.models.projections import (
     join,
     project,
@@ -16,7 +16,7 @@ from nabla_attn.models.projections import (
 )
 
 
-class HunyuanVideo15Port:
+class HunyuanVideo15Port(LayerPort):
     """Joint attention of video and text, text last, with a mask of keys alone.
 
     Outputs of padded text differ from diffusers' and are never attended. Dense layers run here too,
@@ -26,10 +26,6 @@ class HunyuanVideo15Port:
     """
 
     runs_dense = True
-
-    def __init__(self, original: Any, layer: Layer) -> None:
-        self.original = original
-        self.layer = layer
 
     def __call__(
         self,

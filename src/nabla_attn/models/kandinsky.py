@@ -5,10 +5,10 @@ from typing import Any
 from torch import Tensor
 
 from nabla_attn.models.attend import attend
-from nabla_attn.models.plan import Layer
+from nabla_attn.models.processor import LayerPort
 
 
-class Kandinsky6SRPort:
+class Kandinsky6SRPort(LayerPort):
     """Video self-attention of the super-resolution model, whose tokens come in block order.
 
     Its own processor is NABLA on diffusers' flex backend, which computes dense attention unless
@@ -18,10 +18,6 @@ class Kandinsky6SRPort:
     """
 
     runs_dense = True
-
-    def __init__(self, original: Any, layer: Layer) -> None:
-        self.original = original
-        self.layer = layer
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, rotary_emb: Tensor, sparse_params: dict[str, Any]

@@ -6,18 +6,15 @@ import torch
 from torch import Tensor
 
 from nabla_attn.models.attend import attend
-from nabla_attn.models.plan import Layer
+from nabla_attn.models.processor import LayerPort
 from nabla_attn.models.projections import join, project, project_out, project_text
 
 
-class MochiPort:
+class MochiPort(LayerPort):
     """Joint attention of video and text, text last; padded text is masked, not cut out.
 
     Source: diffusers 0.42 MochiAttnProcessor2_0 (attention_processor.py:998).
     """
-
-    def __init__(self, original: Any, layer: Layer) -> None:
-        self.layer = layer
 
     def __call__(
         self,

@@ -15,9 +15,41 @@ import torch
 from nabla_attn.models.dispatch import backend_member
 from nabla_attn.models.plan import Layer
 
-# Given (original processor, layer), the callable that runs the layer when it is sparse; one with
-# `runs_dense` runs dense layers too.
+# Given (original processor, layer), the callable that runs the layer when it is sparse.
 Port = Callable[[Any, Layer], Callable[..., Any]]
+
+
+class LayerPort:
+    """Base of the ports: what runs a layer whose own processor leaves no door.
+
+    Subclasses are called as the processor is, with the attention module first.
+
+    Args:
+        original: the processor that the port stands in for.
+        layer: the layer, with the plan of each forward.
+
+    Attributes:
+        runs_dense: whether it runs dense layers too.
+    """
+
+    runs_dense = False
+
+    def __init__(self, original: Any, layer: Layer) -> None:
+        self.original = original
+        self.layer = layer
+
+    def refuse(self, **arguments: Any) -> None:
+        """Check that arguments that a block map cannot follow were left out.
+
+        Raises:
+            ValueError: one of them was given.
+        """
+        given = [name for name, value in arguments.items() if value is not None]
+        if given:
+            raise ValueError(
+                f"{self.layer.name}: NABLA in this model takes no {' and no '.join(given)}. Pass "
+                "None, or make the layers dense in the schedule (dense_layers)."
+            )
 
 
 class NablaProcessor:
