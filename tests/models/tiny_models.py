@@ -11,41 +11,30 @@ NUM_TEXT = (11, 7)  # valid text tokens of the two samples
 MAX_TEXT = 13
 
 Inputs = dict[str, Any]
-WAN = dict(
+SMALL = dict(in_channels=4, out_channels=4, num_attention_heads=2, num_layers=2)
+WAN = SMALL | dict(
     patch_size=(1, 2, 2),
-    num_attention_heads=2,
     attention_head_dim=24,
-    in_channels=4,
-    out_channels=4,
     text_dim=16,
     freq_dim=32,
     ffn_dim=32,
-    num_layers=2,
     cross_attn_norm=True,
     rope_max_seq_len=64,
 )
-HUNYUAN = dict(
-    in_channels=4,
-    out_channels=4,
-    num_attention_heads=2,
+MOTIF = SMALL | dict(
     attention_head_dim=16,
     num_layers=1,
     num_single_layers=1,
-    num_refiner_layers=1,
     patch_size=2,
     patch_size_t=1,
     text_embed_dim=16,
-    pooled_projection_dim=8,
     rope_axes_dim=(4, 6, 6),
 )
-COGVIDEOX = dict(
-    num_attention_heads=2,
+HUNYUAN = MOTIF | dict(num_refiner_layers=1, pooled_projection_dim=8)
+COGVIDEOX = SMALL | dict(
     attention_head_dim=16,
-    in_channels=4,
-    out_channels=4,
     time_embed_dim=8,
     text_embed_dim=8,
-    num_layers=2,
     sample_width=52,
     sample_height=52,
     sample_frames=9,
@@ -53,6 +42,17 @@ COGVIDEOX = dict(
     max_text_seq_length=MAX_TEXT,
     use_rotary_positional_embeddings=True,
 )
+LTX = SMALL | dict(attention_head_dim=24, cross_attention_dim=48, caption_channels=16)
+KANDINSKY6_SR = dict(
+    in_visual_dim=4,
+    out_visual_dim=4,
+    time_dim=16,
+    model_dim=48,
+    ff_dim=32,
+    num_visual_blocks=2,
+    axes_dims=(8, 8, 8),
+)
+KANDINSKY = KANDINSKY6_SR | dict(in_text_dim=16, in_text_dim2=8, num_text_blocks=1)
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -70,7 +70,8 @@ def text_mask() -> torch.Tensor:
     return mask
 
 
-def wan_inputs(frames: int, height: int, width: int, channels: int = 4) -> Inputs:
+def video_inputs(frames: int, height: int, width: int, channels: int = 4) -> Inputs:
+    """What most models take: latents in 1x2x2 patches, a time, text."""
     return dict(
         hidden_states=randn(BATCH, channels, frames, 2 * height, 2 * width),
         timestep=timesteps(),
@@ -80,25 +81,25 @@ def wan_inputs(frames: int, height: int, width: int, channels: int = 4) -> Input
 
 def vace_inputs(frames: int, height: int, width: int) -> Inputs:
     control = randn(BATCH, 6, frames, 2 * height, 2 * width)
-    return wan_inputs(frames, height, width) | dict(control_hidden_states=control)
+    return video_inputs(frames, height, width) | dict(control_hidden_states=control)
 
 
 def animate_inputs(frames: int, height: int, width: int) -> Inputs:
     # The reference frame comes first and has no pose.
-    return wan_inputs(frames, height, width, channels=12) | dict(
+    return video_inputs(frames, height, width, channels=12) | dict(
         pose_hidden_states=randn(BATCH, 4, frames - 1, 2 * height, 2 * width),
         face_pixel_values=randn(BATCH, 3, 4 * (frames - 2) + 1, 16, 16),
     )
 
 
+def motif_inputs(frames: int, height: int, width: int) -> Inputs:
+    mask = text_mask()
+    return video_inputs(frames, height, width) | dict(encoder_attention_mask=mask)
+
+
 def hunyuan_inputs(frames: int, height: int, width: int) -> Inputs:
-    return dict(
-        hidden_states=randn(BATCH, 4, frames, 2 * height, 2 * width),
-        timestep=timesteps(),
-        encoder_hidden_states=randn(BATCH, MAX_TEXT, 16),
-        encoder_attention_mask=text_mask(),
-        pooled_projections=randn(BATCH, 8),
-        guidance=torch.full((BATCH,), 6000.0),
+    return motif_inputs(frames, height, width) | dict(
+        pooled_projections=randn(BATCH, 8), guidance=torch.full((BATCH,), 6000.0)
     )
 
 
@@ -155,12 +156,7 @@ def kandinsky6_sr_inputs(frames: int, height: int, width: int) -> Inputs:
 
 
 def cosmos_inputs(frames: int, height: int, width: int) -> Inputs:
-    return dict(
-        hidden_states=randn(BATCH, 4, frames, 2 * height, 2 * width),
-        timestep=timesteps(),
-        encoder_hidden_states=randn(BATCH, MAX_TEXT, 16),
-        fps=24,
-    )
+    return video_inputs(frames, height, width) | dict(fps=24)
 
 
 def ltx_inputs(frames: int, height: int, width: int) -> Inputs:
@@ -204,12 +200,8 @@ def cogvideox15_inputs(frames: int, height: int, width: int) -> Inputs:
 
 
 def mochi_inputs(frames: int, height: int, width: int) -> Inputs:
-    return dict(
-        hidden_states=randn(BATCH, 4, frames, 2 * height, 2 * width),
-        encoder_hidden_states=randn(BATCH, MAX_TEXT, 16),
-        timestep=timesteps(),
-        encoder_attention_mask=text_mask().bool(),
-    )
+    mask = text_mask().bool()
+    return video_inputs(frames, height, width) | dict(encoder_attention_mask=mask)
 
 
 def allegro_inputs(frames: int, height: int, width: int) -> Inputs:
@@ -218,30 +210,7 @@ def allegro_inputs(frames: int, height: int, width: int) -> Inputs:
     size = (height, width)
     parts = get_3d_rotary_pos_embed_allegro(24, ((0, 0), size), size, frames, (1.0, 1.0, 1.0))
     positions = torch.cartesian_prod(*(axis.long() for axis in parts[3:])).T.unsqueeze(1)
-    return dict(
-        hidden_states=randn(BATCH, 4, frames, 2 * height, 2 * width),
-        encoder_hidden_states=randn(BATCH, MAX_TEXT, 16),
-        timestep=timesteps(),
-        encoder_attention_mask=text_mask(),
-        image_rotary_emb=(parts[:3], positions),
-    )
-
-
-def easyanimate_inputs(frames: int, height: int, width: int) -> Inputs:
-    return dict(
-        hidden_states=randn(BATCH, 4, frames, 2 * height, 2 * width),
-        timestep=timesteps(),
-        encoder_hidden_states=randn(BATCH, MAX_TEXT, 16),
-    )
-
-
-def motif_inputs(frames: int, height: int, width: int) -> Inputs:
-    return dict(
-        hidden_states=randn(BATCH, 4, frames, 2 * height, 2 * width),
-        timestep=timesteps(),
-        encoder_hidden_states=randn(BATCH, MAX_TEXT, 16),
-        encoder_attention_mask=text_mask(),
-    )
+    return motif_inputs(frames, height, width) | dict(image_rotary_emb=(parts[:3], positions))
 
 
 @dataclass(frozen=True)
@@ -267,7 +236,7 @@ class Tiny:
 
 
 TINY = {
-    "wan": Tiny("WanTransformer3DModel", WAN, wan_inputs),
+    "wan": Tiny("WanTransformer3DModel", WAN, video_inputs),
     "wan-vace": Tiny(
         "WanVACETransformer3DModel", WAN | dict(vace_layers=[0], vace_in_channels=6), vace_inputs
     ),
@@ -289,8 +258,8 @@ TINY = {
         ),
         animate_inputs,
     ),
-    "skyreels": Tiny("SkyReelsV2Transformer3DModel", WAN, wan_inputs),
-    "chronoedit": Tiny("ChronoEditTransformer3DModel", WAN, wan_inputs),
+    "skyreels": Tiny("SkyReelsV2Transformer3DModel", WAN, video_inputs),
+    "chronoedit": Tiny("ChronoEditTransformer3DModel", WAN, video_inputs),
     "hunyuan": Tiny("HunyuanVideoTransformer3DModel", HUNYUAN, hunyuan_inputs),
     "framepack": Tiny(
         "HunyuanVideoFramepackTransformer3DModel",
@@ -299,12 +268,9 @@ TINY = {
     ),
     "hunyuan15": Tiny(
         "HunyuanVideo15Transformer3DModel",
-        dict(
-            in_channels=4,
-            out_channels=4,
-            num_attention_heads=2,
+        SMALL
+        | dict(
             attention_head_dim=16,
-            num_layers=2,
             num_refiner_layers=1,
             text_embed_dim=16,
             text_embed_2_dim=12,
@@ -315,62 +281,25 @@ TINY = {
     ),
     "kandinsky5": Tiny(
         "Kandinsky5Transformer3DModel",
-        dict(
-            in_visual_dim=4,
-            out_visual_dim=4,
-            in_text_dim=16,
-            in_text_dim2=8,
-            time_dim=16,
-            model_dim=48,
-            ff_dim=32,
-            num_text_blocks=1,
-            # It rounds q and k to bfloat16, so a second block would amplify the last bit of fp32.
-            num_visual_blocks=1,
-            axes_dims=(8, 8, 8),
-        ),
+        # It rounds q and k to bfloat16, so a second block would amplify the last bit of fp32.
+        KANDINSKY | dict(num_visual_blocks=1),
         kandinsky5_inputs,
     ),
     "kandinsky6": Tiny(
         "Kandinsky6Transformer3DModel",
-        dict(
-            in_visual_dim=4,
-            out_visual_dim=4,
-            in_text_dim=16,
-            in_text_dim2=8,
-            time_dim=16,
-            model_dim=48,
-            ff_dim=32,
-            num_text_blocks=1,
-            num_visual_blocks=2,
-            axes_dims=(8, 8, 8),
-            in_audio_dim=6,
-            out_audio_dim=6,
-        ),
+        KANDINSKY | dict(in_audio_dim=6, out_audio_dim=6),
         kandinsky6_inputs,
     ),
     "kandinsky6-sr": Tiny(
         "Kandinsky6SRTransformer3DModel",
-        dict(
-            in_visual_dim=4,
-            out_visual_dim=4,
-            time_dim=16,
-            model_dim=48,
-            ff_dim=32,
-            num_visual_blocks=2,
-            axes_dims=(8, 8, 8),
-            nabla_threshold=0.5,
-            nabla_window=(1, 1, 1),
-        ),
+        KANDINSKY6_SR | dict(nabla_threshold=0.5, nabla_window=(1, 1, 1)),
         kandinsky6_sr_inputs,
     ),
     "cosmos": Tiny(
         "CosmosTransformer3DModel",
-        dict(
-            in_channels=4,
-            out_channels=4,
-            num_attention_heads=2,
+        SMALL
+        | dict(
             attention_head_dim=24,
-            num_layers=2,
             text_embed_dim=16,
             adaln_lora_dim=4,
             max_size=(8, 64, 64),
@@ -381,32 +310,18 @@ TINY = {
     ),
     "ltx": Tiny(
         "LTXVideoTransformer3DModel",
-        dict(
-            in_channels=4,
-            out_channels=4,
-            num_attention_heads=2,
-            attention_head_dim=24,
-            cross_attention_dim=48,
-            num_layers=2,
-            caption_channels=16,
-        ),
+        LTX,
         ltx_inputs,
     ),
     "ltx2": Tiny(
         "LTX2VideoTransformer3DModel",
-        dict(
-            in_channels=4,
-            out_channels=4,
-            num_attention_heads=2,
-            attention_head_dim=24,
-            cross_attention_dim=48,
+        LTX
+        | dict(
             audio_in_channels=4,
             audio_out_channels=4,
             audio_num_attention_heads=2,
             audio_attention_head_dim=12,
             audio_cross_attention_dim=24,
-            num_layers=2,
-            caption_channels=16,
         ),
         ltx2_inputs,
     ),
@@ -433,43 +348,22 @@ TINY = {
     ),
     "allegro": Tiny(
         "AllegroTransformer3DModel",
-        dict(
-            num_attention_heads=2,
-            attention_head_dim=24,
-            in_channels=4,
-            out_channels=4,
-            num_layers=2,
-            cross_attention_dim=48,
-            sample_height=52,
-            sample_width=52,
-            caption_channels=16,
-        ),
+        LTX | dict(sample_height=52, sample_width=52),
         allegro_inputs,
     ),
     "easyanimate": Tiny(
         "EasyAnimateTransformer3DModel",
-        dict(
-            num_attention_heads=2,
+        SMALL
+        | dict(
             attention_head_dim=32,
-            in_channels=4,
-            out_channels=4,
             patch_size=2,
-            num_layers=2,
             mmdit_layers=1,
             time_embed_dim=8,
             text_embed_dim=16,
         ),
-        easyanimate_inputs,
+        video_inputs,
     ),
-    "motif": Tiny(
-        "MotifVideoTransformer3DModel",
-        {
-            k: v
-            for k, v in HUNYUAN.items()
-            if k not in ("num_refiner_layers", "pooled_projection_dim")
-        },
-        motif_inputs,
-    ),
+    "motif": Tiny("MotifVideoTransformer3DModel", MOTIF, motif_inputs),
 }
 
 
