@@ -1,0 +1,171 @@
+"""The files of a folder of encoded videos, and reading them back.
+
+encoding.json                 what was asked, so that a run goes on with the same
+shard-00000.safetensors       latents by number
+shard-00000.json              their names and captions, and what was skipped; written last
+captions/ab/ab12....safetensors   conditions of one caption, whoever shows it
+grids/5x64x96.safetensors     conditions that follow from the size
+index.json, skipped.jsonl     all shards together; written when they are done
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nabla_attn.files import whole_file, write_text
+
+INDEX, SKIPPED, ENCODING = "index.json", "skipped.jsonl", "encoding.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One encoded video.
+
+    Attributes:
+        name: of the video in its source.
+        caption: what it shows.
+        shard: number of its shard.
+        place: its number in the shard.
+        shape: of its latents, in the transformer's layout without batch.
+        size: (frames, height, width) of the video in pixels.
+    """
+
+    name: str
+    caption: str
+    shard: int
+    place: int
+    shape: tuple[int, ...]
+    size: tuple[int, int, int]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Entry":
+        """Read an entry of the index."""
+        shape = tuple(int(n) for n in values["shape"])
+        frames, height, width = (int(n) for n in values["size"])
+        name, caption = str(values["name"]), str(values["caption"])
+        place = int(values["shard"]), int(values["place"])
+        return cls(name, caption, *place, shape, (frames, height, width))
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    """Latents of a shard; its list stands beside it as .json."""
+    return folder / f"shard-{shard:05d}.safetensors"
+
+
+def caption_path(folder: Path, caption: str) -> Path:
+    """Conditions of a caption."""
+    digest = hashlib.sha256(caption.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    return folder / "captions" / digest[:2] / f"{digest}.safetensors"
+
+
+def grid_path(folder: Path, size: tuple[int, int, int]) -> Path:
+    """Conditions that follow from a size in (frames, height, width)."""
+    return folder / "grids" / f"{'x'.join(map(str, size))}.safetensors"
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def load_tensors(path: Path, names: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """Tensors of a file, all or those named.
+
+    Raises:
+        ValueError: missing or damaged; the file is named.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in names or file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path}: missing or damaged ({_first_line(error)}). Remove it and its .json and run "
+            "the same `nabla encode` again."
+        ) from error
+
+
+def tensor_names(path: Path) -> set[str]:
+    """Names in a safetensors file, read from its header.
+
+    Raises:
+        ValueError: missing or damaged; the file is named.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path}: missing or damaged ({_first_line(error)}). Remove it and its .json and run "
+            "the same `nabla encode` again."
+        ) from error
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON, whole or not at all."""
+    write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        ValueError: missing or not JSON; the file is named.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ValueError(f"cannot read {path}: {reason}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({_first_line(error)}).") from error
+
+
+def read_index(folder: Path) -> list[Entry]:
+    """All encoded videos of a finished folder.
+
+    Raises:
+        ValueError: not such a folder, not finished, empty, or a broken index.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"no folder of encoded videos at {folder}. Make it with `nabla encode`.")
+    if not (folder / INDEX).is_file():
+        if (folder / ENCODING).is_file():
+            done = len(list(folder.glob("shard-*.json")))
+            raise ValueError(
+                f"{folder} is not finished: {done} shards are done. Run the same `nabla encode` "
+                "again; it goes on."
+            )
+        raise ValueError(f"{folder} holds no encoded videos. Make them with `nabla encode`.")
+    values = read_json(folder / INDEX)
+    try:
+        entries = [Entry.from_dict(entry) for entry in values["videos"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / INDEX}: not an index of encoded videos.") from error
+    if not entries:
+        raise ValueError(
+            f"{folder}: every video was skipped. {folder / SKIPPED} says why, one per line."
+        )
+    return entries
+
+
+def by_shard(entries: list[Entry]) -> Iterator[tuple[int, list[Entry]]]:
+    """Entries of each shard, in order."""
+    for shard in sorted({entry.shard for entry in entries}):
+        yield shard, [entry for entry in entries if entry.shard == shard]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(" .:") if lines else type(error).__name__

@@ -1,0 +1,160 @@
+"""Videos and captions to what a transformer is trained on, through the pipeline itself."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nabla_attn.training.families import EXTRA_CHANNELS, Conditions, check_size, family_of
+
+
+@torch.no_grad()
+def encode_video(pipeline: Any, frames: np.ndarray) -> Tensor:
+    """Encode a video to the mean of its latents, normalised as the transformer expects them.
+
+    Args:
+        pipeline: of a known family.
+        frames: uint8 [frames, height, width, 3].
+
+    Returns:
+        float32 [*layout of the family], on the CPU.
+
+    Raises:
+        ValueError: the model cannot take the size.
+    """
+    family, vae = family_of(pipeline), pipeline.vae
+    check_size(pipeline, *frames.shape[:3])
+    video = torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)[None]
+    video = (video.to(vae.device).float() / 127.5 - 1).to(vae.dtype)
+    latents = _normalise(vae, vae.encode(video).latent_dist.mode().float())[0]
+    return _to_layout(latents, family.layout).contiguous().cpu()
+
+
+@torch.no_grad()
+def encode_caption(
+    pipeline: Any, caption: str, *, frames: int, height: int, width: int
+) -> Conditions:
+    """What the pipeline would tell its transformer, besides noisy latents and time.
+
+    Args:
+        pipeline: of a known family.
+        caption: may be empty.
+        frames: of the video.
+        height: in pixels.
+        width: in pixels.
+
+    Returns:
+        Tensors without batch axis, by argument; parts of a tuple as "name.0", "name.1", ...
+
+    Raises:
+        ValueError: the model cannot take the size.
+    """
+    family = family_of(pipeline)
+    check_size(pipeline, frames, height, width)
+    model = pipeline.transformer
+    with _stopped_at(model) as seen, _quiet(pipeline):
+        pipeline(
+            prompt=caption,
+            height=height,
+            width=width,
+            num_frames=frames,
+            # Some schedulers cannot be set to one step; the first is enough.
+            num_inference_steps=2,
+            guidance_scale=1.0,
+            output_type="latent",
+            generator=torch.Generator().manual_seed(0),
+        )
+    hidden = seen.pop("hidden_states")
+    for name in ("timestep", "return_dict", *family.ignored):
+        seen.pop(name, None)
+    shared = (*family.by_grid, *family.unbatched)
+    conditions: Conditions = {}
+    for name, value in seen.items():
+        conditions |= _flatten(name, value, is_batched=name not in shared)
+    channels = hidden.shape[1 + family.layout.split().index("c")]
+    extra = channels - _latent_channels(pipeline)
+    return conditions | ({EXTRA_CHANNELS: torch.tensor(extra)} if extra else {})
+
+
+class _Stop(Exception):
+    """The transformer was called."""
+
+
+@contextmanager
+def _stopped_at(model: Any) -> Iterator[dict[str, Any]]:
+    """Yield a dict that gets the arguments of the first call of a model, which ends the block."""
+    seen: dict[str, Any] = {}
+    signature = inspect.signature(model.forward)
+
+    def stop(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        seen.update(signature.bind(*args, **kwargs).arguments)
+        raise _Stop
+
+    hook = model.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    try:
+        yield seen
+    except _Stop:
+        pass
+    finally:
+        hook.remove()
+    assert seen, "a pipeline calls its transformer"
+
+
+@contextmanager
+def _quiet(pipeline: Any) -> Iterator[None]:
+    before = getattr(pipeline, "_progress_bar_config", {})
+    pipeline.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipeline._progress_bar_config = before
+
+
+def _flatten(name: str, value: Any, *, is_batched: bool) -> Conditions:
+    if value is None:
+        return {}
+    if isinstance(value, Tensor):
+        return {name: (value[0] if is_batched else value).detach().cpu().contiguous().clone()}
+    if isinstance(value, (bool, int, float)):
+        dtype = torch.float64 if isinstance(value, float) else None
+        return {name: torch.tensor(value, dtype=dtype)}
+    if isinstance(value, (tuple, list)):
+        flat: Conditions = {}
+        for index, part in enumerate(value):
+            flat |= _flatten(f"{name}.{index}", part, is_batched=is_batched)
+        return flat
+    raise ValueError(f"the argument {name} of the transformer cannot be kept: {type(value)}.")
+
+
+def _normalise(vae: Any, latents: Tensor) -> Tensor:
+    """(latents - mean) * scaling factor / deviation, with what the VAE has of these."""
+
+    def read(name: str) -> Tensor | None:
+        value = vae.config.get(name)
+        value = vae.__dict__["_buffers"].get(name) if value is None else value
+        if value is None:
+            return None
+        return torch.as_tensor(value).to(latents).view(1, -1, *[1] * (latents.ndim - 2))
+
+    mean, deviation, scale = (
+        read(name) for name in ("latents_mean", "latents_std", "scaling_factor")
+    )
+    latents = latents if mean is None else latents - mean
+    latents = latents if scale is None else latents * scale
+    return latents if deviation is None else latents / deviation
+
+
+def _to_layout(latents: Tensor, layout: str) -> Tensor:
+    """[channels, frames, height, width] -> the layout."""
+    if layout == "tokens c":
+        return latents.flatten(1).T
+    return latents.permute([("c", "f", "h", "w").index(axis) for axis in layout.split()])
+
+
+def _latent_channels(pipeline: Any) -> int:
+    config = pipeline.vae.config
+    return config.get("z_dim") or config["latent_channels"]
