@@ -1,0 +1,109 @@
+"""What a configuration may say: every value in its range, checked before anything is loaded."""
+
+import math
+from typing import Any
+
+from nabla_attn.config import parse
+from nabla_attn.training.config import TrainConfig
+
+_CHOICES = {
+    "objective.kind": ("flow", "distill"),
+    "objective.times": ("uniform", "logit-normal"),
+    "optim.decay": ("constant", "linear", "cosine"),
+    "precision": ("float32", "bfloat16"),
+    "sharding": ("none", "fsdp"),
+}
+# The lowest values that are allowed.
+_LOWEST = {
+    "steps": 1,
+    "accumulation": 1,
+    "context_parallel": 1,
+    "max_skipped": 1,
+    "data.batch": 1,
+    "data.validation": 0,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 1,
+    "watch.log": 1,
+    "watch.validate": 1,
+    "watch.sample": 1,
+    "watch.prompts": 0,
+    "sparsity.ramp": 0,
+    "lora.rank": 0,
+    "optim.warmup": 0,
+    "optim.weight_decay": 0,
+    "optim.max_norm": 0,
+    "objective.data_weight": 0,
+    "objective.layer_weight": 0,
+    "seed": 0,
+}
+_POSITIVE = ("optim.lr", "optim.eps", "objective.logit_std", "objective.shift", "lora.alpha")
+_SHARES = ("data.drop", "sparsity.dense_share", "optim.final", "ema")
+
+
+def check_config(config: TrainConfig) -> None:
+    """Refuse what no run can be made of.
+
+    Raises:
+        ValueError: Names the key, its range and what it got.
+    """
+    for key, known in _CHOICES.items():
+        if (value := _value(config, key)) not in known:
+            raise ValueError(f"{key} must be one of {', '.join(known)}: got {value!r}.")
+    for key, lowest in _LOWEST.items():
+        value = _value(config, key)
+        if not math.isfinite(value) or value < lowest:
+            raise ValueError(f"{key} must be {lowest} or more: got {value}.")
+    for key in _POSITIVE:
+        value = _value(config, key)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{key} must be more than 0: got {value}.")
+    for key in _SHARES:
+        if not 0 <= (value := _value(config, key)) <= 1:
+            raise ValueError(f"{key} must be from 0 to 1: got {value}.")
+    if not all(0 <= beta < 1 for beta in config.optim.betas):
+        raise ValueError(f"optim.betas must be from 0 to less than 1: got {config.optim.betas}.")
+    _check_combinations(config)
+    _check_stages(config)
+
+
+def _check_combinations(config: TrainConfig) -> None:
+    algorithm = parse(config.sparsity.algorithm)
+    is_distilled = config.objective.kind == "distill"
+    extra = config.objective.data_weight or config.objective.layer_weight
+    if extra and not is_distilled:
+        raise ValueError(
+            "objective.data_weight and objective.layer_weight stand beside distillation. "
+            "Use objective.kind=distill."
+        )
+    if config.sparsity.ramp and not algorithm.is_adaptive and config.sparsity.schedule is None:
+        raise ValueError(
+            f"sparsity.ramp lowers a threshold or a share, and {algorithm} has none. Use "
+            "sparsity.ramp=0."
+        )
+    if is_distilled and algorithm.is_dense and config.sparsity.schedule is None:
+        raise ValueError("a dense student has nothing to learn. Set sparsity.algorithm.")
+    if config.objective.layer_weight and (config.compile or config.gradient_checkpointing):
+        raise ValueError(
+            "objective.layer_weight reads the attention outputs, which compile and "
+            "gradient_checkpointing hide. Turn these off."
+        )
+    if config.sharding == "fsdp" and config.context_parallel > 1:
+        raise ValueError("fsdp with context_parallel is not supported. Use one of them.")
+
+
+def _check_stages(config: TrainConfig) -> None:
+    names = [stage.name for stage in config.stages]
+    if len(set(names)) != len(names) or any("/" in name or name[:1] in ("", ".") for name in names):
+        raise ValueError(f"stages need names of their own, usable as folders: got {names}.")
+    for stage in config.stages:
+        if stage.steps < 1 or (stage.batch is not None and stage.batch < 1):
+            raise ValueError(f"stage {stage.name}: steps and batch must be 1 or more.")
+        if stage.algorithm is not None:
+            parse(stage.algorithm)
+
+
+def _value(config: TrainConfig, key: str) -> Any:
+    found: Any = config
+    for name in key.split("."):
+        found = getattr(found, name)
+    return found

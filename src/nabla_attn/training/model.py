@@ -1,0 +1,152 @@
+"""The parts of a diffusers pipeline that training needs, and the pipeline that comes out."""
+
+import importlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nabla_attn.files import write_text
+
+_WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is trained, and where it comes from.
+
+    Attributes:
+        directory: The pipeline directory.
+        name: The transformer's folder in it.
+        transformer: The transformer, float32.
+        scheduler: The pipeline's scheduler.
+        pipeline_class: The pipeline's class.
+    """
+
+    directory: Path
+    name: str
+    transformer: Any
+    scheduler: Any
+    pipeline_class: Any
+
+
+def load_parts(directory: Path, part: str = "transformer") -> Parts:
+    """Load a pipeline's transformer and scheduler; its other parts stay on disk.
+
+    Args:
+        directory: A diffusers pipeline directory.
+        part: The transformer's folder.
+
+    Raises:
+        ValueError: The directory is not a text-to-video pipeline, or lacks a part.
+    """
+    index = read_index(directory)
+    for name in (part, "scheduler"):
+        if not _entry(index, name) or not (directory / name).is_dir():
+            known = ", ".join(key for key in index if _entry(index, key))
+            raise ValueError(f"{directory} has no {name}. It has: {known}.")
+    pipeline_class = _diffusers_class(index["_class_name"], directory)
+    try:
+        transformer = _diffusers_class(index[part][1], directory).from_pretrained(
+            directory / part, local_files_only=True, torch_dtype=torch.float32
+        )
+        scheduler = _diffusers_class(index["scheduler"][1], directory).from_pretrained(
+            directory / "scheduler", local_files_only=True
+        )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise ValueError(f"{directory}: its {part} does not load ({reason[0]}).") from error
+    return Parts(directory, part, transformer, scheduler, pipeline_class)
+
+
+def read_index(directory: Path) -> dict[str, Any]:
+    """`model_index.json` of a pipeline directory.
+
+    Raises:
+        ValueError: There is none, it is not JSON, or it names no VAE or text encoder.
+    """
+    path = directory / "model_index.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} has no model_index.json: not a diffusers pipeline.")
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}).") from error
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise ValueError(f"{path}: it does not name a pipeline class as _class_name.")
+    for name in ("vae", "text_encoder"):
+        if not _entry(index, name) or not (directory / name).is_dir():
+            raise ValueError(f"{directory} has no {name}, which training data is encoded with.")
+    return index
+
+
+def save_pipeline(parts: Parts, transformer: Any, folder: Path, sparse_algo: str) -> None:
+    """Write a whole pipeline directory with the trained transformer, or nothing.
+
+    Other parts are hard links where the file system has them: nothing large is copied.
+
+    Args:
+        parts: Where the other parts come from.
+        transformer: The trained transformer, without NABLA and adapters.
+        folder: The directory to write; an earlier one is replaced.
+        sparse_algo: Kept in `defaults.json`, so that generation uses what was trained.
+    """
+    temporary = _fresh(folder)
+    skipped = shutil.ignore_patterns(parts.name, "defaults.json")
+    shutil.copytree(parts.directory, temporary, copy_function=_link, ignore=skipped)
+    transformer.save_pretrained(temporary / parts.name)
+    source = parts.directory / "defaults.json"
+    defaults = json.loads(source.read_text(encoding="utf-8")) if source.is_file() else {}
+    text = json.dumps(defaults | {"sparse_algo": sparse_algo}, indent=2) + "\n"
+    write_text(temporary / "defaults.json", text)
+    _put(temporary, folder)
+
+
+def save_lora(parts: Parts, layers: dict[str, Any], folder: Path) -> None:
+    """Write adapters as `pytorch_lora_weights.safetensors`, which `load_lora_weights` reads.
+
+    Args:
+        parts: Names the pipeline class, whose format it is.
+        layers: Weights of the adapters, as PEFT names them.
+        folder: The directory to write; an earlier one is replaced.
+    """
+    temporary = _fresh(folder)
+    parts.pipeline_class.save_lora_weights(
+        temporary, **{f"{parts.name}_lora_layers": layers}, weight_name=_WEIGHTS
+    )
+    _put(temporary, folder)
+
+
+def _entry(index: dict[str, Any], name: str) -> bool:
+    entry = index.get(name)
+    return isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
+
+
+def _diffusers_class(name: Any, directory: Path) -> Any:
+    found = getattr(importlib.import_module("diffusers"), str(name), None)
+    if found is None or not hasattr(found, "from_pretrained"):
+        raise ValueError(f"{directory}: the installed diffusers has no class {name!r}.")
+    return found
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _fresh(folder: Path) -> Path:
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    return temporary
+
+
+def _put(temporary: Path, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)

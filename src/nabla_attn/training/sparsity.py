@@ -1,0 +1,121 @@
+"""Sparse attention of the trained module, step by step: ramp, dense share, schedule per layer."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nabla_attn.config import DENSE, SparseConfig, parse
+from nabla_attn.models import apply
+from nabla_attn.schedule import Schedule
+from nabla_attn.training.config import SparsityConfig
+
+
+class Sparsity:
+    """NABLA on a module, with the algorithm of the current step.
+
+    Args:
+        module: The transformer, not wrapped.
+        config: What is trained.
+
+    Raises:
+        ValueError: The module cannot be made sparse, or the schedule file is not one.
+    """
+
+    def __init__(self, module: nn.Module, config: SparsityConfig) -> None:
+        self.config = config
+        self.schedule = read_schedule(config)
+        self._state: Any = None
+        is_dense = self.schedule.algorithm.is_dense and not self.schedule.layer_overrides
+        if not is_dense:
+            self._handle = apply(
+                module,
+                schedule=self.schedule,
+                backend=config.backend,
+                keep_first_frame=config.keep_first_frame,
+            )
+            self._state = self._handle.models[0][1]
+
+    @property
+    def layers(self) -> list[str]:
+        """Paths of the attention modules, in order."""
+        return [] if self._state is None else list(self._state.modules)
+
+    def set_step(self, step: int) -> None:
+        """Attention of an optimiser step, counted from 0."""
+        share = self.config.dense_share
+        if int((step + 1) * share) > int(step * share):
+            self._use(Schedule(algorithm=DENSE))
+        else:
+            progress = min(1.0, (step + 1) / self.config.ramp) if self.config.ramp else 1.0
+            self._use(ramped(self.schedule, progress))
+
+    def set_target(self) -> None:
+        """The attention that is trained for, as validation measures it."""
+        self._use(self.schedule)
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Dense attention for the time of the block."""
+        if self._state is None:
+            yield
+            return
+        before = self._state.settings
+        self._use(Schedule(algorithm=DENSE))
+        try:
+            yield
+        finally:
+            self._state.settings = before
+
+    def densities(self) -> list[float]:
+        """Kept share of the token pairs of every layer in the last forward; waits for the device.
+
+        A dense layer is 1. Empty without sparse attention or before the first forward.
+        """
+        forwards = self._state and self._state.telemetry.forwards
+        if not forwards:
+            return []
+        stats = forwards[-1].stats
+        return [1.0 if layer is None else float(layer[0].nanmean()) for layer in stats]
+
+    def _use(self, schedule: Schedule) -> None:
+        if self._state is not None:
+            self._state.settings = replace(self._state.settings, schedule=schedule)
+
+
+def read_schedule(config: SparsityConfig) -> Schedule:
+    """The schedule of a configuration; rules about denoising steps do not apply to training.
+
+    Raises:
+        ValueError: The schedule file cannot be read.
+    """
+    if config.schedule is None:
+        return Schedule(algorithm=parse(config.algorithm))
+    try:
+        schedule = Schedule.from_json(Path(config.schedule).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"sparsity.schedule {config.schedule}: {reason}") from None
+    return replace(schedule, dense_first_steps=0, dense_last_steps=0, step_overrides={})
+
+
+def ramped(schedule: Schedule, progress: float) -> Schedule:
+    """A schedule on its way from everything kept (progress 0) to itself (1)."""
+    if progress >= 1:
+        return schedule
+    overrides = {
+        layer: _ramped(config, progress) for layer, config in schedule.layer_overrides.items()
+    }
+    return replace(
+        schedule, algorithm=_ramped(schedule.algorithm, progress), layer_overrides=overrides
+    )
+
+
+def _ramped(config: SparseConfig, progress: float) -> SparseConfig:
+    def share(target: float | None) -> float | None:
+        return None if target is None else 1 - (1 - target) * progress
+
+    return replace(config, threshold=share(config.threshold), topk=share(config.topk))
