@@ -7,7 +7,15 @@ generation would use.
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+EXTRA_CHANNELS = "extra_channels"
+"""Condition: zero channels that the transformer expects after those of the latents."""
+
+Conditions = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,16 +26,58 @@ class Family:
         pipeline: the class.
         layout: axes of the transformer's input after the batch: "c f h w", "f c h w", "f h w c",
             or "tokens c".
-        by_grid: arguments of the transformer that follow from the video's size; no batch axis.
-        by_length: arguments that follow from the length of the text; no batch axis.
+        prediction: what the transformer predicts: "flow" (velocity of the straight path) or
+            "v_prediction" (of a scheduler with `alphas_cumprod`).
+        is_reversed: a flow from noise to data with time growing towards data, as in Mochi.
+        by_grid: arguments of the transformer that follow from the video's size.
+        unbatched: arguments of the transformer without a batch axis.
         ignored: arguments that NABLA replaces.
+        timestep_scale: timestep of pure noise.
     """
 
     pipeline: str
     layout: str = "c f h w"
+    prediction: Literal["flow", "v_prediction"] = "flow"
+    is_reversed: bool = False
     by_grid: tuple[str, ...] = ()
-    by_length: tuple[str, ...] = ()
+    unbatched: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    timestep_scale: float = 1000.0
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """What the transformer is told of noise levels [batch] in [0, 1]; 1 is pure noise."""
+        return (1 - sigma if self.is_reversed else sigma) * self.timestep_scale
+
+    def flow_target(self, latents: Tensor, noise: Tensor) -> Tensor:
+        """What a flow-matching transformer predicts."""
+        return latents - noise if self.is_reversed else noise - latents
+
+    def inputs(self, noisy: Tensor, timestep: Tensor, conditions: Conditions) -> dict[str, Any]:
+        """Arguments of the transformer's forward.
+
+        Args:
+            noisy: noisy latents [batch, *layout].
+            timestep: [batch], as `timestep` gives it or as the scheduler counts.
+            conditions: as `collate` stacks them: [batch, ...] each.
+        """
+        values = dict(conditions)
+        extra = values.pop(EXTRA_CHANNELS, None)
+        if extra is not None:
+            axis = 1 + self.layout.split().index("c")
+            shape = list(noisy.shape)
+            shape[axis] = int(extra[0])
+            noisy = torch.cat([noisy, noisy.new_zeros(shape)], axis)
+        plain: dict[str, Any] = {}
+        parts: dict[str, dict[int, Any]] = {}
+        for key, value in values.items():
+            name, dot, place = key.partition(".")
+            entry = _first(value) if name in (*self.by_grid, *self.unbatched) else value
+            if dot:
+                parts.setdefault(name, {})[int(place)] = entry
+            else:
+                plain[name] = entry
+        sequences = {name: tuple(part[i] for i in sorted(part)) for name, part in parts.items()}
+        return {"hidden_states": noisy, "timestep": timestep, **plain, **sequences}
 
 
 _ROWS = (
@@ -38,15 +88,20 @@ _ROWS = (
         layout="tokens c",
         by_grid=("num_frames", "height", "width", "rope_interpolation_scale"),
     ),
-    Family(pipeline="CogVideoXPipeline", layout="f c h w", by_grid=("image_rotary_emb",)),
+    Family(
+        pipeline="CogVideoXPipeline",
+        layout="f c h w",
+        prediction="v_prediction",
+        by_grid=("image_rotary_emb",),
+    ),
     Family(
         pipeline="Kandinsky5T2VPipeline",
         layout="f h w c",
         by_grid=("visual_rope_pos", "scale_factor"),
-        by_length=("text_rope_pos",),
+        unbatched=("text_rope_pos",),
         ignored=("sparse_params",),
     ),
-    Family(pipeline="MochiPipeline"),
+    Family(pipeline="MochiPipeline", is_reversed=True),
 )
 _TABLE = {row.pipeline: row for row in _ROWS}
 
@@ -57,17 +112,32 @@ def family_of(pipeline: Any) -> Family:
     Raises:
         ValueError: its class has no row, or it has no VAE, text encoder or transformer.
     """
-    name_of_class = type(pipeline).__name__
     family = find_family(type(pipeline))
     parts = {"vae": "VAE", "text_encoder": "text encoder", "tokenizer": "tokenizer"}
     for name, meaning in {**parts, "transformer": "transformer"}.items():
         if getattr(pipeline, name, None) is None:
             raise ValueError(
-                f"this {name_of_class} has no {meaning}. Training needs the whole pipeline: load a "
+                f"this {family.pipeline} has no {meaning}. Training needs the whole pipeline: load a "
                 f"directory whose model_index.json names {name}."
             )
     if family.layout == "tokens c" and _patch(pipeline) != (1, 1, 1):
-        raise ValueError(f"{name_of_class} with patches of {_patch(pipeline)} cannot be trained.")
+        raise ValueError(f"{family.pipeline} with patches of {_patch(pipeline)} cannot be trained.")
+    return family
+
+
+def find_family(pipeline_class: type) -> Family:
+    """The family of a pipeline class, or of its nearest base class.
+
+    Raises:
+        ValueError: it has no row.
+    """
+    names = [cls.__name__ for cls in pipeline_class.__mro__]
+    family = next((_TABLE[name] for name in names if name in _TABLE), None)
+    if family is None:
+        raise ValueError(
+            f"{names[0]} cannot be trained: how it encodes videos is not known. "
+            f"Known: {', '.join(_TABLE)}."
+        )
     return family
 
 
@@ -99,6 +169,16 @@ def check_size(pipeline: Any, frames: int, height: int, width: int) -> None:
             raise ValueError(
                 f"{name} {value} does not fit this model: it takes multiples of {multiple}."
             )
+
+
+def is_by_grid(family: Family, name: str) -> bool:
+    """Whether a condition follows from the video's size alone, whatever the caption."""
+    return name.partition(".")[0] in (*family.by_grid, EXTRA_CHANNELS)
+
+
+def _first(value: Tensor) -> Any:
+    """One of equal entries; numbers as numbers."""
+    return value[0].item() if value.ndim == 1 else value[0]
 
 
 def _strides(pipeline: Any) -> tuple[int, int]:
