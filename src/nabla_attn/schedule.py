@@ -25,6 +25,11 @@ class Schedule:
         layer_overrides: layer -> algorithm.
         step_overrides: step -> algorithm.
         min_tokens: below this many video tokens attention stays dense, because it is faster.
+        reuse_steps: steps that one map serves: those with the same `step // reuse_steps`. 1 builds
+            a map in every step.
+        reuse_guidance: both branches of classifier-free guidance use one map: the conditional
+            one's, or of separate calls the first one's. Reuse costs accuracy, which
+            docs/benchmarks.md states, and is for inference: with gradients maps are fresh.
 
     Raises:
         ValueError: a count is negative, or an algorithm is not one.
@@ -37,12 +42,16 @@ class Schedule:
     layer_overrides: dict[int, SparseConfig] = field(default_factory=dict)
     step_overrides: dict[int, SparseConfig] = field(default_factory=dict)
     min_tokens: int = 0
+    reuse_steps: int = 1
+    reuse_guidance: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("dense_first_steps", "dense_last_steps", "min_tokens"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 0:
-                raise ValueError(f"{name} must be a whole number, 0 or more: got {value!r}.")
+        for name in ("dense_first_steps", "dense_last_steps", "min_tokens", "reuse_steps"):
+            value, least = getattr(self, name), int(name == "reuse_steps")
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} must be a whole number, {least} or more: got {value!r}.")
+        if type(self.reuse_guidance) is not bool:
+            raise ValueError(f"reuse_guidance must be true or false: got {self.reuse_guidance!r}.")
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
 
     @classmethod
@@ -93,6 +102,29 @@ class Schedule:
         if not any(dense < 0 for dense in self.dense_layers):
             return False
         return layer - _need(num_layers, "num_layers", "negative dense_layers") in self.dense_layers
+
+    @property
+    def reuses_maps(self) -> bool:
+        """Whether some map serves more than one call."""
+        return self.reuse_steps > 1 or self.reuse_guidance
+
+    def __str__(self) -> str:
+        rules = [str(self.algorithm)]
+        if self.dense_first_steps:
+            rules.append(f"first {self.dense_first_steps} steps dense")
+        if self.dense_last_steps:
+            rules.append(f"last {self.dense_last_steps} steps dense")
+        if self.dense_layers:
+            rules.append(f"layers {', '.join(map(str, self.dense_layers))} dense")
+        rules += [f"layer {layer}: {config}" for layer, config in self.layer_overrides.items()]
+        rules += [f"step {step}: {config}" for step, config in self.step_overrides.items()]
+        if self.min_tokens:
+            rules.append(f"dense below {self.min_tokens} tokens")
+        if self.reuse_steps > 1:
+            rules.append(f"one map for {self.reuse_steps} steps")
+        if self.reuse_guidance:
+            rules.append("one map for both guidance branches")
+        return "; ".join(rules)
 
     def to_json(self) -> str:
         """JSON with algorithms as strings; `from_json` reads it back."""

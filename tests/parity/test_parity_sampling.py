@@ -66,16 +66,16 @@ def test_noise_is_one_draw():
 @pytest.fixture
 def counts(monkeypatch):
     """Kept blocks [1, heads, rows] of every sparse attention call."""
-    from nabla_attn.models import attend
+    from nabla_attn.models import maps
 
-    recorded, original = [], attend.map_blocks
+    recorded, original = [], maps.map_blocks
 
     def record(*args, **kwargs):
         block_map = original(*args, **kwargs)
         recorded.append(block_map.mask[0].sum(-1, dtype=torch.int32))
         return block_map
 
-    monkeypatch.setattr(attend, "map_blocks", record)
+    monkeypatch.setattr(maps, "map_blocks", record)
     return recorded
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nabla_attn.files import whole_file
-from nabla_attn.generation.attention_probe import block_call, measure_losses
+from nabla_attn.generation.attention_probe import block_call, measure_losses, pooled_mass
 from nabla_attn.models.state import num_heads
 
 MEASURES = ("density", "kept_mass", "true_mass", "best_mass", "output_error")
@@ -89,7 +89,7 @@ class AttentionProbe:
             losses = measure_losses(call, num_rows=self._num_rows, seed=step * 1000 + index)
             parts = (
                 call.block_map.head_density[0].cpu(),
-                layer.stats[1].cpu(),
+                pooled_mass(call).cpu(),
                 losses.true_mass,
                 losses.best_mass,
                 losses.output_error,

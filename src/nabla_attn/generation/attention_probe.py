@@ -8,7 +8,8 @@ from torch import Tensor
 
 from nabla_attn.core.block_map import BlockMap
 from nabla_attn.core.order import TokenLayout, block_order, to_blocks
-from nabla_attn.mapping import map_blocks
+from nabla_attn.core.scores import pool_blocks, score_blocks
+from nabla_attn.models.maps import map_of_last_sample
 from nabla_attn.models.plan import Layer, plan_of
 
 MAX_SCORES = 2**26  # exact scores held at once: 256 MB in fp32
@@ -44,7 +45,7 @@ def block_call(
     text_valid: Tensor | None,
     scale: float | None,
 ) -> BlockCall:
-    """Repeat the mapping of a call that a layer's observer saw; arguments as the observer's.
+    """Find the map of a call that a layer's observer saw; arguments as the observer's.
 
     Only the last sample of the batch is kept: under classifier-free guidance in one batch, it is
     the one with the prompt.
@@ -52,20 +53,28 @@ def block_call(
     assert layer.key is not None
     plan = plan_of(layer.key)
     layout = TokenLayout(plan.grid, *plan.text_tokens(q.shape[1]))
+    batch = q.shape[0]
     q, k, v = (x[-1:].detach().transpose(1, 2) for x in (q, k, v))
     if not plan.in_block_order:
         q, k, v = (to_blocks(x, layout) for x in (q, k, v))
     valid = None if text_valid is None else _text_only(text_valid[-1:], layout)
-    block_map = map_blocks(
-        q,
-        k,
-        layout,
-        plan.config,
-        scale=scale,
-        text_valid=valid,
-        keep_first_frame=plan.keep_first_frame,
-    )
+    block_map = map_of_last_sample(plan, q, k, layout, batch, text_valid=valid, scale=scale)
     return BlockCall(q, k, v, layout, block_map, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def pooled_scores(call: BlockCall) -> Tensor:
+    """Probabilities of the pooled map of this call's tokens, fp32 [heads, blocks, blocks]."""
+    grid = call.layout.grid
+    counts = block_order(call.layout, call.q.device).counts[: grid.num_blocks]
+    q, k = (pool_blocks(x[:, :, : grid.num_slots], counts) for x in (call.q, call.k))
+    return score_blocks(q, k, scale=call.scale)[0]
+
+
+def pooled_mass(call: BlockCall) -> Tensor:
+    """Mass of `pooled_scores` inside the kept blocks, mean over rows, fp32 [heads]."""
+    count = call.layout.grid.num_blocks
+    kept = call.block_map.mask[0, :, :count, :count]
+    return torch.where(kept, pooled_scores(call), 0).sum(dim=-1).mean(dim=-1)
 
 
 @dataclass(frozen=True)

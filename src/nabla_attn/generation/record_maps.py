@@ -8,9 +8,12 @@ import numpy as np
 import torch
 
 from nabla_attn.core.grid import TokenGrid
-from nabla_attn.core.order import block_order
-from nabla_attn.core.scores import pool_blocks, score_blocks
-from nabla_attn.generation.attention_probe import BlockCall, block_call, measure_losses
+from nabla_attn.generation.attention_probe import (
+    BlockCall,
+    block_call,
+    measure_losses,
+    pooled_scores,
+)
 from nabla_attn.generation.recorded_maps import SCORE_BITS, RecordedMaps, choose
 from nabla_attn.generation.request import GenerationRequest, video_tokens
 from nabla_attn.models.state import num_heads
@@ -121,7 +124,7 @@ class MapRecorder:
         count = self._grid.num_blocks
         heads = torch.tensor(chosen.heads)
         mask = call.block_map.mask[0, :, :count, :count].cpu()[heads]
-        scores = to_bytes(_pooled_scores(call).cpu()[heads]) if chosen.has_scores else None
+        scores = to_bytes(pooled_scores(call).cpu()[heads]) if chosen.has_scores else None
         self._maps[step, layer] = (np.packbits(mask.numpy(), axis=-1), scores)
 
 
@@ -129,11 +132,3 @@ def to_bytes(scores: torch.Tensor) -> np.ndarray:
     """Probabilities to bytes, logarithmic, within 3.4 %."""
     logs = scores.double().clamp_min(2.0**-SCORE_BITS).log2()
     return ((logs / SCORE_BITS + 1) * 255).round().to(torch.uint8).numpy()
-
-
-def _pooled_scores(call: BlockCall) -> torch.Tensor:
-    """Probabilities of the pooled map, [heads, blocks, blocks]."""
-    grid = call.layout.grid
-    counts = block_order(call.layout, call.q.device).counts[: grid.num_blocks]
-    q, k = (pool_blocks(x[:, :, : grid.num_slots], counts) for x in (call.q, call.k))
-    return score_blocks(q, k, scale=call.scale)[0]

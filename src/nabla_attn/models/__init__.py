@@ -5,7 +5,8 @@ the processors of its video self-attention; everything else of the model stays d
 """
 
 from nabla_attn.models.handle import Handle, apply, remove
-from nabla_attn.models.table import ModelRow, model_rows, register_model
+from nabla_attn.models.row import ModelRow
+from nabla_attn.models.table import model_rows, register_model
 from nabla_attn.models.telemetry import Report
 
 __all__ = ["Handle", "ModelRow", "Report", "apply", "model_rows", "register_model", "remove"]

@@ -14,7 +14,7 @@ from torch.nn import functional
 from nabla_attn import backends
 from nabla_attn.core.block_map import BlockMap
 from nabla_attn.core.order import TokenLayout, to_blocks, to_raster
-from nabla_attn.mapping import map_blocks
+from nabla_attn.models.maps import map_of
 from nabla_attn.models.parallel import gather_stats, to_heads, to_tokens
 from nabla_attn.models.plan import Layer, Plan, plan_of
 
@@ -95,16 +95,7 @@ def _attend_here(
     run = backends.resolve(plan.backend, q, k, v)
     if not plan.in_block_order:
         q, k, v = (to_blocks(x, layout) for x in (q, k, v))
-    block_map = map_blocks(
-        q,
-        k,
-        layout,
-        plan.config,
-        scale=scale,
-        text_valid=text_valid,
-        keep_first_frame=plan.keep_first_frame,
-        measure=plan.telemetry,
-    )
+    block_map = map_of(plan, q, k, layout, text_valid=text_valid, scale=scale)
     out = run(q, k, v, block_map, scale=scale)
     if not plan.in_block_order:
         out = to_raster(out, layout)
@@ -147,11 +138,14 @@ def _text_part(valid: Tensor | None, layout: TokenLayout) -> Tensor | None:
 
 @torch.no_grad()
 def _stats(block_map: BlockMap) -> Tensor:
-    """Density and kept mass of every head, averaged over the batch; stays on the device."""
-    assert block_map.kept_mass is not None
-    return torch.stack(
-        [block_map.head_density.mean(dim=0), block_map.kept_mass.mean(dim=0).float()]
-    )
+    """Density and kept mass of every head, averaged over the batch; stays on the device.
+
+    The kept mass is NaN under a map from an earlier call, whose scores were not computed.
+    """
+    density = block_map.head_density.mean(dim=0)
+    mass = block_map.kept_mass
+    kept = torch.full_like(density, float("nan")) if mass is None else mass.nanmean(dim=0).float()
+    return torch.stack([density, kept])
 
 
 _attend_op = torch.library.custom_op("nabla_attn::attend", _attend, mutates_args=())

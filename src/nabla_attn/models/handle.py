@@ -5,7 +5,8 @@ from typing import Any
 from torch import nn
 
 from nabla_attn.config import SparseConfig, parse
-from nabla_attn.models.state import STATE_NAME, ModelState, Settings
+from nabla_attn.models.hook import STATE_NAME
+from nabla_attn.models.state import ModelState, Settings
 from nabla_attn.models.steps import StepCounter
 from nabla_attn.models.table import find_row, row_of
 from nabla_attn.models.telemetry import Report, Telemetry

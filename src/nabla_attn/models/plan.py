@@ -5,12 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor
 
 from nabla_attn.config import SparseConfig
 from nabla_attn.core.grid import TokenGrid
+from nabla_attn.models.map_memory import MapMemory
 from nabla_attn.models.parallel import Ranks
 
 
@@ -28,6 +30,10 @@ class Plan:
         keep_first_frame: every block attends the first frame.
         telemetry: measure density and kept mass.
         ranks: the processes that share the sequence; None is this one alone.
+        memory: where the layer keeps maps for later calls; None builds each map anew.
+        branch: which of the kept maps belongs to this call.
+        is_guidance_batch: the batch is the two halves of classifier-free guidance, the conditional
+            last, and one map serves both.
     """
 
     grid: TokenGrid
@@ -39,6 +45,9 @@ class Plan:
     keep_first_frame: bool = False
     telemetry: bool = False
     ranks: Ranks | None = None
+    memory: ReferenceType[MapMemory] | None = None
+    branch: int = 0
+    is_guidance_batch: bool = False
 
     def text_tokens(self, num_tokens: int) -> tuple[int, int]:
         """Tokens (before, after) the video among `num_tokens` of a call: text and history.
@@ -105,6 +114,7 @@ class Layer:
         key: the plan of this forward.
         stats: fp32 [2, heads], density and kept mass of this forward; None when not measured.
         order: the heads in the order in which ranks take them; None is as they are.
+        memory: the maps kept for later calls, where the schedule reuses them.
         observer: called after each eager sparse call with (layer, q, k, v, text_valid, scale), the
             arguments of `attend`; for measuring and recording.
     """
@@ -116,6 +126,7 @@ class Layer:
         self.key: Tensor | None = None
         self.stats: Tensor | None = None
         self.order: Tensor | None = None
+        self.memory = MapMemory()
         self.observer: Callable[..., None] | None = None
 
     def snapshot(self) -> Snapshot:

@@ -1,10 +1,10 @@
-"""The state of one model instance, and the hook that plans each forward."""
+"""The state of one model instance: it plans each forward."""
 
-import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
+from weakref import ref
 
 import torch
 from torch import nn
@@ -12,15 +12,15 @@ from torch import nn
 from nabla_attn.config import DENSE, SparseConfig
 from nabla_attn.core.grid import TokenGrid
 from nabla_attn.models.checkpointing import unwrap_checkpoint, wrap_checkpoint
+from nabla_attn.models.hook import STATE_NAME, PlanForward
+from nabla_attn.models.map_memory import Reuse
 from nabla_attn.models.parallel import Ranks, balanced_order, keep_ranks_from, ranks_of
 from nabla_attn.models.plan import Layer, Plan, plan_key
 from nabla_attn.models.processor import NablaProcessor, make_processor, open_door
+from nabla_attn.models.row import ModelRow
 from nabla_attn.models.steps import StepCounter
-from nabla_attn.models.table import ModelRow
 from nabla_attn.models.telemetry import Forward, Telemetry
 from nabla_attn.schedule import Schedule
-
-STATE_NAME = "_nabla_attn"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,7 @@ class ModelState:
         self.telemetry = telemetry
         self.modules = _attention_modules(model, row)
         self.layers = [Layer(path, module.processor) for path, module in self.modules.items()]
+        self.reuse = Reuse(settings.schedule)
         self.hook: Any = None
         self.has_own_plan = False
 
@@ -71,7 +72,7 @@ class ModelState:
             ValueError: a processor cannot be replaced; the model is left as it was.
         """
         setattr(model, STATE_NAME, self)
-        self.hook = hooked.register_forward_pre_hook(_PlanForward(), with_kwargs=True)
+        self.hook = hooked.register_forward_pre_hook(PlanForward(), with_kwargs=True)
         try:
             self._place_processors()
         except ValueError:
@@ -87,6 +88,7 @@ class ModelState:
         """Take everything back."""
         self.hook.remove()
         for layer, module in zip(self.layers, self.modules.values(), strict=True):
+            layer.memory.forget()
             if isinstance(module.processor, NablaProcessor):
                 _set_processor(module, layer.original)
         unwrap_checkpoint(model)
@@ -111,12 +113,13 @@ class ModelState:
         is_training = model.training and torch.is_grad_enabled()
         step = None if is_training else self.steps.observe(arguments.get("timestep"))
         device = arguments["hidden_states"].device
+        branch = self.reuse.begin(step, self.steps.generation, (x.memory for x in self.layers))
         plan = self._common_plan(model, arguments)
         if plan.ranks is not None:
             self._prepare_ranks(model, plan.ranks, device, is_training)
         for index, layer in enumerate(self.layers):
             config = self._config(step, index, plan.grid)
-            self._plan_layer(layer, replace(plan, config=config), device)
+            self._plan_layer(layer, self._with_memory(plan, config, branch, layer), device)
         if self.settings.telemetry:
             grid = (plan.grid.frames, plan.grid.height, plan.grid.width)
             forward = Forward(self.name, step, grid, [layer.stats for layer in self.layers])
@@ -138,6 +141,21 @@ class ModelState:
             # Ranks share heads by their densities.
             telemetry=settings.telemetry or ranks is not None,
             ranks=ranks,
+        )
+
+    def _with_memory(
+        self, plan: Plan, config: SparseConfig, branch: int | None, layer: Layer
+    ) -> Plan:
+        """The layer's plan; a window's map needs no memory."""
+        if branch is None or not config.is_adaptive:
+            return replace(plan, config=config)
+        in_batch = self.settings.schedule.reuse_guidance and self.row.guidance_in_batch
+        return replace(
+            plan,
+            config=config,
+            memory=ref(layer.memory),
+            branch=branch,
+            is_guidance_batch=in_batch and self.steps.is_guided is not False,
         )
 
     def _config(self, step: int | None, index: int, grid: TokenGrid) -> SparseConfig:
@@ -170,7 +188,9 @@ class ModelState:
                 f"{self.row.name} cannot train with context parallelism: its last layers would get "
                 "whole gradients where all others get partial ones. Use model.eval() or no_grad()."
             )
-        self._balance_heads(ranks, device)
+        # Kept maps are those of the heads that a rank has, so these stay while maps do.
+        if self.reuse.is_fresh:
+            self._balance_heads(ranks, device)
         if self.row.cp_plan is not None:
             ours = set(map(id, self.modules.values()))
             keep_ranks_from(part for part in model.modules() if id(part) not in ours)
@@ -221,25 +241,3 @@ def _set_processor(module: Any, processor: Any) -> None:
         module.set_processor(processor)
     else:
         module.processor = processor
-
-
-class _PlanForward:
-    """Forward pre-hook; holds nothing, so copies of a model use their own state."""
-
-    @torch.compiler.disable(
-        reason="apply NABLA after torch.compile(model, fullgraph=True), or compile repeated blocks"
-    )
-    def __call__(
-        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]] | None:
-        model = getattr(module, "_orig_mod", module)
-        state: ModelState = getattr(model, STATE_NAME)
-        signature = inspect.signature(type(model).forward)
-        arguments = signature.bind_partial(model, *args, **kwargs).arguments
-        state.plan(model, arguments)
-        without = [name for name in state.row.without if arguments.get(name) is not None]
-        if not without:
-            return None
-        # A positional argument cannot be left out, so all are passed by name.
-        named = dict(list(arguments.items())[1:])
-        return (), named | dict.fromkeys(without)

@@ -40,6 +40,15 @@ class StepCounter:
         timesteps = getattr(pipeline.scheduler, "timesteps", None)
         return count or (None if timesteps is None else len(timesteps))
 
+    @property
+    def is_guided(self) -> bool | None:
+        """Whether the pipeline runs classifier-free guidance; None where nothing says so."""
+        pipeline = self._pipeline() if self._pipeline else None
+        try:
+            return bool(pipeline.do_classifier_free_guidance)  # type: ignore[union-attr]
+        except (AttributeError, TypeError):
+            return None
+
     def observe(self, timestep: Tensor | float | None) -> int:
         """The step of a forward that was given `timestep`.
 

@@ -1,8 +1,6 @@
 """The models that NABLA knows: one row each."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -15,48 +13,7 @@ from nabla_attn.models.hunyuan15 import HunyuanVideo15Port
 from nabla_attn.models.kandinsky import Kandinsky6SRPort
 from nabla_attn.models.mochi import MochiPort
 from nabla_attn.models.processor import Port
-
-# (model, arguments of its forward by name) -> tokens of the video along (frames, height, width).
-GridFunction = Callable[[nn.Module, Mapping[str, Any]], tuple[int, int, int]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelRow:
-    """How NABLA enters one model class.
-
-    Attributes:
-        name: the class, and its subclasses without a row of their own.
-        attention: regular expression that matches the whole path of each video self-attention.
-        grid: tokens of the video from the arguments of the model's forward.
-        text: where joint text tokens stand in the attention: "before" or "after" the video, or
-            None for no text.
-        prefix: number of always-kept tokens in front of the video from the arguments (history).
-        ports: processor class name -> port, for processors that leave no door.
-        in_block_order: the model brings its tokens in block order already.
-        without: arguments of the forward that are replaced by None (the model's own sparsity).
-        cp_plan: model -> context-parallel plan, where diffusers has none.
-        cp_trains: whether gradients under that plan are those of one process, summed over ranks.
-        refusal: why the model cannot gain; such a row refuses.
-    """
-
-    name: str
-    attention: str = ""
-    grid: GridFunction = grids.latent_grid
-    text: str | None = None
-    prefix: Callable[[nn.Module, Mapping[str, Any]], int] | None = None
-    ports: Mapping[str, Port] = field(default_factory=dict)
-    in_block_order: bool = False
-    without: tuple[str, ...] = ()
-    cp_plan: Callable[[nn.Module], parallel.Plan | None] | None = None
-    cp_trains: bool = True
-    refusal: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.text not in (None, "before", "after"):
-            raise ValueError(f"text must be 'before', 'after' or None: got {self.text!r}.")
-        if not self.attention and self.refusal is None:
-            raise ValueError(f"{self.name} needs the attention modules: a regular expression.")
-
+from nabla_attn.models.row import GridFunction, ModelRow
 
 _WAN = r"blocks\.\d+\.attn1"
 _BLOCKS = r"transformer_blocks\.\d+\.attn1"
@@ -120,10 +77,21 @@ _ROWS = (
         ports={"CosmosAttnProcessor2_0": CosmosPort},
         cp_plan=parallel.COSMOS_PLAN,
     ),
-    ModelRow(name="LTXVideoTransformer3DModel", attention=_BLOCKS, grid=grids.named_grid),
-    ModelRow(name="LTX2VideoTransformer3DModel", attention=_BLOCKS, grid=grids.named_grid),
+    ModelRow(
+        name="LTXVideoTransformer3DModel",
+        attention=_BLOCKS,
+        grid=grids.named_grid,
+        guidance_in_batch=True,
+    ),
+    ModelRow(
+        name="LTX2VideoTransformer3DModel",
+        attention=_BLOCKS,
+        grid=grids.named_grid,
+        guidance_in_batch=True,
+    ),
     ModelRow(
         name="CogVideoXTransformer3DModel",
+        guidance_in_batch=True,
         attention=_BLOCKS,
         grid=grids.frames_first_grid,
         text="before",
@@ -132,6 +100,7 @@ _ROWS = (
     ),
     ModelRow(
         name="ConsisIDTransformer3DModel",
+        guidance_in_batch=True,
         attention=_BLOCKS,
         grid=grids.frames_first_grid,
         text="before",
@@ -140,6 +109,7 @@ _ROWS = (
     ),
     ModelRow(
         name="MochiTransformer3DModel",
+        guidance_in_batch=True,
         attention=_BLOCKS,
         text="after",
         ports={"MochiAttnProcessor2_0": MochiPort},
@@ -147,11 +117,13 @@ _ROWS = (
     ),
     ModelRow(
         name="AllegroTransformer3DModel",
+        guidance_in_batch=True,
         attention=_BLOCKS,
         ports={"AllegroAttnProcessor2_0": AllegroPort},
     ),
     ModelRow(
         name="EasyAnimateTransformer3DModel",
+        guidance_in_batch=True,
         attention=_BLOCKS,
         text="before",
         ports={"EasyAnimateAttnProcessor2_0": EasyAnimatePort},
@@ -193,6 +165,7 @@ def register_model(
     grid: GridFunction = grids.latent_grid,
     text: str | None = None,
     ports: Mapping[str, Port] | None = None,
+    guidance_in_batch: bool = False,
 ) -> ModelRow:
     """Let `apply` work on a model class of your own, or replace the row of a known one.
 
@@ -206,6 +179,8 @@ def register_model(
         text: where joint text stands in the attention: "before" or "after" the video, or None.
         ports: processor class name -> port, for processors that do not go through diffusers'
             attention dispatcher with their `_attention_backend` and `_parallel_config`.
+        guidance_in_batch: classifier-free guidance comes as one batch, the conditional half last,
+            and not as calls of its own; counts for schedules with `reuse_guidance`.
 
     Returns:
         The new row.
@@ -213,7 +188,14 @@ def register_model(
     Raises:
         ValueError: `text` is not one of the three.
     """
-    row = ModelRow(name=name, attention=attention, grid=grid, text=text, ports=dict(ports or {}))
+    row = ModelRow(
+        name=name,
+        attention=attention,
+        grid=grid,
+        text=text,
+        ports=dict(ports or {}),
+        guidance_in_batch=guidance_in_batch,
+    )
     _TABLE[name] = row
     return row
 

@@ -35,7 +35,7 @@ class Report:
     """Statistics of the last generation, averaged over the calls of a step.
 
     Dense layers count as density 1 and kept mass 1; NaN is a layer that did not run in that step
-    (a cache skipped it).
+    (a cache skipped it). Where a map from an earlier call served, its kept mass is NaN: not known.
 
     Attributes:
         density: kept token pairs / all token pairs, fp32 [steps, layers, heads].

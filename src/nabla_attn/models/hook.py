@@ -1,0 +1,35 @@
+"""The hook that has each forward of a model planned."""
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from nabla_attn.models.state import ModelState
+
+STATE_NAME = "_nabla_attn"
+
+
+class PlanForward:
+    """Forward pre-hook; holds nothing, so copies of a model use their own state."""
+
+    @torch.compiler.disable(
+        reason="apply NABLA after torch.compile(model, fullgraph=True), or compile repeated blocks"
+    )
+    def __call__(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        """Plan the forward; drop arguments of the model's own sparsity."""
+        model = getattr(module, "_orig_mod", module)
+        state: "ModelState" = getattr(model, STATE_NAME)
+        signature = inspect.signature(type(model).forward)
+        arguments = signature.bind_partial(model, *args, **kwargs).arguments
+        state.plan(model, arguments)
+        without = [name for name in state.row.without if arguments.get(name) is not None]
+        if not without:
+            return None
+        # A positional argument cannot be left out, so all are passed by name.
+        named = dict(list(arguments.items())[1:])
+        return (), named | dict.fromkeys(without)
