@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from nabla_attn.evaluation.compare import Run
 
 
+@opt.with_video_options
 def compare(
+    video: opt.VideoOptions,
     prompt: opt.Prompt,
-    model: opt.Model = "builtin",
     sparse_algo: Annotated[
         list[str] | None,
         typer.Option(
@@ -25,45 +26,18 @@ def compare(
     output: Annotated[Path, typer.Option(help="Folder for everything written.")] = Path(
         "out/compare"
     ),
-    height: opt.Height = None,
-    width: opt.Width = None,
-    frames: opt.Frames = None,
-    steps: opt.Steps = None,
-    guidance: opt.Guidance = None,
     seed: opt.Seed = 0,
-    fps: opt.Fps = None,
-    negative_prompt: opt.NegativePrompt = "",
-    schedule: opt.ScheduleFile = None,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
 ) -> None:
     """Compare algorithms with dense attention on one seed: picture, videos, records, table."""
     from nabla_attn.cli.progress import generation_bars
     from nabla_attn.evaluation.compare import compare as run_all
     from nabla_attn.files import check_writable
-    from nabla_attn.generation.video import check_fps
 
-    defaults = opt.read_defaults(model)
-    algos = sparse_algo or [defaults.sparse_algo]
-    requests = [
-        opt.make_request(
-            defaults,
-            sparse_algo=algo,
-            schedule=schedule,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            height=height,
-            width=width,
-            frames=frames,
-            steps=steps,
-            guidance=guidance,
-            seed=seed,
-        )
-        for algo in algos
-    ]
-    rate = check_fps(defaults.fps if fps is None else fps)
+    algos = sparse_algo or [video.defaults.sparse_algo]
+    requests = [video.request(prompt=prompt, seed=seed, sparse_algo=algo) for algo in algos]
+    rate = video.rate
     check_writable(output / "contact_sheet.png")
-    pipeline = opt.load_quietly(model, device, dtype)
+    pipeline = video.load()
     with generation_bars() as start:
         runs = run_all(pipeline, requests[0], algos, progress=start)
     _write(runs, output, rate)

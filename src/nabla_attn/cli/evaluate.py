@@ -32,12 +32,13 @@ evaluate = typer.Typer(
 
 
 @evaluate.command(cls=VerbCommand)
+@opt.with_video_options
 def run(
+    video: opt.VideoOptions,
     sparse_algo: Annotated[
         list[str],
         typer.Option(help="An algorithm; repeat for more. nabla-* with --match finds its number."),
     ],
-    model: opt.Model = "builtin",
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -58,43 +59,21 @@ def run(
     ] = 2,
     lpips: Annotated[Path | None, typer.Option(help="Weights of lpips.LPIPS(net='alex').")] = None,
     clip: Annotated[Path | None, typer.Option(help="Directory of a CLIP model.")] = None,
-    height: opt.Height = None,
-    width: opt.Width = None,
-    frames: opt.Frames = None,
-    steps: opt.Steps = None,
-    guidance: opt.Guidance = None,
-    fps: opt.Fps = None,
-    negative_prompt: opt.NegativePrompt = "",
-    schedule: opt.ScheduleFile = None,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
 ) -> None:
     """Make the videos, measure them, and write records, a summary and curves."""
     from nabla_attn.cli.progress import generation_bars
     from nabla_attn.evaluation.prompts import make_items, read_prompts, world_prompts
     from nabla_attn.evaluation.run import Evaluation, Measures
-    from nabla_attn.generation.video import check_fps
 
-    defaults = opt.read_defaults(model)
     texts = read_prompts(prompts)[:num_prompts] if prompts else world_prompts(num_prompts)
     items = make_items(texts, opt.read_indices(seeds) or ())
-    request = opt.make_request(
-        defaults,
-        sparse_algo=None if schedule else "dense",
-        schedule=schedule,
-        prompt=texts[0],
-        negative_prompt=negative_prompt,
-        height=height,
-        width=width,
-        frames=frames,
-        steps=steps,
-        guidance=guidance,
-        seed=items[0].seed,
+    request = video.request(
+        prompt=texts[0], seed=items[0].seed, sparse_algo=None if video.schedule else "dense"
     )
     part = _read_shard(shard)
-    rate = check_fps(defaults.fps if fps is None else fps)
+    rate = video.rate
     measures = Measures(lpips=_load_lpips(lpips), clip=_load_clip(clip), num_probed=num_probed)
-    pipeline = opt.load_quietly(model, device, dtype)
+    pipeline = video.load()
     algos = _match(pipeline, request, sparse_algo, items, match)
     evaluation = Evaluation(pipeline, request, output, fps=rate, measures=measures)
     with generation_bars() as start:

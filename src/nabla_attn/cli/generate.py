@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 VIDEO, FOLDER = Path("out/video.mp4"), Path("out/videos")
 
 
+@opt.with_video_options
 def generate(
+    video: opt.VideoOptions,
     prompt: Annotated[str | None, typer.Option(help="What the video shows.")] = None,
     prompts: Annotated[
         Path | None,
@@ -25,7 +27,6 @@ def generate(
             help='Make many videos: a file with a prompt or {"prompt": ..., "seed": ...} per line.'
         ),
     ] = None,
-    model: opt.Model = "builtin",
     sparse_algo: Annotated[
         str | None,
         typer.Option(
@@ -40,23 +41,13 @@ def generate(
             show_default=f"{VIDEO}; with --prompts {FOLDER}",
         ),
     ] = None,
-    height: opt.Height = None,
-    width: opt.Width = None,
-    frames: opt.Frames = None,
-    steps: opt.Steps = None,
-    guidance: opt.Guidance = None,
     seed: opt.Seed = 0,
-    fps: opt.Fps = None,
-    negative_prompt: opt.NegativePrompt = "",
-    schedule: opt.ScheduleFile = None,
     record_maps: Annotated[
         bool, typer.Option("--record-maps", help="Also record block maps, for `nabla view`.")
     ] = False,
     map_steps: Annotated[str, typer.Option(help="Steps to record, such as 0,10,19.")] = "",
     map_layers: Annotated[str, typer.Option(help="Layers to record.")] = "",
     map_heads: Annotated[str, typer.Option(help="Heads to record.")] = "",
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
 ) -> None:
     """Make a video from a prompt: an mp4, and beside it a .json record of the run.
 
@@ -64,29 +55,15 @@ def generate(
     list and the folder, and a run that was stopped goes on. Under torchrun without --prompts, the
     processes share one video.
     """
-    from nabla_attn.generation.video import check_fps
 
     if (prompt is None) == (prompts is None):
         raise ValueError("pass either --prompt TEXT or --prompts FILE.")
     if prompts is not None and record_maps:
         raise ValueError("--record-maps is for one video. Pass --prompt.")
-    defaults = opt.read_defaults(model)
-    request = opt.make_request(
-        defaults,
-        sparse_algo=sparse_algo,
-        schedule=schedule,
-        prompt=prompt or "",
-        negative_prompt=negative_prompt,
-        height=height,
-        width=width,
-        frames=frames,
-        steps=steps,
-        guidance=guidance,
-        seed=seed,
-    )
-    rate = check_fps(defaults.fps if fps is None else fps)
+    request = video.request(prompt=prompt or "", seed=seed, sparse_algo=sparse_algo)
+    rate = video.rate
     if prompts is not None:
-        make_list(prompts, request, output or FOLDER, rate, model, device, dtype)
+        make_list(prompts, request, output or FOLDER, rate, video)
         return
     maps = None
     if record_maps:
@@ -97,16 +74,14 @@ def generate(
             "layers": opt.read_indices(map_layers),
             "heads": opt.read_indices(map_heads),
         }
-    _make_one(request, output or VIDEO, rate, model, device, dtype, maps)
+    _make_one(request, output or VIDEO, rate, video, maps)
 
 
 def _make_one(
     request: "GenerationRequest",
     output: Path,
     fps: float,
-    model: str,
-    device: str,
-    dtype: str,
+    options: opt.VideoOptions,
     maps: dict[str, Any] | None,
 ) -> None:
     from nabla_attn.files import check_writable
@@ -117,7 +92,7 @@ def _make_one(
     if output.suffix.lower() != ".mp4":
         raise ValueError(f"the output must be an .mp4 file, got {output}.")
     check_writable(output)
-    with _shared_pipeline(request, model, device, dtype, has_maps=maps is not None) as pipeline:
+    with _shared_pipeline(request, options, has_maps=maps is not None) as pipeline:
         recorder = None
         if maps is not None:
             from nabla_attn.generation.record_maps import MapRecorder
@@ -142,7 +117,7 @@ def _make_one(
 
 @contextmanager
 def _shared_pipeline(
-    request: "GenerationRequest", model: str, device: str, dtype: str, *, has_maps: bool
+    request: "GenerationRequest", options: opt.VideoOptions, *, has_maps: bool
 ) -> Iterator[Any]:
     """The pipeline; under torchrun, one whose transformers share each video between processes."""
     from nabla_attn.generation import wan_parallel
@@ -151,24 +126,24 @@ def _shared_pipeline(
 
     processes = wan_parallel.world_size()
     if processes == 1:
-        yield opt.load_quietly(model, device, dtype)
+        yield options.load()
         return
     import torch
     import torch.distributed as dist
 
-    place = wan_parallel.local_device(resolve_device(device))
+    place = wan_parallel.local_device(resolve_device(options.device))
     gpus, here = torch.accelerator.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if gpus < here or (place.type == "cpu" and torch.cuda.is_available()):
         raise ValueError(
             f"{processes} processes share one video through diffusers, which needs a GPU for each: "
-            f"this machine has {gpus}, and --device is {device}. Start one process, or pass "
-            "--prompts FILE to make a video in each."
+            f"this machine has {gpus}, and --device is {options.device}. Start one process, or "
+            "pass --prompts FILE to make a video in each."
         )
     if has_maps:
         raise ValueError("maps are recorded in one process, which has all heads. Drop torchrun.")
     placement = WanPlacement(ulysses_size=processes)
     wan_parallel.check(placement, is_sparse=not request.is_dense)
-    pipeline = opt.load_quietly(model, str(place), dtype)
+    pipeline = options.load(str(place))
     try:
         wan_parallel.distribute(pipeline, placement, place)
         yield pipeline

@@ -1,7 +1,10 @@
-"""Options that several verbs share, and the request they make."""
+"""Options that several verbs share, and what follows from them."""
 
 import warnings
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,34 +35,84 @@ ScheduleFile = Annotated[
 ]
 
 
-def read_defaults(model: str) -> "ModelDefaults":
-    """The model directory's own defaults."""
-    from nabla_attn.generation.pipeline import model_directory
-    from nabla_attn.generation.request import ModelDefaults
+@dataclass(frozen=True, kw_only=True)
+class VideoOptions:
+    """The options of every verb that makes videos; ``None`` takes the model's default."""
 
-    return ModelDefaults.load(model_directory(model))
+    model: Model = "builtin"
+    height: Height = None
+    width: Width = None
+    frames: Frames = None
+    steps: Steps = None
+    guidance: Guidance = None
+    fps: Fps = None
+    negative_prompt: NegativePrompt = ""
+    schedule: ScheduleFile = None
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+
+    @cached_property
+    def defaults(self) -> "ModelDefaults":
+        """The model directory's own defaults."""
+        from nabla_attn.generation.pipeline import model_directory
+        from nabla_attn.generation.request import ModelDefaults
+
+        return ModelDefaults.load(model_directory(self.model))
+
+    @property
+    def rate(self) -> float:
+        """Frames per second, checked."""
+        from nabla_attn.generation.video import check_fps
+
+        return check_fps(self.defaults.fps if self.fps is None else self.fps)
+
+    def request(self, *, prompt: str, seed: int, sparse_algo: str | None) -> "GenerationRequest":
+        """A request for one video.
+
+        An algorithm given replaces the schedule file's own; its other rules stay.
+        """
+        from nabla_attn.config import parse
+        from nabla_attn.generation.request import GenerationRequest
+
+        rules = _read_schedule(self.schedule) if self.schedule else None
+        if rules is not None and sparse_algo is None:
+            sparse_algo = str(rules.algorithm)
+        algo = str(parse(self.defaults.sparse_algo if sparse_algo is None else sparse_algo))
+        if rules is not None:
+            rules = replace(rules, algorithm=parse(algo))
+        sizes: dict[str, Any] = {}
+        for name in ("height", "width", "frames", "steps", "guidance"):
+            given = getattr(self, name)
+            sizes[name] = getattr(self.defaults, name) if given is None else given
+        return GenerationRequest(
+            prompt=prompt,
+            negative_prompt=self.negative_prompt,
+            seed=seed,
+            sparse_algo=algo,
+            schedule=rules,
+            **sizes,
+        )
+
+    def load(self, device: str = "") -> Any:
+        """The pipeline, on `device` instead of the option's where one is given."""
+        return load_quietly(self.model, device or self.device, self.dtype)
 
 
-def make_request(
-    defaults: "ModelDefaults", *, sparse_algo: str | None, schedule: Path | None, **values: Any
-) -> "GenerationRequest":
-    """A request from options; ``None`` takes the model's default.
+def with_video_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb an option for each field of `VideoOptions`, which comes to it as `video`."""
+    shared = [
+        Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in fields(VideoOptions)
+    ]
+    own = [entry for entry in signature(verb).parameters.values() if entry.name != "video"]
 
-    An algorithm given replaces the schedule file's own; its other rules stay.
-    """
-    from nabla_attn.config import parse
-    from nabla_attn.generation.request import GenerationRequest
+    @wraps(verb)
+    def run(**values: Any) -> None:
+        video = VideoOptions(**{entry.name: values.pop(entry.name) for entry in shared})
+        verb(video=video, **values)
 
-    rules = _read_schedule(schedule) if schedule else None
-    if rules is not None and sparse_algo is None:
-        sparse_algo = str(rules.algorithm)
-    algo = str(parse(defaults.sparse_algo if sparse_algo is None else sparse_algo))
-    if rules is not None:
-        rules = replace(rules, algorithm=parse(algo))
-    for name in ("height", "width", "frames", "steps", "guidance"):
-        if values[name] is None:
-            values[name] = getattr(defaults, name)
-    return GenerationRequest(sparse_algo=algo, schedule=rules, **values)
+    run.__signature__ = Signature([*own, *shared])  # type: ignore[attr-defined]
+    return run
 
 
 def quiet_libraries() -> None:

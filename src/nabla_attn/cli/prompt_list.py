@@ -20,9 +20,7 @@ def make_list(
     request: "GenerationRequest",
     folder: Path,
     fps: float,
-    model: str,
-    device: str,
-    dtype: str,
+    options: opt.VideoOptions,
 ) -> None:
     """Make the videos of a list that are not there yet; exit code 1 if some failed.
 
@@ -31,16 +29,15 @@ def make_list(
         request: what all have in common.
         folder: where they go.
         fps: frames per second.
-        model: ``"builtin"`` or a pipeline directory.
-        device: its name, or ``"auto"``.
-        dtype: its name, or ``"auto"``.
+        options: the model, and where it runs.
     """
     from nabla_attn.generation import prompt_list
     from nabla_attn.generation.pipeline import model_directory
     from nabla_attn.generation.wan_parallel import world_size
 
     requests = prompt_list.read_prompts(prompts, request)
-    videos = prompt_list.name_videos(requests, model_directory(model), fps=fps, dtype=dtype)
+    directory = model_directory(options.model)
+    videos = prompt_list.name_videos(requests, directory, fps=fps, dtype=options.dtype)
     prompt_list.check_folder(folder)
 
     def tell(name: str, result: "RunRecord | str") -> None:
@@ -55,7 +52,7 @@ def make_list(
     if all(prompt_list.is_done(folder, name) for name in videos):
         outcome = prompt_list.Outcome(there=list(videos))
     else:
-        make = _maker(requests, model, device, dtype)
+        make = _maker(requests, options)
         # torchrun stops all when one ends with an error, so none ends before the others.
         wait = world_size() > 1
         outcome = prompt_list.make_videos(folder, videos, make, fps, wait=wait, tell=tell)
@@ -77,7 +74,7 @@ def first_bars() -> Iterator[Any]:
         yield start
 
 
-def _maker(requests: "list[GenerationRequest]", model: str, device: str, dtype: str) -> "Make":
+def _maker(requests: "list[GenerationRequest]", options: opt.VideoOptions) -> "Make":
     """Load the pipeline on this process's own device; what makes a video with it."""
     import torch
 
@@ -86,10 +83,10 @@ def _maker(requests: "list[GenerationRequest]", model: str, device: str, dtype: 
     from nabla_attn.generation.request import check_request
     from nabla_attn.generation.wan_parallel import local_device
 
-    place = local_device(resolve_device(device))
+    place = local_device(resolve_device(options.device))
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    pipeline = opt.load_quietly(model, str(place), dtype)
+    pipeline = options.load(str(place))
     # Sizes are the same in all: one line now, or as many failures.
     check_request(pipeline, requests[0])
 
