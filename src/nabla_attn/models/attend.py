@@ -152,7 +152,7 @@ _attend_op = torch.library.custom_op("nabla_attn::attend", _attend, mutates_args
 
 
 @_attend_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = q.shape
     out = q.new_empty(batch, heads, tokens, v.shape[-1]).transpose(1, 2)
     return out, q.new_empty((2, heads), dtype=torch.float32)
@@ -180,9 +180,9 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     # The operator is opaque, so its inner graph is gone by now: run it again, with gradients.
     with torch.enable_grad(), _above_autograd():
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        out, _ = _attend(*leaves, text_valid, key, order, scale)
-    dq, dk, dv = torch.autograd.grad(out, leaves, grad)
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        out, _ = _attend(q, k, v, text_valid, key, order, scale)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
