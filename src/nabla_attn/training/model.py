@@ -84,20 +84,26 @@ def read_index(directory: Path) -> dict[str, Any]:
     return index
 
 
-def save_pipeline(parts: Parts, transformer: Any, folder: Path, sparse_algo: str) -> None:
+def save_pipeline(
+    parts: Parts, weights: dict[str, torch.Tensor], folder: Path, sparse_algo: str
+) -> None:
     """Write a whole pipeline directory with the trained transformer, or nothing.
 
     Other parts are hard links where the file system has them: nothing large is copied.
 
     Args:
         parts: Where the other parts come from.
-        transformer: The trained transformer, without NABLA and adapters.
+        weights: Of the trained transformer, whole.
         folder: The directory to write; an earlier one is replaced.
         sparse_algo: Kept in `defaults.json`, so that generation uses what was trained.
     """
     temporary = _fresh(folder)
     skipped = shutil.ignore_patterns(parts.name, "defaults.json")
     shutil.copytree(parts.directory, temporary, copy_function=_link, ignore=skipped)
+    with torch.device("meta"):
+        transformer = type(parts.transformer).from_config(parts.transformer.config)
+    transformer.load_state_dict(weights, assign=True)
+    transformer.register_to_config(_name_or_path="")
     transformer.save_pretrained(temporary / parts.name)
     source = parts.directory / "defaults.json"
     defaults = json.loads(source.read_text(encoding="utf-8")) if source.is_file() else {}
@@ -106,17 +112,22 @@ def save_pipeline(parts: Parts, transformer: Any, folder: Path, sparse_algo: str
     _put(temporary, folder)
 
 
-def save_lora(parts: Parts, layers: dict[str, Any], folder: Path) -> None:
+def save_lora(parts: Parts, weights: dict[str, torch.Tensor], folder: Path) -> None:
     """Write adapters as `pytorch_lora_weights.safetensors`, which `load_lora_weights` reads.
 
     Args:
-        parts: Names the pipeline class, whose format it is.
-        layers: Weights of the adapters, as PEFT names them.
+        parts: Names the pipeline class, whose format it is, and the adapters' settings.
+        weights: Of the adapters, as PEFT names them.
         folder: The directory to write; an earlier one is replaced.
     """
     temporary = _fresh(folder)
+    (settings,) = parts.transformer.peft_config.values()
     parts.pipeline_class.save_lora_weights(
-        temporary, **{f"{parts.name}_lora_layers": layers}, weight_name=_WEIGHTS
+        temporary,
+        transformer_lora_layers=weights,
+        # Without it, loading takes the rank for alpha.
+        transformer_lora_adapter_metadata=settings.to_dict(),
+        weight_name=_WEIGHTS,
     )
     _put(temporary, folder)
 

@@ -1,0 +1,74 @@
+"""LoRA through PEFT, and the dense teacher that needs no second copy."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+from nabla_attn.training.config import LoraConfig
+from nabla_attn.training.objective import Teacher
+from nabla_attn.training.sparsity import Sparsity
+
+
+def add_lora(transformer: Any, config: LoraConfig, seed: int) -> None:
+    """Freeze a transformer of diffusers and give it adapters that start as zero.
+
+    Raises:
+        ValueError: PEFT is not installed, the model takes no adapters, or no layer has such a name.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise ValueError(
+            "lora.rank needs PEFT. Install it with: pip install 'nabla-attn[train]'."
+        ) from None
+    if not hasattr(transformer, "add_adapter"):
+        raise ValueError(f"{type(transformer).__name__} takes no adapters. Use lora.rank=0.")
+    transformer.requires_grad_(False)
+    alpha = config.rank if config.alpha is None else config.alpha
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer.add_adapter(
+            peft.LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=list(config.targets))
+        )
+
+
+def copied_teacher(transformer: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, Teacher]:
+    """A frozen dense copy, and how it is entered.
+
+    Args:
+        transformer: The student before training, without NABLA.
+        dtype: Of the copy; parts that diffusers keeps in float32 stay there.
+    """
+    copy = deepcopy(transformer).requires_grad_(False).eval()
+    kept = tuple(getattr(copy, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in copy.named_parameters():
+        if not any(part in name for part in kept):
+            parameter.data = parameter.data.to(dtype)
+
+    @contextmanager
+    def teacher() -> Iterator[nn.Module]:
+        yield copy
+
+    return copy, teacher
+
+
+def bare_teacher(transformer: Any, sparsity: Sparsity) -> Teacher:
+    """The student itself with adapters and sparse attention off, for the time of a block."""
+
+    @contextmanager
+    def teacher() -> Iterator[nn.Module]:
+        was_training = transformer.training
+        transformer.disable_adapters()
+        transformer.eval()
+        try:
+            with sparsity.dense():
+                yield transformer
+        finally:
+            transformer.train(was_training)
+            transformer.enable_adapters()
+
+    return teacher

@@ -1,0 +1,115 @@
+"""Batches of a run: the same clips, captions and noise for any number of processes.
+
+A step's clips are drawn together and shared out, so one process that accumulates sees what several
+processes see. What is random about a batch follows from the seed and its number alone.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from nabla_attn.training.config import TrainConfig
+from nabla_attn.training.data import BucketSampler, collate
+
+
+class Feed:
+    """Training and validation batches of one process.
+
+    Args:
+        dataset: Encoded clips, with `grids`: the shape of each one's latents.
+        config: Batch, accumulation, seed, held-out clips.
+        replica: Which share of a step this process takes.
+        replicas: Number of shares; processes that share a sequence take the same one.
+
+    Raises:
+        ValueError: Fewer clips than shares, or none left to train on.
+    """
+
+    def __init__(self, dataset: Any, config: TrainConfig, *, replica: int, replicas: int) -> None:
+        self.dataset = dataset
+        self.config = config
+        self.replica, self.replicas = replica, replicas
+        self.held_out = hold_out(len(dataset), config.data.validation)
+        self.trained_on = sorted(set(range(len(dataset))) - set(self.held_out))
+        if replicas > len(self.trained_on):
+            raise ValueError(
+                f"more processes than clips: {replicas} for {len(self.trained_on)} to train on. "
+                "Start fewer processes or encode more videos."
+            )
+        whole = config.data.batch * config.accumulation * replicas
+        shapes = [tuple(dataset.grids[index]) for index in self.trained_on]
+        self.sampler = BucketSampler(shapes, whole, config.seed)
+        self._batches: Iterator[list[int]] = iter(())
+
+    def step(self, number: int) -> Iterator[tuple[dict[str, Any], torch.Generator]]:
+        """The batches of an optimiser step, each with the generator of its noise.
+
+        Args:
+            number: Of the step; names the noise, while the sampler says which clips are next.
+        """
+        size = self.config.data.batch
+        indices = self._next_indices()
+        for turn in range(self.config.accumulation):
+            share = turn * self.replicas + self.replica
+            seed = f"{self.config.seed} {number} {share}"
+            yield self._batch(indices[share * size : (share + 1) * size], seed, self.config.data.drop)
+
+    def validation(self) -> Iterator[tuple[dict[str, Any], torch.Generator, float]]:
+        """This process's held-out clips one by one, with fixed noise and their weight.
+
+        All processes get equally many; what fills up has weight 0.
+        """
+        for first in range(0, len(self.held_out), self.replicas):
+            place = first + self.replica
+            is_real = place < len(self.held_out)
+            index = self.held_out[place if is_real else first]
+            batch, generator = self._batch([index], f"{self.config.seed} held out {index}", 0.0, 1)
+            yield batch, generator, float(is_real)
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the latents that are trained on, each once, largest last."""
+        shapes = {tuple(self.dataset.grids[index]) for index in self.trained_on}
+        return sorted(shapes, key=lambda shape: torch.Size(shape).numel())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sampler's position."""
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position.
+
+        Raises:
+            ValueError: It is of other data or another batch.
+        """
+        self.sampler.load_state_dict(state)
+        self._batches = iter(())
+
+    def _next_indices(self) -> list[int]:
+        found = next(self._batches, None)
+        while found is None:
+            self._batches = iter(self.sampler)
+            found = next(self._batches, None)
+        return found
+
+    def _batch(
+        self, places: Sequence[int], seed: str, drop: float, is_index: int = 0
+    ) -> tuple[dict[str, Any], torch.Generator]:
+        rng = random.Random(seed)
+        indices = places if is_index else [self.trained_on[place] for place in places]
+        batch = collate([self.dataset[index] for index in indices], drop, rng)
+        return batch, torch.Generator().manual_seed(rng.getrandbits(63))
+
+
+def hold_out(count: int, wanted: int) -> list[int]:
+    """Places of `wanted` of `count` clips, spread evenly; never the last clip that is left.
+
+    Raises:
+        ValueError: Nothing would be left to train on.
+    """
+    if wanted and wanted >= count:
+        raise ValueError(
+            f"data.validation holds out {wanted} clips of {count}: none is left to train on."
+        )
+    return [place * count // wanted for place in range(wanted)]

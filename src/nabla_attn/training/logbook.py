@@ -1,0 +1,113 @@
+"""The log of a run: `log.csv`, tensorboard, and what the progress bar shows."""
+
+import csv
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nabla_attn.files import whole_file
+
+_NAME = "log.csv"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known after a step.
+
+    Attributes:
+        step: Optimiser steps done.
+        steps: Optimiser steps in all.
+        numbers: By name: loss and its terms, lr, norm, seconds, tokens_per_second, density,
+            skipped, validation.
+        layers: Density of every layer.
+    """
+
+    step: int
+    steps: int
+    numbers: dict[str, float]
+    layers: list[float] = field(default_factory=list)
+
+    def row(self) -> dict[str, float]:
+        """All numbers, flat."""
+        layers = {f"density_{index}": value for index, value in enumerate(self.layers)}
+        return {"step": self.step} | self.numbers | layers
+
+
+class Logbook:
+    """Writes entries; nothing that fails here stops a run.
+
+    Args:
+        folder: The run folder.
+        step: Steps done; later rows of an interrupted run are cut.
+        tensorboard: Whether to write for tensorboard as well.
+    """
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
+        self._path = folder / _NAME
+        self._rows = [row for row in read_log(folder) if int(row["step"]) <= step]
+        self._columns = list(self._rows[0]) if self._rows else []
+        self._writer = _summary_writer(folder / "tensorboard", step) if tensorboard else None
+        if self._path.exists():
+            self._rewrite()
+
+    def add(self, entry: Entry) -> None:
+        """Write an entry."""
+        row = {name: f"{value:.8g}" for name, value in entry.row().items()}
+        self._rows.append(row)
+        try:
+            self._append(row)
+        except OSError as error:
+            warnings.warn(f"{self._path} not written: {error.strerror}.", stacklevel=2)
+        for name, value in entry.row().items() if self._writer else ():
+            self._writer.add_scalar(name, value, entry.step)
+
+    def close(self) -> None:
+        """Finish the tensorboard file."""
+        if self._writer:
+            self._writer.close()
+
+    def _append(self, row: dict[str, str]) -> None:
+        new = [name for name in row if name not in self._columns]
+        if new:
+            self._columns += new
+            self._rewrite()
+            return
+        with self._path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self._columns).writerow(row)
+
+    def _rewrite(self) -> None:
+        with (
+            whole_file(self._path) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(self._rows)
+
+
+def read_log(folder: Path) -> list[dict[str, str]]:
+    """The rows of a run's log, as text; a last line cut by a kill is left out."""
+    path = folder / _NAME
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
+    return [{key: value or "" for key, value in row.items() if key} for row in rows]
+
+
+def curve(rows: list[dict[str, str]], name: str) -> list[tuple[int, float]]:
+    """(step, value) of one column, where it was measured."""
+    return [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+
+
+def _summary_writer(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        warnings.warn(
+            "tensorboard is not installed: only log.csv is written. Set watch.tensorboard=false.",
+            stacklevel=3,
+        )
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)

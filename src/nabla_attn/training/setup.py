@@ -1,0 +1,167 @@
+"""Everything a run needs before its first step: processes, module, attention, objective, data."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nabla_attn.models.grids import patch_size
+from nabla_attn.training.adapters import add_lora, bare_teacher, copied_teacher
+from nabla_attn.training.config import TrainConfig
+from nabla_attn.training.data import EncodedSet
+from nabla_attn.training.feed import Feed
+from nabla_attn.training.families import Family, find_family
+from nabla_attn.training.model import Parts
+from nabla_attn.training.noise import path_of
+from nabla_attn.training.objective import Objective, Teacher, make_objective
+from nabla_attn.training.processes import make_accelerator, share_sequences
+from nabla_attn.training.sparsity import Sparsity
+
+
+@dataclass
+class Run:
+    """The moving parts of a training run.
+
+    Attributes:
+        config: The configuration.
+        parts: The pipeline's parts; `parts.transformer` is the bare module.
+        accelerator: Of accelerate.
+        module: The module as the loop calls it, wrapped for several processes.
+        sparsity: The module's attention.
+        objective: What is minimised.
+        optimizer: AdamW of the trained parameters.
+        feed: Batches.
+        average: Running average of the trained parameters, or None.
+        family: The pipeline's family.
+    """
+
+    config: TrainConfig
+    parts: Parts
+    accelerator: Any
+    module: nn.Module
+    sparsity: Sparsity
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    feed: Feed
+    average: Any
+    family: Family
+
+    @property
+    def bare(self) -> Any:
+        """The transformer inside all wrappers."""
+        return self.parts.transformer
+
+    def trained(self) -> list[nn.Parameter]:
+        """Parameters that are trained, in a fixed order."""
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    def tokens(self, shape: Sequence[int]) -> int:
+        """Video tokens of latents without batch."""
+        axes = self.family.layout.split()
+        sides = [side for side, axis in zip(shape, axes, strict=True) if axis != "c"]
+        patch = prod(patch_size(self.bare)) if len(sides) == 3 else 1
+        return prod(sides) // patch
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights for the time of the block; the trained ones without an average."""
+        if self.average is None:
+            yield
+            return
+        trained = self.trained()
+        self.average.store(trained)
+        self.average.copy_to(trained)
+        try:
+            yield
+        finally:
+            self.average.restore(trained)
+
+
+def prepare(config: TrainConfig, parts: Parts, dataset: Any = None) -> Run:
+    """Build a run from its configuration.
+
+    Args:
+        config: The configuration.
+        parts: As `load_parts` gives them; the transformer is changed in place.
+        dataset: Encoded clips; None reads `config.data.folder`.
+
+    Raises:
+        ValueError: Something in the configuration does not fit model, data or machine.
+    """
+    accelerator = make_accelerator(config, parts.transformer)
+    family = find_family(parts.pipeline_class)
+    path = path_of(parts.scheduler, family, config.objective)
+    dataset = EncodedSet(config.data.folder) if dataset is None else dataset
+    replicas = accelerator.num_processes // config.context_parallel
+    replica = accelerator.process_index // config.context_parallel
+    feed = Feed(dataset, config, replica=replica, replicas=replicas)
+    sparsity, teacher = _prepare_module(config, parts, accelerator.device)
+    bare = parts.transformer
+    objective = make_objective(
+        config.objective, path, family.inputs, teacher, layers=sparsity.layers, student=bare
+    )
+    trained = [p for p in bare.parameters() if p.requires_grad]
+    module, optimizer = accelerator.prepare(bare, _make_optimizer(config, trained))
+    run = Run(
+        config, parts, accelerator, module, sparsity, objective, optimizer, feed, None, family
+    )
+    if config.ema:
+        from diffusers.training_utils import EMAModel
+
+        run.average = EMAModel(run.trained(), decay=config.ema)
+    return run
+
+
+def _prepare_module(
+    config: TrainConfig, parts: Parts, device: torch.device
+) -> tuple[Sparsity, Teacher | None]:
+    """Adapters, attention and memory savers on the transformer, and its teacher."""
+    bare = parts.transformer
+    is_distilled = config.objective.kind == "distill"
+    teacher: Teacher | None = None
+    bare.to(device).requires_grad_(True)
+    sequences = [bare]
+    if config.lora.rank:
+        if not hasattr(parts.pipeline_class, "save_lora_weights"):
+            raise ValueError(
+                f"diffusers has no LoRA format for {parts.pipeline_class.__name__}. Use lora.rank=0."
+            )
+        add_lora(bare, config.lora, config.seed)
+    elif is_distilled:
+        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        copy, teacher = copied_teacher(bare, dtype)
+        sequences.append(copy)
+    sparsity = Sparsity(bare, config.sparsity)
+    if config.lora.rank and is_distilled:
+        teacher = bare_teacher(bare, sparsity)
+    share_sequences(sequences, config.context_parallel, device)
+    if config.gradient_checkpointing:
+        bare.enable_gradient_checkpointing()
+    if config.compile:
+        bare.compile_repeated_blocks()
+    return sparsity, teacher
+
+
+def _make_optimizer(config: TrainConfig, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+    optim = config.optim
+    return torch.optim.AdamW(
+        trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+    )
+
+
+def data_folder(config: TrainConfig) -> Path:
+    """The folder of encoded clips.
+
+    Raises:
+        ValueError: None is given, or it is not there.
+    """
+    if not config.data.folder:
+        raise ValueError(
+            "no data: set data.folder=DIR to clips that `nabla encode` has written."
+        )
+    return Path(config.data.folder)

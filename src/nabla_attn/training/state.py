@@ -1,0 +1,140 @@
+"""The tensors of a run, to a checkpoint and back: the same files whatever the processes are.
+
+Process 0 writes whole tensors, so FSDP and a single process read each other's checkpoints.
+"""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nabla_attn.training.setup import Run
+
+_MODEL, _AVERAGE = "model.safetensors", "average.safetensors"
+_OPTIMIZER, _RANDOM = "optimizer.pt", "random.pt"
+
+
+def collect(run: Run) -> Callable[[Path], None]:
+    """Gather a run's tensors from all processes.
+
+    Returns:
+        What writes them into a folder; to be called by one process.
+    """
+    from accelerate.utils import gather_object
+    from torch.distributed.checkpoint.state_dict import (
+        get_model_state_dict,
+        get_optimizer_state_dict,
+    )
+
+    options = _options()
+    model = get_model_state_dict(run.module, options=options)
+    optimizer = get_optimizer_state_dict(run.module, _inner(run.optimizer), options=options)
+    average = _average_tensors(run)
+    randoms = gather_object([_random_state()])
+
+    def write(folder: Path) -> None:
+        save_file({name: _own(value) for name, value in model.items()}, folder / _MODEL)
+        torch.save(optimizer, folder / _OPTIMIZER)
+        torch.save(randoms, folder / _RANDOM)
+        if average is not None:
+            save_file(average, folder / _AVERAGE)
+
+    return write
+
+
+def restore(run: Run, folder: Path) -> None:
+    """Bring a run back to a checkpoint, on every process.
+
+    Raises:
+        ValueError: A file is missing or damaged.
+    """
+    from torch.distributed.checkpoint.state_dict import (
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    options = _options()
+    try:
+        model = load_file(folder / _MODEL)
+        optimizer = torch.load(folder / _OPTIMIZER, weights_only=True, map_location="cpu")
+        randoms = torch.load(folder / _RANDOM, weights_only=True, map_location="cpu")
+        average = load_file(folder / _AVERAGE) if run.average is not None else {}
+    except Exception as error:
+        raise ValueError(f"{folder}: damaged checkpoint ({error}). Remove it.") from error
+    set_model_state_dict(run.module, model, options=options)
+    set_optimizer_state_dict(run.module, _inner(run.optimizer), optimizer, options=options)
+    if run.average is not None:
+        _restore_average(run, average)
+    _restore_random(randoms[run.accelerator.process_index % len(randoms)])
+
+
+def whole_weights(run: Run) -> dict[str, Tensor]:
+    """The trained weights on the CPU, gathered on process 0; adapters as PEFT names them."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    weights = get_model_state_dict(run.module, options=_options())
+    if run.config.lora.rank:
+        from peft import get_peft_model_state_dict
+
+        weights = get_peft_model_state_dict(run.bare, state_dict=weights)
+    return {name: _own(value) for name, value in weights.items()}
+
+
+def _options() -> Any:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False
+    )
+
+
+def _inner(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimiser inside accelerate's wrapper."""
+    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
+
+
+def _own(value: Tensor) -> Tensor:
+    return value.detach().cpu().contiguous()
+
+
+def _average_tensors(run: Run) -> dict[str, Tensor] | None:
+    if run.average is None:
+        return None
+    tensors = {str(i): _own(_whole(p)) for i, p in enumerate(run.average.shadow_params)}
+    return tensors | {"step": torch.tensor(run.average.optimization_step)}
+
+
+def _restore_average(run: Run, tensors: dict[str, Tensor]) -> None:
+    run.average.optimization_step = int(tensors.pop("step"))
+    for place, shadow in enumerate(run.average.shadow_params):
+        value = tensors[str(place)].to(shadow.device)
+        if hasattr(shadow, "placements"):
+            from torch.distributed.tensor import distribute_tensor
+
+            value = distribute_tensor(value, shadow.device_mesh, shadow.placements)
+        shadow.copy_(value)
+
+
+def _whole(value: Any) -> Tensor:
+    whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return whole
+
+
+def _random_state() -> dict[str, Any]:
+    state = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_random(state: dict[str, Any]) -> None:
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,271 @@
+"""The loop of `nabla train`: a module, an objective, and nothing lost."""
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import torch
+
+from nabla_attn.training.checkpoint import Checkpoints, SaveFailed, read_state
+from nabla_attn.training.config import OptimConfig
+from nabla_attn.training.logbook import Entry, Logbook
+from nabla_attn.training.loop import stop_signals
+from nabla_attn.training.overrides import differences, to_plain
+from nabla_attn.training.setup import Run
+from nabla_attn.training.state import collect, restore
+
+# (steps done, the transformer with the weights that would be saved) -> numbers for the log.
+Sample = Callable[[int, Any], dict[str, float]]
+Report = Callable[[Entry], None]
+
+
+def rate_at(config: OptimConfig, step: int, steps: int) -> float:
+    """Learning rate of a step, counted from 0: warm-up, then constant, linear or cosine decay."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, steps - config.warmup)
+    left = {
+        "constant": 1.0,
+        "linear": 1 - done,
+        "cosine": (1 + math.cos(math.pi * done)) / 2,
+    }[config.decay]
+    return config.lr * (config.final + (1 - config.final) * left)
+
+
+class Trainer:
+    """Trains a run from its last checkpoint, or from the start.
+
+    Args:
+        run: As `prepare` builds it.
+        folder: The run folder: `checkpoints`, `log.csv`.
+        report: Told about every logged step, on the first process.
+        sample: Generates samples; called every `watch.sample` steps on the first process.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        folder: Path,
+        *,
+        report: Report = lambda entry: None,
+        sample: Sample | None = None,
+    ) -> None:
+        self.run, self.folder, self.report, self.sample = run, folder, report, sample
+        self.config = run.config
+        policy = self.config.checkpoint
+        self.checkpoints = Checkpoints(folder / "checkpoints", policy.keep, policy.best)
+        self.step = self.skipped = self.skipped_in_a_row = 0
+        self.seconds = 0.0
+        self.validation: float | None = None
+        self.last_numbers: dict[str, float] = {}
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes."""
+        return bool(self.run.accelerator.is_main_process)
+
+    def resume(self, *, allow_changes: bool = False) -> int:
+        """Go on from the last checkpoint, if there is one.
+
+        Args:
+            allow_changes: Accept a configuration or number of processes that changed.
+
+        Returns:
+            Steps that are done.
+
+        Raises:
+            ValueError: Something changed, all of it named; or the checkpoint is damaged.
+        """
+        path = self.checkpoints.latest()
+        if path is None:
+            return 0
+        state = read_state(path)
+        changes = differences(
+            state["config"] | {"processes": state["processes"]},
+            to_plain(self.config) | {"processes": self.run.accelerator.num_processes},
+        )
+        if changes and not allow_changes:
+            raise ValueError(
+                f"{path} was trained differently: {'; '.join(changes)}. Pass --allow-changes to go "
+                "on with the new values, or choose another --output."
+            )
+        restore(self.run, path)
+        if not changes or state["feed"].keys() == self.run.feed.state_dict().keys():
+            self._restore_feed(state["feed"], bool(changes))
+        self.step, self.skipped = state["step"], state["skipped"]
+        self.seconds, self.validation = state["seconds"], state["validation"]
+        return self.step
+
+    def fit(self) -> None:
+        """Train to the last step; a checkpoint is there at the end.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C or SIGTERM; the checkpoint is saved first.
+            ValueError: Too many steps in a row had no finite loss.
+            SaveFailed: The last checkpoint could not be written.
+        """
+        logbook = None
+        if self.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            logbook = Logbook(self.folder, self.step, self.config.watch.tensorboard)
+        try:
+            with stop_signals() as stop:
+                while self.step < self.config.steps:
+                    self._advance(logbook)
+                    if self._is_stopped(stop):
+                        self._save(is_last=True)
+                        raise KeyboardInterrupt
+                self._save(is_last=True)
+        finally:
+            if logbook:
+                logbook.close()
+
+    def validate(self) -> float | None:
+        """Mean objective over the held-out clips with fixed noise; None without any."""
+        run = self.run
+        run.sparsity.set_target()
+        run.module.eval()
+        # Not through DDP's wrapper: nothing is synchronised without gradients.
+        module = run.module if self.config.sharding == "fsdp" else run.bare
+        totals = torch.zeros(2, device=run.accelerator.device, dtype=torch.float64)
+        with torch.no_grad(), run.averaged(), run.accelerator.autocast():
+            for batch, generator, weight in run.feed.validation():
+                loss = run.objective(module, self._to_device(batch), generator)["loss"]
+                totals += torch.tensor([float(loss) * weight, weight]).to(totals)
+        run.module.train()
+        total, count = run.accelerator.reduce(totals).tolist()
+        return total / count if count else None
+
+    def _advance(self, logbook: Logbook | None) -> None:
+        """One step with everything that follows it."""
+        started = time.perf_counter()
+        numbers = self._optimise()
+        self.step += 1
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        numbers["tokens_per_second"] = numbers.pop("tokens") / seconds
+        layers = self.run.sparsity.densities() if self._is_due(self.config.watch.log) else []
+        if layers:
+            numbers["density"] = sum(layers) / len(layers)
+        if self._is_due(self.config.watch.validate) and self.run.feed.held_out:
+            self.validation = numbers["validation"] = self.validate() or 0.0
+        if self.sample is not None and self._is_due(self.config.watch.sample):
+            numbers |= self._take_sample()
+        numbers |= {"seconds": self.seconds, "skipped": float(self.skipped)}
+        self.last_numbers = numbers
+        if logbook and self._is_due(self.config.watch.log) or "validation" in numbers:
+            self._log(logbook, Entry(self.step, self.config.steps, numbers, layers))
+        if self.step < self.config.steps and self._is_due(self.config.checkpoint.every):
+            self._save()
+
+    def _optimise(self) -> dict[str, float]:
+        """One optimiser step; a step whose loss is not finite changes nothing."""
+        run, config = self.run, self.config
+        run.sparsity.set_step(self.step)
+        run.module.train()
+        rate = rate_at(config.optim, self.step, config.steps)
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        sums: dict[str, torch.Tensor] = {}
+        tokens = 0
+        for turn, (batch, generator) in enumerate(run.feed.step(self.step)):
+            batch = self._to_device(batch)
+            tokens += len(batch["latents"]) * run.tokens(batch["latents"].shape[1:])
+            is_last = turn == config.accumulation - 1
+            with nullcontext() if is_last else run.accelerator.no_sync(run.module):
+                with run.accelerator.autocast():
+                    terms = run.objective(run.module, batch, generator)
+                # Processes of one sequence hold parts of its gradient; DDP takes their mean.
+                scale = config.context_parallel / config.accumulation
+                run.accelerator.backward(terms["loss"] * scale)
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0) + term.detach() / config.accumulation
+        norm = run.accelerator.clip_grad_norm_(
+            run.trained(), config.optim.max_norm or float("inf")
+        )
+        names = list(sums)
+        means = run.accelerator.reduce(torch.stack([sums[name] for name in names]), "mean")
+        numbers = dict(zip(names, means.tolist(), strict=True))
+        numbers |= {"lr": rate, "norm": float(norm)}
+        self._update(math.isfinite(numbers["loss"]) and math.isfinite(numbers["norm"]))
+        replicas = run.feed.replicas
+        return numbers | {"tokens": float(tokens * replicas)}
+
+    def _update(self, is_finite: bool) -> None:
+        run = self.run
+        if is_finite:
+            run.optimizer.step()
+            if run.average is not None:
+                run.average.step(run.trained())
+        run.optimizer.zero_grad(set_to_none=True)
+        self.skipped += not is_finite
+        self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= self.config.max_skipped:
+            last = self.checkpoints.latest()
+            raise ValueError(
+                f"no finite loss in {self.skipped_in_a_row} steps in a row, up to step "
+                f"{self.step + 1}: stopped. The last checkpoint is {last or 'not there'}. Lower "
+                "optim.lr or check the data."
+            )
+
+    def _save(self, *, is_last: bool = False) -> None:
+        """Save a checkpoint; while training goes on, one that fails is only said."""
+        write = collect(self.run)
+        if not self.is_main:
+            return
+        state = {
+            "config": to_plain(self.config),
+            "processes": self.run.accelerator.num_processes,
+            "skipped": self.skipped,
+            "seconds": self.seconds,
+            "validation": self.validation,
+            "feed": self.run.feed.state_dict(),
+        }
+        try:
+            self.checkpoints.save(self.step, state, write)
+        except SaveFailed as error:
+            if is_last:
+                raise
+            warnings.warn(f"{error} Training goes on.", stacklevel=2)
+
+    def _restore_feed(self, state: dict[str, Any], has_changes: bool) -> None:
+        try:
+            self.run.feed.load_state_dict(state)
+        except ValueError:
+            # With other data or another batch there is no such position; the order starts anew.
+            if not has_changes:
+                raise
+
+    def _take_sample(self) -> dict[str, float]:
+        assert self.sample is not None
+        with self.run.averaged():
+            numbers = self.sample(self.step, self.run.bare) if self.is_main else {}
+        self.run.accelerator.wait_for_everyone()
+        return numbers
+
+    def _is_due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.steps
+
+    def _is_stopped(self, stop: Event) -> bool:
+        """Whether any process was told to stop; all of them agree."""
+        if self.run.accelerator.num_processes == 1:
+            return stop.is_set()
+        flag = torch.tensor(float(stop.is_set()), device=self.run.accelerator.device)
+        return bool(self.run.accelerator.reduce(flag).item() > 0)
+
+    def _log(self, logbook: Logbook | None, entry: Entry) -> None:
+        if logbook is not None:
+            logbook.add(entry)
+            self.report(entry)
+
+    def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        device = self.run.accelerator.device
+        return {
+            "latents": batch["latents"].to(device),
+            "conditions": {name: value.to(device) for name, value in batch["conditions"].items()},
+        }

@@ -1,0 +1,58 @@
+"""A few random encoded clips in memory, and configurations small enough for any machine."""
+
+from dataclasses import dataclass
+
+import torch
+
+from nabla_attn.training.overrides import override
+from nabla_attn.training.recipe_book import find_recipe
+
+
+@dataclass
+class Clips:
+    """What `EncodedSet` gives, for the tiny Wan pipeline: 4 channels, 16-wide text."""
+
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def grids(self):
+        return list(self.shapes)
+
+    def __len__(self):
+        return len(self.shapes)
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        # Smooth clips of one value: something that can be learnt.
+        value = torch.randn(4, 1, 1, 1, generator=generator)
+        text = torch.randn(7, 16, generator=generator)
+        return {
+            "latents": value.expand(self.shapes[index]).clone(),
+            "conditions": {"encoder_hidden_states": text},
+            "empty": {"encoder_hidden_states": torch.zeros(7, 16)},
+            "caption": str(index),
+        }
+
+
+def make_clips(count=8, shape=(4, 3, 16, 16), odd=False):
+    shapes = [shape] * count
+    if odd:
+        shapes[1::2] = [(4, 1, 22, 26)] * len(shapes[1::2])
+    return Clips(tuple(shapes))
+
+
+SMALL = {
+    "steps": 4,
+    "optim.lr": 1e-3,
+    "optim.max_norm": 1.0,
+    "data.validation": 2,
+    "watch.tensorboard": False,
+    "checkpoint.every": 2,
+    "sparsity.algorithm": "nabla-0.7",
+}
+
+
+def small_config(recipe="finetune", **values):
+    """A recipe for tests; double underscores stand for dots."""
+    named = {key.replace("__", "."): value for key, value in values.items()}
+    return override(find_recipe(recipe), SMALL | named)
