@@ -15,6 +15,7 @@ VERBS = (
     "generate",
     "compare",
     "evaluate",
+    "encode",
     "train",
     "bench",
     "info",

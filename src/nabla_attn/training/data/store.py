@@ -114,7 +114,12 @@ def tensor_names(path: Path) -> set[str]:
 
 def write_json(path: Path, values: Any) -> None:
     """Write JSON, whole or not at all."""
-    write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(values, ensure_ascii=False) + "\n")
+
+
+def to_lines(values: list[Any]) -> str:
+    """One JSON text a line."""
+    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
 
 
 def read_json(path: Path) -> Any:
