@@ -12,37 +12,74 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="The recipe; or pass it as --recipe.")] = "",
-    recipe_name: Annotated[str, typer.Option("--recipe", help="The recipe.")] = "",
+    recipe: Annotated[str, typer.Argument(help="builtin, pretrain, finetune or distill.")] = "",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as optim.lr=1e-5.")
+    ] = None,
+    recipe_name: Annotated[str, typer.Option("--recipe", help="The recipe, as an option.")] = "",
+    config: Annotated[Path | None, typer.Option(help="YAML file with overrides.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="The run folder.", show_default="runs/<recipe>")
     ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Look at everything, train nothing.")
+    ] = False,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Resume with another configuration.")
+    ] = False,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 takes torch's own choice.")] = 0,
 ) -> None:
-    """Train a model. Ctrl-C is safe: the same command goes on where it stopped."""
-    from nabla_attn.training.recipes import recipe as find_recipe
-
+    """Train a model. Ctrl-C is safe: the run can go on where it stopped."""
+    values = list(overrides or [])
+    if "=" in recipe:
+        recipe, values = "", [recipe, *values]
     if recipe and recipe_name and recipe != recipe_name:
         raise ValueError(f"two recipes given: {recipe} and {recipe_name}. Give one.")
     if threads < 0:
         raise ValueError(f"threads must be 0 or more, got {threads}.")
     name = recipe or recipe_name or "builtin"
-    config = find_recipe(name)
     folder = output or Path("runs") / name
-    from nabla_attn.training.builtin import train_builtin
+    if name != "builtin":
+        from nabla_attn.cli.train_model import train_model
 
-    _prepare_torch(threads)
-    with _stage_bars() as report:
-        pipeline = train_builtin(config, folder, report)
-    typer.echo(f"{pipeline}: done. Try: nabla generate --model {pipeline} --prompt ...")
+        _set_threads(threads)
+        train_model(
+            name,
+            values,
+            config,
+            folder,
+            resume=resume,
+            check=check,
+            allow_changes=allow_changes,
+        )
+        return
+    if values or config or check:
+        raise ValueError(
+            "the builtin recipe takes no overrides and no --check. Use pretrain, finetune or "
+            "distill with model=builtin."
+        )
+    _train_builtin(folder, threads)
 
 
-def _prepare_torch(threads: int) -> None:
+def _train_builtin(folder: Path, threads: int) -> None:
     import torch
+
+    from nabla_attn.training.builtin import train_builtin
+    from nabla_attn.training.recipes import recipe
 
     # Products in bfloat16 where the processor has them: twice as fast, and enough for training.
     torch.set_float32_matmul_precision("medium")
+    _set_threads(threads)
+    with _stage_bars() as report:
+        pipeline = train_builtin(recipe("builtin"), folder, report)
+    typer.echo(f"{pipeline}: done. Try: nabla generate --model {pipeline} --prompt ...")
+
+
+def _set_threads(threads: int) -> None:
     if threads:
+        import torch
+
         torch.set_num_threads(threads)
 
 

@@ -77,7 +77,9 @@ class Checkpoints:
             last = self.latest()
             left = f"{last} is the last good one" if last else "there is none yet"
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise SaveFailed(f"checkpoint of step {step} not written ({reason}); {left}.") from error
+            raise SaveFailed(
+                f"checkpoint of step {step} not written ({reason}); {left}."
+            ) from error
         self._prune()
 
     def _found(self) -> list[Path]:

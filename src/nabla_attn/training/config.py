@@ -5,19 +5,30 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on: clips encoded once by `nabla encode`.
+    """What is trained on: clips encoded once by `nabla encode`, or the built-in world.
 
     Attributes:
-        folder: The encoded clips.
+        folder: The encoded clips; "world" draws and encodes the built-in world on the way. Empty
+            is the world for the built-in model.
         batch: Clips of one grid in a step of one process.
         drop: Share of the captions that are replaced by the empty one, for guidance.
-        validation: Clips held out for validation, spread evenly over the folder; 0 is none.
+        validation: Clips held out for validation, spread evenly over the data; 0 is none.
+        clips: Of the world: number of clips. The run's seed draws them.
+        frames: Of the world: video frames; None is the model's default, and so are the sides.
+        height: Of the world, in pixels.
+        width: Of the world, in pixels.
+        shapes: Of the world: numbers of shapes in a scene, each as likely.
     """
 
     folder: str = ""
     batch: int = 1
     drop: float = 0.1
     validation: int = 8
+    clips: int = 256
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    shapes: tuple[int, ...] = (1,)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,9 @@ class Feed:
         for turn in range(self.config.accumulation):
             share = turn * self.replicas + self.replica
             seed = f"{self.config.seed} {number} {share}"
-            yield self._batch(indices[share * size : (share + 1) * size], seed, self.config.data.drop)
+            places = indices[share * size : (share + 1) * size]
+            clips = [self.trained_on[place] for place in places]
+            yield self._batch(clips, seed, self.config.data.drop)
 
     def validation(self) -> Iterator[tuple[dict[str, Any], torch.Generator, float]]:
         """This process's held-out clips one by one, with fixed noise and their weight.
@@ -65,8 +67,16 @@ class Feed:
             place = first + self.replica
             is_real = place < len(self.held_out)
             index = self.held_out[place if is_real else first]
-            batch, generator = self._batch([index], f"{self.config.seed} held out {index}", 0.0, 1)
+            batch, generator = self._batch([index], f"{self.config.seed} held out {index}", 0.0)
             yield batch, generator, float(is_real)
+
+    def largest(self) -> tuple[dict[str, Any], torch.Generator]:
+        """A batch of the largest grid."""
+        shape = self.shapes()[-1]
+        places = [i for i in self.trained_on if tuple(self.dataset.grids[i]) == shape]
+        size = self.config.data.batch
+        indices = [places[turn % len(places)] for turn in range(size)]
+        return self._batch(indices, f"{self.config.seed} largest", 0.0)
 
     def shapes(self) -> list[tuple[int, ...]]:
         """Shapes of the latents that are trained on, each once, largest last."""
@@ -94,11 +104,10 @@ class Feed:
         return found
 
     def _batch(
-        self, places: Sequence[int], seed: str, drop: float, is_index: int = 0
+        self, clips: Sequence[int], seed: str, drop: float
     ) -> tuple[dict[str, Any], torch.Generator]:
         rng = random.Random(seed)
-        indices = places if is_index else [self.trained_on[place] for place in places]
-        batch = collate([self.dataset[index] for index in indices], drop, rng)
+        batch = collate([self.dataset[clip] for clip in clips], drop, rng)
         return batch, torch.Generator().manual_seed(rng.getrandbits(63))
 
 
@@ -113,3 +122,9 @@ def hold_out(count: int, wanted: int) -> list[int]:
             f"data.validation holds out {wanted} clips of {count}: none is left to train on."
         )
     return [place * count // wanted for place in range(wanted)]
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch on a device."""
+    conditions = {name: value.to(device) for name, value in batch["conditions"].items()}
+    return {"latents": batch["latents"].to(device), "conditions": conditions}

@@ -21,6 +21,7 @@ _LOWEST = {
     "max_skipped": 1,
     "data.batch": 1,
     "data.validation": 0,
+    "data.clips": 1,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
     "watch.log": 1,

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,7 +87,7 @@ def prepare(config: TrainConfig, parts: Parts, dataset: Any = None) -> Run:
     Args:
         config: The configuration.
         parts: As `load_parts` gives them; the transformer is changed in place.
-        dataset: Encoded clips; None reads `config.data.folder`.
+        dataset: Encoded clips; None reads the folder `config.data.folder`.
 
     Raises:
         ValueError: Something in the configuration does not fit model, data or machine.
@@ -96,7 +95,8 @@ def prepare(config: TrainConfig, parts: Parts, dataset: Any = None) -> Run:
     accelerator = make_accelerator(config, parts.transformer)
     family = find_family(parts.pipeline_class)
     path = path_of(parts.scheduler, family, config.objective)
-    dataset = EncodedSet(config.data.folder) if dataset is None else dataset
+    if dataset is None:
+        dataset = EncodedSet(config.data.folder)
     replicas = accelerator.num_processes // config.context_parallel
     replica = accelerator.process_index // config.context_parallel
     feed = Feed(dataset, config, replica=replica, replicas=replicas)
@@ -152,16 +152,3 @@ def _make_optimizer(config: TrainConfig, trained: list[nn.Parameter]) -> torch.o
     return torch.optim.AdamW(
         trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
     )
-
-
-def data_folder(config: TrainConfig) -> Path:
-    """The folder of encoded clips.
-
-    Raises:
-        ValueError: None is given, or it is not there.
-    """
-    if not config.data.folder:
-        raise ValueError(
-            "no data: set data.folder=DIR to clips that `nabla encode` has written."
-        )
-    return Path(config.data.folder)

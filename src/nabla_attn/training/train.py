@@ -9,6 +9,7 @@ from typing import Any
 from nabla_attn.files import write_text
 from nabla_attn.record import RunRecord, collect_versions, describe_device
 from nabla_attn.training.chart import draw_losses
+from nabla_attn.training.check import probe
 from nabla_attn.training.config import TrainConfig
 from nabla_attn.training.logbook import curve, read_log
 from nabla_attn.training.model import load_parts, save_lora, save_pipeline
@@ -50,6 +51,7 @@ def train(
     """
     refuse_begun(folder, resume)
     run = prepare(config, load_parts(model, config.part), dataset)
+    probe(run)
     trainer = Trainer(run, folder, report=report, sample=sample)
     if resume:
         trainer.resume(allow_changes=allow_changes)

@@ -13,6 +13,7 @@ import torch
 
 from nabla_attn.training.checkpoint import Checkpoints, SaveFailed, read_state
 from nabla_attn.training.config import OptimConfig
+from nabla_attn.training.feed import to_device
 from nabla_attn.training.logbook import Entry, Logbook
 from nabla_attn.training.loop import stop_signals
 from nabla_attn.training.overrides import differences, to_plain
@@ -135,7 +136,9 @@ class Trainer:
         totals = torch.zeros(2, device=run.accelerator.device, dtype=torch.float64)
         with torch.no_grad(), run.averaged(), run.accelerator.autocast():
             for batch, generator, weight in run.feed.validation():
-                loss = run.objective(module, self._to_device(batch), generator)["loss"]
+                loss = run.objective(module, to_device(batch, run.accelerator.device), generator)[
+                    "loss"
+                ]
                 totals += torch.tensor([float(loss) * weight, weight]).to(totals)
         run.module.train()
         total, count = run.accelerator.reduce(totals).tolist()
@@ -174,7 +177,7 @@ class Trainer:
         sums: dict[str, torch.Tensor] = {}
         tokens = 0
         for turn, (batch, generator) in enumerate(run.feed.step(self.step)):
-            batch = self._to_device(batch)
+            batch = to_device(batch, run.accelerator.device)
             tokens += len(batch["latents"]) * run.tokens(batch["latents"].shape[1:])
             is_last = turn == config.accumulation - 1
             with nullcontext() if is_last else run.accelerator.no_sync(run.module):
@@ -185,9 +188,7 @@ class Trainer:
                 run.accelerator.backward(terms["loss"] * scale)
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() / config.accumulation
-        norm = run.accelerator.clip_grad_norm_(
-            run.trained(), config.optim.max_norm or float("inf")
-        )
+        norm = run.accelerator.clip_grad_norm_(run.trained(), config.optim.max_norm or float("inf"))
         names = list(sums)
         means = run.accelerator.reduce(torch.stack([sums[name] for name in names]), "mean")
         numbers = dict(zip(names, means.tolist(), strict=True))
@@ -262,10 +263,3 @@ class Trainer:
         if logbook is not None:
             logbook.add(entry)
             self.report(entry)
-
-    def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        device = self.run.accelerator.device
-        return {
-            "latents": batch["latents"].to(device),
-            "conditions": {name: value.to(device) for name, value in batch["conditions"].items()},
-        }

@@ -1,0 +1,181 @@
+"""``nabla train`` for any model: read the configuration, load, check or train, show."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from nabla_attn.training.config import TrainConfig
+    from nabla_attn.training.logbook import Entry
+
+WORLD = "world"
+
+
+def train_model(
+    recipe: str,
+    values: list[str],
+    config_file: Path | None,
+    folder: Path,
+    *,
+    resume: bool = False,
+    check: bool = False,
+    allow_changes: bool = False,
+) -> None:
+    """Train, or only check.
+
+    Raises:
+        ValueError: Anything in configuration, model or data does not fit.
+    """
+    config = read_config(recipe, values, config_file)
+    from nabla_attn.cli.options import quiet_libraries
+    from nabla_attn.files import check_writable
+    from nabla_attn.generation.pipeline import model_directory
+    from nabla_attn.training.train import refuse_begun, train
+
+    model = model_directory(config.model)
+    check_writable(folder / "config.json")
+    if not check:
+        refuse_begun(folder, resume)
+    _show_config(config)
+    quiet_libraries()
+    dataset, sample = _world(config, folder)
+    if check:
+        _show_check(config, model, folder, dataset)
+        return
+    with _bar(config) as report:
+        result = train(
+            config,
+            model,
+            folder,
+            resume=resume,
+            allow_changes=allow_changes,
+            dataset=dataset,
+            report=report,
+            sample=sample,
+        )
+    if _is_main():
+        use = f"--model {result}" if not config.lora.rank else "after load_lora_weights"
+        typer.echo(f"{result}: done. Use it: nabla generate {use}")
+
+
+def read_config(recipe: str, values: list[str], config_file: Path | None) -> "TrainConfig":
+    """A recipe with the overrides of a YAML file and then those of the command line."""
+    from nabla_attn.training.overrides import override, read_override, read_yaml
+    from nabla_attn.training.recipe_book import find_recipe
+
+    config = find_recipe(recipe)
+    if config_file is not None:
+        config = override(config, read_yaml(config_file))
+    merged: dict[str, Any] = {}
+    for value in values:
+        merged |= read_override(value)
+    config = override(config, merged)
+    if not config.data.folder and not config.stages:
+        if config.model != "builtin":
+            raise ValueError(
+                "no data: set data.folder=DIR to clips that `nabla encode` has written with "
+                f"{config.model}, or to world for the built-in world."
+            )
+        config = replace(config, data=replace(config.data, folder=WORLD))
+    return config
+
+
+def _world(config: "TrainConfig", folder: Path) -> tuple[Any, Any]:
+    """The built-in world as data, and samples judged by it, where it is what is trained on."""
+    if config.data.folder != WORLD:
+        return None, None
+    from nabla_attn.cli.options import load_quietly
+    from nabla_attn.evaluation.samples import SampleMaker
+    from nabla_attn.generation.pipeline import model_directory
+    from nabla_attn.generation.request import GenerationRequest, ModelDefaults
+    from nabla_attn.training.data import WorldSet
+
+    defaults = ModelDefaults.load(model_directory(config.model))
+    data = config.data
+    pipeline = load_quietly(config.model, "cpu", "float32")
+    size = {
+        "frames": data.frames or defaults.frames,
+        "height": data.height or defaults.height,
+        "width": data.width or defaults.width,
+    }
+    dataset = WorldSet(pipeline, clips=data.clips, seed=config.seed, shapes=data.shapes, **size)
+    if not config.watch.prompts or not _is_main():
+        return dataset, None
+    request = GenerationRequest(
+        prompt="",
+        steps=defaults.steps,
+        guidance=defaults.guidance,
+        sparse_algo=config.sparsity.algorithm,
+        **size,
+    )
+    samples = folder / "samples"
+    return dataset, SampleMaker(pipeline, request, config.watch.prompts, samples, config.part)
+
+
+def _is_main() -> bool:
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _show_config(config: "TrainConfig") -> None:
+    if not _is_main():
+        return
+    from nabla_attn.training.overrides import flatten, to_plain
+
+    for key, value in flatten(to_plain(config)).items():
+        typer.echo(f"{key}: {value}", err=True)
+
+
+def _show_check(config: "TrainConfig", model: Path, folder: Path, dataset: Any) -> None:
+    from nabla_attn.training.check import check
+    from nabla_attn.training.model import load_parts
+    from nabla_attn.training.setup import prepare
+
+    run = prepare(config, load_parts(model, config.part), dataset)
+    shown = check(run, folder)
+    if _is_main():
+        for name, text in shown.items():
+            typer.echo(f"{name + ':':<11} {text}")
+        typer.echo("nothing was trained or written.")
+
+
+@contextmanager
+def _bar(config: "TrainConfig") -> Iterator[Callable[["Entry"], None]]:
+    """Yield a callback that shows steps, loss, speed, density and the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=Console(stderr=True), disable=not _is_main()) as bars:
+        task = bars.add_task(config.recipe, total=config.steps, numbers="")
+
+        def show(entry: "Entry") -> None:
+            bars.update(task, completed=entry.step, numbers=describe_entry(entry))
+
+        yield show
+
+
+def describe_entry(entry: "Entry") -> str:
+    """Such as ``loss 0.0123  4,096 tokens/s  density 0.31 (0.22-0.40)``."""
+    numbers = entry.numbers
+    parts = [f"loss {numbers['loss']:.4g}", f"{numbers['tokens_per_second']:,.0f} tokens/s"]
+    if entry.layers:
+        low, high = min(entry.layers), max(entry.layers)
+        parts.append(f"density {numbers['density']:.2f} ({low:.2f}-{high:.2f})")
+    if "validation" in numbers:
+        parts.append(f"validation {numbers['validation']:.4g}")
+    if numbers["skipped"]:
+        parts.append(f"{numbers['skipped']:.0f} skipped")
+    return "  ".join(parts)

@@ -1,0 +1,90 @@
+"""Samples of a model that is being trained: held-out prompts, the judge's scores, one sheet."""
+
+import statistics
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nabla_attn.files import whole_file
+from nabla_attn.generation.generate import generate
+from nabla_attn.generation.request import GenerationRequest
+from nabla_attn.models.handle import remove
+from nabla_attn.world.caption import describe
+from nabla_attn.world.judge import score
+from nabla_attn.world.scene import held_out_scenes
+
+Rows = list[tuple[str, np.ndarray]]
+
+
+class SampleMaker:
+    """Generates the same held-out prompts from the same noise each time it is called.
+
+    Args:
+        pipeline: The pipeline that is trained; gets a copy of each transformer.
+        request: What to ask for; its prompt and seed are replaced.
+        count: Number of prompts.
+        folder: Where `step-<number>.png` is written.
+        part: The transformer's name in the pipeline.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        request: GenerationRequest,
+        count: int,
+        folder: Path,
+        part: str = "transformer",
+    ) -> None:
+        self._pipeline, self._request, self._part = pipeline, request, part
+        self._scenes = held_out_scenes(count)
+        self._folder = folder
+
+    def __call__(self, step: int, transformer: Any) -> dict[str, float]:
+        """Generate, judge, and write the sheet.
+
+        Returns:
+            Share of right answers by attribute, as {"right_colour": 0.75, ...}.
+        """
+        # A copy: generation puts its own algorithm in place and takes it out again.
+        copy = deepcopy(transformer).eval().requires_grad_(False)
+        remove(copy)
+        setattr(self._pipeline, self._part, copy)
+        rows: Rows = []
+        right: list[dict[str, bool]] = []
+        for seed, scene in enumerate(self._scenes):
+            prompt = describe(scene)
+            video, _ = generate(self._pipeline, replace(self._request, prompt=prompt, seed=seed))
+            right.append(score(video, scene))
+            rows.append((prompt, video))
+        draw_samples(rows, self._folder / f"step-{step:08d}.png")
+        return {
+            f"right_{name}": statistics.fmean(answer[name] for answer in right) for name in right[0]
+        }
+
+
+def draw_samples(rows: Rows, path: Path, *, num_frames: int = 6) -> None:
+    """Write a contact sheet as PNG: a prompt and its frames in each row.
+
+    Args:
+        rows: Prompts with videos, uint8 [frames, height, width, 3], of one size.
+        path: The PNG to write.
+        num_frames: Frames shown, evenly spread from first to last.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    total, height, width, _ = rows[0][1].shape
+    picked = np.unique(np.linspace(0, total - 1, num_frames).round().astype(int))
+    row_height = 1.4 * height / width + 0.3
+    figure = Figure((1.4 * len(picked), row_height * len(rows)), dpi=120, layout="constrained")
+    grid = figure.subplots(len(rows), len(picked), squeeze=False)
+    for (prompt, video), row in zip(rows, grid, strict=True):
+        for axes, frame in zip(row, picked, strict=True):
+            axes.imshow(video[frame])
+            axes.axis("off")
+        row[0].set_title(prompt, fontsize=8, loc="left", parse_math=False)
+    with whole_file(path) as temporary:
+        FigureCanvasAgg(figure).print_png(str(temporary), metadata={"Software": None})
