@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import nabla_attn as na
+from nabla_attn import crossover
 from nabla_attn.bench import attention, contenders, gate, revisions, scaling, suite, tables
 from nabla_attn.bench.inputs import make_inputs
 from nabla_attn.bench.maps import measure_map_share, measure_maps
@@ -115,8 +116,8 @@ def test_crossover_is_the_length_from_which_sparse_always_wins():
             (2048, 0.3, 1.5),
         ]
     ]
-    assert scaling.min_tokens(points) == 1024
-    assert scaling.min_tokens(points[:2]) is None
+    assert crossover.min_tokens(points) == 1024
+    assert crossover.min_tokens(points[:2]) is None
 
 
 def test_too_large_a_workload_is_refused_before_it_starts(tmp_path, monkeypatch):

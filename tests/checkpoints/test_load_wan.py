@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 import tiny_wan
 from nabla_attn.checkpoints import FAMILIES, load_wan_pipeline, load_wan_transformer, read_layout
 from nabla_attn.checkpoints.load import load_part
-from nabla_attn.models.state import STATE_NAME
+from nabla_attn.models.hook import STATE_NAME
 
 FP32 = torch.float32
 STEM = "diffusion_pytorch_model"

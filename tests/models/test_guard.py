@@ -34,12 +34,12 @@ def test_every_class_of_the_table_exists():
 
 @pytest.mark.parametrize("name", TINY)
 def test_processors_have_a_door_or_a_port(name):
-    from nabla_attn.models.state import _attention_modules
+    from nabla_attn.models.modules import attention_modules
     from nabla_attn.models.table import row_of
 
     model = TINY[name].build()
     row = row_of(model)
-    for path, module in _attention_modules(model, row).items():
+    for path, module in attention_modules(model, row).items():
         processor = module.processor
         if type(processor).__name__ in row.ports:
             continue

@@ -90,13 +90,3 @@ def _crossover_point(
         "density": build_block_map(q, k, work.grid, inputs.config).density,
         "speed_up": timings["dense"].median / timings["sparse"].median,
     }
-
-
-def min_tokens(results: list[dict[str, Any]], *, density: float = 0.3) -> int | None:
-    """The shortest measured length from which sparse wins at `density` or less; None if never."""
-    lengths = sorted({point["tokens"] for point in results})
-    for length in lengths:
-        longer = [p for p in results if p["tokens"] >= length and p["density"] <= density]
-        if longer and all(point["speed_up"] > 1 for point in longer):
-            return int(length)
-    return None

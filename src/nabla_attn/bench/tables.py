@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from nabla_attn.bench.scaling import min_tokens
+from nabla_attn.bench.markdown import table
+from nabla_attn.bench.reuse_table import reuse_table
+from nabla_attn.crossover import min_tokens
 from nabla_attn.record import RunRecord
 
 HEADER = """# Benchmarks
@@ -23,10 +25,11 @@ def build_docs(records: Path, docs: Path) -> str:
     """The page as text; charts are drawn beside it.
 
     Args:
-        records: folder of `bench*.json` records.
+        records: folder of `bench*.json` and `map_reuse*.json` records.
         docs: folder of the page; charts go to its `images/`.
     """
-    loaded = [RunRecord.load(path) for path in sorted(records.glob("bench*.json"))]
+    found = (*sorted(records.glob("bench*.json")), *sorted(records.glob("map_reuse*.json")))
+    loaded = [RunRecord.load(path) for path in found]
     sections = [HEADER]
     for record in loaded:
         sections.append(section(record))
@@ -53,19 +56,13 @@ def section(record: RunRecord) -> str:
         lines += _crossover_table(results)
     elif record.kind == "bench-model":
         lines += _model_table(results)
+    elif record.kind == "map_reuse":
+        lines += reuse_table(record)
     return "\n".join(lines) + "\n"
 
 
 def _attention_rows(record: RunRecord) -> list[dict[str, Any]]:
     return [result for result in record.numbers["results"] if "contenders" in result]
-
-
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table; none without rows."""
-    if not rows:
-        return []
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(cells) + " |" for cells in lines] + [""]
 
 
 def _attention_table(results: list[dict[str, Any]]) -> list[str]:

@@ -47,13 +47,17 @@ def bench(
     elif scaling or crossover or model:
         from nabla_attn.bench.scaling import measure_crossover, measure_scaling
         from nabla_attn.bench.whole_model import measure_model
+        from nabla_attn.crossover import crossover_file
 
         if scaling:
             results = measure_scaling(where, rounds=rounds, on_job=_say)
             _save(make_record("bench-scaling", {}, results, where), output)
         if crossover:
             results = measure_crossover(where, rounds=rounds, on_job=_say)
-            _save(make_record("bench-crossover", {}, results, where), output)
+            record = make_record("bench-crossover", {}, results, where)
+            _save(record, output)
+            record.save(crossover_file(where))
+            typer.echo(f"for min_tokens='auto': {crossover_file(where)}")
         if model:
             results = [
                 measure_model(where, density, num_layers=layers, rounds=rounds)

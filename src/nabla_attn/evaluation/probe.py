@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nabla_attn.files import whole_file
 from nabla_attn.generation.attention_probe import block_call, measure_losses, pooled_mass
-from nabla_attn.models.state import num_heads
+from nabla_attn.models.modules import num_heads
 
 MEASURES = ("density", "kept_mass", "true_mass", "best_mass", "output_error")
 DENSE = {"density": 1.0, "kept_mass": 1.0, "true_mass": 1.0, "best_mass": 1.0, "output_error": 0.0}

@@ -53,7 +53,7 @@ def generate(
     with _sparse(pipeline, request) as handle, clock.watch(pipeline):
         if on_apply is not None and handle is not None:
             on_apply(handle)
-        video = _sample(pipeline, request, callback_on_step_end=clock.on_step_end, **(inputs or {}))
+        video = sample(pipeline, request, callback_on_step_end=clock.on_step_end, **(inputs or {}))
         seconds = clock.seconds()
         attention = _attention_numbers(handle)
     frames = _to_uint8(video[0])
@@ -87,7 +87,7 @@ def warm_up(pipeline: Any, request: GenerationRequest) -> None:
     schedule = None if config.is_dense else Schedule(algorithm=config)
     short = replace(request, steps=1, schedule=schedule)
     with _sparse(pipeline, short):
-        _sample(pipeline, short, output_type="latent")
+        sample(pipeline, short, output_type="latent")
 
 
 @contextmanager
@@ -105,7 +105,8 @@ def _sparse(pipeline: Any, request: GenerationRequest) -> Iterator[Any]:
         handle.remove()
 
 
-def _sample(pipeline: Any, request: GenerationRequest, **options: Any) -> Any:
+def sample(pipeline: Any, request: GenerationRequest, **options: Any) -> Any:
+    """The request's frames, as the pipeline gives them; options replace arguments of its call."""
     pipeline.set_progress_bar_config(disable=True)
     call = {
         "prompt": request.prompt,

@@ -16,7 +16,7 @@ from nabla_attn.generation.attention_probe import (
 )
 from nabla_attn.generation.recorded_maps import SCORE_BITS, RecordedMaps, choose
 from nabla_attn.generation.request import GenerationRequest, video_tokens
-from nabla_attn.models.state import num_heads
+from nabla_attn.models.modules import num_heads
 from nabla_attn.record import RunRecord
 
 

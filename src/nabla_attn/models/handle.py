@@ -1,10 +1,13 @@
 """`apply`: put NABLA into a diffusers pipeline or model; the handle takes it out again."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from nabla_attn.config import SparseConfig, parse
+from nabla_attn.crossover import load_min_tokens
 from nabla_attn.models.hook import STATE_NAME
 from nabla_attn.models.state import ModelState, Settings
 from nabla_attn.models.steps import StepCounter
@@ -22,6 +25,7 @@ def apply(
     backend: str = "auto",
     telemetry: bool = True,
     keep_first_frame: bool = False,
+    min_tokens: int | str | Path | None = None,
 ) -> "Handle":
     """Run the video self-attention of a pipeline's transformers, or of one model, with NABLA.
 
@@ -35,20 +39,28 @@ def apply(
         backend: "auto" or one of `nabla_attn.backends.NAMES`.
         telemetry: measure density and kept mass for `Handle.report`.
         keep_first_frame: every block attends the first latent frame, whatever its score.
+        min_tokens: below this many video tokens attention stays dense; instead of the schedule's.
+            "auto" takes what `nabla bench --crossover` measured on this machine, or stays at the
+            schedule's with a warning; any other string is the path of such a record.
 
     Returns:
         A handle; also a context manager that removes NABLA at its end.
 
     Raises:
-        ValueError: unknown or refused model class, no algorithm or two different ones, or an
-            unknown backend.
+        ValueError: unknown or refused model class, no algorithm or two different ones, an
+            unknown backend, or `min_tokens` that is not a number, "auto" or a record.
     """
     is_model = isinstance(target, nn.Module)
     models = {"transformer": target} if is_model else _transformers(target)
     if algorithm is None and schedule is None:
         algorithm = _trained_algorithm(models)
+    rules = _schedule(algorithm, schedule)
+    if min_tokens is not None and min_tokens != "auto":
+        tokens = load_min_tokens(min_tokens) if isinstance(min_tokens, str | Path) else min_tokens
+        rules = replace(rules, min_tokens=tokens)
     settings = Settings(
-        schedule=_schedule(algorithm, schedule),
+        schedule=rules,
+        has_auto_min_tokens=min_tokens == "auto",
         backend=_checked_backend(backend),
         telemetry=telemetry,
         keep_first_frame=keep_first_frame,

@@ -1,6 +1,5 @@
 """The state of one model instance: it plans each forward."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -11,9 +10,11 @@ from torch import nn
 
 from nabla_attn.config import DENSE, SparseConfig
 from nabla_attn.core.grid import TokenGrid
+from nabla_attn.crossover import min_tokens_here
 from nabla_attn.models.checkpointing import unwrap_checkpoint, wrap_checkpoint
 from nabla_attn.models.hook import STATE_NAME, PlanForward
 from nabla_attn.models.map_memory import Reuse
+from nabla_attn.models.modules import attention_modules, num_heads, set_processor
 from nabla_attn.models.parallel import Ranks, balanced_order, keep_ranks_from, ranks_of
 from nabla_attn.models.plan import Layer, Plan, plan_key
 from nabla_attn.models.processor import NablaProcessor, make_processor, open_door
@@ -28,6 +29,7 @@ class Settings:
     """What the user asked of `apply`, the same for all transformers of a pipeline."""
 
     schedule: Schedule
+    has_auto_min_tokens: bool = False
     backend: str = "auto"
     telemetry: bool = True
     keep_first_frame: bool = False
@@ -59,7 +61,7 @@ class ModelState:
         self.settings = settings
         self.steps = steps
         self.telemetry = telemetry
-        self.modules = _attention_modules(model, row)
+        self.modules = attention_modules(model, row)
         self.layers = [Layer(path, module.processor) for path, module in self.modules.items()]
         self.reuse = Reuse(settings.schedule)
         self.hook: Any = None
@@ -90,7 +92,7 @@ class ModelState:
         for layer, module in zip(self.layers, self.modules.values(), strict=True):
             layer.memory.forget()
             if isinstance(module.processor, NablaProcessor):
-                _set_processor(module, layer.original)
+                set_processor(module, layer.original)
         unwrap_checkpoint(model)
         if self.has_own_plan:
             delattr(model, "_cp_plan")
@@ -103,7 +105,7 @@ class ModelState:
                 continue
             layer.original = module.processor
             port = self.row.ports.get(type(layer.original).__name__, open_door)
-            _set_processor(module, make_processor(layer, port))
+            set_processor(module, make_processor(layer, port))
 
     def plan(self, model: nn.Module, arguments: Mapping[str, Any]) -> None:
         """Decide for every layer what it does in this forward."""
@@ -117,8 +119,9 @@ class ModelState:
         plan = self._common_plan(model, arguments)
         if plan.ranks is not None:
             self._prepare_ranks(model, plan.ranks, device, is_training)
+        schedule = self._schedule(step, device)
         for index, layer in enumerate(self.layers):
-            config = self._config(step, index, plan.grid)
+            config = self._config(schedule, step, index, plan.grid)
             self._plan_layer(layer, self._with_memory(plan, config, branch, layer), device)
         if self.settings.telemetry:
             grid = (plan.grid.frames, plan.grid.height, plan.grid.width)
@@ -158,9 +161,18 @@ class ModelState:
             is_guidance_batch=in_batch and self.steps.is_guided is not False,
         )
 
-    def _config(self, step: int | None, index: int, grid: TokenGrid) -> SparseConfig:
+    def _schedule(self, step: int | None, device: torch.device) -> Schedule:
+        """The rules of a forward on this device."""
         schedule = self.settings.schedule
-        return (_without_steps(schedule) if step is None else schedule).config_for(
+        if self.settings.has_auto_min_tokens:
+            least = min_tokens_here(device, schedule.min_tokens)
+            schedule = replace(schedule, min_tokens=least)
+        return _without_steps(schedule) if step is None else schedule
+
+    def _config(
+        self, schedule: Schedule, step: int | None, index: int, grid: TokenGrid
+    ) -> SparseConfig:
+        return schedule.config_for(
             step or 0,
             index,
             num_steps=self.steps.num_steps,
@@ -210,34 +222,3 @@ class ModelState:
 def _without_steps(schedule: Schedule) -> Schedule:
     """Training sees random timesteps, so rules about steps do not apply."""
     return replace(schedule, dense_first_steps=0, dense_last_steps=0, step_overrides={})
-
-
-def num_heads(module: nn.Module) -> int:
-    """Query heads of an attention module."""
-    for name in ("heads", "num_heads"):
-        heads = getattr(module, name, None)
-        if isinstance(heads, int):
-            return heads
-    raise ValueError(f"{type(module).__name__} does not say its number of heads (heads).")
-
-
-def _attention_modules(model: nn.Module, row: ModelRow) -> dict[str, Any]:
-    pattern = re.compile(row.attention)
-    modules = {
-        path: module
-        for path, module in model.named_modules()
-        if pattern.fullmatch(path.replace("_orig_mod.", "")) and hasattr(module, "processor")
-    }
-    if not modules:
-        raise ValueError(
-            f"no attention module of {type(model).__name__} matches {row.attention!r}. "
-            "Give the path of each video self-attention, such as r'blocks\\.\\d+\\.attn1'."
-        )
-    return modules
-
-
-def _set_processor(module: Any, processor: Any) -> None:
-    if hasattr(module, "set_processor"):
-        module.set_processor(processor)
-    else:
-        module.processor = processor

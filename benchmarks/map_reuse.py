@@ -1,0 +1,121 @@
+"""What reusing maps costs: the built-in model under schedules that keep maps, against fresh ones.
+
+python benchmarks/map_reuse.py; then `nabla bench --docs docs` makes the table.
+"""
+
+import hashlib
+import sys
+from pathlib import Path
+
+import torch
+import typer
+
+import nabla_attn as na
+from nabla_attn.backends.gather import attend
+from nabla_attn.generation.attention_probe import BlockCall, block_call, measure_losses
+from nabla_attn.generation.generate import sample
+from nabla_attn.generation.pipeline import BUILTIN_DIRECTORY, load_pipeline
+from nabla_attn.generation.request import GenerationRequest, ModelDefaults, video_tokens
+from nabla_attn.mapping import map_blocks
+from nabla_attn.record import RunRecord, collect_versions, describe_device
+
+PROMPTS = ("a large red circle moving right", "a small blue square moving up")
+RULES = (
+    {},
+    {"reuse_guidance": True},
+    {"reuse_steps": 2},
+    {"reuse_steps": 3},
+    {"reuse_steps": 2, "reuse_guidance": True},
+)
+MEASURES = ("density", "recall", "layer_error", "true_mass", "error_to_dense")
+
+
+def main(
+    algorithm: str = "nabla-0.5",
+    frames: int = 33,
+    steps: int = 6,
+    guidance: float = 3.0,
+    output: Path = Path("benchmarks/results/map_reuse.json"),
+) -> None:
+    """Measure every rule on every prompt and write the record."""
+    pipeline = load_pipeline("builtin")
+    defaults = ModelDefaults.load(BUILTIN_DIRECTORY)
+    size = {"height": defaults.height, "width": defaults.width, "frames": frames}
+    rows = [{"rule": str(schedule(algorithm, rules)), **rules} for rules in RULES]
+    sums = torch.zeros(len(RULES), len(MEASURES) + 2, dtype=torch.float64)
+    for prompt in PROMPTS:
+        request = GenerationRequest(
+            prompt=prompt, steps=steps, guidance=guidance, sparse_algo=algorithm, **size
+        )
+        dense = sample(pipeline, request.with_algo("dense"), output_type="latent")
+        fresh = None
+        for index, rules in enumerate(RULES):
+            latents, means = measure(pipeline, request, schedule(algorithm, rules))
+            fresh = latents if fresh is None else fresh
+            finals = torch.tensor([distance(latents, fresh), distance(latents, dense)])
+            sums[index] += torch.cat([means, finals])
+            sys.stderr.write(f"{prompt}: {rows[index]['rule']}\n")
+    names = (*MEASURES, "latents_to_fresh", "latents_to_dense")
+    for row, values in zip(rows, (sums / len(PROMPTS)).tolist(), strict=True):
+        row |= {name: round(value, 6) for name, value in zip(names, values, strict=True)}
+    weights = BUILTIN_DIRECTORY / "transformer" / "diffusion_pytorch_model.safetensors"
+    config = {
+        "workload": "map reuse",
+        "algorithm": algorithm,
+        "steps": steps,
+        "guidance": guidance,
+        "prompts": list(PROMPTS),
+        "tokens": list(video_tokens(pipeline, request)),
+        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+    }
+    device = describe_device(pipeline.device)
+    RunRecord("map_reuse", config, 0, collect_versions(), device, {"results": rows}).save(output)
+
+
+def schedule(algorithm: str, rules: dict) -> na.Schedule:
+    """The algorithm under rules of reuse."""
+    return na.Schedule(algorithm=na.parse(algorithm), **rules)
+
+
+def measure(
+    pipeline: object, request: GenerationRequest, rules: na.Schedule
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The final latents, and the mean of each measure over all calls, layers and heads."""
+    found: list[torch.Tensor] = []
+    with na.apply(pipeline, schedule=rules) as handle:
+        for index, layer in enumerate(handle.models[0][1].layers):
+
+            def observe(layer: object, *call: object, index: int = index) -> None:
+                found.append(compare(block_call(layer, *call), rules.algorithm, index))
+
+            layer.observer = observe
+        latents = sample(pipeline, request, output_type="latent")
+    return latents, torch.stack(found).mean(dim=0)
+
+
+def compare(call: BlockCall, config: na.SparseConfig, seed: int) -> torch.Tensor:
+    """The measures of one call: its map against the one its own tokens would give."""
+    fresh = map_blocks(call.q, call.k, call.layout, config, scale=call.scale)
+    used = call.block_map
+    recall = (used.mask & fresh.mask).sum() / fresh.mask.sum()
+    outputs = [attend(call.q, call.k, call.v, x, scale=call.scale) for x in (used, fresh)]
+    losses = measure_losses(call, seed=seed)
+    return torch.tensor(
+        [
+            used.density,
+            recall,
+            distance(*outputs),
+            losses.true_mass.mean(),
+            losses.output_error.mean(),
+        ],
+        dtype=torch.float64,
+    )
+
+
+def distance(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Relative L2 distance of x to y."""
+    return ((x.float() - y.float()).norm() / y.float().norm()).item()
+
+
+if __name__ == "__main__":
+    typer.run(main)
