@@ -65,7 +65,7 @@ def check(run: Run, folder: Path) -> dict[str, str]:
     trained = sum(p.numel() for p in run.trained())
     total = sum(p.numel() for p in run.bare.parameters())
     clips = config.data.batch * config.accumulation * feed.replicas
-    result = "LoRA weights" if config.lora.rank else "pipeline"
+    result = "LoRA weights" if config.lora.rank else "a pipeline"
     shown = {
         "model": f"{type(run.bare).__name__}, {trained:,} of {total:,} weights trained",
         "data": f"{len(feed.trained_on)} clips of {_count(len(shapes), 'grid')}, "
@@ -78,7 +78,7 @@ def check(run: Run, folder: Path) -> dict[str, str]:
         "gradient": f"norm {norm:.4g}, clipped to {config.optim.max_norm or 'nothing'}",
         "steps": f"{config.steps:,}, of {_count(clips, 'clip')} each",
         "time": f"{seconds:.2f} s for a batch of {len(batch['latents'])}, first call",
-        "writes": f"checkpoints every {config.checkpoint.every} steps, then the {result}, to {folder}",
+        "writes": f"checkpoints every {config.checkpoint.every} steps, then {result}, to {folder}",
     }
     if run.accelerator.device.type == "cuda":
         shown["memory"] = f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB at most"

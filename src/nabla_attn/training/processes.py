@@ -1,5 +1,6 @@
 """Processes: what accelerate is asked for, and sequences that several processes share."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,14 @@ def make_accelerator(config: TrainConfig, transformer: Any) -> Any:
             )
         options["fsdp_plugin"] = _fsdp_plugin(transformer)
     mixed = "bf16" if config.precision == "bfloat16" else "no"
-    accelerator = Accelerator(mixed_precision=mixed, **options)
+    # Unless it is told, accelerate makes nothing of several processes without GPUs.
+    on_cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(mixed_precision=mixed, cpu=on_cpu, **options)
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != expected:
+        raise ValueError(
+            f"{expected} processes were started, but accelerate sees {accelerator.num_processes}."
+        )
     if accelerator.num_processes % config.context_parallel:
         raise ValueError(
             f"context_parallel={config.context_parallel} does not divide the "

@@ -13,8 +13,8 @@ from nabla_attn.models.grids import patch_size
 from nabla_attn.training.adapters import add_lora, bare_teacher, copied_teacher
 from nabla_attn.training.config import TrainConfig
 from nabla_attn.training.data import EncodedSet
-from nabla_attn.training.feed import Feed
 from nabla_attn.training.families import Family, find_family
+from nabla_attn.training.feed import Feed
 from nabla_attn.training.model import Parts
 from nabla_attn.training.noise import path_of
 from nabla_attn.training.objective import Objective, Teacher, make_objective
@@ -129,7 +129,8 @@ def _prepare_module(
     if config.lora.rank:
         if not hasattr(parts.pipeline_class, "save_lora_weights"):
             raise ValueError(
-                f"diffusers has no LoRA format for {parts.pipeline_class.__name__}. Use lora.rank=0."
+                f"diffusers has no LoRA format for {parts.pipeline_class.__name__}. "
+                "Use lora.rank=0."
             )
         add_lora(bare, config.lora, config.seed)
     elif is_distilled:

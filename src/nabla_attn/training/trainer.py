@@ -161,7 +161,7 @@ class Trainer:
             numbers |= self._take_sample()
         numbers |= {"seconds": self.seconds, "skipped": float(self.skipped)}
         self.last_numbers = numbers
-        if logbook and self._is_due(self.config.watch.log) or "validation" in numbers:
+        if (logbook and self._is_due(self.config.watch.log)) or "validation" in numbers:
             self._log(logbook, Entry(self.step, self.config.steps, numbers, layers))
         if self.step < self.config.steps and self._is_due(self.config.checkpoint.every):
             self._save()

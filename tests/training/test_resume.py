@@ -1,0 +1,232 @@
+import os
+import random
+import signal
+import time
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.training.clips import make_clips, small_config, start_process, train_clips
+
+from nabla_attn.training import checkpoint as checkpoint_module
+from nabla_attn.training.checkpoint import Checkpoints, SaveFailed, read_state
+from nabla_attn.training.train import train
+from nabla_attn.training.trainer import Trainer
+
+FULL = {"steps": 6, "ema": 0.9, "accumulation": 2, "data__batch": 2, "sparsity__ramp": 4}
+
+
+def weights(folder):
+    (path,) = folder.glob("*/transformer/*.safetensors")
+    return load_file(path)
+
+
+def same(first, second):
+    a, b = weights(first), weights(second)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def run(config, model, folder, **options):
+    return train(config, model, folder, dataset=make_clips(odd=True), **options)
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(step):
+    def report(entry):
+        if entry.step == step:
+            raise Stopped
+
+    return report
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_wan, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    run(small_config(**FULL), tiny_wan, folder)
+    return folder
+
+
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny_wan, tmp_path, whole, step):
+    config = small_config(**FULL)
+    with pytest.raises(Stopped):
+        run(config, tiny_wan, tmp_path, report=stop_after(step))
+    run(config, tiny_wan, tmp_path, resume=True)
+    assert same(tmp_path, whole)
+    rows = (tmp_path / "log.csv").read_text().splitlines()
+    kept = (whole / "log.csv").read_text().splitlines()
+    assert [row.split(",")[:2] for row in rows] == [row.split(",")[:2] for row in kept]
+
+
+def test_distilling_with_lora_resumes_bit_for_bit(tiny_wan, tmp_path):
+    config = small_config("distill", lora__rank=2, steps=5)
+    run(config, tiny_wan, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        run(config, tiny_wan, tmp_path / "cut", report=stop_after(3))
+    run(config, tiny_wan, tmp_path / "cut", resume=True)
+    name = "lora/pytorch_lora_weights.safetensors"
+    assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_stop(tiny_wan, tmp_path, whole, kind):
+    def report(entry):
+        if entry.step == 3:
+            os.kill(os.getpid(), kind)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(small_config(**FULL), tiny_wan, tmp_path, report=report)
+    assert Checkpoints(tmp_path / "checkpoints").latest().name == "step-00000003"
+    run(small_config(**FULL), tiny_wan, tmp_path, resume=True)
+    assert same(tmp_path, whole)
+
+
+def test_a_begun_run_is_not_overwritten(tiny_wan, whole):
+    with pytest.raises(ValueError, match="--resume"):
+        run(small_config(**FULL), tiny_wan, whole)
+
+
+def test_changes_are_named_and_refused_unless_allowed(tiny_wan, tmp_path):
+    run(small_config(steps=2), tiny_wan, tmp_path)
+    changed = small_config(steps=3, optim__lr=2e-3)
+    with pytest.raises(ValueError, match=r"optim\.lr: 0\.001 -> 0\.002.*steps: 2 -> 3.*allow"):
+        run(changed, tiny_wan, tmp_path, resume=True)
+    run(changed, tiny_wan, tmp_path, resume=True, allow_changes=True)
+    assert read_state(Checkpoints(tmp_path / "checkpoints").latest())["step"] == 3
+
+
+def test_other_data_may_follow_when_changes_are_allowed(tiny_wan, tmp_path):
+    run(small_config(steps=2), tiny_wan, tmp_path)
+    config = small_config(steps=3, data__batch=2)
+    train(config, tiny_wan, tmp_path, dataset=make_clips(5), resume=True, allow_changes=True)
+    assert read_state(Checkpoints(tmp_path / "checkpoints").latest())["step"] == 3
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2, best=True)
+    for step, loss in enumerate([3.0, 1.0, 2.0, None, 4.0], start=1):
+        checkpoints.save(step, {"validation": loss}, lambda folder: None)
+    assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["2", "4", "5"]
+
+
+def test_a_failed_write_keeps_the_last_good_checkpoint(tiny_wan, tmp_path, monkeypatch, whole):
+    real = checkpoint_module._sync
+
+    def fail(path):
+        if "step-00000004" in str(path):
+            raise OSError(28, "No space left on device")
+        real(path)
+
+    monkeypatch.setattr(checkpoint_module, "_sync", fail)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run(small_config(**FULL), tiny_wan, tmp_path)
+    messages = [str(warning.message) for warning in said]
+    assert any("No space left" in text and "step-00000002 is the last" in text for text in messages)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000002",
+        "step-00000006",
+    ]
+    assert same(tmp_path, whole)
+
+
+def test_a_failed_write_at_the_end_is_an_error(tiny_wan, tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_module, "_sync", fail)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(SaveFailed, match="there is none yet"):
+            run(small_config(steps=2), tiny_wan, tmp_path)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_steps_without_a_finite_loss_change_nothing(tiny_wan, tmp_path, monkeypatch):
+    advance, seen = Trainer._update, []
+
+    def poisoned(self, is_finite):
+        before = [p.detach().clone() for p in self.run.trained()]
+        if self.step == 1:
+            is_finite = False
+        advance(self, is_finite)
+        changed = any(
+            not torch.equal(a, b) for a, b in zip(before, self.run.trained(), strict=True)
+        )
+        seen.append(changed)
+
+    monkeypatch.setattr(Trainer, "_update", poisoned)
+    run(small_config(steps=3), tiny_wan, tmp_path)
+    assert seen == [True, False, True]
+
+
+def test_nan_latents_are_skipped_counted_and_stop_at_last(tiny_wan, tmp_path):
+    clips = make_clips(4)
+    sound = clips.__class__.__getitem__
+
+    class Broken(clips.__class__):
+        def __getitem__(self, index):
+            item = sound(self, index)
+            if index % 2:
+                item["latents"][0, 0, 0, 0] = float("nan")
+            return item
+
+    entries = []
+    config = small_config(steps=8, data__validation=0, checkpoint__every=1)
+    train(config, tiny_wan, tmp_path / "some", dataset=Broken(clips.shapes), report=entries.append)
+    assert entries[-1].numbers["skipped"] == 4
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "some").values())
+    with pytest.raises(ValueError, match="no finite loss in 2 steps in a row"):
+        train(
+            small_config(steps=8, max_skipped=2, data__validation=0),
+            tiny_wan,
+            tmp_path / "all",
+            dataset=Broken((clips.shapes[0],) * 2),
+            report=lambda entry: None,
+        )
+
+
+KILLED = {"steps": 12, "ema": 0.9, "checkpoint__every": 1}
+
+
+def kill_and_resume(model, folder, kills):
+    """Start, kill at a random moment of the training, start again; then let it end."""
+    rng = random.Random(0)
+    done = 0
+    for _ in range(kills):
+        process = start_process(train_clips, model, folder, KILLED, {"resume": True})
+        while process.is_alive() and not (folder / "config.json").exists():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 1))
+        process.kill()
+        process.join()
+        (folder / "config.json").unlink(missing_ok=True)
+        latest = Checkpoints(folder / "checkpoints").latest()
+        if latest:
+            step = read_state(latest)["step"]
+            assert step >= done
+            done = step
+    process = start_process(train_clips, model, folder, KILLED, {"resume": True})
+    process.join()
+    assert process.exitcode == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unkilled(tiny_wan, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unkilled")
+    train_clips(tiny_wan, folder, KILLED, {})
+    return folder
+
+
+def test_killed_three_times_the_run_ends_the_same(tiny_wan, tmp_path, unkilled):
+    assert same(kill_and_resume(tiny_wan, tmp_path / "run", 3), unkilled)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_the_run_ends_the_same(tiny_wan, tmp_path, unkilled):
+    assert same(kill_and_resume(tiny_wan, tmp_path / "run", 20), unkilled)

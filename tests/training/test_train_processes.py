@@ -1,0 +1,105 @@
+import socket
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.training.clips import start_process, train_clips
+
+VALUES = {"steps": 3, "ema": 0.9, "data__batch": 1, "data__validation": 3}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def train_on(processes, model, folder, values):
+    """Train as torchrun does: one process a rank."""
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = [
+        start_process(
+            train_clips,
+            model,
+            folder,
+            values,
+            {},
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            LOCAL_WORLD_SIZE=str(processes),
+            **common,
+        )
+        for rank in range(processes)
+    ]
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [0] * processes
+
+
+def result(folder):
+    return load_file(folder / "pipeline/transformer/diffusion_pytorch_model.safetensors")
+
+
+def losses(folder):
+    lines = (folder / "log.csv").read_text().splitlines()
+    places = [lines[0].split(",").index(name) for name in ("loss", "norm")]
+    return [[float(line.split(",")[place]) for place in places] for line in lines[1:]]
+
+
+@pytest.mark.parametrize("recipe", ["finetune", "distill"])
+def test_two_processes_equal_one_that_accumulates(tiny_wan, tmp_path, recipe):
+    values = VALUES | {"recipe": recipe}
+    train_clips(tiny_wan, tmp_path / "one", values | {"accumulation": 2}, {})
+    train_on(2, tiny_wan, tmp_path / "two", values)
+    one, two = result(tmp_path / "one"), result(tmp_path / "two")
+    start = load_file(tiny_wan / "transformer/diffusion_pytorch_model.safetensors")
+    for name, value in one.items():
+        # AdamW's first steps have the size of the learning rate whatever the gradient: compare
+        # with how far training went.
+        moved = (value - start[name]).abs().max()
+        assert (two[name] - value).abs().max() <= 0.02 * moved + 1e-7
+    torch.testing.assert_close(
+        losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4, atol=0
+    )
+
+
+def test_two_processes_that_share_a_sequence_equal_one(tiny_wan, tmp_path):
+    train_clips(tiny_wan, tmp_path / "one", VALUES, {})
+    train_on(2, tiny_wan, tmp_path / "two", VALUES | {"context_parallel": 2})
+    torch.testing.assert_close(
+        losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4, atol=0
+    )
+
+
+def test_more_processes_than_clips_are_refused():
+    from tests.training.clips import make_clips, small_config
+
+    from nabla_attn.training.feed import Feed
+
+    config = small_config(data__validation=2)
+    with pytest.raises(ValueError, match="more processes than clips: 7 for 6"):
+        Feed(make_clips(8), config, replica=0, replicas=7)
+
+
+def test_shares_of_a_step_are_those_of_one_process():
+    from tests.training.clips import make_clips, small_config
+
+    from nabla_attn.training.feed import Feed
+
+    clips = make_clips(9, odd=True)
+
+    def latents(accumulation, replica, replicas):
+        config = small_config(accumulation=accumulation, data__batch=2)
+        feed = Feed(clips, config, replica=replica, replicas=replicas)
+        return [
+            (batch["latents"], torch.rand(1, generator=generator))
+            for number in range(5)
+            for batch, generator in feed.step(number)
+        ]
+
+    whole = latents(2, 0, 1)
+    for replica in range(2):
+        for (ours, noise), (theirs, same) in zip(
+            latents(1, replica, 2), whole[replica::2], strict=True
+        ):
+            assert torch.equal(ours, theirs) and torch.equal(noise, same)
