@@ -8,7 +8,16 @@ import torch
 
 import nabla_attn as na
 from nabla_attn import crossover
-from nabla_attn.bench import attention, contenders, gate, revisions, scaling, suite, tables
+from nabla_attn.bench import (
+    attention,
+    contenders,
+    gate,
+    reuse_table,
+    revisions,
+    scaling,
+    suite,
+    tables,
+)
 from nabla_attn.bench.inputs import make_inputs
 from nabla_attn.bench.maps import measure_map_share, measure_maps
 from nabla_attn.bench.measure import time_in_turn
@@ -177,3 +186,16 @@ def test_the_benchmark_needs_only_torch(tmp_path):
     assert process.returncode == 0, process.stderr
     assert "| float32 | forward |" in process.stdout
     assert len(list(tmp_path.glob("bench_toy-cpu_*.json"))) == 1
+
+
+def test_the_cost_of_map_reuse_has_a_table(tmp_path):
+    row = {"rule": "nabla-0.5; one map for 2 steps", "reuse_steps": 2}
+    row |= dict.fromkeys(reuse_table.COLUMNS, 0.25) | {"recall": 0.9449}
+    config = {"workload": "map reuse", "tokens": [9, 16, 16], "steps": 6}
+    config |= {"guidance": 3.0, "prompts": ["a", "b"]}
+    RunRecord("map_reuse", config, 0, {}, "cpu", {"results": [row]}).save(
+        tmp_path / "map_reuse.json"
+    )
+    page = tables.build_docs(tmp_path, tmp_path / "docs")
+    assert "| nabla-0.5; one map for 2 steps | 0.2500 | 0.9449 |" in page
+    assert "9x16x16 tokens, 6 steps, guidance 3, 2 prompts" in page
