@@ -83,11 +83,12 @@ def build_block_map(
     """The map that `nabla_attention` would use for these queries and keys; same arguments."""
     layout = TokenLayout(grid, text_before, text_after)
     return map_blocks(
-        to_blocks(q, layout),
-        to_blocks(k, layout),
+        q,
+        k,
         layout,
         config,
         scale=scale,
         text_valid=text_valid,
         keep_first_frame=keep_first_frame,
+        is_raster=True,
     )

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from nabla_attn.config import SparseConfig
-from nabla_attn.core.block_map import BlockMap, block_map_of
-from nabla_attn.core.order import TokenLayout, block_order
+from nabla_attn.core.block_map import BlockMap, block_map_of, whole_block_map
+from nabla_attn.core.order import TokenLayout, block_order, to_blocks
 from nabla_attn.core.scores import pool_blocks, score_blocks
 from nabla_attn.core.select import count_of_share, select_by_mass, select_top
 from nabla_attn.core.window import build_first_frame_map, build_segment_map, build_window_map
@@ -16,12 +16,14 @@ from nabla_attn.shapes import Bool, Float
 
 # Scores of one panel: 128 MB in fp32, so that a few temporaries stay far below 2 GB.
 PANEL_SCORES = 2**25
+# Queries or keys pooled at once, in numbers: 256 MB in fp32, into which a CPU copies them.
+PANEL_TOKENS = 2**26
 
 
 @torch.no_grad()
 def map_blocks(
-    q_blocks: Float[Tensor, "batch heads slots dim"],
-    k_blocks: Float[Tensor, "batch heads slots dim"],
+    q: Float[Tensor, "batch heads slots dim"],
+    k: Float[Tensor, "batch heads slots dim"],
     layout: TokenLayout,
     config: SparseConfig,
     *,
@@ -29,32 +31,37 @@ def map_blocks(
     text_valid: Bool[Tensor, "batch text"] | None = None,
     keep_first_frame: bool = False,
     measure: bool = False,
+    is_raster: bool = False,
 ) -> BlockMap:
-    """Pool, score and select blocks of queries and keys that are already in block order.
+    """Pool, score and select blocks of queries and keys.
+
+    Memory beside the map is bounded, whatever the number of heads and tokens.
 
     Args:
-        q_blocks: queries in block order.
-        k_blocks: keys in block order.
+        q: queries in block order.
+        k: keys in block order.
         layout: where the tokens are.
         config: which blocks are kept.
         scale: factor on q.k; None is 1/sqrt(dim).
         text_valid: False where a sample's text is padding.
         keep_first_frame: every block attends the first frame of its clip.
         measure: fill `BlockMap.kept_mass`.
+        is_raster: q and k are in raster order; a few heads at a time are reordered.
     """
-    grid, device = layout.grid, q_blocks.device
+    grid, device = layout.grid, q.device
     fixed = _fixed_blocks(layout, config, device, keep_first_frame)
     segments = None if grid.segments is None else build_segment_map(grid, device)
-    shape = (*q_blocks.shape[:2], grid.num_blocks, grid.num_blocks)
+    shape = (*q.shape[:2], grid.num_blocks, grid.num_blocks)
     if not config.is_adaptive and not measure:
         kept = torch.ones(shape, dtype=torch.bool, device=device) if fixed is None else fixed
         kept = kept if segments is None else kept & segments
         return block_map_of(kept.expand(shape), layout, text_valid)
-    counts = block_order(layout, device).counts[: grid.num_blocks]
-    q_pooled, k_pooled = (
-        pool_blocks(x[:, :, : grid.num_slots], counts).flatten(0, 1) for x in (q_blocks, k_blocks)
+    q_pooled, k_pooled = (_pool(x, layout, is_raster).flatten(0, 1) for x in (q, k))
+    # The strips of text stay as they are: kept.
+    whole = torch.ones(
+        (*shape[:2], layout.num_blocks, layout.num_blocks), dtype=torch.bool, device=device
     )
-    kept = torch.empty(shape, dtype=torch.bool, device=device).flatten(0, 1)
+    kept = whole[:, :, : grid.num_blocks, : grid.num_blocks].flatten(0, 1)
     mass = q_pooled.new_empty(q_pooled.shape[:2])
     run = fused(_select_panel, kept.numel(), device)
     target = _targets(layout, config).to(mass)
@@ -69,7 +76,21 @@ def map_blocks(
             _rule(config),
         )
     head_mass = mass.mean(dim=1).view(shape[:2]) if measure else None
-    return block_map_of(kept.view(shape), layout, text_valid, kept_mass=head_mass)
+    return whole_block_map(whole, layout, text_valid, kept_mass=head_mass)
+
+
+def _pool(x: Tensor, layout: TokenLayout, is_raster: bool) -> Tensor:
+    """Means of the video's blocks [batch, heads, blocks, dim], a few heads at a time."""
+    counts = block_order(layout, x.device).counts[: layout.grid.num_blocks]
+
+    def pool(part: Tensor) -> Tensor:
+        part = to_blocks(part, layout) if is_raster else part
+        return pool_blocks(part[:, :, : layout.grid.num_slots], counts)
+
+    heads = max(1, PANEL_TOKENS // (x.shape[0] * x.shape[2] * x.shape[3]))
+    if heads >= x.shape[1]:
+        return pool(x)
+    return torch.cat([pool(part) for part in x.split(heads, dim=1)], dim=1)
 
 
 def _rule(config: SparseConfig) -> str:
@@ -104,11 +125,20 @@ def _fixed_blocks(
 
 def _panels(num_heads: int, num_rows: int, num_columns: int) -> Iterator[tuple[slice, slice]]:
     """Slices of heads and rows of at most PANEL_SCORES scores, whole heads where they fit."""
-    rows = max(1, min(num_rows, PANEL_SCORES // num_columns))
-    heads = max(1, PANEL_SCORES // (rows * num_columns)) if rows == num_rows else 1
-    for head in range(0, num_heads, heads):
-        for row in range(0, num_rows, rows):
-            yield slice(head, head + heads), slice(row, row + rows)
+    rows = list(_equal_slices(num_rows, PANEL_SCORES // num_columns))
+    per_panel = PANEL_SCORES // (num_rows * num_columns) if len(rows) == 1 else 1
+    for head in _equal_slices(num_heads, per_panel):
+        for row in rows:
+            yield head, row
+
+
+def _equal_slices(total: int, most: int) -> Iterator[slice]:
+    """Slices of one length, at most `most`; the last may overlap, so that one shape compiles."""
+    count = -(-total // max(1, min(total, most)))
+    length = -(-total // count)
+    for index in range(count):
+        start = min(index * length, total - length)
+        yield slice(start, start + length)
 
 
 def _select_panel(

@@ -9,6 +9,9 @@ from torch.nn.attention.flex_attention import BlockMask
 from nabla_attn.core.order import TokenLayout, block_order
 from nabla_attn.shapes import Bool, Float, Int
 
+# Pairs of blocks counted at once: 128 MB as fp32.
+PANEL_PAIRS = 2**25
+
 
 @dataclass(frozen=True, eq=False)
 class BlockMap:
@@ -41,8 +44,11 @@ class BlockMap:
     def head_density(self) -> Float[Tensor, "batch heads"]:
         """Kept token pairs / all token pairs, per sample and head; stays on the device."""
         kv_counts = self.kv_counts
-        kept = self.mask.to(torch.float32) @ kv_counts.to(torch.float32)[:, None, :, None]
-        kept = (kept.squeeze(-1) * self.q_counts).sum(dim=-1, dtype=torch.float64)
+        weights = kv_counts.to(torch.float32)[:, None, :, None]
+        # As floats the mask is four times as large: a few heads at a time.
+        heads = max(1, PANEL_PAIRS // self.mask[:, 0].numel())
+        parts = [part.to(torch.float32) @ weights for part in self.mask.split(heads, dim=1)]
+        kept = (torch.cat(parts, dim=1).squeeze(-1) * self.q_counts).sum(-1, dtype=torch.float64)
         return (kept / (self.q_counts.sum() * kv_counts.sum(dim=1, keepdim=True))).float()
 
     @property
@@ -94,8 +100,19 @@ def block_map_of(
     num_text_blocks = layout.num_blocks - layout.grid.num_blocks
     pad = (0, num_text_blocks, 0, num_text_blocks)
     mask = torch.nn.functional.pad(video_mask, pad, value=True) if num_text_blocks else video_mask
+    return whole_block_map(mask, layout, text_valid, kept_mass=kept_mass)
+
+
+def whole_block_map(
+    mask: Bool[Tensor, "batch heads q_blocks kv_blocks"],
+    layout: TokenLayout,
+    text_valid: Bool[Tensor, "batch text"] | None = None,
+    *,
+    kept_mass: Float[Tensor, "batch heads"] | None = None,
+) -> BlockMap:
+    """Wrap a map that has its strips of text; arguments as for `block_map_of`."""
     counts = block_order(layout, mask.device).counts
-    kv_valid = _valid_slots(layout, video_mask.shape[0], text_valid, mask.device)
+    kv_valid = _valid_slots(layout, mask.shape[0], text_valid, mask.device)
     return BlockMap(mask, counts, kv_valid, layout.grid.block.tokens, kept_mass)
 
 
