@@ -117,8 +117,8 @@ def family_of(pipeline: Any) -> Family:
     for name, meaning in {**parts, "transformer": "transformer"}.items():
         if getattr(pipeline, name, None) is None:
             raise ValueError(
-                f"this {family.pipeline} has no {meaning}. Training needs the whole pipeline: load a "
-                f"directory whose model_index.json names {name}."
+                f"this {family.pipeline} has no {meaning}. Training needs the whole pipeline: "
+                f"load a directory whose model_index.json names {name}."
             )
     if family.layout == "tokens c" and _patch(pipeline) != (1, 1, 1):
         raise ValueError(f"{family.pipeline} with patches of {_patch(pipeline)} cannot be trained.")

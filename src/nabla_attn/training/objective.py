@@ -127,8 +127,10 @@ class Distillation:
 
 def predict(module: nn.Module, arguments: dict[str, Any]) -> Tensor:
     """The first output of a transformer of diffusers."""
-    out: Tensor = module(**arguments, return_dict=False)[0]
-    return out
+    out = module(**arguments, return_dict=False)
+    # Kandinsky 5 gives the tensor itself.
+    predicted: Tensor = out[0] if isinstance(out, tuple) else out
+    return predicted
 
 
 def squared_error(predicted: Tensor, wanted: Tensor) -> Tensor:

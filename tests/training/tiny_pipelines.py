@@ -1,0 +1,191 @@
+"""Whole tiny random pipelines of every family that can be trained, without Wan's."""
+
+from types import SimpleNamespace
+
+import torch
+from tests.models.tiny_models import TINY
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    LlamaConfig,
+    LlamaModel,
+    T5Config,
+    T5EncoderModel,
+)
+
+from nabla_attn.testing import tiny_tokenizer
+
+
+def t5(width):
+    torch.manual_seed(1)
+    config = T5Config(
+        vocab_size=64, d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0
+    )
+    return {"tokenizer": tiny_tokenizer(), "text_encoder": T5EncoderModel(config).eval()}
+
+
+def clip_text(width):
+    tokenizer = tiny_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=64,
+        hidden_size=width,
+        intermediate_size=16,
+        projection_dim=width,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        eos_token_id=1,
+        bos_token_id=1,
+        pad_token_id=0,
+    )
+    tokenizer.model_max_length = 77
+    return {"tokenizer_2": tokenizer, "text_encoder_2": CLIPTextModel(config).eval()}
+
+
+def behind_template(count):
+    """A tokenizer whose text starts after the template's tokens, which the pipelines cut off."""
+    words = tiny_tokenizer()
+
+    def tokenize(text, images=None, videos=None, max_length=None, **options):
+        if max_length is not None:
+            options["max_length"] = max_length - count
+        found = words(text, **options)
+        for name in ("input_ids", "attention_mask"):
+            start = torch.ones(len(text), count, dtype=torch.long)
+            found[name] = torch.cat([start, found[name]], 1)
+        return found
+
+    return tokenize
+
+
+def flow_scheduler(**kwargs):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(**kwargs)
+
+
+def hunyuan_vae():
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    return AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        block_out_channels=(8,) * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+    ).eval()
+
+
+def hunyuan():
+    from diffusers import HunyuanVideoPipeline
+
+    llama = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+    )
+    return HunyuanVideoPipeline(
+        text_encoder=LlamaModel(llama).eval(),
+        tokenizer=behind_template(95),
+        **clip_text(8),
+        vae=hunyuan_vae(),
+        scheduler=flow_scheduler(shift=7.0),
+        transformer=TINY["hunyuan"].build(),
+    )
+
+
+def ltx():
+    from diffusers import AutoencoderKLLTXVideo, LTXPipeline
+
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=4,
+        block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 5,
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        decoder_inject_noise=(False,) * 5,
+        upsample_residual=(False,) * 4,
+        upsample_factor=(1,) * 4,
+        patch_size=1,
+    ).eval()
+    vae.latents_mean.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
+    vae.latents_std.copy_(torch.tensor([1.5, 0.5, 2.0, 1.0]))
+    return LTXPipeline(
+        **t5(16),
+        vae=vae,
+        scheduler=flow_scheduler(use_dynamic_shifting=True),
+        transformer=TINY["ltx"].build(),
+    )
+
+
+def cogvideox(kind="cogvideox"):
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline
+
+    vae = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8,) * 4,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+    ).eval()
+    transformer = TINY[kind].build(max_text_seq_length=226)
+    scheduler = CogVideoXDDIMScheduler(prediction_type="v_prediction")
+    return CogVideoXPipeline(**t5(8), vae=vae, scheduler=scheduler, transformer=transformer)
+
+
+def cogvideox15():
+    return cogvideox("cogvideox15")
+
+
+class Words(torch.nn.Module):
+    """Stands for Qwen2.5-VL: an embedding of its tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(64, 16)
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+
+    def forward(self, input_ids, **_):
+        return {"hidden_states": [self.table(input_ids)]}
+
+
+def kandinsky5(**changes):
+    from diffusers import Kandinsky5T2VPipeline
+
+    return Kandinsky5T2VPipeline(
+        text_encoder=Words(),
+        tokenizer=behind_template(129),
+        **clip_text(8),
+        vae=hunyuan_vae(),
+        scheduler=flow_scheduler(shift=5.0),
+        transformer=TINY["kandinsky5"].build(**changes),
+    )
+
+
+def mochi():
+    from diffusers import AutoencoderKLMochi, MochiPipeline
+
+    vae = AutoencoderKLMochi(
+        latent_channels=12,
+        encoder_block_out_channels=(32,) * 4,
+        decoder_block_out_channels=(32,) * 4,
+        layers_per_block=(1,) * 5,
+    ).eval()
+    return MochiPipeline(
+        **t5(16),
+        vae=vae,
+        scheduler=flow_scheduler(invert_sigmas=True),
+        transformer=TINY["mochi"].build(in_channels=12, max_sequence_length=256),
+    )
+
+
+def without(pipeline, **parts):
+    """A stand-in of the same class with other parts."""
+    kind = type(pipeline.__class__.__name__, (SimpleNamespace,), {})
+    return kind(**pipeline.components | parts)
