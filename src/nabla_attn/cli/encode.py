@@ -143,7 +143,7 @@ def _report(output: Path, summary: "Summary") -> None:
         return
     if not summary.encoded:
         raise ValueError(f"no video could be used. {output / 'skipped.jsonl'} says why.")
-    typer.echo(f"Next: nabla train finetune --data {output}")
+    typer.echo(f"Next: nabla train finetune data.folder={output}")
 
 
 @contextmanager
