@@ -92,6 +92,28 @@ def animate_inputs(frames: int, height: int, width: int) -> Inputs:
     )
 
 
+def anyflow_inputs(frames: int, height: int, width: int) -> Inputs:
+    return video_inputs(frames, height, width) | dict(
+        hidden_states=randn(BATCH, frames, 4, 2 * height, 2 * width),
+        timestep=torch.full((BATCH, frames), 500.0),
+        r_timestep=torch.full((BATCH, frames), 250.0),
+    )
+
+
+def helios_inputs(frames: int, height: int, width: int) -> Inputs:
+    inputs = video_inputs(frames, height, width)
+    first = 0
+    for length, count in (("long", 5), ("mid", 2), ("short", 2)):
+        latents = randn(BATCH, 4, count, 2 * height, 2 * width)
+        indices = torch.arange(first, first + count).expand(BATCH, -1)
+        inputs[f"latents_history_{length}"] = latents
+        inputs[f"indices_latents_history_{length}"] = indices
+        first += count
+    return inputs | dict(
+        indices_hidden_states=torch.arange(first, first + frames).expand(BATCH, -1)
+    )
+
+
 def motif_inputs(frames: int, height: int, width: int) -> Inputs:
     mask = text_mask()
     return video_inputs(frames, height, width) | dict(encoder_attention_mask=mask)
@@ -260,6 +282,12 @@ TINY = {
     ),
     "skyreels": Tiny("SkyReelsV2Transformer3DModel", WAN, video_inputs),
     "chronoedit": Tiny("ChronoEditTransformer3DModel", WAN, video_inputs),
+    "anyflow": Tiny("AnyFlowTransformer3DModel", WAN, anyflow_inputs),
+    "helios": Tiny(
+        "HeliosTransformer3DModel",
+        {k: v for k, v in WAN.items() if k != "rope_max_seq_len"} | dict(rope_dim=(8, 8, 8)),
+        helios_inputs,
+    ),
     "hunyuan": Tiny("HunyuanVideoTransformer3DModel", HUNYUAN, hunyuan_inputs),
     "framepack": Tiny(
         "HunyuanVideoFramepackTransformer3DModel",

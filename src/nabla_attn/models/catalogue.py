@@ -25,7 +25,7 @@ class Usual:
         family: name for readers.
         size: width x height, frames.
         grid: latent patch tokens along (frames, height, width).
-        text: joint text tokens.
+        text: joint text tokens, and history in front.
         dim: channels of the transformer.
         weights: weights of a block that each video token passes, in units of dim * dim.
         pipeline: whether a whole pipeline is run in the tests.
@@ -73,6 +73,14 @@ _USUAL = {
     ),
     "ChronoEditTransformer3DModel": Usual(
         family="ChronoEdit (14B)", **_WAN | {"size": "832x480, 81", "grid": (21, 30, 52)}
+    ),
+    "AnyFlowTransformer3DModel": Usual(
+        family="AnyFlow (14B)", **_WAN | {"size": "832x480, 81", "grid": (21, 30, 52)}
+    ),
+    "HeliosTransformer3DModel": Usual(
+        family="Helios (14B, one chunk)",
+        text=2400,
+        **_WAN | {"size": "640x384, 33", "grid": (9, 24, 40)},
     ),
     "HunyuanVideoTransformer3DModel": Usual(
         family="HunyuanVideo",
@@ -163,6 +171,7 @@ PLANNED_BY_DIFFUSERS = {
     "ChronoEditTransformer3DModel",
     "LTXVideoTransformer3DModel",
     "LTX2VideoTransformer3DModel",
+    "HeliosTransformer3DModel",
 }
 _FAMILIES = {"Kandinsky6SRTransformer3DModel": "Kandinsky 6 super-resolution"}
 
@@ -198,6 +207,8 @@ def write_table(path: Path) -> None:
 
 
 def _ranks(row: ModelRow) -> str:
+    if row.prefix:
+        return "no"
     if row.name in PLANNED_BY_DIFFUSERS:
         return "diffusers' plan"
     if row.cp_plan is None:

@@ -49,13 +49,22 @@ def framepack_history(model: nn.Module, arguments: Mapping[str, Any]) -> int:
 
     Source: diffusers HunyuanVideoHistoryPatchEmbed (transformer_hunyuan_video_framepack.py:87).
     """
-    patches = {
-        "latents_clean": (1, 2, 2),
-        "latents_history_2x": (2, 4, 4),
-        "latents_history_4x": (4, 8, 8),
-    }
+    return _history(arguments, ("latents_clean", "latents_history_2x", "latents_history_4x"))
+
+
+def helios_history(model: nn.Module, arguments: Mapping[str, Any]) -> int:
+    """History tokens that Helios puts in front of the video, in three patch sizes.
+
+    Source: diffusers HeliosTransformer3DModel.forward (transformer_helios.py).
+    """
+    lengths = ("short", "mid", "long")
+    return _history(arguments, tuple(f"latents_history_{length}" for length in lengths))
+
+
+def _history(arguments: Mapping[str, Any], names: tuple[str, ...]) -> int:
+    """Tokens of latents [batch, channels, frames, height, width], the nearest history first."""
     history = 0
-    for name, patch in patches.items():
+    for name, patch in zip(names, ((1, 2, 2), (2, 4, 4), (4, 8, 8)), strict=True):
         latents = arguments.get(name)
         if latents is not None:
             sides = zip(latents.shape[2:5], patch, strict=True)

@@ -11,8 +11,9 @@ class StepCounter:
 
     With a pipeline, its scheduler's `step_index` is the truth: classifier-free guidance's second
     call is the same step, Wan 2.2's two transformers share the count, and a new generation starts
-    at 0. Without one, or before the scheduler's first step, distinct timesteps are counted, and a
-    timestep against the running direction is a new generation.
+    at 0. Schedulers of second order (Heun) take two indices for a step. Without a pipeline, or
+    before the scheduler's first step, distinct timesteps are counted, and a timestep against the
+    running direction is a new generation.
 
     Args:
         pipeline: a diffusers pipeline; held weakly, and not by copies of the counter.
@@ -38,7 +39,15 @@ class StepCounter:
             return None
         count = getattr(pipeline, "_num_timesteps", None)
         timesteps = getattr(pipeline.scheduler, "timesteps", None)
-        return count or (None if timesteps is None else len(timesteps))
+        if not count and timesteps is None:
+            return None
+        return -(-(count or len(timesteps)) // self._calls_per_step)
+
+    @property
+    def _calls_per_step(self) -> int:
+        """Indices of the scheduler's that make one step; its last step may have fewer."""
+        pipeline = self._pipeline() if self._pipeline else None
+        return getattr(getattr(pipeline, "scheduler", None), "order", 1)
 
     @property
     def is_guided(self) -> bool | None:
@@ -69,12 +78,13 @@ class StepCounter:
         return getattr(getattr(pipeline, "scheduler", None), "step_index", None)
 
     def _follow(self, index: int) -> None:
+        calls = self._calls_per_step
         if self._offset is None:
-            # Runs that begin inside the schedule (image to video with a strength) are at step 1 too
-            # when the scheduler first knows its index.
-            self._offset = index - 1 - self._step if self.generation else 0
+            # Runs that begin inside the schedule (image to video with a strength) are at their
+            # second index too when the scheduler first knows it.
+            self._offset = index - 1 - self._step * calls if self.generation else 0
             self.generation = max(self.generation, 1)
-        step = index - self._offset
+        step = (index - self._offset) // calls
         self.generation += step < self._step
         self._step = step
 

@@ -33,6 +33,13 @@ _ROWS = (
     ModelRow(name="SkyReelsV2Transformer3DModel", attention=_WAN, cp_plan=parallel.WAN_PLAN),
     ModelRow(name="ChronoEditTransformer3DModel", attention=_WAN),
     ModelRow(
+        name="AnyFlowTransformer3DModel",
+        attention=_WAN,
+        grid=grids.frames_first_grid,
+        guidance_in_batch=True,
+    ),
+    ModelRow(name="HeliosTransformer3DModel", attention=_WAN, prefix=grids.helios_history),
+    ModelRow(
         name="HunyuanVideoTransformer3DModel",
         attention=_HUNYUAN,
         text="after",
@@ -141,6 +148,14 @@ _ROWS = (
     ModelRow(
         name="SanaWMTransformer3DModel",
         refusal="most of its video self-attention is recurrent; there is no map to make sparse.",
+    ),
+    ModelRow(
+        name="SanaWMLTX2RefinerTransformer3DModel",
+        refusal="it attends a cache of earlier windows, so its keys are not one token grid.",
+    ),
+    ModelRow(
+        name="AnyFlowFARTransformer3DModel",
+        refusal="it attends chunks causally behind a block mask of its own, and a cache of keys.",
     ),
     ModelRow(
         name="WanAnimate2Transformer3DModel",
