@@ -55,6 +55,22 @@ def tiny_wan_transformer(**changes: Any) -> Any:
     return model.eval()
 
 
+def tiny_wan_vae(base_dim: int = 8) -> Any:
+    """A Wan VAE with random weights and 4 latent channels, in eval mode."""
+    from diffusers import AutoencoderKLWan
+
+    vae: Any = AutoencoderKLWan(
+        base_dim=base_dim,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    return vae.eval()
+
+
 def tiny_wan_pipeline(directory: str | Path, **changes: Any) -> Path:
     """Write a random ``WanPipeline`` of 0.4 MB; its VAE takes sizes 16n and frames 4n+1.
 
@@ -66,7 +82,7 @@ def tiny_wan_pipeline(directory: str | Path, **changes: Any) -> Path:
         The directory.
     """
     import torch
-    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+    from diffusers import UniPCMultistepScheduler, WanPipeline
     from transformers import UMT5Config, UMT5EncoderModel
 
     transformer = tiny_wan_transformer(**changes)
@@ -75,19 +91,11 @@ def tiny_wan_pipeline(directory: str | Path, **changes: Any) -> Path:
     text = UMT5Config(
         vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2
     )
-    vae: Any = AutoencoderKLWan(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
+    vae = tiny_wan_vae()
     pipeline: Any = WanPipeline(
         tokenizer=tokenizer,
         text_encoder=UMT5EncoderModel(text).eval(),
-        vae=vae.eval(),
+        vae=vae,
         scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),

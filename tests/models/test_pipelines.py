@@ -5,136 +5,26 @@ import weakref
 
 import pytest
 import torch
-from tests.models.tiny_models import MAX_TEXT, TINY, randn, relative_error
+from tests.models.tiny_models import TINY, relative_error
+from tests.models.tiny_pipelines import (
+    STEPS,
+    cogvideox,
+    generate,
+    hunyuan,
+    kandinsky5,
+    ltx,
+    wan,
+    wan_flf2v,
+    wan_i2v,
+    wan_ti2v,
+)
 
 import nabla_attn as na
 
-STEPS = 3
-VIDEO = dict(num_inference_steps=STEPS, output_type="latent", num_frames=9, height=176, width=208)
 
-
-def generator():
-    return torch.Generator().manual_seed(0)
-
-
-def flow_scheduler(**kwargs):
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    return FlowMatchEulerDiscreteScheduler(**kwargs)
-
-
-def wan(**changes):
-    from diffusers import UniPCMultistepScheduler, WanPipeline
-
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-    )
-    parts = dict(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler)
-    pipeline = WanPipeline(**parts | dict(transformer=TINY["wan"].build()) | changes)
-    text = dict(
-        prompt_embeds=randn(1, MAX_TEXT, 16), negative_prompt_embeds=randn(1, MAX_TEXT, 16) / 2
-    )
-    return pipeline, VIDEO | text
-
-
-def wan_i2v():
-    from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
-
-    vae = AutoencoderKLWan(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
-    transformer = TINY["wan"].build(in_channels=12)
-    parts = dict(tokenizer=None, text_encoder=None, vae=vae, scheduler=flow_scheduler())
-    pipeline = WanImageToVideoPipeline(
-        **parts, image_processor=None, image_encoder=None, transformer=transformer
-    )
-    text = dict(prompt_embeds=randn(1, MAX_TEXT, 16), negative_prompt_embeds=randn(1, MAX_TEXT, 16))
-    return pipeline, VIDEO | text | dict(image=torch.rand(1, 3, 176, 208, generator=generator()))
-
-
-def hunyuan():
-    from diffusers import HunyuanVideoPipeline
-
-    parts = dict.fromkeys(("text_encoder", "tokenizer", "vae", "text_encoder_2", "tokenizer_2"))
-    pipeline = HunyuanVideoPipeline(
-        **parts, scheduler=flow_scheduler(), transformer=TINY["hunyuan"].build()
-    )
-    mask = torch.arange(MAX_TEXT)[None] < 9
-    return pipeline, VIDEO | dict(
-        prompt_embeds=randn(1, MAX_TEXT, 16),
-        pooled_prompt_embeds=randn(1, 8),
-        prompt_attention_mask=mask.long(),
-    )
-
-
-def cogvideox():
-    from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
-
-    pipeline = CogVideoXPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=None,
-        scheduler=CogVideoXDPMScheduler(),
-        transformer=TINY["cogvideox"].build(),
-    )
-    text = dict(prompt_embeds=randn(1, MAX_TEXT, 8), negative_prompt_embeds=randn(1, MAX_TEXT, 8))
-    return pipeline, VIDEO | text
-
-
-def ltx():
-    from diffusers import LTXPipeline
-
-    scheduler = flow_scheduler(use_dynamic_shifting=True)
-    pipeline = LTXPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=None,
-        scheduler=scheduler,
-        transformer=TINY["ltx"].build(),
-    )
-    mask = (torch.arange(MAX_TEXT)[None] < 9).long()
-    return pipeline, VIDEO | dict(
-        height=352,
-        width=416,
-        num_frames=17,
-        prompt_embeds=randn(1, MAX_TEXT, 16),
-        prompt_attention_mask=mask,
-        negative_prompt_embeds=randn(1, MAX_TEXT, 16),
-        negative_prompt_attention_mask=mask,
-    )
-
-
-def kandinsky5(**changes):
-    from diffusers import Kandinsky5T2VPipeline
-
-    parts = dict.fromkeys(("text_encoder", "tokenizer", "vae", "text_encoder_2", "tokenizer_2"))
-    pipeline = Kandinsky5T2VPipeline(
-        **parts, scheduler=flow_scheduler(), transformer=TINY["kandinsky5"].build(**changes)
-    )
-    lengths = torch.tensor([0, MAX_TEXT], dtype=torch.int32)
-    return pipeline, VIDEO | dict(
-        prompt_embeds_qwen=randn(1, MAX_TEXT, 16),
-        prompt_embeds_clip=randn(1, 8),
-        prompt_cu_seqlens=lengths,
-        negative_prompt_embeds_qwen=randn(1, MAX_TEXT, 16) / 2,
-        negative_prompt_embeds_clip=randn(1, 8) / 2,
-        negative_prompt_cu_seqlens=lengths,
-    )
-
-
-def generate(pipeline, arguments, **changes):
-    pipeline.set_progress_bar_config(disable=True)
-    out = pipeline(**arguments | changes, generator=generator(), return_dict=False)
-    return out[0] if isinstance(out, tuple) else out
-
-
-@pytest.mark.parametrize("build", [wan, wan_i2v, hunyuan, cogvideox, ltx, kandinsky5])
+@pytest.mark.parametrize(
+    "build", [wan, wan_i2v, wan_flf2v, wan_ti2v, hunyuan, cogvideox, ltx, kandinsky5]
+)
 def test_pipelines_end_to_end(build):
     pipeline, arguments = build()
     dense = generate(pipeline, arguments)
@@ -163,6 +53,39 @@ def test_steps_run_on_over_both_transformers_of_wan_2_2():
     assert report.density.shape[0] == 5
     assert [bool(row.mean() == 1) for row in report.density] == [False] * 4 + [True]
     assert 0 < report.to_dict()["density"] < 1
+
+
+def solver(name):
+    import diffusers
+
+    flow = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
+    return getattr(diffusers, name)(**flow if "Solver" in name else {})
+
+
+@pytest.mark.parametrize(
+    ("build", "name", "calls"),
+    [
+        (wan, "FlowMatchEulerDiscreteScheduler", [2, 2, 2, 2]),
+        (wan, "FlowMatchHeunDiscreteScheduler", [4, 4, 4, 2]),
+        (wan, "FlowMatchLCMScheduler", [2, 2, 2, 2]),
+        (wan, "DPMSolverMultistepScheduler", [2, 2, 2, 2]),
+        (wan, "SASolverScheduler", [2, 2, 2, 2]),
+        # No index of steps, and guidance in one batch.
+        (cogvideox, "CogVideoXDDIMScheduler", [1, 1, 1, 1]),
+    ],
+)
+def test_steps_are_the_users_with_any_scheduler(build, name, calls):
+    pipeline, arguments = build()
+    pipeline.scheduler = solver(name)
+    schedule = na.Schedule(algorithm=na.parse("nabla-0.4"), dense_first_steps=1, dense_last_steps=1)
+    arguments |= dict(num_inference_steps=4, height=96, width=96)
+    with na.apply(pipeline, schedule=schedule) as handle:
+        for _ in range(2):
+            generate(pipeline, arguments)
+            steps = [forward.step for forward in handle.telemetry.forwards]
+            assert [steps.count(step) for step in range(4)] == calls
+            dense = [bool(row.mean() == 1) for row in handle.report().density]
+            assert dense == [True, False, False, True]
 
 
 def test_two_pipelines_with_different_settings():

@@ -1,0 +1,137 @@
+"""Real pipelines of diffusers around the tiny models."""
+
+import torch
+from tests.models.tiny_models import MAX_TEXT, TINY, randn
+
+from nabla_attn.testing import tiny_wan_vae
+
+STEPS = 3
+VIDEO = dict(num_inference_steps=STEPS, output_type="latent", num_frames=9, height=176, width=208)
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def flow_scheduler(**kwargs):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(**kwargs)
+
+
+def wan(**changes):
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    parts = dict(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler)
+    pipeline = WanPipeline(**parts | dict(transformer=TINY["wan"].build()) | changes)
+    text = dict(
+        prompt_embeds=randn(1, MAX_TEXT, 16), negative_prompt_embeds=randn(1, MAX_TEXT, 16) / 2
+    )
+    return pipeline, VIDEO | text
+
+
+def wan_i2v(**changes):
+    from diffusers import WanImageToVideoPipeline
+
+    transformer = TINY["wan"].build(in_channels=12, **changes)
+    vae = tiny_wan_vae(base_dim=4)
+    parts = dict(tokenizer=None, text_encoder=None, vae=vae, scheduler=flow_scheduler())
+    pipeline = WanImageToVideoPipeline(
+        **parts, image_processor=None, image_encoder=None, transformer=transformer
+    )
+    text = dict(prompt_embeds=randn(1, MAX_TEXT, 16), negative_prompt_embeds=randn(1, MAX_TEXT, 16))
+    return pipeline, VIDEO | text | dict(image=torch.rand(1, 3, 176, 208, generator=generator()))
+
+
+def wan_flf2v():
+    """First and last frame, whose image embeddings go to the cross-attention, as in Wan 2.1."""
+    pipeline, arguments = wan_i2v(image_dim=12, added_kv_proj_dim=48, pos_embed_seq_len=6)
+    last = torch.rand(1, 3, 176, 208, generator=generator())
+    pipeline.encode_image = lambda images, device: randn(len(images), 3, 12)
+    return pipeline, arguments | dict(last_image=last)
+
+
+def wan_ti2v():
+    """Wan 2.2 5B: each token has a time of its own."""
+    pipeline, arguments = wan()
+    pipeline.register_to_config(expand_timesteps=True)
+    return pipeline, arguments
+
+
+def hunyuan():
+    from diffusers import HunyuanVideoPipeline
+
+    parts = dict.fromkeys(("text_encoder", "tokenizer", "vae", "text_encoder_2", "tokenizer_2"))
+    pipeline = HunyuanVideoPipeline(
+        **parts, scheduler=flow_scheduler(), transformer=TINY["hunyuan"].build()
+    )
+    mask = torch.arange(MAX_TEXT)[None] < 9
+    return pipeline, VIDEO | dict(
+        prompt_embeds=randn(1, MAX_TEXT, 16),
+        pooled_prompt_embeds=randn(1, 8),
+        prompt_attention_mask=mask.long(),
+    )
+
+
+def cogvideox():
+    from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
+
+    pipeline = CogVideoXPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=CogVideoXDPMScheduler(),
+        transformer=TINY["cogvideox"].build(),
+    )
+    text = dict(prompt_embeds=randn(1, MAX_TEXT, 8), negative_prompt_embeds=randn(1, MAX_TEXT, 8))
+    return pipeline, VIDEO | text
+
+
+def ltx():
+    from diffusers import LTXPipeline
+
+    scheduler = flow_scheduler(use_dynamic_shifting=True)
+    pipeline = LTXPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=scheduler,
+        transformer=TINY["ltx"].build(),
+    )
+    mask = (torch.arange(MAX_TEXT)[None] < 9).long()
+    return pipeline, VIDEO | dict(
+        height=352,
+        width=416,
+        num_frames=17,
+        prompt_embeds=randn(1, MAX_TEXT, 16),
+        prompt_attention_mask=mask,
+        negative_prompt_embeds=randn(1, MAX_TEXT, 16),
+        negative_prompt_attention_mask=mask,
+    )
+
+
+def kandinsky5(**changes):
+    from diffusers import Kandinsky5T2VPipeline
+
+    parts = dict.fromkeys(("text_encoder", "tokenizer", "vae", "text_encoder_2", "tokenizer_2"))
+    pipeline = Kandinsky5T2VPipeline(
+        **parts, scheduler=flow_scheduler(), transformer=TINY["kandinsky5"].build(**changes)
+    )
+    lengths = torch.tensor([0, MAX_TEXT], dtype=torch.int32)
+    return pipeline, VIDEO | dict(
+        prompt_embeds_qwen=randn(1, MAX_TEXT, 16),
+        prompt_embeds_clip=randn(1, 8),
+        prompt_cu_seqlens=lengths,
+        negative_prompt_embeds_qwen=randn(1, MAX_TEXT, 16) / 2,
+        negative_prompt_embeds_clip=randn(1, 8) / 2,
+        negative_prompt_cu_seqlens=lengths,
+    )
+
+
+def generate(pipeline, arguments, **changes):
+    pipeline.set_progress_bar_config(disable=True)
+    out = pipeline(**arguments | changes, generator=generator(), return_dict=False)
+    return out[0] if isinstance(out, tuple) else out
