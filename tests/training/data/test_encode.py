@@ -223,6 +223,8 @@ def test_broken_folders_are_named(encoded, tmp_path):
     for path in (tmp_path / "gone", tmp_path):
         with pytest.raises(ValueError, match="nabla encode"):
             EncodedSet(path)
+    with pytest.raises(ValueError, match="encoded for WanPipeline, and the model is a LTXPipeline"):
+        EncodedSet(encoded, "LTXPipeline")
     broken = shutil.copytree(encoded, tmp_path / "broken")
     shard = broken / "shard-00001.safetensors"
     content = shard.read_bytes()

@@ -24,18 +24,25 @@ class EncodedSet(Dataset[Item]):
 
     Args:
         folder: of `nabla encode`.
+        pipeline: the family that it must have been encoded for; empty takes any.
 
     Attributes:
         grids: shape of every item's latents.
         captions: of every item.
 
     Raises:
-        ValueError: the folder is missing, empty, unfinished, or broken.
+        ValueError: the folder is missing, empty, unfinished, broken, or of another family.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, pipeline: str = "") -> None:
         self.folder = Path(folder)
         self._entries = store.read_index(self.folder)
+        made_for = store.read_family(self.folder)
+        if pipeline not in ("", made_for):
+            raise ValueError(
+                f"{folder} was encoded for {made_for}, and the model is a {pipeline}. Encode the "
+                "videos with this model."
+            )
         self._check()
         self.grids = [entry.shape for entry in self._entries]
         self.captions = [entry.caption for entry in self._entries]

@@ -70,21 +70,21 @@ def _at_rate(
     if fps is None:
         yield from (picture for _, picture in frames)
         return
-    count, start, end = 0, None, 0.0
-    previous = None
+    shown: np.ndarray | None = None
+    count, start, begin, end = 0, None, 0.0, 0.0
     for time, picture in frames:
         if time is None:
             raise Skipped("unreadable", "its frames have no times, which a rate needs")
         start = time if start is None else start
         # A frame shows until the next one begins, the last as long as the one before it.
         begin, end = end, time - start
-        for _ in range(_pictures_until(end, fps) - count if previous is not None else 0):
-            yield previous
+        while shown is not None and count < _pictures_until(end, fps):
+            yield shown
             count += 1
-        previous = picture
-    if previous is not None:
-        for _ in range(max(_pictures_until(2 * end - begin, fps), 1) - count):
-            yield previous
+        shown = picture
+    while shown is not None and count < max(_pictures_until(2 * end - begin, fps), 1):
+        yield shown
+        count += 1
 
 
 def _pictures_until(time: float, fps: float) -> int:

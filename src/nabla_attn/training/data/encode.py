@@ -88,7 +88,7 @@ def _agree(job: Job) -> None:
     request = job.request
     wanted = {
         "version": VERSION,
-        "pipeline": type(job.pipeline).__name__,
+        "pipeline": family_of(job.pipeline).pipeline,
         "model": _fingerprint(job.pipeline),
         "source": job.source.identity(),
         "sizes": [asdict(size) for size in request.sizes],

@@ -165,6 +165,18 @@ def read_index(folder: Path) -> list[Entry]:
     return entries
 
 
+def read_family(folder: Path) -> str:
+    """The pipeline class that a folder was encoded for.
+
+    Raises:
+        ValueError: it is not written there.
+    """
+    values = read_json(folder / ENCODING)
+    if not isinstance(values, dict) or not isinstance(values.get("pipeline"), str):
+        raise ValueError(f"{folder / ENCODING}: it does not name a pipeline.")
+    return str(values["pipeline"])
+
+
 def by_shard(entries: list[Entry]) -> Iterator[tuple[int, list[Entry]]]:
     """Entries of each shard, in order."""
     for shard in sorted({entry.shard for entry in entries}):

@@ -67,6 +67,7 @@ class WorldSource:
         for index in range(start, min(stop, self._clips)):
             scene, caption = draw_scene(self._seed, index, self._shapes)
             size = self._sizes[index % len(self._sizes)]
+            assert size.frames and size.height and size.width, "checked at the start"
             draw = partial(render, scene, size.frames, size.height, size.width)
             yield Clip(f"{index:06d}", caption, draw)
 
@@ -128,7 +129,8 @@ class WorldSet(Dataset[Item]):
     def _encode(self, index: int) -> Tensor:
         if index not in self._latents:
             scene, _ = draw_scene(self._seed, index, self._shapes)
-            self._latents[index] = encode_video(self._pipeline, render(scene, **self._size))
+            video = render(scene, self._size["frames"], self._size["height"], self._size["width"])
+            self._latents[index] = encode_video(self._pipeline, video)
         return self._latents[index]
 
     def _condition(self, caption: str) -> dict[str, Tensor]:
