@@ -66,7 +66,10 @@ def train_clips(model, folder, values, options, **environment):
     torch.set_num_threads(1)
     from nabla_attn.training.train import train
 
-    dataset = make_clips(odd=True)
+    if values.get("context_parallel", 1) > 1:
+        # diffusers counts GPUs to name a device; processes of a CPU have none.
+        torch.accelerator.device_count = lambda: 1
+    dataset = make_clips(odd=values.get("context_parallel", 1) == 1)
     return train(small_config(**values), model, folder, dataset=dataset, **options)
 
 

@@ -51,7 +51,7 @@ class FlowMatching:
             batch: {"latents": [batch, ...], "conditions": dict of [batch, ...]}.
             generator: Of the CPU; noise and levels are drawn from it.
         """
-        noised = self.path.add_noise(batch["latents"].float(), generator)
+        noised = self.path.add_noise(batch["latents"], generator)
         arguments = self.inputs(noised.latents, noised.timestep, batch["conditions"])
         return {"loss": squared_error(predict(module, arguments), noised.target)}
 
@@ -94,7 +94,7 @@ class Distillation:
         self, module: nn.Module, batch: dict[str, Any], generator: torch.Generator
     ) -> Terms:
         """The terms {"loss", "distillation"} and those asked for: "data", "layers"."""
-        noised = self.path.add_noise(batch["latents"].float(), generator)
+        noised = self.path.add_noise(batch["latents"], generator)
         arguments = self.inputs(noised.latents, noised.timestep, batch["conditions"])
         with torch.no_grad(), self.teacher() as teacher:
             wanted, wanted_layers = self._predict(teacher, teacher, arguments)

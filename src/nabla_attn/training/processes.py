@@ -20,7 +20,10 @@ def make_accelerator(config: TrainConfig, transformer: Any) -> Any:
         ValueError: FSDP without GPUs, or processes that do not divide.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    # Another run in this process may have had another precision.
+    AcceleratorState._reset_state()
     options: dict[str, Any] = {}
     if config.sharding == "fsdp":
         if not torch.cuda.is_available():
@@ -55,10 +58,12 @@ def share_sequences(modules: Sequence[Any], count: int, device: torch.device) ->
         device: Of this process.
 
     Raises:
-        ValueError: A model has no plan for it.
+        ValueError: A model has no plan for it, or there are no GPUs, which diffusers asks for.
     """
     if count == 1:
         return
+    if torch.accelerator.device_count() == 0:
+        raise ValueError("context_parallel needs GPUs, and there is none here. Leave it at 1.")
     from diffusers import ContextParallelConfig
     from torch.distributed import get_world_size
     from torch.distributed.device_mesh import init_device_mesh

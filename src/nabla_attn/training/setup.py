@@ -96,7 +96,7 @@ def prepare(config: TrainConfig, parts: Parts, dataset: Any = None) -> Run:
     family = find_family(parts.pipeline_class)
     path = path_of(parts.scheduler, family, config.objective)
     if dataset is None:
-        dataset = EncodedSet(config.data.folder)
+        dataset = EncodedSet(config.data.folder, family.pipeline)
     replicas = accelerator.num_processes // config.context_parallel
     replica = accelerator.process_index // config.context_parallel
     feed = Feed(dataset, config, replica=replica, replicas=replicas)
@@ -110,11 +110,22 @@ def prepare(config: TrainConfig, parts: Parts, dataset: Any = None) -> Run:
     run = Run(
         config, parts, accelerator, module, sparsity, objective, optimizer, feed, None, family
     )
+    _check_sharing(run)
     if config.ema:
         from diffusers.training_utils import EMAModel
 
         run.average = EMAModel(run.trained(), decay=config.ema)
     return run
+
+
+def _check_sharing(run: Run) -> None:
+    count = run.config.context_parallel
+    for shape in run.feed.shapes():
+        if run.tokens(shape) % count:
+            raise ValueError(
+                f"{run.tokens(shape)} tokens of latents {shape} do not divide over "
+                f"context_parallel={count} processes. Choose one that divides them."
+            )
 
 
 def _prepare_module(

@@ -1,0 +1,97 @@
+import pytest
+import torch
+
+from nabla_attn.config import DENSE, parse
+from nabla_attn.schedule import Schedule
+from nabla_attn.testing import tiny_wan_transformer
+from nabla_attn.training.config import SparsityConfig
+from nabla_attn.training.sparsity import Sparsity, ramped, read_schedule
+
+
+def forward(model):
+    with torch.no_grad():
+        return model(
+            hidden_states=torch.randn(1, 4, 3, 22, 26),
+            timestep=torch.tensor([300.0]),
+            encoder_hidden_states=torch.randn(1, 5, 16),
+            return_dict=False,
+        )[0]
+
+
+def algorithm(sparsity):
+    return sparsity._state.settings.schedule.algorithm
+
+
+def test_the_ramp_ends_at_the_target_and_never_rises():
+    sparsity = Sparsity(tiny_wan_transformer(), SparsityConfig(algorithm="nabla-0.6", ramp=4))
+    seen = []
+    for step in range(6):
+        sparsity.set_step(step)
+        seen.append(algorithm(sparsity).threshold)
+    assert seen == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.6, 0.6])
+
+
+def test_the_ramp_keeps_windows_and_ramps_layers():
+    schedule = Schedule(
+        algorithm=parse("topk-0.2_sta-3-3-3"), layer_overrides={1: parse("nabla-0.5")}
+    )
+    half = ramped(schedule, 0.5)
+    assert half.algorithm == parse("topk-0.6_sta-3-3-3")
+    assert half.layer_overrides[1] == parse("nabla-0.75")
+    assert ramped(schedule, 1.0) is schedule
+
+
+def test_dense_steps_are_spread_evenly():
+    sparsity = Sparsity(tiny_wan_transformer(), SparsityConfig(dense_share=0.25))
+    dense = []
+    for step in range(12):
+        sparsity.set_step(step)
+        dense.append(algorithm(sparsity) == DENSE)
+    assert [step for step, is_dense in enumerate(dense) if is_dense] == [3, 7, 11]
+
+
+def test_rules_about_denoising_steps_do_not_apply(tmp_path):
+    path = tmp_path / "schedule.json"
+    schedule = Schedule(algorithm=parse("nabla-0.5"), dense_first_steps=3, dense_layers=(-1,))
+    path.write_text(schedule.to_json())
+    read = read_schedule(SparsityConfig(schedule=str(path)))
+    assert read.dense_first_steps == 0 and read.dense_layers == (-1,)
+    model = tiny_wan_transformer()
+    sparsity = Sparsity(model, SparsityConfig(schedule=str(path)))
+    sparsity.set_target()
+    forward(model)
+    first, last = sparsity.densities()
+    assert first < 1 and last == 1
+
+
+def test_a_window_alone_is_sparse_from_the_first_forward():
+    model = tiny_wan_transformer()
+    sparsity = Sparsity(model, SparsityConfig(algorithm="sta-1-1-1"))
+    forward(model)
+    assert all(density < 1 for density in sparsity.densities())
+
+
+def test_dense_for_a_block_is_the_plain_model():
+    model, plain = tiny_wan_transformer(), tiny_wan_transformer()
+    sparsity = Sparsity(model, SparsityConfig(algorithm="nabla-0.2"))
+    torch.manual_seed(1)
+    expected = forward(plain)
+    torch.manual_seed(1)
+    with sparsity.dense():
+        assert torch.equal(forward(model), expected)
+    torch.manual_seed(1)
+    assert not torch.equal(forward(model), expected)
+
+
+def test_dense_training_leaves_the_model_alone():
+    model = tiny_wan_transformer()
+    sparsity = Sparsity(model, SparsityConfig(algorithm="dense"))
+    sparsity.set_step(0)
+    with sparsity.dense():
+        forward(model)
+    assert sparsity.densities() == [] and sparsity.layers == []
+
+
+def test_a_bad_schedule_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"sparsity\.schedule .*none\.json: No such file"):
+        read_schedule(SparsityConfig(schedule=str(tmp_path / "none.json")))

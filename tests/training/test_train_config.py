@@ -1,0 +1,119 @@
+import json
+
+import pytest
+
+from nabla_attn.training.config import StageConfig, TrainConfig
+from nabla_attn.training.overrides import (
+    differences,
+    from_plain,
+    override,
+    read_override,
+    read_yaml,
+    to_plain,
+)
+from nabla_attn.training.recipe_book import RECIPES, distill, find_recipe, pretrain
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_valid_and_survive_json(name):
+    config = override(find_recipe(name), {})
+    assert config.recipe == name
+    assert from_plain(json.loads(json.dumps(to_plain(config)))) == config
+
+
+def test_distilling_starts_with_the_papers_numbers():
+    optim = distill().optim
+    assert (optim.lr, optim.betas, optim.eps) == (1e-6, (0.9, 0.95), 1e-8)
+    assert (optim.weight_decay, optim.max_norm, distill().steps) == (0, 0.01, 1600)
+
+
+def test_keys_may_be_dotted_nested_or_both():
+    config = override(TrainConfig(), {"optim.lr": 0.5, "optim": {"eps": 1e-4}, "steps": 7})
+    assert (config.optim.lr, config.optim.eps, config.steps) == (0.5, 1e-4, 7)
+    assert config.optim.betas == (0.9, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("optim.lr=1e-5", 1e-5),
+        ("optim.lr=1", 1.0),
+        ("optim.betas=[0.8, 0.9]", (0.8, 0.9)),
+        ("optim.betas=0.8,0.9", (0.8, 0.9)),
+        ("objective.shift=null", None),
+        ("objective.shift=3", 3.0),
+        ("lora.targets=to_q,to_k", ("to_q", "to_k")),
+        ("compile=true", True),
+        ("data.folder=2024", "2024"),
+    ],
+)
+def test_values_take_the_type_of_their_key(text, expected):
+    config = override(TrainConfig(), read_override(text))
+    for name in text.partition("=")[0].split("."):
+        config = getattr(config, name)
+    assert config == expected and type(config) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim.lrr=1", r"unknown key 'optim\.lrr'\. Did you mean optim\.lr\?"),
+        ("batch=2", r"unknown key 'batch'\. Did you mean data\.batch"),
+        ("learning_rate.x=2", "unknown key"),
+        ("steps=1.5", "steps must be a whole number: got 1.5"),
+        ("steps=true", "steps must be a whole number: got True"),
+        ("optim.lr=fast", "optim.lr must be a number: got 'fast'"),
+        ("optim.lr=.nan", "optim.lr must be more than 0: got nan"),
+        ("optim.betas=[0.9]", "optim.betas must have 2 values"),
+        ("compile=1", "compile must be true or false: got 1"),
+        ("optim=3", "optim has keys of its own: got 3"),
+        ("optim.lr", "expected key=value"),
+        ("=3", "expected key=value"),
+        ("optim.lr=[1", "not a value in YAML"),
+        ("steps=0", "steps must be 1 or more: got 0"),
+        ("data.drop=1.5", "data.drop must be from 0 to 1: got 1.5"),
+        ("precision=fp8", "precision must be one of float32, bfloat16: got 'fp8'"),
+        ("sparsity.algorithm=nabla-2", r"nabla threshold must be in \(0, 1\]"),
+        ("objective.data_weight=1", "stand beside distillation"),
+        ("stages=[{name: a, folder: b}]", "an entry lacks steps"),
+        ("stages=[{name: a, folder: b, step: 1}]", "entries with name, folder, steps"),
+        ("stages=[{name: .., folder: b, steps: 1}]", "names of their own"),
+    ],
+)
+def test_bad_overrides_are_one_clear_line(text, message):
+    with pytest.raises(ValueError, match=message) as error:
+        override(TrainConfig(), read_override(text))
+    assert "\n" not in str(error.value)
+
+
+def test_combinations_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="a dense student has nothing to learn"):
+        override(distill(), {"sparsity.algorithm": "dense"})
+    with pytest.raises(ValueError, match=r"sparsity\.ramp lowers a threshold"):
+        override(pretrain(), {"sparsity.algorithm": "sta-3-3-3", "sparsity.ramp": 10})
+    with pytest.raises(ValueError, match="Turn these off"):
+        override(distill(), {"objective.layer_weight": 1, "compile": True})
+
+
+def test_stages_are_read_from_yaml(tmp_path):
+    path = tmp_path / "stages.yaml"
+    path.write_text("stages:\n- {name: small, folder: a, steps: 5, batch: 2}\n")
+    (stage,) = override(TrainConfig(), read_yaml(path)).stages
+    assert stage == StageConfig("small", "a", 5, 2)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [\n", "\xff"])
+def test_files_that_are_no_mapping_are_refused(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match="bad.yaml"):
+        read_yaml(path)
+    with pytest.raises(ValueError, match="No such file"):
+        read_yaml(tmp_path / "none.yaml")
+
+
+def test_differences_are_named():
+    old = to_plain(TrainConfig())
+    new = to_plain(override(TrainConfig(), {"optim.lr": 1e-3}))
+    assert differences(old, old) == []
+    assert differences(old, new) == ["optim.lr: 1e-06 -> 0.001"]
