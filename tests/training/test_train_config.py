@@ -76,7 +76,9 @@ def test_values_take_the_type_of_their_key(text, expected):
         ("sparsity.algorithm=nabla-2", r"nabla threshold must be in \(0, 1\]"),
         ("objective.data_weight=1", "stand beside distillation"),
         ("stages=[{name: a, folder: b}]", "an entry lacks steps"),
-        ("stages=[{name: a, folder: b, step: 1}]", "entries with name, folder, steps"),
+        ("stages=[{name: a, folder: b, step: 1}]", "entries with name, steps, folder"),
+        ("stages=[{name: a, steps: 0}]", "steps must be 1 or more: got 0"),
+        ("stages=[{name: a, steps: 1, algorithm: x}]", "'x' is not an algorithm"),
         ("stages=[{name: .., folder: b, steps: 1}]", "names of their own"),
     ],
 )
@@ -99,14 +101,14 @@ def test_stages_are_read_from_yaml(tmp_path):
     path = tmp_path / "stages.yaml"
     path.write_text("stages:\n- {name: small, folder: a, steps: 5, batch: 2}\n")
     (stage,) = override(TrainConfig(), read_yaml(path)).stages
-    assert stage == StageConfig("small", "a", 5, 2)
+    assert stage == StageConfig("small", 5, "a", 2)
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [\n", "\xff"])
 def test_files_that_are_no_mapping_are_refused(tmp_path, text):
     path = tmp_path / "bad.yaml"
     path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match="bad.yaml"):
+    with pytest.raises(ValueError, match=r"bad\.yaml"):
         read_yaml(path)
     with pytest.raises(ValueError, match="No such file"):
         read_yaml(tmp_path / "none.yaml")

@@ -34,20 +34,39 @@ def train_model(
     from nabla_attn.cli.options import quiet_libraries
     from nabla_attn.files import check_writable
     from nabla_attn.generation.pipeline import model_directory
-    from nabla_attn.training.train import refuse_begun, train
+    from nabla_attn.training.overrides import to_plain
+    from nabla_attn.training.stages import finished_stage, split_stages
+    from nabla_attn.training.train import refuse_begun
 
     model = model_directory(config.model)
     check_writable(folder / "config.json")
+    stages = [(folder / name, stage) for name, stage in split_stages(config)]
     if not check:
-        refuse_begun(folder, resume)
+        for place, _ in stages:
+            refuse_begun(place, resume)
     _show_config(config)
     quiet_libraries()
-    dataset, sample = _world(config, folder)
-    if check:
-        _show_check(config, model, folder, dataset)
-        return
-    with _bar(config) as report:
-        result = train(
+    for place, stage in stages:
+        if check:
+            _show_check(stage, model, place)
+            continue
+        done = finished_stage(place, to_plain(stage), allow_changes=allow_changes)
+        if done is None or len(stages) == 1:
+            done = _train(stage, model, place, resume=resume, allow_changes=allow_changes)
+        model = done
+    if not check and _is_main():
+        use = "load it with load_lora_weights" if config.lora.rank else f"--model {model}"
+        typer.echo(f"{model}: done. Use it: {use}.")
+
+
+def _train(
+    config: "TrainConfig", model: Path, folder: Path, *, resume: bool, allow_changes: bool
+) -> Path:
+    from nabla_attn.training.train import train
+
+    dataset, sample = _world(config, model, folder)
+    with _bar(config, folder.name) as report:
+        return train(
             config,
             model,
             folder,
@@ -57,9 +76,6 @@ def train_model(
             report=report,
             sample=sample,
         )
-    if _is_main():
-        use = f"--model {result}" if not config.lora.rank else "after load_lora_weights"
-        typer.echo(f"{result}: done. Use it: nabla generate {use}")
 
 
 def read_config(recipe: str, values: list[str], config_file: Path | None) -> "TrainConfig":
@@ -74,7 +90,8 @@ def read_config(recipe: str, values: list[str], config_file: Path | None) -> "Tr
     for value in values:
         merged |= read_override(value)
     config = override(config, merged)
-    if not config.data.folder and not config.stages:
+    folders = [stage.folder for stage in config.stages] or [None]
+    if not config.data.folder and not all(folders):
         if config.model != "builtin":
             raise ValueError(
                 "no data: set data.folder=DIR to clips that `nabla encode` has written with "
@@ -84,36 +101,62 @@ def read_config(recipe: str, values: list[str], config_file: Path | None) -> "Tr
     return config
 
 
-def _world(config: "TrainConfig", folder: Path) -> tuple[Any, Any]:
-    """The built-in world as data, and samples judged by it, where it is what is trained on."""
-    if config.data.folder != WORLD:
+def _world(config: "TrainConfig", model: Path, folder: Path) -> tuple[Any, Any]:
+    """Data and samples where the built-in world is what is trained on, else nothing of both."""
+    from nabla_attn.generation.request import ModelDefaults
+    from nabla_attn.training.data import WorldSet
+    from nabla_attn.training.data.origin import world_size
+
+    data = config.data
+    size = None if data.folder == WORLD else world_size(Path(data.folder))
+    if data.folder != WORLD and size is None:
         return None, None
     from nabla_attn.cli.options import load_quietly
-    from nabla_attn.evaluation.samples import SampleMaker
-    from nabla_attn.generation.pipeline import model_directory
-    from nabla_attn.generation.request import GenerationRequest, ModelDefaults
-    from nabla_attn.training.data import WorldSet
 
-    defaults = ModelDefaults.load(model_directory(config.model))
-    data = config.data
-    pipeline = load_quietly(config.model, "cpu", "float32")
-    size = {
-        "frames": data.frames or defaults.frames,
-        "height": data.height or defaults.height,
-        "width": data.width or defaults.width,
-    }
-    dataset = WorldSet(pipeline, clips=data.clips, seed=config.seed, shapes=data.shapes, **size)
+    pipeline = load_quietly(str(model), "cpu", "float32")
+    dataset = None
+    if size is None:
+        defaults = ModelDefaults.load(model)
+        size = (
+            data.frames or defaults.frames,
+            data.height or defaults.height,
+            data.width or defaults.width,
+        )
+        frames, height, width = size
+        dataset = WorldSet(
+            pipeline,
+            clips=data.clips,
+            frames=frames,
+            height=height,
+            width=width,
+            seed=config.seed,
+            shapes=data.shapes,
+        )
+    return dataset, _sampler(config, model, folder, pipeline, size)
+
+
+def _sampler(
+    config: "TrainConfig", model: Path, folder: Path, pipeline: Any, size: tuple[int, int, int]
+) -> Any:
+    """What generates held-out prompts of the world and judges them, on the first process."""
     if not config.watch.prompts or not _is_main():
-        return dataset, None
+        return None
+    from nabla_attn.evaluation.samples import SampleMaker
+    from nabla_attn.generation.request import GenerationRequest, ModelDefaults
+
+    defaults = ModelDefaults.load(model)
+    frames, height, width = size
     request = GenerationRequest(
         prompt="",
+        frames=frames,
+        height=height,
+        width=width,
         steps=defaults.steps,
         guidance=defaults.guidance,
         sparse_algo=config.sparsity.algorithm,
-        **size,
     )
     samples = folder / "samples"
-    return dataset, SampleMaker(pipeline, request, config.watch.prompts, samples, config.part)
+    return SampleMaker(pipeline, request, config.watch.prompts, samples, config.part)
 
 
 def _is_main() -> bool:
@@ -131,11 +174,12 @@ def _show_config(config: "TrainConfig") -> None:
         typer.echo(f"{key}: {value}", err=True)
 
 
-def _show_check(config: "TrainConfig", model: Path, folder: Path, dataset: Any) -> None:
+def _show_check(config: "TrainConfig", model: Path, folder: Path) -> None:
     from nabla_attn.training.check import check
     from nabla_attn.training.model import load_parts
     from nabla_attn.training.setup import prepare
 
+    dataset, _ = _world(config, model, folder)
     run = prepare(config, load_parts(model, config.part), dataset)
     shown = check(run, folder)
     if _is_main():
@@ -145,7 +189,7 @@ def _show_check(config: "TrainConfig", model: Path, folder: Path, dataset: Any) 
 
 
 @contextmanager
-def _bar(config: "TrainConfig") -> Iterator[Callable[["Entry"], None]]:
+def _bar(config: "TrainConfig", name: str) -> Iterator[Callable[["Entry"], None]]:
     """Yield a callback that shows steps, loss, speed, density and the time left."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -159,7 +203,7 @@ def _bar(config: "TrainConfig") -> Iterator[Callable[["Entry"], None]]:
         TimeRemainingColumn(),
     )
     with Bars(*columns, console=Console(stderr=True), disable=not _is_main()) as bars:
-        task = bars.add_task(config.recipe, total=config.steps, numbers="")
+        task = bars.add_task(name, total=config.steps, numbers="")
 
         def show(entry: "Entry") -> None:
             bars.update(task, completed=entry.step, numbers=describe_entry(entry))

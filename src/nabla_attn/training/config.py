@@ -156,17 +156,27 @@ class StageConfig:
 
     Attributes:
         name: Names the stage's folder.
-        folder: Its encoded clips.
         steps: Its optimiser steps.
-        batch: Clips in a step of one process; None is `data.batch`.
-        algorithm: Its attention; None is `sparsity.algorithm`.
+        folder: Its encoded clips; None is `data.folder`, and so on for the other values.
+        batch: Clips in a step of one process.
+        frames: Of the world: video frames.
+        height: Of the world, in pixels.
+        width: Of the world, in pixels.
+        shift: Shift of the noise levels; larger grids need more.
+        algorithm: Its attention.
+        lr: Its learning rate.
     """
 
     name: str
-    folder: str
     steps: int
+    folder: str | None = None
     batch: int | None = None
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    shift: float | None = None
     algorithm: str | None = None
+    lr: float | None = None
 
 
 @dataclass(frozen=True)

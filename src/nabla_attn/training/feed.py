@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nabla_attn.training.config import TrainConfig
 from nabla_attn.training.data import BucketSampler, collate
@@ -125,6 +126,10 @@ def hold_out(count: int, wanted: int) -> list[int]:
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch on a device."""
-    conditions = {name: value.to(device) for name, value in batch["conditions"].items()}
-    return {"latents": batch["latents"].to(device), "conditions": conditions}
+    """A batch on a device; numbers of low precision as float32, as the trained weights are."""
+    conditions = {name: _widen(value).to(device) for name, value in batch["conditions"].items()}
+    return {"latents": _widen(batch["latents"]).to(device), "conditions": conditions}
+
+
+def _widen(value: Tensor) -> Tensor:
+    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value

@@ -5,6 +5,7 @@ from typing import Any
 
 from nabla_attn.config import parse
 from nabla_attn.training.config import TrainConfig
+from nabla_attn.training.stages import stage_config
 
 _CHOICES = {
     "objective.kind": ("flow", "distill"),
@@ -96,11 +97,10 @@ def _check_stages(config: TrainConfig) -> None:
     names = [stage.name for stage in config.stages]
     if len(set(names)) != len(names) or any("/" in name or name[:1] in ("", ".") for name in names):
         raise ValueError(f"stages need names of their own, usable as folders: got {names}.")
+    if config.stages and config.lora.rank:
+        raise ValueError("stages hand on whole models, not adapters. Use lora.rank=0.")
     for stage in config.stages:
-        if stage.steps < 1 or (stage.batch is not None and stage.batch < 1):
-            raise ValueError(f"stage {stage.name}: steps and batch must be 1 or more.")
-        if stage.algorithm is not None:
-            parse(stage.algorithm)
+        check_config(stage_config(config, stage))
 
 
 def _value(config: TrainConfig, key: str) -> Any:

@@ -1,0 +1,148 @@
+import json
+import shutil
+
+import pytest
+from typer.testing import CliRunner
+
+from nabla_attn.cli import app
+from nabla_attn.training.logbook import read_log
+
+WORLD = ("data.folder=world", "data.clips=3", "data.validation=1", "data.frames=5")
+SIZE = ("data.height=32", "data.width=32", "watch.tensorboard=false")
+SMALL = (*WORLD, *SIZE, "watch.prompts=0")
+
+
+@pytest.fixture(autouse=True)
+def _plain_world(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+def nabla_train(*arguments):
+    return CliRunner().invoke(app, ["train", *map(str, arguments)])
+
+
+def one_line(result, *words):
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and result.stderr.strip().endswith(lines[0]), result.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def test_check_shows_what_would_happen_and_writes_nothing(tiny_wan, tmp_path):
+    folder = tmp_path / "run"
+    result = nabla_train("distill", "--check", "--output", folder, f"model={tiny_wan}", *SMALL)
+    assert result.exit_code == 0, result.output
+    for word in ("WanTransformer3DModel", "2 clips of 1 grid, 1 held out", "8 tokens"):
+        assert word in result.stdout
+    for word in ("distillation", "density", "1,600", "nothing was trained"):
+        assert word in result.stdout
+    assert "optim.lr: 1e-06" in result.stderr
+    assert not list(folder.iterdir())
+
+
+def test_a_run_is_saved_with_its_configuration_and_generates(tiny_wan, tmp_path):
+    folder = tmp_path / "run"
+    yaml = tmp_path / "small.yaml"
+    yaml.write_text("steps: 5\nwatch: {prompts: 1, sample: 2}\n")
+    arguments = ("finetune", f"model={tiny_wan}", *WORLD, *SIZE, "--config", yaml)
+    result = nabla_train(*arguments, "steps=2", "--output", folder)
+    assert result.exit_code == 0, result.output
+    saved = json.loads((folder / "config.json").read_text())
+    assert saved["steps"] == 2 and saved["data"]["frames"] == 5
+    assert (folder / "pipeline" / "model_index.json").is_file()
+    assert (folder / "samples" / "step-00000002.png").is_file()
+    (row,) = [row for row in read_log(folder) if row["step"] == "2"]
+    assert 0 <= float(row["right_colour"]) <= 1 and float(row["validation"]) > 0
+    one_line(nabla_train(*arguments, "--output", folder), "--resume")
+    again = nabla_train(*arguments, "steps=3", "--output", folder, "--resume")
+    one_line(again, "steps: 2 -> 3", "--allow-changes")
+
+
+def test_stages_hand_on_their_weights(tiny_wan, tmp_path):
+    yaml = tmp_path / "stages.yaml"
+    yaml.write_text(
+        "stages:\n- {name: small, steps: 1, height: 32}\n- {name: large, steps: 2, height: 48}\n"
+    )
+    folder = tmp_path / "run"
+    arguments = ("pretrain", f"model={tiny_wan}", *SMALL, "--config", yaml, "--output", folder)
+    result = nabla_train(*arguments)
+    assert result.exit_code == 0, result.output
+    assert (folder / "small" / "pipeline").is_dir() and (folder / "large" / "pipeline").is_dir()
+    before = (folder / "small" / "training.json").stat().st_mtime_ns
+    shutil.rmtree(folder / "large")
+    assert nabla_train(*arguments, "--resume").exit_code == 0
+    assert (folder / "small" / "training.json").stat().st_mtime_ns == before
+    assert (folder / "large" / "pipeline").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["distil"], ["distil", "Did you mean distill?", "builtin"]),
+        (["finetune", "optim.lrate=1"], ["optim.lrate", "Did you mean optim.lr"]),
+        (["finetune", "optim.lr=fast"], ["optim.lr", "a number"]),
+        (["finetune", "optim.lr"], ["key=value"]),
+        (["finetune", "--config", "none.yaml"], ["none.yaml", "No such file"]),
+        (["finetune", "model=nowhere", "data.folder=x"], ["nowhere"]),
+        (["finetune", "data.folder=nowhere"], ["nowhere", "nabla encode"]),
+        (["builtin", "steps=3"], ["builtin", "no overrides"]),
+        (["finetune", "--recipe", "distill"], ["two recipes"]),
+        (["finetune", "--threads", "-1"], ["threads"]),
+    ],
+)
+def test_bad_input_is_one_line(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one_line(nabla_train(*arguments, "--output", tmp_path / "run"), *words)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["sharding=fsdp"], ["needs GPUs"]),
+        (["data.frames=6"], ["6 frames"]),
+        (["data.height=33"], ["33"]),
+        (["data.validation=3"], ["none is left to train on"]),
+        (["lora.rank=2", "lora.targets=to_x"], ["to_x"]),
+        (["context_parallel=2"], ["context_parallel=2", "1 processes"]),
+        (["part=transformer_2"], ["transformer_2"]),
+        (["sparsity.backend=magic"], ["magic"]),
+        (["sparsity.schedule=none.json"], ["none.json"]),
+    ],
+)
+def test_what_does_not_fit_the_model_is_one_line(tiny_wan, tmp_path, overrides, words):
+    arguments = ("finetune", f"model={tiny_wan}", *SMALL, *overrides)
+    one_line(nabla_train(*arguments, "--output", tmp_path / "run"), *words)
+    assert not (tmp_path / "run" / "log.csv").exists()
+
+
+def test_other_models_need_data_of_their_own(tiny_wan, tmp_path):
+    one_line(nabla_train("finetune", f"model={tiny_wan}"), "data.folder", "nabla encode")
+
+
+def test_a_model_without_vae_is_named(tiny_wan, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_wan, broken)
+    shutil.rmtree(broken / "vae")
+    for folder in ("world", tmp_path):
+        arguments = ("finetune", f"model={broken}", f"data.folder={folder}", "--check")
+        result = nabla_train(*arguments, "--output", tmp_path / "run")
+        assert result.exit_code == 2 and ("vae" in result.stderr or "encode" in result.stderr)
+
+
+def test_data_of_another_model_is_refused_before_training(tiny_wan, tmp_path):
+    from nabla_attn.testing import tiny_wan_pipeline
+
+    other = tiny_wan_pipeline(tmp_path / "other", text_dim=24)
+    encoded = tmp_path / "encoded"
+    sizes = ("--height", "32", "--width", "32", "--frames", "5", "--clips", "3")
+    made = CliRunner().invoke(
+        app, ["encode", "world", "--model", str(tiny_wan), "--output", str(encoded), *sizes]
+    )
+    assert made.exit_code == 0, made.output
+    arguments = ("finetune", f"data.folder={encoded}", "data.validation=1", "watch.prompts=0")
+    output = ("--output", tmp_path / "run")
+    one_line(nabla_train(*arguments, f"model={other}", *output), "cannot take", "Encode the data")
+    shown = nabla_train(*arguments, f"model={tiny_wan}", "--check", *output)
+    assert shown.exit_code == 0, shown.output
