@@ -1,5 +1,7 @@
 """Every backend against float64: dtypes, odd grids, text, forward, backward, compiled."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from tests.oracle import ODD_GRIDS, masked_attention, random_qkv, token_mask
 
 import nabla_attn as na
 from nabla_attn import backends, fusion
-from nabla_attn.backends import gather
+from nabla_attn.backends import flex, gather
 from nabla_attn.core.order import TokenLayout
 
 grids = pytest.mark.parametrize("grid", ODD_GRIDS.values(), ids=ODD_GRIDS.keys())
@@ -82,19 +84,19 @@ def test_joint_text_with_padding_per_sample(name, backend):
     assert (grad_k[2, :, -8:] == 0).all()
 
 
-@given(seed=st.integers(0, 99), max_scores=st.sampled_from([1, 2**13, 2**22]))
+@given(seed=st.integers(0, 99), max_bytes=st.sampled_from([1, 2**15, 2**24]))
 @settings(max_examples=15, deadline=None)
-def test_gather_does_not_depend_on_its_scratch_size(seed, max_scores):
+def test_gather_does_not_depend_on_its_scratch_size(seed, max_bytes):
     torch.manual_seed(seed)
     grid = na.TokenGrid(3, 9, 16)
     inputs = random_qkv(grid, batch=2)
     expected = na.nabla_attention(*inputs, grid, na.parse("nabla-0.4"), backend="gather")
-    before = dict(gather.MAX_SCORES)
-    gather.MAX_SCORES["cpu"] = max_scores
+    before = dict(gather.MAX_BYTES)
+    gather.MAX_BYTES["cpu"] = max_bytes
     try:
         out = na.nabla_attention(*inputs, grid, na.parse("nabla-0.4"), backend="gather")
     finally:
-        gather.MAX_SCORES.update(before)
+        gather.MAX_BYTES.update(before)
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=0)
 
 
@@ -129,6 +131,25 @@ def test_flex_says_when_no_compiler_is_there(monkeypatch):
     assert "C++ compiler" in backends.available()["flex"]
     assert backends.available()["gather"] is None
     fusion._has_cpp_compiler.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_uncompiled_flex_would_be_dense_attention():
+    # This is why the backend insists on a compiler.
+    grid = ODD_GRIDS["ragged"]
+    q, k, v = random_qkv(grid, batch=1)
+    bmap = na.build_block_map(q, k, grid, na.parse("nabla-0.3"))
+    blocks = [na.to_blocks(x, grid) for x in (q, k, v)]
+    tables = bmap.flex_tables()
+    out = flex._attend(*blocks, *tables, bmap.block_tokens, None, False)
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(na.to_raster(out, grid), dense, atol=1e-5, rtol=0)
+
+
+def test_flex_tiles_divide_a_block_on_gpus():
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    assert flex._kernel_options(on_gpu, 64) == {"BLOCK_M": 64, "BLOCK_N": 64}
+    assert flex._kernel_options(on_gpu, 128) is None
 
 
 def test_flex_refuses_devices_without_a_kernel():

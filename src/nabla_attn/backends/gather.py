@@ -1,7 +1,7 @@
 """Gathered blocks in plain torch operations: forward and backward on any device.
 
 Query blocks that keep the same number of key blocks form one batched product over their gathered
-keys and values. Scratch memory is bounded by `MAX_SCORES`; the backward recomputes probabilities.
+keys and values. Scratch memory is bounded by `MAX_BYTES`; the backward recomputes probabilities.
 """
 
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 from nabla_attn.core.block_map import BlockMap
 from nabla_attn.shapes import Float
 
-# Scores of one batched product: small enough for a CPU core's L2 cache.
-MAX_SCORES = {"cpu": 2**19}
-MAX_SCORES_ELSEWHERE = 2**26
+# Bytes of one batched product's scores: small enough for a CPU core's L2 cache.
+MAX_BYTES = {"cpu": 2**20}
+MAX_BYTES_ELSEWHERE = 2**27
 
 
 def attend(
@@ -52,7 +52,7 @@ def _buckets(block_map: BlockMap, dtype: torch.dtype) -> Iterator[_Bucket]:
     starts = counts.cumsum(0) - counts
     order = counts.argsort()
     bias = _key_bias(block_map, dtype)
-    max_scores = MAX_SCORES.get(mask.device.type, MAX_SCORES_ELSEWHERE)
+    max_scores = MAX_BYTES.get(mask.device.type, MAX_BYTES_ELSEWHERE) // dtype.itemsize
     kept_sizes, group_sizes = (
         x.tolist() for x in torch.unique_consecutive(counts[order], return_counts=True)
     )
