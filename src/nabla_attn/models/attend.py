@@ -89,7 +89,7 @@ def _attend_here(
 ) -> tuple[Tensor, Tensor]:
     """Attention over whole sequences [batch, tokens, heads, dim], and its statistics."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if plan.config.is_dense:
+    if plan.config.is_dense and plan.grid.segments is None:
         out = _dense(q, k, v, text_valid, layout, scale)
         return out.transpose(1, 2), torch.ones((2, q.shape[1]), device=q.device)
     run = backends.resolve(plan.backend, q, k, v)

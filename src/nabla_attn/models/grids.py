@@ -44,6 +44,12 @@ def named_grid(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, int
     return frames, height, width
 
 
+def packed_clips(arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Frames of tokens of each clip in a packed sequence: `attention_kwargs["segments"]`."""
+    segments = (arguments.get("attention_kwargs") or {}).get("segments")
+    return None if segments is None else tuple(segments)
+
+
 def framepack_history(model: nn.Module, arguments: Mapping[str, Any]) -> int:
     """History tokens that FramePack puts in front of the video, in three patch sizes.
 

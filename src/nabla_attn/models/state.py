@@ -12,6 +12,7 @@ from nabla_attn.config import DENSE, SparseConfig
 from nabla_attn.core.grid import TokenGrid
 from nabla_attn.crossover import min_tokens_here
 from nabla_attn.models.checkpointing import unwrap_checkpoint, wrap_checkpoint
+from nabla_attn.models.grids import packed_clips
 from nabla_attn.models.hook import STATE_NAME, PlanForward
 from nabla_attn.models.map_memory import Reuse
 from nabla_attn.models.modules import attention_modules, num_heads, set_processor
@@ -131,7 +132,7 @@ class ModelState:
     def _common_plan(self, model: nn.Module, arguments: Mapping[str, Any]) -> Plan:
         """What is the same for all layers of this forward."""
         row, settings = self.row, self.settings
-        grid = TokenGrid(*row.grid(model, arguments))
+        grid = TokenGrid(*row.grid(model, arguments), segments=packed_clips(arguments))
         ranks = ranks_of(model, grid, num_heads(next(iter(self.modules.values()))))
         return Plan(
             grid=grid,
@@ -183,7 +184,8 @@ class ModelState:
     def _plan_layer(self, layer: Layer, plan: Plan, device: torch.device) -> None:
         # diffusers' own parallel attention does not know joint text, nor processors without a door.
         needs_ranks = plan.ranks is not None and bool(self.row.text or self.row.ports)
-        layer.is_dense = plan.config.is_dense and not needs_ranks
+        is_whole = plan.grid.segments is None and not needs_ranks
+        layer.is_dense = plan.config.is_dense and is_whole
         layer.stats = None
         if layer.is_dense:
             return

@@ -15,6 +15,9 @@ from torch import Tensor
 EXTRA_CHANNELS = "extra_channels"
 """Condition: zero channels that the transformer expects after those of the latents."""
 
+SEGMENTS, TEXTS = "segments", "texts"
+"""Conditions of packed clips: latent frames and text tokens of each, [1, clips]."""
+
 Conditions = dict[str, Tensor]
 
 
@@ -32,6 +35,8 @@ class Family:
         by_grid: arguments of the transformer that follow from the video's size.
         unbatched: arguments of the transformer without a batch axis.
         ignored: arguments that NABLA replaces.
+        cross_attention: regular expression that matches the paths of the modules that see the text
+            and nothing else; empty where there are none, and clips cannot be packed.
         timestep_scale: timestep of pure noise.
     """
 
@@ -42,6 +47,7 @@ class Family:
     by_grid: tuple[str, ...] = ()
     unbatched: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    cross_attention: str = ""
     timestep_scale: float = 1000.0
 
     def timestep(self, sigma: Tensor) -> Tensor:
@@ -68,6 +74,9 @@ class Family:
             shape[axis] = int(extra[0])
             noisy = torch.cat([noisy, noisy.new_zeros(shape)], axis)
         plain: dict[str, Any] = {}
+        if SEGMENTS in values:
+            packed = {name: tuple(values.pop(name)[0].tolist()) for name in (SEGMENTS, TEXTS)}
+            plain["attention_kwargs"] = packed
         parts: dict[str, dict[int, Any]] = {}
         for key, value in values.items():
             name, dot, place = key.partition(".")
@@ -81,7 +90,7 @@ class Family:
 
 
 _ROWS = (
-    Family(pipeline="WanPipeline"),
+    Family(pipeline="WanPipeline", cross_attention=r"blocks\.\d+\.attn2"),
     Family(pipeline="HunyuanVideoPipeline"),
     Family(
         pipeline="LTXPipeline",
