@@ -115,3 +115,36 @@ def test_packs_hold_every_clip_and_no_more_than_fits():
     assert list(other) == epochs[0][2:]
     with pytest.raises(ValueError, match=r"8 latent frames does not fit data\.pack=7"):
         PackSampler(SHAPES, 7, 2)
+
+
+def test_a_run_on_packed_clips_learns(tiny_wan, tmp_path):
+    from tests.training.clips import Clips, small_config
+
+    from nabla_attn.training.train import train
+
+    shapes = tuple((4, frames, 16, 16) for frames in (1, 3, 2, 5, 1, 2, 4, 1, 3, 1))
+    values = dict(model=str(tiny_wan), data__pack=6, steps=30, optim__lr=3e-3, accumulation=2)
+    config = small_config("finetune", **values)
+    train(config, tiny_wan, tmp_path / "run", dataset=Clips(shapes))
+    rows = (tmp_path / "run" / "log.csv").read_text().splitlines()
+    place = rows[0].split(",").index("loss")
+    losses = [float(row.split(",")[place]) for row in rows[1:]]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"data__batch": 2}, r"data\.batch=1"),
+        ({"sparsity__algorithm": "dense"}, "nabla-1"),
+        ({"compile": True}, "compile"),
+        ({"recipe": "distill"}, r"lora\.rank"),
+    ],
+)
+def test_what_packing_does_not_go_with(values, words):
+    from tests.training.clips import small_config
+
+    from nabla_attn.training.limits import check_config
+
+    with pytest.raises(ValueError, match=words):
+        check_config(small_config(**values, data__pack=8))

@@ -13,6 +13,8 @@ class DataConfig:
         batch: Clips of one grid in a step of one process.
         drop: Share of the captions that are replaced by the empty one, for guidance.
         validation: Clips held out for validation, spread evenly over the data; 0 is none.
+        pack: Clips of different length are put into sequences of at most so many latent frames, in
+            place of batches of one length; 0 does not.
         clips: Of the world: number of clips. The run's seed draws them.
         frames: Of the world: video frames; None is the model's default, and so are the sides.
         height: Of the world, in pixels.
@@ -24,6 +26,7 @@ class DataConfig:
     batch: int = 1
     drop: float = 0.1
     validation: int = 8
+    pack: int = 0
     clips: int = 256
     frames: int | None = None
     height: int | None = None

@@ -5,7 +5,7 @@ processes see. What is random about a batch follows from the seed and its number
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,10 @@ from torch import Tensor
 
 from nabla_attn.training.config import TrainConfig
 from nabla_attn.training.data import BucketSampler, collate
+from nabla_attn.training.data.packs import PackSampler, pack
+
+# Items, share of dropped captions, what draws them -> a batch.
+Gather = Callable[[Sequence[Any], float, random.Random], dict[str, Any]]
 
 
 class Feed:
@@ -42,6 +46,8 @@ class Feed:
         whole = config.data.batch * config.accumulation * replicas
         shapes = [tuple(dataset.grids[index]) for index in self.trained_on]
         self.sampler = BucketSampler(shapes, whole, config.seed)
+        if config.data.pack:
+            self.sampler = PackSampler(shapes, config.data.pack, whole, config.seed)
         self._batches: Iterator[list[int]] = iter(())
 
     def step(self, number: int) -> Iterator[tuple[dict[str, Any], torch.Generator]]:
@@ -56,8 +62,11 @@ class Feed:
             share = turn * self.replicas + self.replica
             seed = f"{self.config.seed} {number} {share}"
             places = indices[share * size : (share + 1) * size]
+            if self.config.data.pack:
+                (places,) = places
             clips = [self.trained_on[place] for place in places]
-            yield self._batch(clips, seed, self.config.data.drop)
+            gather = pack if self.config.data.pack else collate
+            yield self._batch(clips, seed, self.config.data.drop, gather)
 
     def validation(self) -> Iterator[tuple[dict[str, Any], torch.Generator, float]]:
         """This process's held-out clips one by one, with fixed noise and their weight.
@@ -73,6 +82,9 @@ class Feed:
 
     def largest(self) -> tuple[dict[str, Any], torch.Generator]:
         """A batch of the largest grid."""
+        if isinstance(self.sampler, PackSampler):
+            packed = [self.trained_on[place] for place in self.sampler.largest()]
+            return self._batch(packed, f"{self.config.seed} largest", 0.0, pack)
         shape = self.shapes()[-1]
         places = [i for i in self.trained_on if tuple(self.dataset.grids[i]) == shape]
         size = self.config.data.batch
@@ -105,10 +117,10 @@ class Feed:
         return found
 
     def _batch(
-        self, clips: Sequence[int], seed: str, drop: float
+        self, clips: Sequence[int], seed: str, drop: float, gather: Gather = collate
     ) -> tuple[dict[str, Any], torch.Generator]:
         rng = random.Random(seed)
-        batch = collate([self.dataset[clip] for clip in clips], drop, rng)
+        batch = gather([self.dataset[clip] for clip in clips], drop, rng)
         return batch, torch.Generator().manual_seed(rng.getrandbits(63))
 
 

@@ -23,6 +23,7 @@ _LOWEST = {
     "data.batch": 1,
     "data.validation": 0,
     "data.clips": 1,
+    "data.pack": 0,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
     "watch.log": 1,
@@ -65,6 +66,7 @@ def check_config(config: TrainConfig) -> None:
     if not all(0 <= beta < 1 for beta in config.optim.betas):
         raise ValueError(f"optim.betas must be from 0 to less than 1: got {config.optim.betas}.")
     _check_combinations(config)
+    _check_packing(config)
     _check_stages(config)
 
 
@@ -91,6 +93,26 @@ def _check_combinations(config: TrainConfig) -> None:
         )
     if config.sharding == "fsdp" and config.context_parallel > 1:
         raise ValueError("fsdp with context_parallel is not supported. Use one of them.")
+
+
+def _check_packing(config: TrainConfig) -> None:
+    if not config.data.pack:
+        return
+    if config.data.batch > 1:
+        raise ValueError("data.pack makes one sequence of several clips. Use data.batch=1.")
+    if config.compile or config.context_parallel > 1:
+        raise ValueError("data.pack works without compile and context_parallel. Turn these off.")
+    if config.objective.kind == "distill" and not config.lora.rank:
+        raise ValueError(
+            "data.pack: a dense copy as the teacher cannot keep packed clips apart. Set lora.rank, "
+            "whose teacher is the student itself, or use data.pack=0."
+        )
+    for name in (config.sparsity.algorithm, *(stage.algorithm for stage in config.stages)):
+        if name is not None and parse(name).is_dense and config.sparsity.schedule is None:
+            raise ValueError(
+                "data.pack: dense attention cannot keep packed clips apart. Use "
+                "sparsity.algorithm=nabla-1, which is dense within each clip."
+            )
 
 
 def _check_stages(config: TrainConfig) -> None:

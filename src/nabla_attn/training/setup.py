@@ -18,6 +18,7 @@ from nabla_attn.training.feed import Feed
 from nabla_attn.training.model import Parts
 from nabla_attn.training.noise import path_of
 from nabla_attn.training.objective import Objective, Teacher, make_objective
+from nabla_attn.training.packing import let_pack
 from nabla_attn.training.processes import make_accelerator, share_sequences
 from nabla_attn.training.sparsity import Sparsity
 
@@ -95,6 +96,8 @@ def prepare(config: TrainConfig, parts: Parts, dataset: Any = None) -> Run:
     accelerator = make_accelerator(config, parts.transformer)
     family = find_family(parts.pipeline_class)
     path = path_of(parts.scheduler, family, config.objective)
+    if config.data.pack:
+        let_pack(parts.transformer, family)
     if dataset is None:
         dataset = EncodedSet(config.data.folder, family.pipeline)
     replicas = accelerator.num_processes // config.context_parallel
