@@ -70,12 +70,13 @@ def bench(
         if base is not None:
             _compare_with(base, names, device, rounds, output)
     if docs is not None:
-        from nabla_attn.bench.correctness_page import build_page
+        from nabla_attn.bench import correctness_page, training_page
         from nabla_attn.bench.tables import build_docs
         from nabla_attn.files import write_text
 
         write_text(docs / "benchmarks.md", build_docs(output, docs))
-        write_text(docs / "correctness.md", build_page(output))
+        write_text(docs / "correctness.md", correctness_page.build_page(output))
+        write_text(docs / "training_study.md", training_page.build_page(output))
 
 
 def _device(name: str) -> str:

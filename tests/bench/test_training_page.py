@@ -1,0 +1,44 @@
+from nabla_attn.bench.training_page import build_page
+from nabla_attn.record import RunRecord
+
+RIGHT = {"colour": 1.0, "direction": 0.5, "shape": 0.75, "number": 1.0}
+
+
+def row(run, algorithm, seed, before, after, seconds=2.0, **more):
+    base = {"run": run, "algorithm": algorithm, "seed": seed, "density": 0.1, "right": RIGHT}
+    return base | {"before": before, "after": after, "seconds_per_step": seconds} | more
+
+
+def write(folder, rows):
+    config = {"height": 128, "width": 128, "frames": 61, "steps": 40, "clips": 9, "validation": 2}
+    RunRecord("training_study", config, 0, {}, "a device", {"rows": rows}).save(
+        folder / "training_study.json"
+    )
+
+
+def test_without_a_record_it_says_how_to_make_one(tmp_path):
+    assert "python benchmarks/training_study.py" in build_page(tmp_path)
+
+
+def test_ratios_and_shares(tmp_path):
+    zero = {"zero_shot_right": RIGHT}
+    write(
+        tmp_path,
+        [
+            row("pretrain", "dense", 0, 1.0, 0.5, seconds=3.0),
+            row("pretrain", "nabla-0.45", 0, 1.0, 0.51, seconds=1.5),
+            row("pretrain", "dense", 1, 1.0, 0.5, seconds=3.0),
+            row("pretrain", "nabla-0.45", 1, 1.0, 0.49, seconds=1.0),
+            row("distill", "nabla-0.2", 0, 0.4, 0.2, **zero),
+            row("lora", "nabla-0.2", 0, 0.4, 0.22, right={}),
+        ],
+    )
+    page = build_page(tmp_path)
+    assert "2 seeds; a device" in page
+    sparse = next(line for line in page.splitlines() if line.startswith("| nabla-0.45"))
+    assert "1.000 (0.980 to 1.020)" in sparse and "2.500 (2.000 to 3.000)" in sparse
+    student = next(line for line in page.splitlines() if line.startswith("| nabla-0.2 |"))
+    assert "| 0.400 | 0.200 | 0.500 | 100% | 50% | 75% |" in student
+    lora = next(line for line in page.splitlines() if "LoRA |" in line)
+    assert lora.count("–") == 8
+    assert "LoRA reaches 0.900 of the full gain." in page
