@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._triton import has_triton
 
 # Below this many elements a chain takes well under a millisecond, and compiling takes seconds.
@@ -48,3 +49,9 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             return run(*args)
 
     return call
+
+
+def take_any_length(*tensors: Tensor) -> None:
+    """Let what is compiled for these tensors serve any length but 1 of their first axis."""
+    for tensor in tensors:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)

@@ -11,7 +11,7 @@ from nabla_attn.core.order import TokenLayout, block_order, to_blocks
 from nabla_attn.core.scores import pool_blocks, score_blocks
 from nabla_attn.core.select import count_of_share, select_by_mass, select_top
 from nabla_attn.core.window import build_first_frame_map, build_segment_map, build_window_map
-from nabla_attn.fusion import fused
+from nabla_attn.fusion import fused, take_any_length
 from nabla_attn.shapes import Bool, Float
 
 # Scores of one panel: 128 MB in fp32, so that a few temporaries stay far below 2 GB.
@@ -66,9 +66,12 @@ def map_blocks(
     run = fused(_select_panel, kept.numel(), device)
     target = _targets(layout, config).to(mass)
     for heads, rows in _panels(*kept.shape):
+        queries, keys = q_pooled[heads, rows], k_pooled[heads]
+        if run is not _select_panel:
+            take_any_length(queries, keys)
         kept[heads, rows], mass[heads, rows] = run(
-            q_pooled[heads, rows],
-            k_pooled[heads],
+            queries,
+            keys,
             target[rows],
             None if fixed is None else fixed[rows],
             None if segments is None else segments[rows],

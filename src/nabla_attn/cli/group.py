@@ -19,6 +19,7 @@ VERBS = (
     "train",
     "bench",
     "info",
+    "warmup",
     "convert",
     "wan",
     "report",

@@ -1,0 +1,54 @@
+"""``nabla warmup``: compile what a generation would use, and leave it in PyTorch's cache."""
+
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nabla_attn.cli import options as opt
+
+if TYPE_CHECKING:
+    from nabla_attn.generation.request import GenerationRequest
+
+
+@opt.with_video_options
+def warmup(
+    video: opt.VideoOptions,
+    sparse_algo: Annotated[
+        list[str] | None,
+        typer.Option(help="An algorithm; repeat for more.", show_default=opt.MODEL_DEFAULT),
+    ] = None,
+) -> None:
+    """Run one denoising step of each algorithm at these sizes, and count what was compiled.
+
+    The compiled code stays in PyTorch's cache, from which later processes start.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    algorithms = sparse_algo or [None]
+    requests = [video.request(prompt="", seed=0, sparse_algo=algo) for algo in algorithms]
+    pipeline = video.load()
+    for request in requests:
+        typer.echo(_warm_up(pipeline, request))
+    typer.echo(f"cache: {cache_dir()}")
+
+
+def _warm_up(pipeline: Any, request: "GenerationRequest") -> str:
+    """Warm up and say what it took."""
+    from torch._dynamo.utils import counters
+
+    from nabla_attn.generation.generate import warm_up
+    from nabla_attn.generation.request import check_request
+
+    check_request(pipeline, request.with_algo("dense"))
+    names = (("stats", "unique_graphs"), ("inductor", "fxgraph_cache_hit"))
+    before, began = [counters[room][name] for room, name in names], time.perf_counter()
+    warm_up(pipeline, request)
+    seconds = time.perf_counter() - began
+    graphs, found = (
+        counters[room][name] - count for (room, name), count in zip(names, before, strict=True)
+    )
+    return (
+        f"{request.sparse_algo}, {request.frames} frames of {request.width}x{request.height}: "
+        f"{seconds:.1f} s, {graphs} graphs compiled, {found} of them from the cache"
+    )
