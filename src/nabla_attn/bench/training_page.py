@@ -17,7 +17,7 @@ Repeat them with `nabla train builtin --output runs/builtin` and
 
 
 def build_page(records: Path) -> str:
-    """The page as text, from `builtin_training.json` and `training_study.json`, if they are there."""
+    """The page as text, from `builtin_training.json` and `training_study.json` if they exist."""
     sections = [HEADER]
     if (path := records / "builtin_training.json").exists():
         sections += _stages(RunRecord.load(path))
@@ -42,7 +42,7 @@ def _stages(record: RunRecord) -> list[str]:
     return [
         "## The built-in model",
         "",
-        f"Every stage of `nabla train builtin`; {minutes:.0f} minutes in all, encoding not counted. "
+        f"Every stage of `nabla train builtin`; {minutes:.0f} minutes in all, without encoding. "
         "Other programs shared the processor, so the seconds are no measure of speed.",
         "",
         *table(["stage", "steps", "seconds", "first loss", "last loss"], rows),
