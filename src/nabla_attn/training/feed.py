@@ -61,9 +61,9 @@ class Feed:
         for turn in range(self.config.accumulation):
             share = turn * self.replicas + self.replica
             seed = f"{self.config.seed} {number} {share}"
-            places = indices[share * size : (share + 1) * size]
+            places: list[Any] = indices[share * size : (share + 1) * size]
             if self.config.data.pack:
-                (places,) = places
+                places = places[0]
             clips = [self.trained_on[place] for place in places]
             gather = pack if self.config.data.pack else collate
             yield self._batch(clips, seed, self.config.data.drop, gather)
