@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tests.models.tiny_models import TINY, randn, relative_error, run
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nabla_attn as na
 from nabla_attn.models.allegro import AllegroPort
@@ -57,6 +58,49 @@ def test_text_may_be_given_alone_or_with_the_video():
         alone = attend(layer_with(side), q, q, q, text_valid=text)
         assert torch.equal(alone, attend(layer_with(side), q, q, q, text_valid=torch.cat(valid, 1)))
         assert not torch.equal(alone, attend(layer_with(side), q, q, q))
+
+
+def test_history_counts_as_kept_text_in_front():
+    plan = Plan(grid=GRID, config=na.parse("nabla-0.1"), text="after", prefix=5)
+    assert plan.text_tokens(GRID.num_tokens + 12) == (5, 7)
+
+
+class LargeMasks(TorchDispatchMode):
+    """Records bool tensors of tokens x tokens or more."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.tokens, self.found = tokens, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for value in torch.utils._pytree.tree_leaves(out):
+            if torch.is_tensor(value) and value.dtype == torch.bool and value.ndim >= 2:
+                rows, columns = value.shape[-2:]
+                if rows >= self.tokens and columns >= self.tokens:
+                    self.found.append((func, value.shape))
+        return out
+
+
+@torch.no_grad()
+def test_hunyuan15_builds_no_mask_of_tokens_by_tokens():
+    model, inputs = TINY["hunyuan15"].build(), TINY["hunyuan15"].inputs(3, 16, 16)
+    with LargeMasks(3 * 16 * 16) as its_own:
+        run(model, inputs)
+    assert its_own.found
+    for algorithm in ("dense", "nabla-0.5"):
+        with na.apply(model, algorithm), LargeMasks(3 * 16 * 16) as ours:
+            run(model, inputs)
+        assert ours.found == []
+
+
+def test_allegro_adds_the_residual_where_the_module_asks_for_it():
+    model, inputs = TINY["allegro"].build(num_layers=1), TINY["allegro"].inputs(2, 8, 9)
+    model.transformer_blocks[0].attn1.residual_connection = True
+    with torch.no_grad():
+        dense = run(model, inputs)
+        with na.apply(model, "nabla-1"):
+            assert relative_error(run(model, inputs), dense) < 3e-6
 
 
 def test_what_cannot_be_attended_is_refused():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests.models.tiny_models import TINY
 
-from nabla_attn.models import catalogue, dispatch, table
+from nabla_attn.models import dispatch, table
 
 
 def test_the_dispatcher_is_as_expected():
@@ -53,9 +53,35 @@ def test_processors_have_a_door_or_a_port(name):
 def test_classes_with_a_plan_of_their_own():
     import diffusers
 
-    planned = {row.name for row in table._ROWS if getattr(diffusers, row.name)._cp_plan is not None}
-    refused = {row.name for row in table._ROWS if row.refusal}
-    assert planned - refused == catalogue.PLANNED_BY_DIFFUSERS
+    for row in table._ROWS:
+        has_plan = getattr(getattr(diffusers, row.name), "_cp_plan", None) is not None
+        assert row.refusal or row.no_ranks or row.cp_plan or has_plan, row.name
+
+
+def test_private_names_of_context_parallelism():
+    from diffusers.models import _modeling_parallel as parallel
+    from diffusers.models import attention_dispatch, modeling_utils
+
+    for name in ("ContextParallelInput", "ContextParallelOutput", "ContextParallelConfig"):
+        assert hasattr(parallel, name)
+    config = parallel.ContextParallelConfig(ulysses_degree=2)
+    for name in ("ring_degree", "ulysses_degree", "ulysses_anything", "_ulysses_mesh"):
+        assert hasattr(config, name)
+    assert hasattr(parallel.ParallelConfig(context_parallel_config=config), "setup")
+    assert callable(attention_dispatch.SeqAllToAllDim.apply)
+    source = inspect.getsource(modeling_utils.ModelMixin)
+    for name in ("_cp_plan", "_parallel_config", "_gradient_checkpointing_func"):
+        assert name in source
+
+
+def test_private_names_of_pipelines_and_schedulers():
+    import diffusers
+
+    assert "_num_timesteps" in inspect.getsource(diffusers.WanPipeline.__call__)
+    for name in ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"):
+        assert isinstance(getattr(diffusers, name).step_index, property)
+    assert diffusers.FlowMatchEulerDiscreteScheduler.order == 1
+    assert diffusers.FlowMatchHeunDiscreteScheduler.order == 2
 
 
 def test_private_names_of_torch():

@@ -36,6 +36,38 @@ def test_first_block_cache_skips_layers_and_the_report_says_so(model):
     assert handle.report().to_dict()["density_per_step_and_layer"][1][1] is None
 
 
+def mag_cache():
+    from diffusers import MagCacheConfig
+
+    return MagCacheConfig(threshold=1e6, num_inference_steps=6, mag_ratios=[1.0] * 6)
+
+
+def taylorseer_cache():
+    from diffusers import TaylorSeerCacheConfig
+
+    return TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2, use_lite_mode=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("apply_first", [True, False])
+@pytest.mark.parametrize("config", [mag_cache, taylorseer_cache])
+def test_caches_that_skip_steps(model, apply_first, config):
+    before = run(model, at(900))
+    if apply_first:
+        handle = na.apply(model, "nabla-0.5")
+    model.enable_cache(config())
+    if not apply_first:
+        handle = na.apply(model, "nabla-0.5")
+    with model.cache_context("cond"):
+        for time in (900, 800, 700, 600, 500, 400):
+            assert run(model, at(time)).isfinite().all()
+    ran = handle.report().density.isfinite().all(dim=(1, 2)).tolist()
+    assert ran[0] and not all(ran)
+    model.disable_cache()
+    handle.remove()
+    assert torch.equal(run(model, at(900)), before)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("apply_first", [True, False])
 def test_pyramid_attention_broadcast(model, apply_first):

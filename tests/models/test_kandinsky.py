@@ -65,6 +65,9 @@ def test_settings_of_checkpoints():
     assert str(trained_algorithm(build(**TRAINED))) == "nabla-0.4_sta-1-1-3"
     assert str(trained_algorithm(build(attention_type="nabla", attention_P=0.9))) == "nabla-0.9"
     assert trained_algorithm(build()) is None
+    kandinsky6 = TINY["kandinsky6"].build()
+    kandinsky6.register_to_config(**TRAINED)
+    assert str(trained_algorithm(kandinsky6)) == "nabla-0.4_sta-1-1-3"
     assert str(trained_algorithm(TINY["kandinsky6-sr"].build())) == "nabla-0.5_sta-1-1-1"
     wan = TINY["wan"].build()
     wan.register_to_config(sparse_algo="nabla-0.6_sta-11-3-3")

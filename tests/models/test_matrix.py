@@ -67,6 +67,19 @@ def test_copies_and_two_models_share_nothing(models, name):
     remove(model)
 
 
+@pytest.mark.parametrize("name", ["wan", "hunyuan", "hunyuan15", "mochi", "ltx"])
+@torch.no_grad()
+def test_each_sample_has_a_map_of_its_own(models, name):
+    model, inputs = models(name), TINY[name].inputs(*RAGGED)
+    alone = [
+        {k: v[i : i + 1] if torch.is_tensor(v) else v for k, v in inputs.items()} for i in range(2)
+    ]
+    with na.apply(model, "nabla-0.4"):
+        both = run(model, inputs)
+        for sample, own in zip(both, alone, strict=True):
+            assert relative_error(run(model, own)[0], sample) < 3e-6
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_gradients_flow(models, name):
     model = copy.deepcopy(models(name)).requires_grad_(False)
@@ -83,7 +96,8 @@ def test_gradients_flow(models, name):
     assert sparse.isfinite().all() and relative_error(sparse, dense) > 1e-4
 
 
-@pytest.mark.parametrize("grid", [(1, 11, 13), (1, 3, 2), (9, 8, 9), (2, 1, 40)])
+# One frame, small and at 1280x720; a length four times the native; and odd shapes.
+@pytest.mark.parametrize("grid", [(1, 11, 13), (1, 45, 80), (12, 5, 7), (1, 3, 2), (2, 1, 40)])
 @pytest.mark.parametrize("name", ["wan", "hunyuan", "cogvideox"])
 @torch.no_grad()
 def test_any_size(models, name, grid):

@@ -86,6 +86,15 @@ def test_kandinsky_does_not_train_in_parallel(group):
         run(model, inputs)
 
 
+def test_models_that_cannot_be_shared_say_why(group):
+    model, inputs = TINY["helios"].build(), TINY["helios"].inputs(2, 8, 9)
+    mesh = SimpleNamespace(get_group=lambda: group)
+    model._parallel_config = configured(_ulysses_mesh=mesh)._parallel_config
+    na.apply(model, "nabla-0.5")
+    with pytest.raises(ValueError, match="over processes: the history in front"):
+        run(model, inputs)
+
+
 def configured(**changes):
     settings = dict(ring_degree=1, ulysses_degree=2, ulysses_anything=False)
     return SimpleNamespace(

@@ -19,7 +19,7 @@ WAN = SMALL | dict(
     freq_dim=32,
     ffn_dim=32,
     cross_attn_norm=True,
-    rope_max_seq_len=64,
+    rope_max_seq_len=96,
 )
 MOTIF = SMALL | dict(
     attention_head_dim=16,

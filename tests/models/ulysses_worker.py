@@ -18,6 +18,7 @@ CHANGES = {
     "wan-vace": dict(num_attention_heads=4),
     "skyreels": dict(num_attention_heads=4),
     "chronoedit": dict(num_attention_heads=4),
+    "ltx": dict(num_attention_heads=4, cross_attention_dim=96),
     "hunyuan": dict(num_attention_heads=4),
     "hunyuan15": dict(num_attention_heads=4),
     "kandinsky5": dict(model_dim=96, num_visual_blocks=2),

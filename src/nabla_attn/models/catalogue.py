@@ -165,14 +165,6 @@ _USUAL = {
         weights=12,
     ),
 }
-# Classes with a context-parallel plan of their own.
-PLANNED_BY_DIFFUSERS = {
-    "WanTransformer3DModel",
-    "ChronoEditTransformer3DModel",
-    "LTXVideoTransformer3DModel",
-    "LTX2VideoTransformer3DModel",
-    "HeliosTransformer3DModel",
-}
 _FAMILIES = {"Kandinsky6SRTransformer3DModel": "Kandinsky 6 super-resolution"}
 
 
@@ -185,6 +177,10 @@ def render_table() -> str:
         "| way in | ranks | tested |",
         "|---|---|---|---|---|---|---|---|---|---|",
         *(_line(row) for row in works),
+        "",
+        "| not shared by several processes | why |",
+        "|---|---|",
+        *(f"| `{row.name}` | {row.no_ranks} |" for row in works if row.no_ranks),
         "",
         "| refused | why |",
         "|---|---|",
@@ -207,12 +203,10 @@ def write_table(path: Path) -> None:
 
 
 def _ranks(row: ModelRow) -> str:
-    if row.prefix:
+    if row.no_ranks is not None:
         return "no"
-    if row.name in PLANNED_BY_DIFFUSERS:
-        return "diffusers' plan"
     if row.cp_plan is None:
-        return "no"
+        return "diffusers' plan"
     return "plan supplied" if row.cp_trains else "plan supplied, inference"
 
 

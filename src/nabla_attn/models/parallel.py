@@ -219,6 +219,8 @@ VACE_PLAN = sequence_plan(
     },
     outputs={"rope": [1, 1]},
 )
+# diffusers' plan shares the text too, whose mask its attention over ranks then cannot follow.
+LTX_PLAN = sequence_plan({"transformer_blocks.0": _HIDDEN}, outputs={"rope": [1, 1]})
 JOINT_PLAN = sequence_plan({"transformer_blocks.0": _HIDDEN}, outputs={"rope": [0, 0]})
 
 

@@ -55,13 +55,8 @@ class Plan:
         With ranks, a call has their share of the video.
 
         Raises:
-            ValueError: the call's tokens do not fit the grid, or ranks share history.
+            ValueError: the call's tokens do not fit the grid.
         """
-        if self.ranks and self.prefix:
-            raise ValueError(
-                "history in front of the video is split over the ranks with it, so no rank knows "
-                "which tokens are always kept. Run this model on one process."
-            )
         share = self.grid.num_tokens // (self.ranks.count if self.ranks else 1)
         num_text = num_tokens - share - self.prefix
         if num_text < 0 or (num_text > 0 and self.text is None):

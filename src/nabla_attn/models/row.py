@@ -29,8 +29,9 @@ class ModelRow:
             half last; otherwise as calls of their own.
         in_block_order: the model brings its tokens in block order already.
         without: arguments of the forward that are replaced by None (the model's own sparsity).
-        cp_plan: model -> context-parallel plan, where diffusers has none.
+        cp_plan: model -> context-parallel plan, where diffusers has none or one that does not work.
         cp_trains: whether gradients under that plan are those of one process, summed over ranks.
+        no_ranks: why several processes cannot share one video.
         refusal: why the model cannot gain; such a row refuses.
     """
 
@@ -45,6 +46,7 @@ class ModelRow:
     without: tuple[str, ...] = ()
     cp_plan: Callable[[nn.Module], parallel.Plan | None] | None = None
     cp_trains: bool = True
+    no_ranks: str | None = None
     refusal: str | None = None
 
     def __post_init__(self) -> None:

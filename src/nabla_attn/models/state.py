@@ -82,8 +82,8 @@ class ModelState:
             self.uninstall(model)
             raise
         plan = self.row.cp_plan(model) if self.row.cp_plan is not None else None
-        if plan is not None and getattr(model, "_cp_plan", None) is None:
-            # Seen by `enable_parallelism`, which asks for a plan otherwise.
+        if plan is not None and "_cp_plan" not in vars(model):
+            # Seen by `enable_parallelism` instead of the class's own.
             cast(Any, model)._cp_plan = plan
             self.has_own_plan = True
 
@@ -197,6 +197,10 @@ class ModelState:
     def _prepare_ranks(
         self, model: nn.Module, ranks: Ranks, device: torch.device, is_training: bool
     ) -> None:
+        if self.row.no_ranks is not None:
+            raise ValueError(
+                f"{self.row.name} cannot share one video over processes: {self.row.no_ranks}"
+            )
         if is_training and not self.row.cp_trains:
             raise ValueError(
                 f"{self.row.name} cannot train with context parallelism: its last layers would get "

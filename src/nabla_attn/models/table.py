@@ -18,6 +18,8 @@ from nabla_attn.models.row import GridFunction, ModelRow
 _WAN = r"blocks\.\d+\.attn1"
 _BLOCKS = r"transformer_blocks\.\d+\.attn1"
 _HUNYUAN = r"(single_)?transformer_blocks\.\d+\.attn"
+_HISTORY = "the history in front of the video would be shared out with it."
+_SOUND = "its sound attends the video's tokens, of which every process has a share."
 _KANDINSKY = r"visual_transformer_blocks\.\d+\.self_attention"
 _COGVIDEOX_PORTS = {
     "CogVideoXAttnProcessor2_0": CogVideoXPort,
@@ -29,7 +31,11 @@ _ROWS = (
     ModelRow(
         name="WanVACETransformer3DModel", attention=r"(vace_)?" + _WAN, cp_plan=parallel.VACE_PLAN
     ),
-    ModelRow(name="WanAnimateTransformer3DModel", attention=_WAN),
+    ModelRow(
+        name="WanAnimateTransformer3DModel",
+        attention=_WAN,
+        no_ranks="its face adapter works on whole frames.",
+    ),
     ModelRow(name="SkyReelsV2Transformer3DModel", attention=_WAN, cp_plan=parallel.WAN_PLAN),
     ModelRow(name="ChronoEditTransformer3DModel", attention=_WAN),
     ModelRow(
@@ -37,8 +43,14 @@ _ROWS = (
         attention=_WAN,
         grid=grids.frames_first_grid,
         guidance_in_batch=True,
+        no_ranks="each token's time is made inside it, out of reach of diffusers' plans.",
     ),
-    ModelRow(name="HeliosTransformer3DModel", attention=_WAN, prefix=grids.helios_history),
+    ModelRow(
+        name="HeliosTransformer3DModel",
+        attention=_WAN,
+        prefix=grids.helios_history,
+        no_ranks=_HISTORY,
+    ),
     ModelRow(
         name="HunyuanVideoTransformer3DModel",
         attention=_HUNYUAN,
@@ -50,6 +62,7 @@ _ROWS = (
         attention=_HUNYUAN,
         text="after",
         prefix=grids.framepack_history,
+        no_ranks=_HISTORY,
     ),
     ModelRow(
         name="HunyuanVideo15Transformer3DModel",
@@ -70,6 +83,7 @@ _ROWS = (
         name="Kandinsky6Transformer3DModel",
         attention=r"visual_transformer_blocks\.\d+\.video_dec_block\.self_attention",
         grid=grids.channels_last_grid,
+        no_ranks=_SOUND,
     ),
     ModelRow(
         name="Kandinsky6SRTransformer3DModel",
@@ -77,6 +91,7 @@ _ROWS = (
         grid=grids.channels_last_grid,
         ports={"Kandinsky6SRAttnProcessor": Kandinsky6SRPort},
         in_block_order=True,
+        no_ranks="it works on small tiles. Share out the tiles instead.",
     ),
     ModelRow(
         name="CosmosTransformer3DModel",
@@ -89,12 +104,14 @@ _ROWS = (
         attention=_BLOCKS,
         grid=grids.named_grid,
         guidance_in_batch=True,
+        cp_plan=parallel.LTX_PLAN,
     ),
     ModelRow(
         name="LTX2VideoTransformer3DModel",
         attention=_BLOCKS,
         grid=grids.named_grid,
         guidance_in_batch=True,
+        no_ranks=_SOUND,
     ),
     ModelRow(
         name="CogVideoXTransformer3DModel",
@@ -127,6 +144,7 @@ _ROWS = (
         guidance_in_batch=True,
         attention=_BLOCKS,
         ports={"AllegroAttnProcessor2_0": AllegroPort},
+        no_ranks="its rotary positions come nested, which diffusers' plans cannot split.",
     ),
     ModelRow(
         name="EasyAnimateTransformer3DModel",
@@ -136,7 +154,12 @@ _ROWS = (
         ports={"EasyAnimateAttnProcessor2_0": EasyAnimatePort},
         cp_plan=parallel.EASYANIMATE_PLAN,
     ),
-    ModelRow(name="MotifVideoTransformer3DModel", attention=_HUNYUAN, text="after"),
+    ModelRow(
+        name="MotifVideoTransformer3DModel",
+        attention=_HUNYUAN,
+        text="after",
+        no_ranks="its decoder layers attend two copies of the video.",
+    ),
     ModelRow(
         name="LatteTransformer3DModel",
         refusal="it attends within a frame and along time separately, in rows too short to gain.",
