@@ -69,7 +69,8 @@ def train_clips(model, folder, values, options, **environment):
     if values.get("context_parallel", 1) > 1:
         # diffusers counts GPUs to name a device; processes of a CPU have none.
         torch.accelerator.device_count = lambda: 1
-    dataset = make_clips(odd=values.get("context_parallel", 1) == 1)
+    values = dict(values)
+    dataset = make_clips(odd=values.pop("odd", True))
     return train(small_config(**values), model, folder, dataset=dataset, **options)
 
 

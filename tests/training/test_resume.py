@@ -113,6 +113,18 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
     assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["2", "4", "5"]
 
 
+def test_a_better_validation_loss_is_saved_at_once(tiny_wan, tmp_path):
+    config = small_config(steps=7, checkpoint__every=100, checkpoint__keep=1, watch__validate=2)
+    entries = []
+    run(config, tiny_wan, tmp_path, report=entries.append)
+    losses = {e.step: e.numbers["validation"] for e in entries if "validation" in e.numbers}
+    assert list(losses) == [2, 4, 6, 7]
+    best = min(losses, key=losses.get)
+    kept = {int(path.name[-1]): path for path in (tmp_path / "checkpoints").iterdir()}
+    assert set(kept) == {best, 7}
+    assert read_state(kept[best])["validation"] == pytest.approx(losses[best])
+
+
 def test_a_failed_write_keeps_the_last_good_checkpoint(tiny_wan, tmp_path, monkeypatch, whole):
     real = checkpoint_module._sync
 

@@ -1,4 +1,5 @@
 import socket
+import time
 
 import pytest
 import torch
@@ -14,16 +15,16 @@ def free_port():
         return str(probe.getsockname()[1])
 
 
-def train_on(processes, model, folder, values):
-    """Train as torchrun does: one process a rank."""
+def start_ranks(processes, model, folder, values):
+    """Start as torchrun does: one process a rank."""
     common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    ranks = [
+    return [
         start_process(
             train_clips,
             model,
             folder,
             values,
-            {},
+            {"resume": True},
             RANK=str(rank),
             LOCAL_RANK=str(rank),
             LOCAL_WORLD_SIZE=str(processes),
@@ -31,6 +32,10 @@ def train_on(processes, model, folder, values):
         )
         for rank in range(processes)
     ]
+
+
+def train_on(processes, model, folder, values):
+    ranks = start_ranks(processes, model, folder, values)
     for rank in ranks:
         rank.join(120)
     assert [rank.exitcode for rank in ranks] == [0] * processes
@@ -64,11 +69,29 @@ def test_two_processes_equal_one_that_accumulates(tiny_wan, tmp_path, recipe):
 
 
 def test_two_processes_that_share_a_sequence_equal_one(tiny_wan, tmp_path):
-    train_clips(tiny_wan, tmp_path / "one", VALUES, {})
-    train_on(2, tiny_wan, tmp_path / "two", VALUES | {"context_parallel": 2})
+    values = VALUES | {"odd": False}
+    train_clips(tiny_wan, tmp_path / "one", values, {})
+    train_on(2, tiny_wan, tmp_path / "two", values | {"context_parallel": 2})
     torch.testing.assert_close(
         losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4, atol=0
     )
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tiny_wan, tmp_path):
+    values = VALUES | {"steps": 400, "watch__validate": 1000, "checkpoint__every": 1000}
+    ranks = start_ranks(2, tiny_wan, tmp_path, values)
+    log = tmp_path / "log.csv"
+    while all(rank.is_alive() for rank in ranks) and not (
+        log.exists() and len(log.read_text().splitlines()) > 3
+    ):
+        time.sleep(0.05)
+    ranks[1].terminate()
+    for rank in ranks:
+        rank.join(60)
+    assert all(rank.exitcode not in (0, None) for rank in ranks)
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    assert 3 <= int(checkpoint.name[-8:]) < 400
+    assert not (tmp_path / "pipeline").exists()
 
 
 def test_more_processes_than_clips_are_refused():

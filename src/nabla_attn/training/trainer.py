@@ -62,8 +62,8 @@ class Trainer:
         self.checkpoints = Checkpoints(folder / "checkpoints", policy.keep, policy.best)
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.seconds = 0.0
-        self.validation: float | None = None
-        self.last_numbers: dict[str, float] = {}
+        self.best = float("inf")
+        self.measured: float | None = None
 
     @property
     def is_main(self) -> bool:
@@ -99,7 +99,8 @@ class Trainer:
         if not changes or state["feed"].keys() == self.run.feed.state_dict().keys():
             self._restore_feed(state["feed"], bool(changes))
         self.step, self.skipped = state["step"], state["skipped"]
-        self.seconds, self.validation = state["seconds"], state["validation"]
+        self.seconds = state["seconds"]
+        self.best = float("inf") if state["best"] is None else state["best"]
         return self.step
 
     def fit(self) -> None:
@@ -126,8 +127,8 @@ class Trainer:
             if logbook:
                 logbook.close()
 
-    def validate(self) -> float | None:
-        """Mean objective over the held-out clips with fixed noise; None without any."""
+    def validate(self) -> float:
+        """Mean objective over the held-out clips, with fixed noise and the averaged weights."""
         run = self.run
         run.sparsity.set_target()
         run.module.eval()
@@ -142,7 +143,7 @@ class Trainer:
                 totals += torch.tensor([float(loss) * weight, weight]).to(totals)
         run.module.train()
         total, count = run.accelerator.reduce(totals).tolist()
-        return total / count if count else None
+        return float(total / count)
 
     def _advance(self, logbook: Logbook | None) -> None:
         """One step with everything that follows it."""
@@ -155,15 +156,21 @@ class Trainer:
         layers = self.run.sparsity.densities() if self._is_due(self.config.watch.log) else []
         if layers:
             numbers["density"] = sum(layers) / len(layers)
+        self.measured = None
         if self._is_due(self.config.watch.validate) and self.run.feed.held_out:
-            self.validation = numbers["validation"] = self.validate() or 0.0
+            self.measured = numbers["validation"] = self.validate()
+        is_best = self.measured is not None and self.measured < self.best
+        if self.measured is not None:
+            self.best = min(self.best, self.measured)
         if self.sample is not None and self._is_due(self.config.watch.sample):
             numbers |= self._take_sample()
         numbers |= {"seconds": self.seconds, "skipped": float(self.skipped)}
-        self.last_numbers = numbers
-        if (logbook and self._is_due(self.config.watch.log)) or "validation" in numbers:
+        if self._is_due(self.config.watch.log) or "validation" in numbers:
             self._log(logbook, Entry(self.step, self.config.steps, numbers, layers))
-        if self.step < self.config.steps and self._is_due(self.config.checkpoint.every):
+        is_saved = self._is_due(self.config.checkpoint.every)
+        if self.step < self.config.steps and (
+            is_saved or (is_best and self.config.checkpoint.best)
+        ):
             self._save()
 
     def _optimise(self) -> dict[str, float]:
@@ -224,7 +231,8 @@ class Trainer:
             "processes": self.run.accelerator.num_processes,
             "skipped": self.skipped,
             "seconds": self.seconds,
-            "validation": self.validation,
+            "validation": self.measured,
+            "best": self.best if math.isfinite(self.best) else None,
             "feed": self.run.feed.state_dict(),
         }
         try:
