@@ -1,5 +1,7 @@
 # make demo   set up .venv, then compare dense and NABLA attention on one prompt with the built-in model
 # make test   set up .venv, then lint, types, layer contracts and tests
+# make coverage    the tests of core, backends and models, and the lines that they do not reach
+# make test-diffusers VERSION=0.42.0   the tests of models with another release of diffusers
 # make bench  set up .venv, then the CPU benchmark table
 # make bench-gpu   the same on a CUDA machine; needs Python and PyTorch only, no network
 # A second call reuses the set-up.
@@ -9,7 +11,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint types contracts tests coverage bench bench-gpu clean
+.PHONY: demo test lint types contracts tests coverage test-diffusers bench bench-gpu clean
 
 $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (torch, diffusers and the development tools; a few minutes the first time)"
@@ -43,7 +45,17 @@ tests: $(READY)
 	$(BIN)/python -m pytest
 
 coverage: $(READY)
-	$(BIN)/python -m pytest --cov=nabla_attn --cov-report=term-missing:skip-covered
+	$(BIN)/python -m pytest tests/core tests/backends tests/models --cov=nabla_attn.core \
+		--cov=nabla_attn.backends --cov=nabla_attn.models --cov-fail-under=95 \
+		--cov-report=term-missing:skip-covered
+
+test-diffusers: $(READY)
+	$(if $(VERSION),,$(error Which release? make test-diffusers VERSION=0.42.0))
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --no-deps \
+		--target $(VENV)/diffusers-$(VERSION) diffusers==$(VERSION)
+	PYTHONPATH=$(VENV)/diffusers-$(VERSION) $(BIN)/python -c \
+		"import diffusers; assert diffusers.__version__ == '$(VERSION)', diffusers.__version__"
+	PYTHONPATH=$(VENV)/diffusers-$(VERSION) $(BIN)/python -m pytest tests/models -m "not gpu"
 
 bench: $(READY)
 	$(BIN)/nabla bench --docs docs
