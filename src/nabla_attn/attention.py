@@ -28,6 +28,7 @@ def nabla_attention(
     text_after: int = 0,
     text_valid: Bool[Tensor, "batch text"] | None = None,
     keep_first_frame: bool = False,
+    pair_queries: str | None = None,
 ) -> Float[Tensor, "batch heads tokens dim"]:
     """Block-sparse attention over a video's tokens; raster order in and out, differentiable.
 
@@ -45,6 +46,8 @@ def nabla_attention(
         text_after: text tokens behind it.
         text_valid: False where a sample's text is padding, which is never attended.
         keep_first_frame: every block attends the first frame of its clip.
+        pair_queries: "union" or "pool": two neighbouring query blocks share one map, which suits
+            taller GPU tiles and changes the result; None leaves every block its own.
 
     Raises:
         ValueError: shapes do not fit the grid, or an unknown backend.
@@ -63,6 +66,7 @@ def nabla_attention(
         scale=scale,
         text_valid=text_valid,
         keep_first_frame=keep_first_frame,
+        pair_queries=pair_queries,
     )
     out = attend(q_blocks, k_blocks, v_blocks, block_map, scale=scale)
     return to_raster(out, layout)
@@ -79,6 +83,7 @@ def build_block_map(
     text_after: int = 0,
     text_valid: Bool[Tensor, "batch text"] | None = None,
     keep_first_frame: bool = False,
+    pair_queries: str | None = None,
 ) -> BlockMap:
     """The map that `nabla_attention` would use for these queries and keys; same arguments."""
     layout = TokenLayout(grid, text_before, text_after)
@@ -90,5 +95,6 @@ def build_block_map(
         scale=scale,
         text_valid=text_valid,
         keep_first_frame=keep_first_frame,
+        pair_queries=pair_queries,
         is_raster=True,
     )

@@ -39,9 +39,14 @@ def why_not_compile(device: torch.device) -> str | None:
 
 
 @lru_cache(maxsize=32)
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` under torch.compile, one instance per process, without graph breaks."""
-    run = torch.compile(function, fullgraph=True)
+def compiled(function: Callable[..., Any], dynamic: bool | None = None) -> Callable[..., Any]:
+    """`function` under torch.compile, one instance per process, without graph breaks.
+
+    Args:
+        function: what to compile.
+        dynamic: False compiles anew for each size; None makes sizes that change variable.
+    """
+    run = torch.compile(function, fullgraph=True, dynamic=dynamic)
 
     def call(*args: Any) -> Any:
         # A long-lived process meets more dtypes, head sizes and layouts than the default of 8.

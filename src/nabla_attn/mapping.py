@@ -10,10 +10,12 @@ from nabla_attn.core.block_map import BlockMap, block_map_of, whole_block_map
 from nabla_attn.core.order import TokenLayout, block_order, to_blocks
 from nabla_attn.core.scores import pool_blocks, score_blocks
 from nabla_attn.core.select import count_of_share, select_by_mass, select_top
+from nabla_attn.core.tiles import mean_of_pairs, share_pairs_
 from nabla_attn.core.window import build_first_frame_map, build_segment_map, build_window_map
 from nabla_attn.fusion import fused, take_any_length
 from nabla_attn.shapes import Bool, Float
 
+PAIRS = ("union", "pool")
 # Scores of one panel: 128 MB in fp32, so that a few temporaries stay far below 2 GB.
 PANEL_SCORES = 2**25
 # Queries or keys pooled at once, in numbers: 256 MB in fp32, into which a CPU copies them.
@@ -32,6 +34,7 @@ def map_blocks(
     keep_first_frame: bool = False,
     measure: bool = False,
     is_raster: bool = False,
+    pair_queries: str | None = None,
 ) -> BlockMap:
     """Pool, score and select blocks of queries and keys.
 
@@ -47,16 +50,28 @@ def map_blocks(
         keep_first_frame: every block attends the first frame of its clip.
         measure: fill `BlockMap.kept_mass`.
         is_raster: q and k are in raster order; a few heads at a time are reordered.
+        pair_queries: two neighbouring query blocks share one map, for taller kernel tiles: "union"
+            of theirs, or that of their "pool"ed queries. `kept_mass` is that before the union.
+
+    Raises:
+        ValueError: an unknown way to pair.
     """
+    if pair_queries not in (None, *PAIRS):
+        raise ValueError(f"unknown pair_queries {pair_queries!r}; expected None or one of {PAIRS}.")
     grid, device = layout.grid, q.device
     fixed = _fixed_blocks(layout, config, device, keep_first_frame)
     segments = None if grid.segments is None else build_segment_map(grid, device)
     shape = (*q.shape[:2], grid.num_blocks, grid.num_blocks)
     if not config.is_adaptive and not measure:
         kept = torch.ones(shape, dtype=torch.bool, device=device) if fixed is None else fixed
+        if pair_queries is not None:
+            kept = kept.clone()
+            share_pairs_(kept.view(-1, *shape[2:]))
         kept = kept if segments is None else kept & segments
         return block_map_of(kept.expand(shape), layout, text_valid)
     q_pooled, k_pooled = (_pool(x, layout, is_raster).flatten(0, 1) for x in (q, k))
+    if pair_queries == "pool":
+        q_pooled = mean_of_pairs(q_pooled, block_order(layout, device).counts[: grid.num_blocks])
     # The strips of text stay as they are: kept.
     whole = torch.ones(
         (*shape[:2], layout.num_blocks, layout.num_blocks), dtype=torch.bool, device=device
@@ -78,6 +93,10 @@ def map_blocks(
             scale,
             _rule(config),
         )
+    if pair_queries is not None:
+        share_pairs_(kept)
+        if segments is not None:
+            kept &= segments
     head_mass = mass.mean(dim=1).view(shape[:2]) if measure else None
     return whole_block_map(whole, layout, text_valid, kept_mass=head_mass)
 

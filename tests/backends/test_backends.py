@@ -1,7 +1,5 @@
 """Every backend against float64: dtypes, odd grids, text, forward, backward, compiled."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -141,15 +139,9 @@ def test_uncompiled_flex_would_be_dense_attention():
     bmap = na.build_block_map(q, k, grid, na.parse("nabla-0.3"))
     blocks = [na.to_blocks(x, grid) for x in (q, k, v)]
     tables = bmap.flex_tables()
-    out = flex._attend(*blocks, *tables, bmap.block_tokens, None, False)
+    out = flex._attend(*blocks, *tables, None, bmap.block_tokens, 1, {}, None, False)
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(na.to_raster(out, grid), dense, atol=1e-5, rtol=0)
-
-
-def test_flex_tiles_divide_a_block_on_gpus():
-    on_gpu = SimpleNamespace(device=torch.device("cuda"))
-    assert flex._kernel_options(on_gpu, 64) == {"BLOCK_M": 64, "BLOCK_N": 64}
-    assert flex._kernel_options(on_gpu, 128) is None
 
 
 def test_flex_refuses_devices_without_a_kernel():

@@ -3,10 +3,13 @@
 Uncompiled FlexAttention silently ignores the block indices, so nothing here runs it uncompiled.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import FlexKernelOptions, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 
+from nabla_attn.backends.flex_options import choose_options
 from nabla_attn.core.block_map import BlockMap, build_block_mask
 from nabla_attn.fusion import compiled, why_not_compile
 from nabla_attn.shapes import Float
@@ -22,8 +25,15 @@ def attend(
 ) -> Float[Tensor, "batch heads q_slots dim"]:
     """Attention over the map's blocks; a new map of the same shape does not recompile."""
     needs_backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    tables = block_map.flex_tables()
-    return compiled(_attend)(q, k, v, *tables, block_map.block_tokens, scale, needs_backward)
+    block_tokens = block_map.block_tokens
+    options = choose_options(q, block_tokens, needs_backward=needs_backward)
+    tables = block_map.flex_tables(options.tile_rows)
+    # Whole tiles need no look into the map.
+    mask = block_map.mask if options.tile_rows > 1 else None
+    # flash-attn's kernels are generated for fixed sizes.
+    run = compiled(_attend, dynamic=False if options.is_flash else None)
+    settings = (block_tokens, options.tile_rows, options.kernel)
+    return run(q, k, v, *tables, mask, *settings, scale, needs_backward)
 
 
 def why_not(device: torch.device, *, needs_grad: bool = False) -> str | None:
@@ -43,7 +53,10 @@ def _attend(
     full_counts: Tensor,
     full_index: Tensor,
     valid: Tensor,
+    mask: Tensor | None,
     block_tokens: int,
+    rows_per_tile: int,
+    kernel_options: dict[str, Any],
     scale: float | None,
     needs_backward: bool,
 ) -> Tensor:
@@ -55,17 +68,11 @@ def _attend(
         full_index,
         valid,
         block_tokens,
+        rows_per_tile=rows_per_tile,
+        mask=mask,
         needs_backward=needs_backward,
     )
-    out = flex_attention(
-        q, k, v, block_mask=block_mask, scale=scale, kernel_options=_kernel_options(q, block_tokens)
-    )
+    options: Any = kernel_options or None
+    out = flex_attention(q, k, v, block_mask=block_mask, scale=scale, kernel_options=options)
     assert isinstance(out, Tensor)
     return out
-
-
-def _kernel_options(q: Tensor, block_tokens: int) -> FlexKernelOptions | None:
-    # The default tile of 128 does not divide a block of 64.
-    if q.device.type == "cuda" and block_tokens < 128:
-        return {"BLOCK_M": block_tokens, "BLOCK_N": block_tokens}
-    return None

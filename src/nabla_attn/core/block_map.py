@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from nabla_attn.core.order import TokenLayout, block_order
+from nabla_attn.core.tiles import tile_rows
 from nabla_attn.shapes import Bool, Float, Int
 
 # Pairs of blocks counted at once: 128 MB as fp32.
@@ -68,11 +69,18 @@ class BlockMap:
         """
         return build_block_mask(*self.flex_tables(), self.block_tokens)
 
-    def flex_tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Partial counts and indices, full counts and indices, valid keys; none aliased."""
+    def flex_tables(self, rows_per_tile: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Partial counts and indices, full counts and indices, valid keys; none aliased.
+
+        Args:
+            rows_per_tile: query blocks of one tile. A key block that only some of them keep is
+                partial, and the map itself is the mask behind it.
+        """
         whole = (self.kv_counts == self.block_tokens)[:, None, None, :]
-        partial_counts, partial_index = _compact(self.mask & ~whole)
-        full_counts, full_index = _compact(self.mask & whole)
+        some, every = tile_rows(self.mask, rows_per_tile)
+        full = every & whole
+        partial_counts, partial_index = _compact(some & ~full)
+        full_counts, full_index = _compact(full)
         valid = self.kv_valid
         if valid is None:
             valid = self.mask.new_ones(1, self.mask.shape[-1] * self.block_tokens)
@@ -157,20 +165,41 @@ def build_block_mask(
     valid: Bool[Tensor, "samples kv_slots"],
     block_tokens: int,
     *,
+    rows_per_tile: int = 1,
+    mask: Bool[Tensor, "batch heads q_blocks kv_blocks"] | None = None,
     needs_backward: bool = False,
 ) -> BlockMask:
-    """A BlockMask from `BlockMap.flex_tables`; the tables of the backward only when needed."""
+    """A BlockMask from `BlockMap.flex_tables`; the tables of the backward only when needed.
+
+    Args:
+        partial_counts: partial key blocks of each tile.
+        partial_index: their indices.
+        full_counts: full key blocks of each tile.
+        full_index: their indices.
+        valid: slots that may be attended.
+        block_tokens: slots of a block.
+        rows_per_tile: query blocks of one tile; more than one needs the map's `mask`.
+        mask: the map.
+        needs_backward: build the transposed tables.
+    """
     per_sample = valid.shape[0] > 1
 
     def is_valid_key(batch: Tensor, head: Tensor, q_slot: Tensor, kv_slot: Tensor) -> Tensor:
         return valid[batch if per_sample else 0, kv_slot]
 
+    def is_kept(batch: Tensor, head: Tensor, q_slot: Tensor, kv_slot: Tensor) -> Tensor:
+        assert mask is not None
+        kept = mask[batch, head, q_slot // block_tokens, kv_slot // block_tokens]
+        return kept & is_valid_key(batch, head, q_slot, kv_slot)
+
+    q_blocks = partial_index.shape[-2] if mask is None else mask.shape[-2]
     return BlockMask.from_kv_blocks(
         partial_counts,
         partial_index,
         full_counts,
         full_index,
-        BLOCK_SIZE=block_tokens,
-        mask_mod=is_valid_key,
+        BLOCK_SIZE=(rows_per_tile * block_tokens, block_tokens),
+        mask_mod=is_valid_key if mask is None else is_kept,
+        seq_lengths=(q_blocks * block_tokens, valid.shape[-1]),
         compute_q_blocks=needs_backward,
     )

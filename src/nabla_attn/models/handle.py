@@ -26,6 +26,7 @@ def apply(
     telemetry: bool = True,
     keep_first_frame: bool = False,
     min_tokens: int | str | Path | None = None,
+    pair_queries: str | None = None,
 ) -> "Handle":
     """Run the video self-attention of a pipeline's transformers, or of one model, with NABLA.
 
@@ -42,6 +43,8 @@ def apply(
         min_tokens: below this many video tokens attention stays dense; instead of the schedule's.
             "auto" takes what `nabla bench --crossover` measured on this machine, or stays at the
             schedule's with a warning; any other string is the path of such a record.
+        pair_queries: "union" or "pool": two neighbouring query blocks share one map, as in
+            `nabla_attention`.
 
     Returns:
         A handle; also a context manager that removes NABLA at its end.
@@ -64,6 +67,7 @@ def apply(
         backend=_checked_backend(backend),
         telemetry=telemetry,
         keep_first_frame=keep_first_frame,
+        pair_queries=pair_queries,
     )
     steps, collector = StepCounter(None if is_model else target), Telemetry()
     handle = Handle(collector)

@@ -48,6 +48,7 @@ def map_of(
         scale=scale,
         text_valid=None if text_valid is None else text_valid[chosen],
         keep_first_frame=plan.keep_first_frame,
+        pair_queries=plan.pair_queries,
         measure=plan.telemetry,
     )
     count = layout.grid.num_blocks
@@ -95,6 +96,7 @@ def map_of_last_sample(
         scale=scale,
         text_valid=text_valid,
         keep_first_frame=plan.keep_first_frame,
+        pair_queries=plan.pair_queries,
     )
 
 
@@ -115,4 +117,4 @@ def _is_shared(plan: Plan, batch: int) -> bool:
 
 
 def _origin(plan: Plan) -> Hashable:
-    return plan.config, plan.grid, plan.keep_first_frame
+    return plan.config, plan.grid, plan.keep_first_frame, plan.pair_queries

@@ -28,6 +28,7 @@ class Plan:
         in_block_order: the model already brings its tokens in block order.
         backend: backend name.
         keep_first_frame: every block attends the first frame.
+        pair_queries: as in `nabla_attention`.
         telemetry: measure density and kept mass.
         ranks: the processes that share the sequence; None is this one alone.
         memory: where the layer keeps maps for later calls; None builds each map anew.
@@ -43,6 +44,7 @@ class Plan:
     in_block_order: bool = False
     backend: str = "auto"
     keep_first_frame: bool = False
+    pair_queries: str | None = None
     telemetry: bool = False
     ranks: Ranks | None = None
     memory: ReferenceType[MapMemory] | None = None

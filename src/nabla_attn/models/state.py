@@ -34,6 +34,7 @@ class Settings:
     backend: str = "auto"
     telemetry: bool = True
     keep_first_frame: bool = False
+    pair_queries: str | None = None
 
 
 class ModelState:
@@ -142,6 +143,7 @@ class ModelState:
             in_block_order=row.in_block_order,
             backend=settings.backend,
             keep_first_frame=settings.keep_first_frame,
+            pair_queries=settings.pair_queries,
             # Ranks share heads by their densities.
             telemetry=settings.telemetry or ranks is not None,
             ranks=ranks,
