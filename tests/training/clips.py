@@ -66,10 +66,12 @@ def train_clips(model, folder, values, options, **environment):
     torch.set_num_threads(1)
     from nabla_attn.training.train import train
 
+    values = dict(values)
+    if values.pop("sharded", False):
+        shard_by_hand()
     if values.get("context_parallel", 1) > 1:
         # diffusers counts GPUs to name a device; processes of a CPU have none.
         torch.accelerator.device_count = lambda: 1
-    values = dict(values)
     dataset = make_clips(odd=values.pop("odd", True))
     return train(small_config(**values), model, folder, dataset=dataset, **options)
 
@@ -81,3 +83,20 @@ def start_process(target, *arguments, **environment):
     process = context.Process(target=target, args=arguments, kwargs=environment)
     process.start()
     return process
+
+
+def shard_by_hand():
+    """What accelerate does for FSDP2, which it refuses without GPUs: the rest can be tested."""
+    from accelerate import Accelerator
+    from torch.distributed.fsdp import fully_shard
+
+    def prepare(self, module, optimizer):
+        for block in module.blocks:
+            fully_shard(block)
+        fully_shard(module)
+        (group,) = optimizer.param_groups
+        settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        trained = [p for p in module.parameters() if p.requires_grad]
+        return module, torch.optim.AdamW(trained, **settings)
+
+    Accelerator.prepare = prepare

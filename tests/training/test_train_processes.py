@@ -1,3 +1,4 @@
+import shutil
 import socket
 import time
 
@@ -75,6 +76,24 @@ def test_two_processes_that_share_a_sequence_equal_one(tiny_wan, tmp_path):
     torch.testing.assert_close(
         losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4, atol=0
     )
+
+
+@pytest.mark.slow
+def test_shared_out_weights_give_and_take_the_checkpoints_of_whole_ones(tiny_wan, tmp_path):
+    values = VALUES | {"checkpoint__every": 2, "watch__validate": 1}
+    train_on(2, tiny_wan, tmp_path / "whole", values)
+    train_on(2, tiny_wan, tmp_path / "shared", values | {"sharded": True})
+    # Both go on from the checkpoint of the other.
+    for name in ("whole", "shared"):
+        shutil.rmtree(tmp_path / name / "checkpoints" / "step-00000003")
+    (tmp_path / "whole").rename(tmp_path / "swap")
+    (tmp_path / "shared").rename(tmp_path / "whole")
+    (tmp_path / "swap").rename(tmp_path / "shared")
+    train_on(2, tiny_wan, tmp_path / "whole", values)
+    train_on(2, tiny_wan, tmp_path / "shared", values | {"sharded": True})
+    whole, shared = losses(tmp_path / "whole"), losses(tmp_path / "shared")
+    torch.testing.assert_close(shared, whole, rtol=1e-4, atol=0)
+    assert result(tmp_path / "whole").keys() == result(tmp_path / "shared").keys()
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tiny_wan, tmp_path):

@@ -65,17 +65,22 @@ def _train(
     from nabla_attn.training.train import train
 
     dataset, sample = _world(config, model, folder)
-    with _bar(config, folder.name) as report:
-        return train(
-            config,
-            model,
-            folder,
-            resume=resume,
-            allow_changes=allow_changes,
-            dataset=dataset,
-            report=report,
-            sample=sample,
-        )
+    try:
+        with _bar(config, folder.name) as report:
+            return train(
+                config,
+                model,
+                folder,
+                resume=resume,
+                allow_changes=allow_changes,
+                dataset=dataset,
+                report=report,
+                sample=sample,
+            )
+    except KeyboardInterrupt:
+        if _is_main():
+            typer.echo(f"{folder}: saved. The same command with --resume goes on.", err=True)
+        raise
 
 
 def read_config(recipe: str, values: list[str], config_file: Path | None) -> "TrainConfig":

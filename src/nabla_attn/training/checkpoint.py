@@ -12,7 +12,7 @@ from typing import Any
 _STATE = "state.json"
 
 
-class SaveFailed(Exception):
+class SaveFailed(OSError):
     """A checkpoint could not be written; earlier ones are untouched."""
 
 
@@ -90,9 +90,9 @@ class Checkpoints:
         kept = set(found[-self.keep :])
         if self.best:
             losses = {path: read_state(path).get("validation") for path in found}
-            measured = [path for path in found if losses[path] is not None]
+            measured = {path: loss for path, loss in losses.items() if loss is not None}
             if measured:
-                kept.add(min(measured, key=lambda path: losses[path]))
+                kept.add(min(measured, key=lambda path: measured[path]))
         for path in found:
             if path not in kept:
                 # Renamed first, so that a kill leaves no half of a checkpoint under its name.

@@ -59,8 +59,9 @@ class Logbook:
             self._append(row)
         except OSError as error:
             warnings.warn(f"{self._path} not written: {error.strerror}.", stacklevel=2)
-        for name, value in entry.row().items() if self._writer else ():
-            self._writer.add_scalar(name, value, entry.step)
+        if self._writer is not None:
+            for name, number in entry.row().items():
+                self._writer.add_scalar(name, number, entry.step)
 
     def close(self) -> None:
         """Finish the tensorboard file."""

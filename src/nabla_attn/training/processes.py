@@ -78,6 +78,17 @@ def share_sequences(modules: Sequence[Any], count: int, device: torch.device) ->
         module.enable_parallelism(config=ContextParallelConfig(ulysses_degree=count, mesh=mesh))
 
 
+def reshard(module: torch.nn.Module) -> None:
+    """Let FSDP give back what a forward without gradients has gathered; no effect without FSDP.
+
+    Until then the outermost weights are whole copies, which see no change of the shards.
+    """
+    for part in module.modules():
+        give_back: Any = getattr(part, "reshard", None)
+        if give_back is not None:
+            give_back()
+
+
 def _fsdp_plugin(transformer: Any) -> Any:
     from accelerate import FullyShardedDataParallelPlugin
 

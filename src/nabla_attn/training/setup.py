@@ -19,7 +19,7 @@ from nabla_attn.training.model import Parts
 from nabla_attn.training.noise import path_of
 from nabla_attn.training.objective import Objective, Teacher, make_objective
 from nabla_attn.training.packing import let_pack
-from nabla_attn.training.processes import make_accelerator, share_sequences
+from nabla_attn.training.processes import make_accelerator, reshard, share_sequences
 from nabla_attn.training.sparsity import Sparsity
 
 
@@ -73,12 +73,14 @@ class Run:
         if self.average is None:
             yield
             return
+        reshard(self.module)
         trained = self.trained()
         self.average.store(trained)
         self.average.copy_to(trained)
         try:
             yield
         finally:
+            reshard(self.module)
             self.average.restore(trained)
 
 

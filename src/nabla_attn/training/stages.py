@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from nabla_attn.training.config import StageConfig, TrainConfig
 
@@ -17,7 +18,7 @@ def split_stages(config: TrainConfig) -> list[tuple[str, TrainConfig]]:
 def stage_config(config: TrainConfig, stage: StageConfig) -> TrainConfig:
     """The configuration of one stage."""
 
-    def given(*names: str) -> dict[str, object]:
+    def given(*names: str) -> dict[str, Any]:
         values = {name: getattr(stage, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -32,7 +33,7 @@ def stage_config(config: TrainConfig, stage: StageConfig) -> TrainConfig:
     )
 
 
-def finished_stage(folder: Path, config: dict[str, object], *, allow_changes: bool) -> Path | None:
+def finished_stage(folder: Path, config: dict[str, Any], *, allow_changes: bool) -> Path | None:
     """The result of a stage that is done; None if it has to run.
 
     Args:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nabla_attn.training.processes import reshard
 from nabla_attn.training.setup import Run
 
 _MODEL, _AVERAGE = "model.safetensors", "average.safetensors"
@@ -31,7 +32,8 @@ def collect(run: Run) -> Callable[[Path], None]:
     )
 
     options = _options()
-    model = get_model_state_dict(run.module, options=options)
+    reshard(run.module)
+    model: dict[str, Any] = get_model_state_dict(run.module, options=options)
     optimizer = get_optimizer_state_dict(run.module, _inner(run.optimizer), options=options)
     average = _average_tensors(run)
     randoms = gather_object([_random_state()])
@@ -59,12 +61,13 @@ def restore(run: Run, folder: Path) -> None:
 
     options = _options()
     try:
-        model = load_file(folder / _MODEL)
+        model: dict[str, Any] = dict(load_file(folder / _MODEL))
         optimizer = torch.load(folder / _OPTIMIZER, weights_only=True, map_location="cpu")
         randoms = torch.load(folder / _RANDOM, weights_only=True, map_location="cpu")
         average = load_file(folder / _AVERAGE) if run.average is not None else {}
     except Exception as error:
         raise ValueError(f"{folder}: damaged checkpoint ({error}). Remove it.") from error
+    reshard(run.module)
     set_model_state_dict(run.module, model, options=options)
     set_optimizer_state_dict(run.module, _inner(run.optimizer), optimizer, options=options)
     if run.average is not None:
@@ -76,7 +79,8 @@ def whole_weights(run: Run) -> dict[str, Tensor]:
     """The trained weights on the CPU, gathered on process 0; adapters as PEFT names them."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-    weights = get_model_state_dict(run.module, options=_options())
+    reshard(run.module)
+    weights: dict[str, Any] = get_model_state_dict(run.module, options=_options())
     if run.config.lora.rank:
         from peft import get_peft_model_state_dict
 
@@ -105,7 +109,7 @@ def _own(value: Tensor) -> Tensor:
 def _average_tensors(run: Run) -> dict[str, Tensor] | None:
     if run.average is None:
         return None
-    tensors = {str(i): _own(_whole(p)) for i, p in enumerate(run.average.shadow_params)}
+    tensors = {str(i): _own(whole_tensor(p)) for i, p in enumerate(run.average.shadow_params)}
     return tensors | {"step": torch.tensor(run.average.optimization_step)}
 
 
@@ -120,7 +124,8 @@ def _restore_average(run: Run, tensors: dict[str, Tensor]) -> None:
         shadow.copy_(value)
 
 
-def _whole(value: Any) -> Tensor:
+def whole_tensor(value: Any) -> Tensor:
+    """A tensor that FSDP has shared out, put together; any other as it is."""
     whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
     return whole
 

@@ -18,7 +18,7 @@ from nabla_attn.training.logbook import Entry, Logbook
 from nabla_attn.training.loop import stop_signals
 from nabla_attn.training.overrides import differences, to_plain
 from nabla_attn.training.setup import Run
-from nabla_attn.training.state import collect, restore
+from nabla_attn.training.state import collect, restore, whole_tensor
 
 # (steps done, the transformer with the weights that would be saved) -> numbers for the log.
 Sample = Callable[[int, Any], dict[str, float]]
@@ -195,7 +195,8 @@ class Trainer:
                 run.accelerator.backward(terms["loss"] * scale)
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() / config.accumulation
-        norm = run.accelerator.clip_grad_norm_(run.trained(), config.optim.max_norm or float("inf"))
+        limit = config.optim.max_norm or float("inf")
+        norm = whole_tensor(run.accelerator.clip_grad_norm_(run.trained(), limit))
         names = list(sums)
         means = run.accelerator.reduce(torch.stack([sums[name] for name in names]), "mean")
         numbers = dict(zip(names, means.tolist(), strict=True))
