@@ -42,6 +42,15 @@ COGVIDEOX = SMALL | dict(
     max_text_seq_length=MAX_TEXT,
     use_rotary_positional_embeddings=True,
 )
+COSMOS = SMALL | dict(
+    attention_head_dim=24,
+    text_embed_dim=16,
+    adaln_lora_dim=4,
+    max_size=(8, 64, 64),
+    # Resizing that mask needs torchvision.
+    concat_padding_mask=False,
+    extra_pos_embed_type=None,
+)
 LTX = SMALL | dict(attention_head_dim=24, cross_attention_dim=48, caption_channels=16)
 KANDINSKY6_SR = dict(
     in_visual_dim=4,
@@ -179,6 +188,12 @@ def kandinsky6_sr_inputs(frames: int, height: int, width: int) -> Inputs:
 
 def cosmos_inputs(frames: int, height: int, width: int) -> Inputs:
     return video_inputs(frames, height, width) | dict(fps=24)
+
+
+def cosmos25_inputs(frames: int, height: int, width: int) -> Inputs:
+    inputs = cosmos_inputs(frames, height, width)
+    image = randn(BATCH, 5, 6)
+    return inputs | dict(encoder_hidden_states=(inputs["encoder_hidden_states"], image))
 
 
 def ltx_inputs(frames: int, height: int, width: int) -> Inputs:
@@ -323,18 +338,22 @@ TINY = {
         KANDINSKY6_SR | dict(nabla_threshold=0.5, nabla_window=(1, 1, 1)),
         kandinsky6_sr_inputs,
     ),
-    "cosmos": Tiny(
+    "cosmos": Tiny("CosmosTransformer3DModel", COSMOS, cosmos_inputs),
+    "cosmos1": Tiny(
+        "CosmosTransformer3DModel", COSMOS | dict(extra_pos_embed_type="learnable"), cosmos_inputs
+    ),
+    "cosmos25": Tiny(
         "CosmosTransformer3DModel",
-        SMALL
+        COSMOS
         | dict(
-            attention_head_dim=24,
-            text_embed_dim=16,
-            adaln_lora_dim=4,
-            max_size=(8, 64, 64),
-            concat_padding_mask=False,
-            extra_pos_embed_type=None,
+            use_crossattn_projection=True,
+            crossattn_proj_in_channels=16,
+            encoder_hidden_states_channels=16,
+            img_context_dim_in=6,
+            img_context_num_tokens=5,
+            img_context_dim_out=48,
         ),
-        cosmos_inputs,
+        cosmos25_inputs,
     ),
     "ltx": Tiny(
         "LTXVideoTransformer3DModel",
