@@ -28,6 +28,10 @@ QUICK = ("wan", "hunyuan", "cogvideox")
 def check(tmp_path, num_ranks, names):
     mp.spawn(ulysses_worker.main, args=(str(tmp_path), num_ranks, names), nprocs=num_ranks)
     results = torch.load(tmp_path / "results.pt")
+    for before, after, error in results["balance"].values():
+        assert 1 <= after < 1.1 < before
+        assert error < 3e-6
+    results = results["cases"]
     assert {name for name, *_ in results} == set(names)
     for case, (error, is_reordered) in results.items():
         assert error < 3e-6, f"{case}: {error}"

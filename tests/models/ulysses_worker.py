@@ -77,6 +77,33 @@ def measure(name, degree, grid, algorithm):
     return max(errors), any(o is not None and o.tolist() != sorted(o.tolist()) for o in orders)
 
 
+def measure_balance(degree):
+    """Work of the busiest rank / mean work, (as heads are, balanced), with heads of unequal reach.
+
+    Returns:
+        The two, and the largest relative difference to one process.
+    """
+    tiny = TINY["wan"]
+    alone, shared = (unequal_heads(tiny.build(num_attention_heads=16)) for _ in range(2))
+    na.apply(alone, "nabla-0.5")
+    handle = na.apply(shared, "nabla-0.5")
+    enable(shared, degree)
+    errors = []
+    with torch.no_grad():
+        for time in (900.0, 800.0):
+            inputs = tiny.inputs(4, 16, 16) | {"timestep": torch.full((2,), time)}
+            errors.append(relative_error(run(shared, inputs), run(alone, inputs)))
+    return *handle.report().head_balance(degree), max(errors)
+
+
+def unequal_heads(model):
+    """Sharpen the attention of later heads, as trained models have broad and narrow heads."""
+    for block in model.blocks:
+        sharpness = torch.linspace(0.5, 12, block.attn1.heads)
+        block.attn1.norm_q.weight.data = sharpness.repeat_interleave(24)
+    return model
+
+
 def main(rank: int, folder: str, num_ranks: int, names: tuple[str, ...]) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -88,7 +115,8 @@ def main(rank: int, folder: str, num_ranks: int, names: tuple[str, ...]) -> None
             if degree <= num_ranks:
                 for algorithm in ("nabla-0.5", "dense"):
                     results[name, degree, algorithm] = measure(name, degree, grid, algorithm)
+    balance = {degree: measure_balance(degree) for degree in GRIDS if degree <= num_ranks}
     if rank == 0:
-        torch.save(results, Path(folder) / "results.pt")
+        torch.save({"cases": results, "balance": balance}, Path(folder) / "results.pt")
     dist.barrier()
     dist.destroy_process_group()

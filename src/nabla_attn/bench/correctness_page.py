@@ -14,12 +14,14 @@ JUDGED = ("colour", "direction", "shape", "size", "background")
 
 
 def build_page(records: Path) -> str:
-    """The page as text, from `correctness.json` and `judge_*.json` in a folder of records."""
+    """The page as text, from correctness.json, ulysses.json and judge_*.json in a folder."""
     sections = [HEADER]
     found = records / "correctness.json"
     if found.exists():
         result = RunRecord.load(found).numbers["results"][0]
         sections += [_parity(result["parity"]), _backends(result["backends"])]
+    if (found := records / "ulysses.json").exists():
+        sections.append(_ulysses(RunRecord.load(found)))
     judged = [RunRecord.load(path) for path in sorted(records.glob("judge_*.json"))]
     if judged:
         sections.append(_judged(judged))
@@ -74,6 +76,35 @@ def _backends(results: list[dict[str, Any]]) -> str:
             "of an independent run in the same dtype, plus one rounding.",
             "",
             *table(head, rows),
+        ]
+    )
+
+
+def _ulysses(record: RunRecord) -> str:
+    by_model: dict[str, dict[str, str]] = {}
+    for result in record.numbers["results"]:
+        case = f"{result['algorithm']}, {result['processes']} processes"
+        found = f"{result['largest_relative_difference']:.1e}"
+        by_model.setdefault(result["model"], {})[case] = found
+    cases = list(next(iter(by_model.values())))
+    rows = [[model, *(found[case] for case in cases)] for model, found in by_model.items()]
+    balance = [
+        [str(entry["processes"]), f"{entry['before']:.2f}", f"{entry['after']:.2f}"]
+        for entry in record.numbers["head_balance"]
+    ]
+    return "\n".join(
+        [
+            "## One video over several processes",
+            "",
+            "Ulysses context parallelism on CPU processes (gloo), tiny random models, fp32: the "
+            "larger of the output's largest difference to one process and a tenth of the "
+            "gradients', relative to the largest value.",
+            "",
+            *table(["model", *cases], rows),
+            "Sharing heads by their measured densities, on a random Wan of 16 heads from broad to "
+            "narrow: work of the busiest process over the mean.",
+            "",
+            *table(["processes", "heads as they are", "balanced"], balance),
         ]
     )
 
