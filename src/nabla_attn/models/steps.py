@@ -38,10 +38,12 @@ class StepCounter:
         if pipeline is None:
             return None
         count = getattr(pipeline, "_num_timesteps", None)
-        timesteps = getattr(pipeline.scheduler, "timesteps", None)
-        if not count and timesteps is None:
-            return None
-        return -(-(count or len(timesteps)) // self._calls_per_step)
+        if not count:
+            timesteps = getattr(pipeline.scheduler, "timesteps", None)
+            if timesteps is None:
+                return None
+            count = len(timesteps)
+        return -(-count // self._calls_per_step)
 
     @property
     def _calls_per_step(self) -> int:
