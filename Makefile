@@ -4,6 +4,7 @@
 # make test-diffusers VERSION=0.42.0   the tests of models with another release of diffusers
 # make bench  set up .venv, then the CPU benchmark table
 # make bench-gpu   the same on a CUDA machine; needs Python and PyTorch only, no network
+# make tune-gpu    search FlexAttention's options for that machine
 # A second call reuses the set-up.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint types contracts tests coverage test-diffusers bench bench-gpu clean
+.PHONY: demo test lint types contracts tests coverage test-diffusers bench bench-gpu tune-gpu clean
 
 $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (torch, diffusers and the development tools; a few minutes the first time)"
@@ -61,7 +62,10 @@ bench: $(READY)
 	$(BIN)/nabla bench --docs docs
 
 bench-gpu:
-	PYTHONPATH=src $(PYTHON) -m nabla_attn.bench --device cuda
+	PYTHONPATH=src $(PYTHON) -m nabla_attn.bench --device cuda --budget 400
+
+tune-gpu:
+	PYTHONPATH=src $(PYTHON) -m nabla_attn.bench.tune --device cuda --budget 400
 
 clean:
 	rm -rf $(VENV) out

@@ -39,14 +39,18 @@ def why_not_compile(device: torch.device) -> str | None:
 
 
 @lru_cache(maxsize=32)
-def compiled(function: Callable[..., Any], dynamic: bool | None = None) -> Callable[..., Any]:
+def compiled(
+    function: Callable[..., Any], dynamic: bool | None = None, max_autotune: bool = False
+) -> Callable[..., Any]:
     """`function` under torch.compile, one instance per process, without graph breaks.
 
     Args:
         function: what to compile.
         dynamic: False compiles anew for each size; None makes sizes that change variable.
+        max_autotune: try more kernels than the compiler's first choice.
     """
-    run = torch.compile(function, fullgraph=True, dynamic=dynamic)
+    options: dict[str, Any] | None = {"max_autotune": True} if max_autotune else None
+    run = torch.compile(function, fullgraph=True, dynamic=dynamic, options=options)
 
     def call(*args: Any) -> Any:
         # A long-lived process meets more dtypes, head sizes and layouts than the default of 8.

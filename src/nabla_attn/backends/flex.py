@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from nabla_attn.backends.flex_options import choose_options
+from nabla_attn.backends.flex_options import choose_options, needs_autotuning
 from nabla_attn.core.block_map import BlockMap, build_block_mask
 from nabla_attn.fusion import compiled, why_not_compile
 from nabla_attn.shapes import Float
@@ -31,7 +31,8 @@ def attend(
     # Whole tiles need no look into the map.
     mask = block_map.mask if options.tile_rows > 1 else None
     # flash-attn's kernels are generated for fixed sizes.
-    run = compiled(_attend, dynamic=False if options.is_flash else None)
+    autotunes = needs_backward and needs_autotuning(q.device, block_tokens)
+    run = compiled(_attend, False if options.is_flash else None, autotunes)
     settings = (block_tokens, options.tile_rows, options.kernel)
     return run(q, k, v, *tables, mask, *settings, scale, needs_backward)
 

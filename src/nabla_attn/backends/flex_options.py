@@ -21,7 +21,7 @@ from torch.nn.attention.flex_attention import FlexKernelOptions
 from nabla_attn.machine import machine_file
 
 TABLE = Path(__file__).with_suffix(".json")
-FLASH_BLOCK = 128  # tokens of the key blocks that the FLASH kernels take
+FLASH_BLOCK = 128  # tokens of the key blocks that FLASH and the largest kernels take
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,15 @@ def architecture(device: torch.device) -> str:
 def tuned_file(device: torch.device) -> Path:
     """Where the table measured on this machine lies."""
     return machine_file("flex", device)
+
+
+def needs_autotuning(device: torch.device, block_tokens: int) -> bool:
+    """Whether the backward has no kernel for these blocks unless the compiler tries several.
+
+    From Hopper on, torch (2.13, _inductor/template_heuristics/triton.py) has one default backward
+    for heads of 64 to 128, in tiles of 128, and no kernel option replaces it; autotuning tries 64.
+    """
+    return device.type == "cuda" and block_tokens % FLASH_BLOCK != 0
 
 
 def why_not_flash(device: torch.device, block_tokens: int) -> str | None:

@@ -18,13 +18,23 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument(
+        "--budget", type=float, help="seconds after which no new measurement starts"
+    )
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device is here. Use --device cpu.")
     names = tuple(options.workloads) or default_suite(device)
     try:
-        paths = run_suite(names, device, options.output, rounds=options.rounds, on_job=_say)
+        paths = run_suite(
+            names,
+            device,
+            options.output,
+            rounds=options.rounds,
+            on_job=_say,
+            budget=options.budget,
+        )
     except ValueError as error:
         parser.error(str(error))
     for path in paths:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from nabla_attn.attention import build_block_map
-from nabla_attn.bench.contenders import Contender, contenders
+from nabla_attn.bench.contender import Contender
+from nabla_attn.bench.contenders import contenders
 from nabla_attn.bench.gate import check_output, sample_rows, token_rows
 from nabla_attn.bench.inputs import Inputs, make_inputs
 from nabla_attn.bench.measure import matmul_flops, peak_bytes, time_in_turn
@@ -48,17 +49,24 @@ def measure_attention(
         if contender.run is None:
             results[contender.name] = {"why_not": contender.why_not}
             continue
-        gate = _gate(contender, inputs, rows, keep)
-        results[contender.name] = {"gate": gate, "is_dense": contender.is_dense}
-        if gate["passed"]:
-            runs[contender.name] = _runner(contender.run, inputs, backward)
-            results[contender.name]["peak_bytes"] = peak_bytes(runs[contender.name], device)
+        try:
+            result, run = _check(contender, workload, inputs, rows, keep, backward, device)
+        except RuntimeError as error:
+            # A kernel that does not compile or fit here must not end the others' run.
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            results[contender.name] = {"why_not": f"it failed: {reason[0]}"}
+            continue
+        results[contender.name] = result
+        if result["gate"]["passed"]:
+            runs[contender.name] = run
     timings = time_in_turn(runs, device, rounds=rounds)
     dense = min((timings[n].median for n in timings if results[n]["is_dense"]), default=None)
     # The backward has five products where the forward has two.
     flops = workload.dense_flops() * (3.5 if backward else 1)
     for name, timing in timings.items():
-        useful = flops * (1 if results[name]["is_dense"] else kept)
+        # One whose map keeps more does no more useful work.
+        own = min(kept, results[name].get("density", kept))
+        useful = flops * (1 if results[name]["is_dense"] else own)
         results[name]["seconds"] = timing.to_dict()
         results[name]["flops_per_second"] = useful / timing.median
         results[name]["share_of_matmul"] = useful / timing.median / ceiling
@@ -75,6 +83,32 @@ def measure_attention(
         "matmul_flops_per_second": ceiling,
         "contenders": results,
     }
+
+
+def _check(
+    contender: Contender,
+    workload: Workload,
+    inputs: Inputs,
+    rows: Tensor,
+    keep: Tensor,
+    backward: bool,
+    device: torch.device,
+) -> tuple[dict[str, Any], Callable[[], object]]:
+    """A contender's gate, memory and own density, and what to time."""
+    assert contender.run is not None
+    result: dict[str, Any] = {"is_dense": contender.is_dense}
+    if contender.has_own_map:
+        grid = contender.grid or workload.grid
+        own = build_block_map(
+            inputs.q, inputs.k, grid, inputs.config, pair_queries=contender.pair_queries
+        )
+        keep = token_rows(own, grid, rows)
+        result["density"] = own.density
+    result["gate"] = _gate(contender, inputs, rows, keep)
+    run = _runner(contender.run, inputs, backward)
+    if result["gate"]["passed"]:
+        result["peak_bytes"] = peak_bytes(run, device)
+    return result, run
 
 
 def _gate(contender: Contender, inputs: Inputs, rows: Tensor, keep: Tensor) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What is measured against what: name -> attention function, or the reason why it cannot run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
@@ -11,7 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nabla_attn import backends
 from nabla_attn.attention import nabla_attention
+from nabla_attn.bench.contender import Contender
 from nabla_attn.bench.inputs import THRESHOLD, Inputs
+from nabla_attn.bench.variants import variants
 from nabla_attn.bench.workloads import Workload
 from nabla_attn.config import SparseConfig
 from nabla_attn.core.grid import TokenGrid
@@ -26,30 +27,25 @@ _SDPA = {
 }
 
 
-@dataclass(frozen=True)
-class Contender:
-    """One way to compute attention over raster-order q, k, v.
-
-    Attributes:
-        name: as in records and tables.
-        run: q, k, v -> output; None when it cannot run.
-        why_not: the reason, or None.
-        is_dense: attends every pair, so it is held to the dense result.
-    """
-
-    name: str
-    run: Callable[[Tensor, Tensor, Tensor], Tensor] | None
-    why_not: str | None = None
-    is_dense: bool = False
-
-
 def contenders(
-    workload: Workload, inputs: Inputs, device: torch.device, *, needs_grad: bool = False
+    workload: Workload,
+    inputs: Inputs,
+    device: torch.device,
+    *,
+    needs_grad: bool = False,
+    has_variants: bool | None = None,
 ) -> list[Contender]:
-    """Dense attention by every backend of the device, ours, and diffusers' own NABLA."""
+    """Dense attention by every backend of the device, ours, and diffusers' own NABLA.
+
+    `has_variants` adds other ways to tile; None does so on CUDA, for which they are.
+    """
+    if has_variants is None:
+        has_variants = device.type == "cuda"
+    more = variants(workload.grid, inputs, device, needs_grad) if has_variants else []
     return [
         *_dense(device),
         *(_ours(name, workload.grid, inputs, device, needs_grad) for name in ("gather", "flex")),
+        *more,
         _diffusers(workload.grid, inputs, device, needs_grad),
     ]
 
@@ -61,7 +57,10 @@ def list_contenders(
     empty = torch.empty(0)
     inputs = Inputs(empty, empty, empty, SparseConfig(threshold=THRESHOLD), 0.0)
     forward, backward = (
-        {c.name: c.why_not for c in contenders(workload, inputs, device, needs_grad=needs_grad)}
+        {
+            c.name: c.why_not
+            for c in contenders(workload, inputs, device, needs_grad=needs_grad, has_variants=True)
+        }
         for needs_grad in (False, True)
     )
     return {name: (forward[name], backward[name]) for name in forward}

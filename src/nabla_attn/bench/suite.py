@@ -1,5 +1,6 @@
 """Suites: which measurements one `nabla bench` makes, each saved as a record."""
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from nabla_attn.bench.maps import measure_map_share, measure_maps
 from nabla_attn.bench.workloads import Workload, workload
 from nabla_attn.record import RunRecord, collect_versions, describe_device
 
-GPU_SUITE = ("wan1.3b-480p", "wan14b-720p", "paper-768p", "kandinsky5-10s")
+# The most telling first: a budget may end before the last.
+GPU_SUITE = ("paper-768p", "wan14b-720p", "wan1.3b-480p", "kandinsky5-10s")
 CPU_SUITE = ("toy-cpu", "toy-16k", "map-36k")
 # A run needs its inputs, their block-order copies and a backend's scratch.
 MEMORY_FACTOR = 6
@@ -72,6 +74,7 @@ def run_suite(
     *,
     rounds: int = 3,
     on_job: Callable[[str], None] | None = None,
+    budget: float | None = None,
 ) -> list[Path]:
     """Measure workloads and save one record each under `output`.
 
@@ -81,6 +84,7 @@ def run_suite(
         output: folder of the records.
         rounds: timed rounds.
         on_job: told the title of each measurement before it starts.
+        budget: seconds after which no new measurement starts; the record names what was left out.
 
     Returns:
         The records' paths.
@@ -90,13 +94,18 @@ def run_suite(
     """
     plans = [(name, list(jobs(workload(name), device, rounds=rounds))) for name in names]
     paths = []
+    end = None if budget is None else time.monotonic() + budget
     for name, plan in plans:
-        results = []
+        results, left_out = [], []
         for job in plan:
+            if end is not None and time.monotonic() > end:
+                left_out.append(job.title)
+                continue
             if on_job:
                 on_job(job.title)
             results.append(job.run())
-        record = make_record("bench", {"workload": name, "rounds": rounds}, results, device)
+        config = {"workload": name, "rounds": rounds, "left_out": left_out}
+        record = make_record("bench", config, results, device)
         paths.append(output / f"bench_{name}_{device_slug(device)}.json")
         record.save(paths[-1])
     return paths

@@ -47,6 +47,8 @@ def section(record: RunRecord) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     lines = [f"## {title}", "", f"{record.device}; {versions}; {record.created[:10]}.", ""]
     results = record.numbers["results"]
+    if left_out := record.config.get("left_out"):
+        lines += [f"Left out for want of time: {', '.join(left_out)}.", ""]
     if record.kind == "bench":
         lines += _attention_table(_attention_rows(record))
         lines += _map_tables(results)
@@ -82,11 +84,11 @@ def _attention_table(results: list[dict[str, Any]]) -> list[str]:
 
 def _attention_row(result: dict[str, Any], name: str, numbers: dict[str, Any]) -> list[str]:
     gate, seconds = numbers["gate"], numbers["seconds"]
-    density = "1" if numbers["is_dense"] else f"{result['density']:.3f}"
+    own = 1 if numbers["is_dense"] else numbers.get("density", result["density"])
     return [
         result["dtype"],
         result["direction"],
-        density,
+        "1" if numbers["is_dense"] else f"{own:.3f}",
         name,
         f"{seconds['median']:.3f} ({seconds['min']:.3f} to {seconds['max']:.3f})",
         f"{numbers['speed_up']:.2f}x",

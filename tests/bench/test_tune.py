@@ -1,0 +1,147 @@
+"""The search for FlexAttention's options, and its variants: run on a CPU by other backends."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+import nabla_attn as na
+from nabla_attn import backends
+from nabla_attn.backends import flex_options, gather
+from nabla_attn.backends.flex_options import FlexOptions, choose_options
+from nabla_attn.bench import attention, suite, tables, tune, variants
+from nabla_attn.bench.contenders import contenders, list_contenders
+from nabla_attn.bench.workloads import WORKLOADS, workload
+from nabla_attn.record import RunRecord
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SMALL = replace(
+    workload("toy-cpu"), grid=na.TokenGrid(3, 16, 24), heads=2, dim=32, dtype=torch.float32
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NABLA_ATTN_CACHE", str(tmp_path / "cache"))
+    flex_options.forget_tables()
+    yield
+    flex_options.forget_tables()
+
+
+@pytest.fixture
+def no_flex(monkeypatch):
+    """Compiling takes too long here."""
+    monkeypatch.setattr("nabla_attn.backends.flex.why_not_compile", lambda device: "not in tests")
+
+
+def slower_in_one_row_tiles(*blocks):
+    # The block map is last; the default options are slow here, and tiles of two rows fast.
+    options = flex_options._override.get()
+    if options.tile_rows == 1:
+        time.sleep(0.1)
+    return gather.attend(*blocks)
+
+
+def test_the_fastest_right_candidate_is_found_and_used(monkeypatch, tmp_path):
+    monkeypatch.setattr(tune.flex, "attend", slower_in_one_row_tiles)
+    monkeypatch.setitem(WORKLOADS, "small", replace(SMALL, name="small"))
+    tune.main(["small", "--device", "cpu", "--rounds", "1", "--output", str(tmp_path)])
+    record = RunRecord.load(tmp_path / "tune_cpu.json")
+    result = record.numbers["results"][0]
+    assert result["best"] == {"tile_rows": 2, "kernel_options": {}}
+    assert all(entry["seconds"]["median"] > 0 for entry in result["tried"])
+    row = json.loads(flex_options.tuned_file(CPU).read_text())["rows"][0]
+    assert row["record"] == "tune_cpu.json" and row["head_dim"] == 32
+    q = torch.zeros(1, 1, 1, 32)
+    assert choose_options(q, 64, needs_backward=False) == FlexOptions(2)
+    assert choose_options(q.bfloat16(), 64, needs_backward=False) == FlexOptions()
+
+
+def test_wrong_failing_and_late_candidates_are_not_chosen(monkeypatch):
+    def attend(*blocks):
+        if flex_options._override.get().tile_rows == 1:
+            raise RuntimeError("out of resource: shared memory\nmore")
+        return 1.01 * gather.attend(*blocks)
+
+    monkeypatch.setattr(tune.flex, "attend", attend)
+    with pytest.raises(ValueError, match="no candidate ran, the first because out of resource"):
+        tune.tune(SMALL, CPU, rounds=1)
+    monkeypatch.setattr(tune.flex, "attend", gather.attend)
+    with pytest.raises(ValueError, match="because no time was left"):
+        tune.tune(SMALL, CPU, rounds=1, deadline=time.monotonic() - 1)
+
+
+def test_gpu_candidates_fit_the_blocks():
+    found = list(tune.candidates(CUDA, 64))
+    assert found[0] == FlexOptions() and FlexOptions(2) in found
+    for options in found:
+        kernel = flex_options._fitted(options, CUDA, 64).kernel
+        assert options.tile_rows * 64 % kernel["BLOCK_M"] == 0 and kernel["BLOCK_N"] == 64
+    assert len(found) == 14
+
+
+def test_dry_run_needs_only_torch():
+    absent = ["jaxtyping", "diffusers", "transformers", "typer", "rich", "scipy", "matplotlib"]
+    code = (
+        f"import sys, runpy; sys.modules.update(dict.fromkeys({absent}));"
+        "sys.argv = ['tune', '--device', 'cpu', '--dry-run'];"
+        "runpy.run_module('nabla_attn.bench.tune', run_name='__main__')"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "wan14b-720p: FlexOptions(tile_rows=2" in process.stdout
+
+
+def test_variants_are_listed_with_reasons_and_run_on_gpus_alone(no_flex):
+    listed = list_contenders(workload("paper-768p"), CPU)
+    names = [f"ours (flex, {name})" for name, *_ in variants.VARIANTS]
+    assert set(names) < set(listed)
+    assert all("not in tests" in listed[name][0] for name in names)
+    inputs = attention.make_inputs(SMALL, 0.4, CPU)
+    assert not set(names) & {c.name for c in contenders(SMALL, inputs, CPU)}
+
+
+def test_variants_are_held_to_their_own_maps(monkeypatch):
+    monkeypatch.setattr(variants, "BACKEND", "gather")
+    monkeypatch.setattr(variants, "why_not_flash", lambda *_: None)
+    monkeypatch.setattr("nabla_attn.backends.flex.why_not_compile", lambda device: "not in tests")
+    both = lambda *arguments, **options: contenders(*arguments, **options, has_variants=True)  # noqa: E731
+    monkeypatch.setattr(attention, "contenders", both)
+    result = attention.measure_attention(SMALL, 0.4, CPU, rounds=1)
+    found = {name: result["contenders"][f"ours (flex, {name})"] for name, *_ in variants.VARIANTS}
+    assert all(entry["gate"]["passed"] for entry in found.values())
+    assert found["pairs share the union"]["density"] > result["density"]
+    assert "density" not in found["tiles of 128"]
+    for entry in found.values():
+        useful = min(result["density"], entry.get("density", 1))
+        assert entry["share_of_ideal"] == pytest.approx(entry["speed_up"] * useful)
+
+
+def test_a_contender_that_fails_ends_nothing(no_flex, monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("CUDA error: out of memory\nmore")
+
+    monkeypatch.setattr("nabla_attn.bench.contenders.nabla_attention", fail)
+    result = attention.measure_attention(SMALL, 0.4, CPU, rounds=1)
+    assert result["contenders"]["ours (gather)"] == {
+        "why_not": "it failed: CUDA error: out of memory"
+    }
+    assert result["contenders"]["dense (flash)"]["seconds"]["median"] > 0
+
+
+def test_a_budget_leaves_measurements_out_and_says_which(no_flex, monkeypatch, tmp_path):
+    monkeypatch.setitem(WORKLOADS, "toy-cpu", replace(SMALL, densities=(0.4,)))
+    path = suite.run_suite(("toy-cpu",), CPU, tmp_path, rounds=1, budget=-1.0)[0]
+    page = tables.section(RunRecord.load(path))
+    assert "Left out for want of time: toy-cpu float32 density 0.4 forward," in page
+
+
+def test_backwards_on_gpus_are_autotuned_where_blocks_are_small():
+    assert flex_options.needs_autotuning(CUDA, 64)
+    assert not flex_options.needs_autotuning(CUDA, 128)
+    assert not flex_options.needs_autotuning(CPU, 64)
+    assert backends.why_not("flex", CPU, needs_grad=True) is not None
