@@ -82,6 +82,14 @@ def test_sizes_must_be_positive_integers(bad):
         na.TokenGrid(*bad)
 
 
+def test_grids_say_what_they_are():
+    grid = na.TokenGrid(3, 11, 13)
+    assert grid.is_ragged and not na.TokenGrid(3, 16, 8).is_ragged
+    assert (str(grid), str(grid.block)) == ("3x11x13", "1x8x8")
+    with pytest.raises(ValueError, match="must not be negative: got 2 before and -1 after"):
+        TokenLayout(grid, 2, -1)
+
+
 def test_segments_must_sum_to_the_frames():
     with pytest.raises(ValueError, match=r"sum to the frames: got \(2, 2\) = 4 for 5"):
         na.TokenGrid(5, 8, 8, segments=(2, 2))

@@ -230,7 +230,8 @@ def _cells(row: ModelRow) -> Iterator[str]:
         yield f"{usual.attention_share:.0%}"
         yield f"{usual.gain:.1f}x"
     history = "history in front, " if row.prefix else ""
-    yield f"{history}joint, {row.text}" if row.text else "cross-attention or none"
+    text = f"joint, {row.text}" if row.text else "cross-attention or none"
+    yield f"{history}{text}"
     yield "port" if row.ports else "door"
     yield _ranks(row)
     yield "model, pipeline" if usual and usual.pipeline else "model"

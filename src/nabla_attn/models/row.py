@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from nabla_attn.models import grids, parallel
+from nabla_attn.models import grids, sharing
 from nabla_attn.models.processor import Port
 
 # (model, arguments of its forward by name) -> tokens of the video along (frames, height, width).
@@ -44,7 +44,7 @@ class ModelRow:
     guidance_in_batch: bool = False
     in_block_order: bool = False
     without: tuple[str, ...] = ()
-    cp_plan: Callable[[nn.Module], parallel.Plan | None] | None = None
+    cp_plan: Callable[[nn.Module], sharing.Plan | None] | None = None
     cp_trains: bool = True
     no_ranks: str | None = None
     refusal: str | None = None

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from nabla_attn.models import grids, parallel
+from nabla_attn.models import grids, sharing
 from nabla_attn.models.allegro import AllegroPort
 from nabla_attn.models.cogvideox import CogVideoXPort
 from nabla_attn.models.cosmos import CosmosPort
@@ -13,6 +13,7 @@ from nabla_attn.models.hunyuan15 import HunyuanVideo15Port
 from nabla_attn.models.kandinsky import Kandinsky6SRPort
 from nabla_attn.models.mochi import MochiPort
 from nabla_attn.models.processor import Port
+from nabla_attn.models.refusals import REFUSALS
 from nabla_attn.models.row import GridFunction, ModelRow
 
 _WAN = r"blocks\.\d+\.attn1"
@@ -29,14 +30,14 @@ _COGVIDEOX_PORTS = {
 _ROWS = (
     ModelRow(name="WanTransformer3DModel", attention=_WAN),
     ModelRow(
-        name="WanVACETransformer3DModel", attention=r"(vace_)?" + _WAN, cp_plan=parallel.VACE_PLAN
+        name="WanVACETransformer3DModel", attention=r"(vace_)?" + _WAN, cp_plan=sharing.VACE_PLAN
     ),
     ModelRow(
         name="WanAnimateTransformer3DModel",
         attention=_WAN,
         no_ranks="its face adapter works on whole frames.",
     ),
-    ModelRow(name="SkyReelsV2Transformer3DModel", attention=_WAN, cp_plan=parallel.WAN_PLAN),
+    ModelRow(name="SkyReelsV2Transformer3DModel", attention=_WAN, cp_plan=sharing.WAN_PLAN),
     ModelRow(name="ChronoEditTransformer3DModel", attention=_WAN),
     ModelRow(
         name="AnyFlowTransformer3DModel",
@@ -55,7 +56,7 @@ _ROWS = (
         name="HunyuanVideoTransformer3DModel",
         attention=_HUNYUAN,
         text="after",
-        cp_plan=parallel.hunyuan_plan,
+        cp_plan=sharing.hunyuan_plan,
     ),
     ModelRow(
         name="HunyuanVideoFramepackTransformer3DModel",
@@ -69,14 +70,14 @@ _ROWS = (
         attention=r"transformer_blocks\.\d+\.attn",
         text="after",
         ports={"HunyuanVideo15AttnProcessor2_0": HunyuanVideo15Port},
-        cp_plan=parallel.JOINT_PLAN,
+        cp_plan=sharing.JOINT_PLAN,
     ),
     ModelRow(
         name="Kandinsky5Transformer3DModel",
         attention=_KANDINSKY,
         grid=grids.channels_last_grid,
         without=("sparse_params",),
-        cp_plan=parallel.KANDINSKY_PLAN,
+        cp_plan=sharing.KANDINSKY_PLAN,
         cp_trains=False,
     ),
     ModelRow(
@@ -97,14 +98,14 @@ _ROWS = (
         name="CosmosTransformer3DModel",
         attention=_BLOCKS,
         ports={"CosmosAttnProcessor2_0": CosmosPort},
-        cp_plan=parallel.COSMOS_PLAN,
+        cp_plan=sharing.COSMOS_PLAN,
     ),
     ModelRow(
         name="LTXVideoTransformer3DModel",
         attention=_BLOCKS,
         grid=grids.named_grid,
         guidance_in_batch=True,
-        cp_plan=parallel.LTX_PLAN,
+        cp_plan=sharing.LTX_PLAN,
     ),
     ModelRow(
         name="LTX2VideoTransformer3DModel",
@@ -120,7 +121,7 @@ _ROWS = (
         grid=grids.frames_first_grid,
         text="before",
         ports=_COGVIDEOX_PORTS,
-        cp_plan=parallel.COGVIDEOX_PLAN,
+        cp_plan=sharing.COGVIDEOX_PLAN,
     ),
     ModelRow(
         name="ConsisIDTransformer3DModel",
@@ -129,7 +130,7 @@ _ROWS = (
         grid=grids.frames_first_grid,
         text="before",
         ports=_COGVIDEOX_PORTS,
-        cp_plan=parallel.COGVIDEOX_PLAN,
+        cp_plan=sharing.COGVIDEOX_PLAN,
     ),
     ModelRow(
         name="MochiTransformer3DModel",
@@ -137,7 +138,7 @@ _ROWS = (
         attention=_BLOCKS,
         text="after",
         ports={"MochiAttnProcessor2_0": MochiPort},
-        cp_plan=parallel.JOINT_PLAN,
+        cp_plan=sharing.JOINT_PLAN,
     ),
     ModelRow(
         name="AllegroTransformer3DModel",
@@ -152,7 +153,7 @@ _ROWS = (
         attention=_BLOCKS,
         text="before",
         ports={"EasyAnimateAttnProcessor2_0": EasyAnimatePort},
-        cp_plan=parallel.EASYANIMATE_PLAN,
+        cp_plan=sharing.EASYANIMATE_PLAN,
     ),
     ModelRow(
         name="MotifVideoTransformer3DModel",
@@ -160,38 +161,7 @@ _ROWS = (
         text="after",
         no_ranks="its decoder layers attend two copies of the video.",
     ),
-    ModelRow(
-        name="LatteTransformer3DModel",
-        refusal="it attends within a frame and along time separately, in rows too short to gain.",
-    ),
-    ModelRow(
-        name="SanaVideoTransformer3DModel",
-        refusal="its video self-attention is linear; there is no map to make sparse.",
-    ),
-    ModelRow(
-        name="SanaWMTransformer3DModel",
-        refusal="most of its video self-attention is recurrent; there is no map to make sparse.",
-    ),
-    ModelRow(
-        name="SanaWMLTX2RefinerTransformer3DModel",
-        refusal="it attends a cache of earlier windows, so its keys are not one token grid.",
-    ),
-    ModelRow(
-        name="AnyFlowFARTransformer3DModel",
-        refusal="it attends chunks causally behind a block mask of its own, and a cache of keys.",
-    ),
-    ModelRow(
-        name="WanAnimate2Transformer3DModel",
-        refusal="its keys are the video and a cached reference behind a mask of its own.",
-    ),
-    ModelRow(
-        name="Cosmos3OmniTransformer",
-        refusal="it packs video, sound and actions into one sequence with causal parts.",
-    ),
-    ModelRow(
-        name="MiniMaxH3Transformer3DModel",
-        refusal="it packs text, images, sound and video into one sequence without a token grid.",
-    ),
+    *(ModelRow(name=name, refusal=reason) for name, reason in REFUSALS.items()),
 )
 _TABLE = {row.name: row for row in _ROWS}
 
