@@ -56,8 +56,7 @@ def map_blocks(
     Raises:
         ValueError: an unknown way to pair.
     """
-    if pair_queries not in (None, *PAIRS):
-        raise ValueError(f"unknown pair_queries {pair_queries!r}; expected None or one of {PAIRS}.")
+    check_pairing(pair_queries)
     grid, device = layout.grid, q.device
     fixed = _fixed_blocks(layout, config, device, keep_first_frame)
     segments = None if grid.segments is None else build_segment_map(grid, device)
@@ -99,6 +98,12 @@ def map_blocks(
             kept &= segments
     head_mass = mass.mean(dim=1).view(shape[:2]) if measure else None
     return whole_block_map(whole, layout, text_valid, kept_mass=head_mass)
+
+
+def check_pairing(pair_queries: str | None) -> None:
+    """Raise ValueError unless `pair_queries` is a way to pair queries, or None."""
+    if pair_queries not in (None, *PAIRS):
+        raise ValueError(f"unknown pair_queries {pair_queries!r}; expected None or one of {PAIRS}.")
 
 
 def _pool(x: Tensor, layout: TokenLayout, is_raster: bool) -> Tensor:

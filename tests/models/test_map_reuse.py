@@ -65,6 +65,29 @@ def test_schedule_says_so_and_reads_back():
 
 
 @torch.no_grad()
+def test_heads_are_shared_out_anew_only_with_new_maps(model):
+    # A rank's maps are those of its heads.
+    with na.apply(model, schedule=schedule(reuse_steps=2)) as handle:
+        reuse, fresh = handle.models[0][1].reuse, []
+        for time in (900, 900, 800, 700, 600):
+            run(model, at(time))
+            fresh.append(reuse.is_fresh)
+    assert fresh == [True, False, False, True, False]
+
+
+@torch.no_grad()
+def test_pairs_of_queries_share_a_map(model):
+    density = {}
+    for pair in (None, "union", "pool"):
+        with na.apply(model, "nabla-0.4", pair_queries=pair) as handle:
+            run(model, at(900, grid=(3, 16, 16)))
+            density[pair] = handle.report().mean_density
+    assert density[None] < density["union"] < 1 and 0 < density["pool"] < 1
+    with pytest.raises(ValueError, match="unknown pair_queries 'both'"):
+        na.apply(model, "nabla-0.4", pair_queries="both")
+
+
+@torch.no_grad()
 def test_off_by_default(model, built):
     na.apply(model, "nabla-0.5")
     for time in (900, 900, 800):

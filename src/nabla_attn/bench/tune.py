@@ -72,7 +72,7 @@ def tune(
     """
     inputs = make_inputs(work, DENSITY, device)
     block_map = build_block_map(inputs.q, inputs.k, work.grid, inputs.config)
-    blocks = [to_blocks(x, work.grid) for x in (inputs.q, inputs.k, inputs.v)]
+    q, k, v = (to_blocks(x, work.grid) for x in (inputs.q, inputs.k, inputs.v))
     rows = sample_rows(work.grid.num_tokens)
     keep = token_rows(block_map, work.grid, rows)
     tried: list[dict[str, Any]] = []
@@ -85,7 +85,7 @@ def tune(
 
         def run(options: FlexOptions = options) -> Tensor:
             with torch.no_grad(), flex_options(options):
-                return flex.attend(*blocks, block_map)
+                return flex.attend(q, k, v, block_map)
 
         try:
             out = to_raster(run(), work.grid)

@@ -25,7 +25,7 @@ def warmup(
     """
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    algorithms = sparse_algo or [None]
+    algorithms: list[str | None] = [*sparse_algo] if sparse_algo else [None]
     requests = [video.request(prompt="", seed=0, sparse_algo=algo) for algo in algorithms]
     pipeline = video.load()
     for request in requests:

@@ -8,6 +8,7 @@ from torch import nn
 
 from nabla_attn.config import SparseConfig, parse
 from nabla_attn.crossover import load_min_tokens
+from nabla_attn.mapping import check_pairing
 from nabla_attn.models.hook import STATE_NAME
 from nabla_attn.models.state import ModelState, Settings
 from nabla_attn.models.steps import StepCounter
@@ -57,6 +58,7 @@ def apply(
     models = {"transformer": target} if is_model else _transformers(target)
     if algorithm is None and schedule is None:
         algorithm = _trained_algorithm(models)
+    check_pairing(pair_queries)
     rules = _schedule(algorithm, schedule)
     if min_tokens is not None and min_tokens != "auto":
         tokens = load_min_tokens(min_tokens) if isinstance(min_tokens, str | Path) else min_tokens
