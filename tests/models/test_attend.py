@@ -13,6 +13,7 @@ from nabla_attn.models.cosmos import CosmosPort
 from nabla_attn.models.dispatch import _nabla, text_valid_of
 from nabla_attn.models.easyanimate import EasyAnimatePort
 from nabla_attn.models.handle import unwrap
+from nabla_attn.models.modules import num_heads
 from nabla_attn.models.plan import Layer, Plan, plan_key
 from nabla_attn.models.processor import make_processor
 
@@ -114,6 +115,11 @@ def test_what_cannot_be_attended_is_refused():
     for port in (AllegroPort, CogVideoXPort, CosmosPort, EasyAnimatePort):
         with pytest.raises(ValueError, match="mask"):
             port(None, layer_with())(None, q, q, attention_mask=q)
+
+
+def test_modules_that_do_not_say_their_heads_are_named():
+    with pytest.raises(ValueError, match="Linear does not say its number of heads"):
+        num_heads(torch.nn.Linear(1, 1))
 
 
 def test_processors_without_a_door_are_refused():

@@ -74,6 +74,15 @@ def test_private_names_of_context_parallelism():
         assert name in source
 
 
+def test_private_names_of_hooks():
+    from diffusers.hooks import HookRegistry, context_parallel
+
+    assert context_parallel._CONTEXT_PARALLEL_INPUT_HOOK_TEMPLATE.startswith("cp_input")
+    model = TINY["ltx"].build()
+    assert HookRegistry.check_if_exists_or_initialize(model) is model._diffusers_hook
+    assert model._diffusers_hook.hooks == {}
+
+
 def test_private_names_of_pipelines_and_schedulers():
     import diffusers
 

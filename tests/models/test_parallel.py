@@ -15,6 +15,7 @@ from nabla_attn.models.parallel import (
     balanced_order,
     gather_stats,
     imbalance,
+    keep_ranks_from,
     ranks_of,
     to_heads,
     to_tokens,
@@ -90,6 +91,25 @@ def test_kandinsky_does_not_train_in_parallel(group):
         run(model, inputs)
 
 
+def test_a_plan_that_shares_the_text_is_refused(group):
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    model, inputs = TINY["ltx"].build(), TINY["ltx"].inputs(2, 8, 9)
+    mesh = SimpleNamespace(get_group=lambda: group)
+    model._parallel_config = configured(_ulysses_mesh=mesh)._parallel_config
+    registry = HookRegistry.check_if_exists_or_initialize(model)
+    registry.register_hook(ModelHook(), "cp_input---")
+    na.apply(model, "nabla-0.5")
+    with pytest.raises(ValueError, match="Apply NABLA first"):
+        run(model, inputs)
+
+
+def test_attention_over_whole_keys_loses_its_ranks():
+    cross = SimpleNamespace(processor=SimpleNamespace(_parallel_config="shared"))
+    keep_ranks_from([cross, SimpleNamespace(processor=None)])
+    assert cross.processor._parallel_config is None
+
+
 def test_models_that_cannot_be_shared_say_why(group):
     model, inputs = TINY["helios"].build(), TINY["helios"].inputs(2, 8, 9)
     mesh = SimpleNamespace(get_group=lambda: group)
@@ -140,6 +160,8 @@ def test_the_report_shows_the_balance():
     density = torch.tensor([[[0.9, 0.8, 0.1, 0.2]], [[0.8, 0.8, 0.2, 0.2]]])
     report = Report(density, density, ["transformer"] * 2)
     assert report.head_balance(2) == (pytest.approx(1.6), pytest.approx(1.0))
+    skipped = torch.cat([density, torch.full_like(density, float("nan"))], dim=1)
+    assert Report(skipped, skipped, report.models).head_balance(2) == report.head_balance(2)
     first = Report(density[:1], density[:1], ["transformer"])
     assert all(value != value for value in first.head_balance(2))
 

@@ -63,6 +63,12 @@ def ranks_of(model: nn.Module, grid: TokenGrid, heads: int) -> Ranks | None:
     return ranks
 
 
+def shares_arguments(model: Any) -> bool:
+    """Whether `enable_parallelism` took a plan that splits the arguments of the model's forward."""
+    registry = getattr(model, "_diffusers_hook", None)
+    return registry is not None and any(name.startswith("cp_input") for name in registry.hooks)
+
+
 def keep_ranks_from(modules: Iterable[Any]) -> None:
     """Take context parallelism away from attention over keys that every rank has whole."""
     for module in modules:

@@ -16,7 +16,13 @@ from nabla_attn.models.grids import packed_clips
 from nabla_attn.models.hook import STATE_NAME, PlanForward
 from nabla_attn.models.map_memory import Reuse
 from nabla_attn.models.modules import attention_modules, num_heads, set_processor
-from nabla_attn.models.parallel import Ranks, balanced_order, keep_ranks_from, ranks_of
+from nabla_attn.models.parallel import (
+    Ranks,
+    balanced_order,
+    keep_ranks_from,
+    ranks_of,
+    shares_arguments,
+)
 from nabla_attn.models.plan import Layer, Plan, plan_key
 from nabla_attn.models.processor import NablaProcessor, make_processor, open_door
 from nabla_attn.models.row import ModelRow
@@ -212,6 +218,11 @@ class ModelState:
         if self.reuse.is_fresh:
             self._balance_heads(ranks, device)
         if self.row.cp_plan is not None:
+            if shares_arguments(model):
+                raise ValueError(
+                    f"enable_parallelism took diffusers' plan of {self.row.name}, which shares the "
+                    "text too. Apply NABLA first, which brings a plan that keeps it whole."
+                )
             ours = set(map(id, self.modules.values()))
             keep_ranks_from(part for part in model.modules() if id(part) not in ours)
 
