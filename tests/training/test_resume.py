@@ -14,7 +14,14 @@ from nabla_attn.training.checkpoint import Checkpoints, SaveFailed, read_state
 from nabla_attn.training.train import train
 from nabla_attn.training.trainer import Trainer
 
-FULL = {"steps": 6, "ema": 0.9, "accumulation": 2, "data__batch": 2, "sparsity__ramp": 4}
+FULL = {
+    "steps": 6,
+    "optim__warmup": 0,
+    "ema": 0.9,
+    "accumulation": 2,
+    "data__batch": 2,
+    "sparsity__ramp": 4,
+}
 
 
 def weights(folder):

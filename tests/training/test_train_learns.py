@@ -59,6 +59,21 @@ def test_distilling_brings_the_student_to_its_teacher(attentive, tmp_path):
     assert min(errors[-10:]) < 0.7 * errors[0]
 
 
+def test_what_is_saved_is_the_average(tiny_wan, tmp_path):
+    config = small_config(steps=6, ema=0.9, optim__warmup=0)
+    result = train(config, tiny_wan, tmp_path, dataset=make_clips(4))
+    saved = load_file(result / WEIGHTS)
+    (checkpoint,) = (tmp_path / "checkpoints").glob("*6")
+    trained = load_file(checkpoint / "model.safetensors")
+    average = load_file(checkpoint / "average.safetensors")
+    parts = load_parts(tiny_wan).transformer
+    for place, (name, start) in enumerate(parts.named_parameters()):
+        assert torch.equal(saved[name], average[str(place)])
+        assert not torch.equal(saved[name], trained[name]), name
+        # Halfway: the average is closer to the start than the trained weights are.
+        assert (saved[name] - start).norm() < (trained[name] - start).norm()
+
+
 def test_the_result_is_a_pipeline_that_generates(tiny_wan, tmp_path):
     from nabla_attn.generation.generate import generate
     from nabla_attn.generation.pipeline import load_pipeline

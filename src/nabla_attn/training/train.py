@@ -83,13 +83,14 @@ def finish(run: Run, trainer: Trainer) -> Path:
     folder = trainer.folder
     is_lora = bool(run.config.lora.rank)
     result = folder / ("lora" if is_lora else "pipeline")
+    # On a CPU the weights are not copied: they are the averaged ones inside the block alone.
     with run.averaged():
         weights = whole_weights(run)
-    if trainer.is_main:
-        if is_lora:
+        if trainer.is_main and is_lora:
             save_lora(run.parts, weights, result)
-        else:
+        elif trainer.is_main:
             save_pipeline(run.parts, weights, result, str(run.sparsity.schedule.algorithm))
+    if trainer.is_main:
         rows = read_log(folder)
         draw_losses(curve(rows, "loss"), curve(rows, "validation"), folder / "loss.png")
         _record(run, trainer, rows).save(folder / "training.json")
