@@ -17,16 +17,16 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 def test_fine_tuning_learns(tiny_wan, tmp_path):
     entries = []
     config = small_config(
-        steps=150, optim__lr=1e-2, optim__warmup=10, data__batch=4, ema=0.9, watch__validate=50
+        steps=80, optim__lr=1e-2, optim__warmup=10, data__batch=4, ema=0.9, watch__validate=50
     )
     train(config, tiny_wan, tmp_path, dataset=make_clips(6), report=entries.append)
     losses = [entry.numbers["loss"] for entry in entries]
     first, last = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
-    # Measured: 2.2 to 0.7.
+    # Measured: 1.63 to 0.22.
     assert last < 0.5 * first
     record = RunRecord.load(tmp_path / "training.json")
-    assert record.numbers["steps"] == 150 and record.numbers["skipped"] == 0
-    assert len(record.numbers["validation"]) == 3
+    assert record.numbers["steps"] == 80 and record.numbers["skipped"] == 0
+    assert len(record.numbers["validation"]) == 2
     assert (tmp_path / "loss.png").stat().st_size > 5000
     assert json.loads((tmp_path / "config.json").read_text())["optim"]["lr"] == 1e-2
 
@@ -47,7 +47,7 @@ def attentive(tiny_wan, tmp_path_factory):
 def test_distilling_brings_the_student_to_its_teacher(attentive, tmp_path):
     config = small_config(
         "distill",
-        steps=80,
+        steps=30,
         optim__lr=3e-3,
         data__batch=2,
         sparsity__algorithm="nabla-0.2",
@@ -56,6 +56,7 @@ def test_distilling_brings_the_student_to_its_teacher(attentive, tmp_path):
     entries = []
     train(config, attentive, tmp_path, dataset=make_clips(6), report=entries.append)
     errors = [entry.numbers["validation"] for entry in entries]
+    # Measured: 0.062 to 0.028.
     assert min(errors[-10:]) < 0.7 * errors[0]
 
 

@@ -79,7 +79,7 @@ class Sparsity:
         if not forwards:
             return []
         stats = forwards[-1].stats
-        return [1.0 if layer is None else float(layer[0].nanmean()) for layer in stats]
+        return [1.0 if layer is None else float(layer[0].detach().nanmean()) for layer in stats]
 
     def _use(self, schedule: Schedule) -> None:
         if self._state is not None:
