@@ -39,7 +39,7 @@ from nabla_attn.training.setup import prepare
 from nabla_attn.training.state import whole_weights
 from nabla_attn.training.trainer import Trainer
 
-START = "shapes-128"
+START = "clips-128"
 SPARSE = "nabla-0.45"
 STUDENTS = ("nabla-0.2", "sta-7-1-1", "nabla-0.1_sta-3-1-1")
 SIZE = {"frames": 61, "height": 128, "width": 128}

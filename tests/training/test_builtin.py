@@ -10,13 +10,12 @@ from nabla_attn.generation.request import GenerationRequest, ModelDefaults
 from nabla_attn.record import RunRecord
 from nabla_attn.training.builtin import train_builtin
 from nabla_attn.training.latents import LatentSet
-from nabla_attn.training.loop import Stage, run_stage, step_at
+from nabla_attn.training.loop import Stage, run_stage
 from nabla_attn.training.recipes import OptimConfig, TransformerPhase, VaeConfig, VaePhase, builtin
 from nabla_attn.training.text import CaptionEncoder, build_text_encoder, build_tokenizer
 from nabla_attn.training.transformer import (
     build_transformer,
     flow_loss,
-    foreground_weight,
     is_hidden_matrix,
     is_image_step,
 )
@@ -39,7 +38,6 @@ def tiny_recipe():
         phases=(
             phase("images", image_share=1.0, padding=(0.0, 0.5)),
             phase("sparse", thresholds=(0.3, 0.8), dense_share=0.0),
-            phase("distil", thresholds=(0.3, 0.8), foreground_weight=3.0, distil=True),
         ),
     )
 
@@ -55,10 +53,9 @@ def run(tmp_path_factory):
 def test_every_stage_is_run_and_recorded(run):
     folder, _, seen = run
     record = RunRecord.load(folder / "training.json")
-    names = [stage["stage"] for stage in record.numbers["stages"]]
-    assert names == ["vae", "images", "sparse", "distil"]
+    assert [stage["stage"] for stage in record.numbers["stages"]] == ["vae", "images", "sparse"]
     assert record.config == json.loads(json.dumps(dataclasses.asdict(tiny_recipe())))
-    assert {p.stage for p in seen} == {"vae", "encode-5x16", "images", "sparse", "distil"}
+    assert {p.stage for p in seen} == {"vae", "encode-5x16", "images", "sparse"}
 
 
 def test_the_result_is_a_pipeline_that_generates(run):
@@ -92,10 +89,9 @@ def test_a_lost_stage_is_made_again_the_same(run, tmp_path):
     folder, pipeline, _ = run
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    for name in ("sparse", "distil", "pipeline"):
+    for name in ("sparse", "pipeline"):
         shutil.rmtree(copy / name)
-    for name in ("sparse", "distil"):
-        (copy / f"{name}.checkpoint").unlink()
+    (copy / "sparse.checkpoint").unlink()
     train_builtin(tiny_recipe(), copy)
     name = "transformer/diffusion_pytorch_model.safetensors"
     first, second = load_file(pipeline / name), load_file(copy / "pipeline" / name)
@@ -136,29 +132,3 @@ def test_image_steps_are_spread_evenly(share, images):
     steps = [is_image_step(mixed, number) for number in range(100)]
     assert sum(steps) == images
     assert abs(sum(steps[:50]) - images / 2) <= 1
-
-
-def test_a_student_learns_what_its_teacher_predicts():
-    data = LatentSet(torch.randn(3, 16, 2, 4, 4).half(), [sample_scene(i) for i in range(3)])
-    text = CaptionEncoder(build_tokenizer(), build_text_encoder(0), num_tokens=14)
-    model, other = build_transformer(0), build_transformer(1)
-    torch.nn.init.normal_(other.proj_out.weight)
-    step = step_at(0, "distil", 0, 2)
-
-    def loss(teacher):
-        step.rng.seed(0), step.generator.manual_seed(0)
-        return flow_loss(model, data, text, phase("distil"), step, teacher=teacher).item()
-
-    assert loss(model) == 0
-    assert loss(other) > 0
-    assert abs(loss(None) - loss(other)) > 0.1
-
-
-def test_foreground_weighs_more_where_noise_is_low():
-    latents = torch.zeros(2, 16, 3, 4, 5)
-    latents[:, :, :, 1, 2] = 2.0
-    weights = foreground_weight(latents, torch.tensor([0.5, 0.95]), 4.0)
-    assert weights.shape == (2, 1, 3, 4, 5)
-    torch.testing.assert_close(weights.mean(dim=(1, 2, 3, 4)), torch.ones(2))
-    assert torch.equal(weights[1], torch.ones(1, 3, 4, 5))
-    torch.testing.assert_close(weights[0, 0, :, 1, 2], 4 * weights[0, 0, :, 0, 0])

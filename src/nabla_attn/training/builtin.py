@@ -3,8 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
-from copy import deepcopy
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -120,17 +119,14 @@ def train_phase(
     model = (
         WanTransformer3DModel.from_pretrained(start) if start else build_transformer(config.seed)
     )
-    teacher = deepcopy(model).requires_grad_(False) if phase.distil else None
     padding = PadWeight(config.text_tokens)
 
     def loss_at(step: Step) -> torch.Tensor:
         low, high = phase.padding
         padding.set(low + (high - low) * step.progress)
-        with ExitStack() as stack:
-            for network in filter(None, (model, teacher)):
-                stack.enter_context(padding.applied(network))
-            stack.enter_context(_sparse_step(model, phase, step))
-            return flow_loss(model, data, text, phase, step, teacher=teacher)
+        with padding.applied(model), _sparse_step(model, phase, step):
+            loss = flow_loss(model, data, text, phase, step)
+        return loss
 
     record = run_stage(
         Stage(

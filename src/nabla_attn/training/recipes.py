@@ -95,10 +95,6 @@ class TransformerPhase:
         thresholds: NABLA thresholds to draw from, (lowest, highest); None is dense attention.
         dense_share: Share of the steps that stay dense where thresholds are given.
         padding: Weight of the text padding at the stage's start and end, 0 to 1.
-        foreground_weight: Weight of a latent pixel that is not background, of noise levels below
-            `FOREGROUND_LEVEL`: outlines are a small part of a frame and most of what is hard.
-        distil: Learn what the stage before predicts with dense attention, not the data: sparse
-            attention then comes close to dense (paper, section 4.1).
     """
 
     name: str
@@ -113,8 +109,6 @@ class TransformerPhase:
     thresholds: tuple[float, float] | None = None
     dense_share: float = 0.25
     padding: tuple[float, float] = (1.0, 1.0)
-    foreground_weight: float = 1.0
-    distil: bool = False
 
 
 @dataclass(frozen=True)
@@ -188,7 +182,7 @@ def builtin() -> BuiltinConfig:
                 "clips-64",
                 size=64,
                 frames=13,
-                steps=1100,
+                steps=1200,
                 batch=12,
                 clips=1536,
                 shift=4.0,
@@ -236,69 +230,6 @@ def builtin() -> BuiltinConfig:
                 image_share=0.2,
                 thresholds=(0.25, 0.7),
                 dense_share=0.2,
-            ),
-            TransformerPhase(
-                "shapes-128",
-                size=128,
-                frames=13,
-                steps=1300,
-                batch=3,
-                clips=1536,
-                shift=5.0,
-                optim=_optim(0.01, warmup=50, average=0.998),
-                image_share=0.35,
-            ),
-            TransformerPhase(
-                "shapes-long-128",
-                size=128,
-                frames=61,
-                steps=850,
-                batch=1,
-                clips=512,
-                shift=3.0,
-                optim=OptimConfig(
-                    muon_lr=0.007,
-                    adamw_lr=7e-4,
-                    muon_weight_decay=0.01,
-                    flat=0.2,
-                    average=0.995,
-                ),
-                image_share=0.1,
-                thresholds=(0.3, 0.7),
-                dense_share=0.25,
-                foreground_weight=5.0,
-            ),
-            TransformerPhase(
-                "settle-128",
-                size=128,
-                frames=61,
-                steps=280,
-                batch=1,
-                clips=512,
-                shift=9.0,
-                optim=OptimConfig(
-                    muon_lr=0.005,
-                    adamw_lr=5e-4,
-                    muon_weight_decay=0.01,
-                    flat=0.2,
-                    average=0.98,
-                ),
-                thresholds=(0.3, 0.6),
-                dense_share=0.25,
-                foreground_weight=3.0,
-            ),
-            TransformerPhase(
-                "distil-128",
-                size=128,
-                frames=61,
-                steps=100,
-                batch=1,
-                clips=512,
-                shift=7.0,
-                optim=OptimConfig(muon_lr=0.003, adamw_lr=3e-4, flat=0.1, average=0.98),
-                thresholds=(0.3, 0.6),
-                dense_share=0.15,
-                distil=True,
             ),
         ),
         flow_shift=12.0,

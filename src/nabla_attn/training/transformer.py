@@ -21,9 +21,6 @@ from nabla_attn.training.recipes import TransformerPhase
 from nabla_attn.training.text import PIPELINE_TOKENS, CaptionEncoder
 from nabla_attn.world.caption import describe
 
-FOREGROUND_LEVEL = 0.9
-MIN_CONTRAST = 0.3
-
 
 def build_transformer(seed: int) -> WanTransformer3DModel:
     """Make an untrained transformer: 6 layers of 3 heads of 64, one latent pixel a token."""
@@ -100,51 +97,26 @@ def _draw(data: LatentSet, phase: TransformerPhase, step: Step, drop: float) -> 
     return (latents[:, :, :1] if is_image else latents), captions
 
 
-def foreground_weight(latents: Tensor, sigma: Tensor, weight: float) -> Tensor:
-    """Weight [batch, 1, frames, height, width] of each latent pixel in the loss, of mean 1.
-
-    At higher noise levels nobody can tell yet where the shapes are, and a weight would only make
-    them grow.
-    """
-    # Most of a frame is background, and its latent pixels are alike.
-    background = latents.flatten(3).median(dim=3).values[..., None, None]
-    is_shape = (latents - background).abs().mean(dim=1, keepdim=True) > MIN_CONTRAST
-    is_low = (sigma < FOREGROUND_LEVEL).view(-1, 1, 1, 1, 1)
-    weights = 1 + (weight - 1) * (is_shape & is_low).float()
-    return weights / weights.mean(dim=(1, 2, 3, 4), keepdim=True)
-
-
 def flow_loss(
     model: nn.Module,
     data: LatentSet,
     text: CaptionEncoder,
     phase: TransformerPhase,
     step: Step,
-    *,
-    teacher: nn.Module | None = None,
     drop: float = 0.1,
 ) -> Tensor:
-    """Mean squared error of the predicted velocity, in bfloat16 autocast.
-
-    The target is the path's velocity, or what a teacher predicts for the same noisy input.
-    """
+    """Mean squared error of the predicted velocity, in bfloat16 autocast."""
     latents, captions = _draw(data, phase, step, drop)
     noise = torch.randn(latents.shape, generator=step.generator)
     sigma = spread_times(step.number, len(latents), phase.shift)
-    inputs = {
-        "hidden_states": add_noise(latents, noise, sigma),
-        "timestep": sigma * NUM_TRAIN_TIMESTEPS,
-        "encoder_hidden_states": text(captions),
-        "return_dict": False,
-    }
-    target = flow_target(latents, noise)
     with torch.autocast("cpu", torch.bfloat16):
-        if teacher is not None:
-            with torch.no_grad():
-                target = teacher(**inputs)[0].float()
-        predicted = model(**inputs)[0]
-    weight = foreground_weight(latents, sigma, phase.foreground_weight)
-    return ((predicted.float() - target).square() * weight).mean()
+        predicted = model(
+            add_noise(latents, noise, sigma),
+            timestep=sigma * NUM_TRAIN_TIMESTEPS,
+            encoder_hidden_states=text(captions),
+            return_dict=False,
+        )[0]
+    return (predicted.float() - flow_target(latents, noise)).square().mean()
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
