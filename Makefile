@@ -43,7 +43,7 @@ contracts: $(READY)
 
 tests: $(READY)
 	@echo "Tests"
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 coverage: $(READY)
 	$(BIN)/python -m pytest tests/core tests/backends tests/models --cov=nabla_attn.core \

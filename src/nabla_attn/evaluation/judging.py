@@ -1,5 +1,6 @@
 """Judge a pipeline on held-out prompts, with any attention algorithm; interrupted runs go on."""
 
+import json
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,7 @@ from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import model_name
 from nabla_attn.generation.request import GenerationRequest
 from nabla_attn.record import RunRecord, collect_versions, describe_device
+from nabla_attn.schedule import Schedule
 from nabla_attn.world.caption import describe
 from nabla_attn.world.judge import score
 from nabla_attn.world.scene import held_out_scenes
@@ -80,7 +82,11 @@ def _kept_prompts(path: Path | None, config: dict[str, Any]) -> list[dict[str, A
     if path is None or not path.exists():
         return []
     kept = RunRecord.load(path)
-    if kept.config != config:
+    schedule = kept.config.get("schedule")
+    if schedule is not None:
+        # Written before the schedule had all of its rules: those missing have their defaults.
+        schedule = json.loads(Schedule.from_dict(schedule).to_json())
+    if kept.config | {"schedule": schedule} != config:
         raise ValueError(f"{path} was made with other settings. Remove it or choose another name.")
     return list(kept.numbers["prompts"])
 
