@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from nabla_attn.core.block_map import BlockMap
 from nabla_attn.shapes import Float
 
-# Bytes of one batched product's scores: small enough for a CPU core's L2 cache.
+# Bytes of one batched product's scores, on a CPU for each thread: small enough for its L2 cache.
 MAX_BYTES = {"cpu": 2**20}
 MAX_BYTES_ELSEWHERE = 2**27
 
@@ -52,7 +52,10 @@ def _buckets(block_map: BlockMap, dtype: torch.dtype) -> Iterator[_Bucket]:
     starts = counts.cumsum(0) - counts
     order = counts.argsort()
     bias = _key_bias(block_map, dtype)
-    max_scores = MAX_BYTES.get(mask.device.type, MAX_BYTES_ELSEWHERE) // dtype.itemsize
+    max_bytes = MAX_BYTES.get(mask.device.type, MAX_BYTES_ELSEWHERE)
+    if mask.device.type == "cpu":
+        max_bytes *= torch.get_num_threads()
+    max_scores = max_bytes // dtype.itemsize
     kept_sizes, group_sizes = (
         x.tolist() for x in torch.unique_consecutive(counts[order], return_counts=True)
     )
