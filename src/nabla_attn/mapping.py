@@ -68,7 +68,7 @@ def map_blocks(
             share_pairs_(kept.view(-1, *shape[2:]))
         kept = kept if segments is None else kept & segments
         return block_map_of(kept.expand(shape), layout, text_valid)
-    q_pooled, k_pooled = (_pool(x, layout, is_raster).flatten(0, 1) for x in (q, k))
+    q_pooled, k_pooled = (pool_video(x, layout, is_raster=is_raster).flatten(0, 1) for x in (q, k))
     if pair_queries == "pool":
         q_pooled = mean_of_pairs(q_pooled, block_order(layout, device).counts[: grid.num_blocks])
     # The strips of text stay as they are: kept.
@@ -106,8 +106,16 @@ def check_pairing(pair_queries: str | None) -> None:
         raise ValueError(f"unknown pair_queries {pair_queries!r}; expected None or one of {PAIRS}.")
 
 
-def _pool(x: Tensor, layout: TokenLayout, is_raster: bool) -> Tensor:
-    """Means of the video's blocks [batch, heads, blocks, dim], a few heads at a time."""
+def pool_video(
+    x: Float[Tensor, "batch heads slots dim"], layout: TokenLayout, *, is_raster: bool = False
+) -> Float[Tensor, "batch heads blocks dim"]:
+    """Means of the video's blocks, text left out, in fp32; a few heads at a time.
+
+    Args:
+        x: queries or keys in block order.
+        layout: where the tokens are.
+        is_raster: x is in raster order.
+    """
     counts = block_order(layout, x.device).counts[: layout.grid.num_blocks]
 
     def pool(part: Tensor) -> Tensor:

@@ -89,12 +89,12 @@ def test_gather_does_not_depend_on_its_scratch_size(seed, max_bytes):
     grid = na.TokenGrid(3, 9, 16)
     inputs = random_qkv(grid, batch=2)
     expected = na.nabla_attention(*inputs, grid, na.parse("nabla-0.4"), backend="gather")
-    before = dict(gather.MAX_BYTES)
-    gather.MAX_BYTES["cpu"] = max_bytes
+    before = gather.CPU_BYTES_PER_THREAD
+    gather.CPU_BYTES_PER_THREAD = max_bytes
     try:
         out = na.nabla_attention(*inputs, grid, na.parse("nabla-0.4"), backend="gather")
     finally:
-        gather.MAX_BYTES.update(before)
+        gather.CPU_BYTES_PER_THREAD = before
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=0)
 
 

@@ -1,7 +1,7 @@
 """Gathered blocks in plain torch operations: forward and backward on any device.
 
 Query blocks that keep the same number of key blocks form one batched product over their gathered
-keys and values. Scratch memory is bounded by `MAX_BYTES`; the backward recomputes probabilities.
+keys and values. Scratch memory is bounded by `_max_scores`; the backward recomputes probabilities.
 """
 
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 from nabla_attn.core.block_map import BlockMap
 from nabla_attn.shapes import Float
 
-# Bytes of one batched product's scores, on a CPU for each thread: small enough for its L2 cache.
-MAX_BYTES = {"cpu": 2**20}
+# Bytes of one batched product's scores: those of a CPU's thread fit the L2 cache of its core.
+CPU_BYTES_PER_THREAD = 2**20
 MAX_BYTES_ELSEWHERE = 2**27
 
 
@@ -52,10 +52,7 @@ def _buckets(block_map: BlockMap, dtype: torch.dtype) -> Iterator[_Bucket]:
     starts = counts.cumsum(0) - counts
     order = counts.argsort()
     bias = _key_bias(block_map, dtype)
-    max_bytes = MAX_BYTES.get(mask.device.type, MAX_BYTES_ELSEWHERE)
-    if mask.device.type == "cpu":
-        max_bytes *= torch.get_num_threads()
-    max_scores = max_bytes // dtype.itemsize
+    max_scores = _max_scores(mask.device, dtype)
     kept_sizes, group_sizes = (
         x.tolist() for x in torch.unique_consecutive(counts[order], return_counts=True)
     )
@@ -72,6 +69,13 @@ def _buckets(block_map: BlockMap, dtype: torch.dtype) -> Iterator[_Bucket]:
                 sample = (head // heads) * kv_blocks if bias.shape[0] > kv_blocks else 0 * head
                 row_bias = bias[columns[index] + sample[:, None]].flatten(1)[:, None]
             yield _Bucket(rows, column, row_bias)
+
+
+def _max_scores(device: torch.device, dtype: torch.dtype) -> int:
+    """Scores of one batched product."""
+    if device.type == "cpu":
+        return CPU_BYTES_PER_THREAD * torch.get_num_threads() // dtype.itemsize
+    return MAX_BYTES_ELSEWHERE // dtype.itemsize
 
 
 def _key_bias(block_map: BlockMap, dtype: torch.dtype) -> Tensor | None:

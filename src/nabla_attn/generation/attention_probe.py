@@ -8,7 +8,8 @@ from torch import Tensor
 
 from nabla_attn.core.block_map import BlockMap
 from nabla_attn.core.order import TokenLayout, block_order, to_blocks
-from nabla_attn.core.scores import pool_blocks, score_blocks
+from nabla_attn.core.scores import score_blocks
+from nabla_attn.mapping import pool_video
 from nabla_attn.models.maps import map_of_last_sample
 from nabla_attn.models.plan import Layer, plan_of
 
@@ -64,9 +65,7 @@ def block_call(
 
 def pooled_scores(call: BlockCall) -> Tensor:
     """Probabilities of the pooled map of this call's tokens, fp32 [heads, blocks, blocks]."""
-    grid = call.layout.grid
-    counts = block_order(call.layout, call.q.device).counts[: grid.num_blocks]
-    q, k = (pool_blocks(x[:, :, : grid.num_slots], counts) for x in (call.q, call.k))
+    q, k = (pool_video(x, call.layout) for x in (call.q, call.k))
     return score_blocks(q, k, scale=call.scale)[0]
 
 
