@@ -11,6 +11,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import scaled_dot_product_attention
 
 from nabla_attn.core.block_map import BlockMap
 from nabla_attn.shapes import Float
@@ -50,7 +51,8 @@ def _buckets(block_map: BlockMap, dtype: torch.dtype) -> Iterator[_Bucket]:
     counts = rows_mask.sum(dim=1)
     columns = rows_mask.nonzero()[:, 1]
     starts = counts.cumsum(0) - counts
-    order = counts.argsort()
+    # Rows of one head stay together: they read the same keys.
+    order = counts.argsort(stable=True)
     bias = _key_bias(block_map, dtype)
     max_scores = _max_scores(mask.device, dtype)
     kept_sizes, group_sizes = (
@@ -99,10 +101,11 @@ class _GatherAttention(torch.autograd.Function):
         block = block_map.block_tokens
         q_rows, k_rows, v_rows = (_as_rows(x, block) for x in (q, k, v))
         out = torch.zeros_like(q_rows)
+        product = _fused_product if _prefers_fused(q) else _product
         for bucket in _buckets(block_map, q.dtype):
             keys, values = _gather(k_rows, bucket), _gather(v_rows, bucket)
-            probs = _probabilities(q_rows[bucket.rows], keys, bucket.bias, scale)
-            out.index_copy_(0, bucket.rows, probs @ values)
+            part = product(q_rows[bucket.rows], keys, values, bucket.bias, scale)
+            out.index_copy_(0, bucket.rows, part)
         out = out.view(q.shape)
         ctx.save_for_backward(q, k, v, out)
         ctx.block_map, ctx.scale = block_map, scale  # type: ignore[attr-defined]
@@ -143,6 +146,25 @@ def _gather(rows: Tensor, bucket: _Bucket) -> Tensor:
     """[group, kept * block tokens, dim] of the bucket's key blocks."""
     blocks = rows.index_select(0, bucket.columns.flatten())
     return blocks.view(bucket.columns.shape[0], -1, rows.shape[-1])
+
+
+def _prefers_fused(q: Tensor) -> bool:
+    """A CPU's SDPA passes over the scores while they are in its cache; in bf16 it casts them."""
+    return q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
+
+
+def _fused_product(
+    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float
+) -> Tensor:
+    mask = None if bias is None else bias[:, None]
+    rows = (x[:, None] for x in (queries, keys, values))
+    return scaled_dot_product_attention(*rows, attn_mask=mask, scale=scale)[:, 0]
+
+
+def _product(
+    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float
+) -> Tensor:
+    return _probabilities(queries, keys, bias, scale) @ values
 
 
 def _probabilities(queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float) -> Tensor:
