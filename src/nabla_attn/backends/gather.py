@@ -1,7 +1,8 @@
 """Gathered blocks in plain torch operations: forward and backward on any device.
 
 Query blocks that keep the same number of key blocks form one batched product over their gathered
-keys and values. Scratch memory is bounded by `_max_scores`; the backward recomputes probabilities.
+keys and values; on a CPU several products run side by side. Scratch memory is bounded by
+`_max_scores`; the backward recomputes probabilities.
 """
 
 from collections.abc import Iterator
@@ -13,10 +14,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
+from nabla_attn.backends.workers import for_each, num_workers
 from nabla_attn.core.block_map import BlockMap
 from nabla_attn.shapes import Float
 
-# Bytes of one batched product's scores: those of a CPU's thread fit the L2 cache of its core.
+# Bytes of one batched product's scores: on a CPU they fit the L2 cache of a core.
 CPU_BYTES_PER_THREAD = 2**20
 MAX_BYTES_ELSEWHERE = 2**27
 
@@ -40,43 +42,59 @@ class _Bucket:
     """Query blocks with equally many kept key blocks, as rows of the flattened block tables."""
 
     rows: Tensor  # [group]
-    columns: Tensor  # [group, kept]
+    columns: Tensor  # [group * kept]
     bias: Tensor | None  # [group, 1, kept * block_tokens], -inf at keys that are not valid
 
 
-def _buckets(block_map: BlockMap, dtype: torch.dtype) -> Iterator[_Bucket]:
-    mask = block_map.mask
-    _, heads, q_blocks, kv_blocks = mask.shape
-    rows_mask = mask.reshape(-1, kv_blocks)
-    counts = rows_mask.sum(dim=1)
-    columns = rows_mask.nonzero()[:, 1]
-    starts = counts.cumsum(0) - counts
-    # Rows of one head stay together: they read the same keys.
-    order = counts.argsort(stable=True)
-    bias = _key_bias(block_map, dtype)
-    max_scores = _max_scores(mask.device, dtype)
-    kept_sizes, group_sizes = (
-        x.tolist() for x in torch.unique_consecutive(counts[order], return_counts=True)
-    )
-    for kept, group in zip(kept_sizes, order.split(group_sizes), strict=True):
-        if kept == 0:
-            continue
-        chunk = max(1, max_scores // (kept * block_map.block_tokens**2))
-        for rows in group.split(chunk):
-            index = starts[rows, None] + torch.arange(kept, device=mask.device)
-            head = rows // q_blocks
-            column = columns[index] + (head * kv_blocks)[:, None]
-            row_bias = None
-            if bias is not None:
-                sample = (head // heads) * kv_blocks if bias.shape[0] > kv_blocks else 0 * head
-                row_bias = bias[columns[index] + sample[:, None]].flatten(1)[:, None]
-            yield _Bucket(rows, column, row_bias)
+class _Buckets:
+    """All rows of some heads that keep a key block, in the order of how many they keep.
+
+    Heads are counted over all samples.
+    """
+
+    def __init__(
+        self, block_map: BlockMap, dtype: torch.dtype, some_heads: slice = slice(None)
+    ) -> None:
+        _, heads, q_blocks, kv_blocks = block_map.mask.shape
+        mask = block_map.mask.flatten(0, 1)[some_heads].flatten(0, 1)
+        counts = mask.sum(dim=1)
+        # Rows of one head stay together: they read the same keys.
+        order = counts.argsort(stable=True)
+        self._rows = order + (some_heads.start or 0) * q_blocks
+        row, column = mask[order].nonzero(as_tuple=True)
+        head = self._rows[row] // q_blocks
+        self._columns = column + head * kv_blocks
+        self._bias = _key_bias(block_map, dtype)
+        is_own = self._bias is not None and self._bias.shape[0] > kv_blocks
+        self._keys = column + (head // heads) * kv_blocks if is_own else column
+        max_scores = _max_scores(mask.device, dtype)
+        # Long rows first: threads that share the work end together.
+        self.slices = list(self._cut(counts, max_scores // block_map.block_tokens**2))[::-1]
+
+    def _cut(self, counts: Tensor, max_blocks: int) -> Iterator[tuple[slice, slice]]:
+        """Rows and the columns they keep, at most `max_blocks` of them if rows are more than 1."""
+        sizes = torch.unique(counts, return_counts=True)
+        row = column = 0
+        for kept, group in zip(*(x.tolist() for x in sizes), strict=True):
+            end, step = row + group, max(1, max_blocks // max(1, kept))
+            while row < end:
+                rows = min(step, end - row)
+                if kept > 0:
+                    yield slice(row, row + rows), slice(column, column + rows * kept)
+                row, column = row + rows, column + rows * kept
+
+    def bucket(self, rows: slice, columns: slice) -> _Bucket:
+        bias = None
+        if self._bias is not None:
+            keys = self._bias.index_select(0, self._keys[columns])
+            bias = keys.view(rows.stop - rows.start, 1, -1)
+        return _Bucket(self._rows[rows], self._columns[columns], bias)
 
 
 def _max_scores(device: torch.device, dtype: torch.dtype) -> int:
     """Scores of one batched product."""
     if device.type == "cpu":
-        return CPU_BYTES_PER_THREAD * torch.get_num_threads() // dtype.itemsize
+        return CPU_BYTES_PER_THREAD // dtype.itemsize
     return MAX_BYTES_ELSEWHERE // dtype.itemsize
 
 
@@ -102,10 +120,16 @@ class _GatherAttention(torch.autograd.Function):
         q_rows, k_rows, v_rows = (_as_rows(x, block) for x in (q, k, v))
         out = torch.zeros_like(q_rows)
         product = _fused_product if _prefers_fused(q) else _product
-        for bucket in _buckets(block_map, q.dtype):
+
+        buckets = _Buckets(block_map, q.dtype)
+
+        def attend_slice(part: tuple[slice, slice]) -> None:
+            bucket = buckets.bucket(*part)
             keys, values = _gather(k_rows, bucket), _gather(v_rows, bucket)
-            part = product(q_rows[bucket.rows], keys, values, bucket.bias, scale)
-            out.index_copy_(0, bucket.rows, part)
+            result = product(q_rows[bucket.rows], keys, values, bucket.bias, scale)
+            out.index_copy_(0, bucket.rows, result)
+
+        for_each(attend_slice, buckets.slices, q.device)
         out = out.view(q.shape)
         ctx.save_for_backward(q, k, v, out)
         ctx.block_map, ctx.scale = block_map, scale  # type: ignore[attr-defined]
@@ -123,16 +147,26 @@ class _GatherAttention(torch.autograd.Function):
         grad_q = torch.zeros_like(q_rows)
         grad_k, grad_v = (torch.zeros_like(x, dtype=accumulate) for x in (k_rows, v_rows))
         inner = (g_rows.to(accumulate) * _as_rows(out, block).to(accumulate)).sum(-1, keepdim=True)
-        for bucket in _buckets(block_map, q.dtype):
-            queries, grad = q_rows[bucket.rows], g_rows[bucket.rows]
-            keys, values = _gather(k_rows, bucket), _gather(v_rows, bucket)
-            probs = _probabilities(queries, keys, bucket.bias, scale)
-            grad_probs = grad @ values.transpose(1, 2)
-            centre = inner[bucket.rows].to(q.dtype)
-            grad_scores = grad_probs.sub_(centre).mul_(probs).mul_(scale)
-            grad_q.index_copy_(0, bucket.rows, grad_scores @ keys)
-            _scatter_add(grad_k, bucket, grad_scores.transpose(1, 2) @ queries)
-            _scatter_add(grad_v, bucket, probs.transpose(1, 2) @ grad)
+
+        def differentiate(heads: slice) -> None:
+            buckets = _Buckets(block_map, q.dtype, heads)
+            for part in buckets.slices:
+                bucket = buckets.bucket(*part)
+                queries, grad = q_rows[bucket.rows], g_rows[bucket.rows]
+                keys, values = _gather(k_rows, bucket), _gather(v_rows, bucket)
+                probs = _probabilities(queries, keys, bucket.bias, scale)
+                grad_probs = grad @ values.transpose(1, 2)
+                centre = inner[bucket.rows].to(q.dtype)
+                grad_scores = grad_probs.sub_(centre).mul_(probs).mul_(scale)
+                grad_q.index_copy_(0, bucket.rows, grad_scores @ keys)
+                _scatter_add(grad_k, bucket, grad_scores.transpose(1, 2) @ queries)
+                _scatter_add(grad_v, bucket, probs.transpose(1, 2) @ grad)
+
+        # Heads share no keys: whatever runs side by side, sums keep their order.
+        num_heads = block_map.mask[:, :, 0, 0].numel()
+        each = -(-num_heads // num_workers(q.device))
+        heads = [slice(start, start + each) for start in range(0, num_heads, each)]
+        for_each(differentiate, heads, q.device)
         grads = (grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype))
         return (*(grad.view(q.shape) for grad in grads), None, None)
 
@@ -144,8 +178,8 @@ def _as_rows(x: Tensor, block: int) -> Tensor:
 
 def _gather(rows: Tensor, bucket: _Bucket) -> Tensor:
     """[group, kept * block tokens, dim] of the bucket's key blocks."""
-    blocks = rows.index_select(0, bucket.columns.flatten())
-    return blocks.view(bucket.columns.shape[0], -1, rows.shape[-1])
+    blocks = rows.index_select(0, bucket.columns)
+    return blocks.view(len(bucket.rows), -1, rows.shape[-1])
 
 
 def _prefers_fused(q: Tensor) -> bool:
@@ -157,8 +191,8 @@ def _fused_product(
     queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float
 ) -> Tensor:
     mask = None if bias is None else bias[:, None]
-    rows = (x[:, None] for x in (queries, keys, values))
-    return scaled_dot_product_attention(*rows, attn_mask=mask, scale=scale)[:, 0]
+    q, k, v = (x[:, None] for x in (queries, keys, values))
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[:, 0]
 
 
 def _product(
@@ -178,4 +212,4 @@ def _probabilities(queries: Tensor, keys: Tensor, bias: Tensor | None, scale: fl
 
 def _scatter_add(total: Tensor, bucket: _Bucket, grad: Tensor) -> None:
     blocks = grad.to(total.dtype).view(-1, *total.shape[1:])
-    total.index_add_(0, bucket.columns.flatten(), blocks)
+    total.index_add_(0, bucket.columns, blocks)

@@ -1,11 +1,15 @@
 """The ``nabla`` command: one short module per verb, imported when the verb is used."""
 
+import os
 from importlib.metadata import version as installed_version
 from typing import Annotated
 
 import typer
 
 from nabla_attn.cli.group import VerbGroup
+
+# Idle OpenMP threads would spin on cores that other threads and programs need. Read by torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(
     name="nabla",
