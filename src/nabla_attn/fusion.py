@@ -15,13 +15,23 @@ MAX_VARIANTS = 128
 
 
 def fused(
-    function: Callable[..., Any], num_elements: int, device: torch.device
+    function: Callable[..., Any],
+    num_elements: int,
+    device: torch.device,
+    dynamic: bool | None = None,
 ) -> Callable[..., Any]:
-    """`function` compiled if its work is large and a compiler is here, else `function` itself."""
+    """`function` compiled if its work is large and a compiler is here, else `function` itself.
+
+    Args:
+        function: what to compile.
+        num_elements: its work.
+        device: where it runs.
+        dynamic: as in `compiled`.
+    """
     is_small = num_elements < MIN_ELEMENTS
     if is_small or torch.compiler.is_compiling() or why_not_compile(device) is not None:
         return function
-    return compiled(function)
+    return compiled(function, dynamic)
 
 
 @lru_cache(maxsize=1)
@@ -46,7 +56,8 @@ def compiled(
 
     Args:
         function: what to compile.
-        dynamic: False compiles anew for each size; None makes sizes that change variable.
+        dynamic: False compiles anew for each size, True once for all but 1; None makes sizes that
+            change variable.
         max_autotune: try more kernels than the compiler's first choice.
     """
     options: dict[str, Any] | None = {"max_autotune": True} if max_autotune else None
@@ -54,7 +65,11 @@ def compiled(
 
     def call(*args: Any) -> Any:
         # A long-lived process meets more dtypes, head sizes and layouts than the default of 8.
-        with torch._dynamo.config.patch(recompile_limit=MAX_VARIANTS):
+        # Sizes that happen to be equal are not the same size.
+        with (
+            torch._dynamo.config.patch(recompile_limit=MAX_VARIANTS),
+            torch.fx.experimental._config.patch(use_duck_shape=False),  # type: ignore[attr-defined]
+        ):
             return run(*args)
 
     return call

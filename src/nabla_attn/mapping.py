@@ -8,7 +8,7 @@ from torch import Tensor
 from nabla_attn.config import SparseConfig
 from nabla_attn.core.block_map import BlockMap, block_map_of, whole_block_map
 from nabla_attn.core.order import TokenLayout, block_order, to_blocks
-from nabla_attn.core.scores import pool_blocks, score_blocks
+from nabla_attn.core.scores import pool_blocks, pool_raster, score_blocks, split_raster
 from nabla_attn.core.select import count_of_share, select_by_mass, select_top
 from nabla_attn.core.tiles import mean_of_pairs, share_pairs_
 from nabla_attn.core.window import build_first_frame_map, build_segment_map, build_window_map
@@ -116,15 +116,19 @@ def pool_video(
         layout: where the tokens are.
         is_raster: x is in raster order.
     """
-    counts = block_order(layout, x.device).counts[: layout.grid.num_blocks]
+    grid, counts = layout.grid, block_order(layout, x.device).counts[: layout.grid.num_blocks]
+    if is_raster and not layout.is_ragged and not layout.num_text:
+        run = fused(pool_raster, x.numel(), x.device, dynamic=True)
+        if run is not pool_raster:
+            return torch.stack([run(split_raster(sample, grid)) for sample in x])
+    run = fused(pool_blocks, x.numel(), x.device, dynamic=True)
 
     def pool(part: Tensor) -> Tensor:
         part = to_blocks(part, layout) if is_raster else part
-        return pool_blocks(part[:, :, : layout.grid.num_slots], counts)
+        # One sample at a time: a batch of 1 and one of 2 would be compiled apart.
+        return torch.stack([run(sample[:, : grid.num_slots], counts) for sample in part])
 
     heads = max(1, PANEL_TOKENS // (x.shape[0] * x.shape[2] * x.shape[3]))
-    if heads >= x.shape[1]:
-        return pool(x)
     return torch.cat([pool(part) for part in x.split(heads, dim=1)], dim=1)
 
 

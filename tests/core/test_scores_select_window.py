@@ -7,7 +7,7 @@ from tests.oracle import ODD_GRIDS, row_mass_keep
 
 import nabla_attn as na
 from nabla_attn.core.order import TokenLayout, block_order, to_blocks
-from nabla_attn.core.scores import pool_blocks, score_blocks
+from nabla_attn.core.scores import pool_blocks, pool_raster, score_blocks, split_raster
 from nabla_attn.core.select import select_by_mass, select_top_share
 from nabla_attn.core.window import build_first_frame_map, build_segment_map, build_window_map
 
@@ -133,3 +133,13 @@ def test_bisection_equals_sorting(seed, size, spread):
 def test_rows_that_are_not_numbers_are_kept_whole():
     probs = torch.tensor([[float("nan")] * 3, [0.2, 0.3, 0.5]])
     assert select_by_mass(probs, 0.5).tolist() == [[True] * 3, [False, False, True]]
+
+
+@pytest.mark.parametrize("block", [na.BlockShape(), na.BlockShape(2, 4, 8)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_pooling_in_raster_order_is_pooling_of_blocks(block, dtype):
+    grid = na.TokenGrid(4, 16, 24, block=block)
+    x = torch.randn(2, 3, grid.num_tokens, 8).to(dtype)
+    counts = torch.full((grid.num_blocks,), block.tokens)
+    pooled = pool_raster(split_raster(x, grid))
+    torch.testing.assert_close(pooled, pool_blocks(na.to_blocks(x, grid), counts))

@@ -1,16 +1,18 @@
 """How much each query block wants each key block: masked mean pooling, product, softmax."""
 
+from dataclasses import astuple
 from math import sqrt
 
 import torch
 from torch import Tensor
 
+from nabla_attn.core.grid import TokenGrid
 from nabla_attn.shapes import Bool, Float, Int
 
 
 def pool_blocks(
-    x: Float[Tensor, "batch heads slots dim"], counts: Int[Tensor, " blocks"]
-) -> Float[Tensor, "batch heads blocks dim"]:
+    x: Float[Tensor, "*batch heads slots dim"], counts: Int[Tensor, " blocks"]
+) -> Float[Tensor, "*batch heads blocks dim"]:
     """Mean of the tokens of each block, in fp32 whatever the input (fp64 stays fp64).
 
     Args:
@@ -20,8 +22,26 @@ def pool_blocks(
     Source: arXiv:2507.13546 Alg. 1 lines 1-4; reference wan/modules/attention.py:262-263.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    sums = x.unflatten(2, (counts.numel(), -1)).sum(dim=3, dtype=dtype)
+    sums = x.unflatten(-2, (counts.numel(), -1)).sum(dim=-2, dtype=dtype)
     return sums / counts.to(dtype)[:, None]
+
+
+def pool_raster(
+    x: Float[Tensor, "*batch heads times frames rows height columns width dim"],
+) -> Float[Tensor, "*batch heads blocks dim"]:
+    """`pool_blocks` of tokens in raster order that fill their blocks: read once, not reordered.
+
+    Args:
+        x: queries or keys, as `split_raster` sees them.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.to(dtype).mean(dim=(-6, -4, -2)).flatten(-4, -2)
+
+
+def split_raster(x: Float[Tensor, "*batch heads tokens dim"], grid: TokenGrid) -> Tensor:
+    """A view with the axes of blocks and of their tokens apart; no edge may be ragged."""
+    sides = zip(grid.blocks, astuple(grid.block), strict=True)
+    return x.unflatten(-2, [size for side in sides for size in side])
 
 
 def score_blocks(
