@@ -59,6 +59,7 @@ test-diffusers: $(READY)
 	PYTHONPATH=$(VENV)/diffusers-$(VERSION) $(BIN)/python -m pytest tests/models -m "not gpu"
 
 bench: $(READY)
+	$(BIN)/nabla bench
 	$(BIN)/nabla bench --docs docs
 
 bench-gpu:
