@@ -23,8 +23,8 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	@echo "One prompt, dense and NABLA attention, same seed: pictures, videos and a table in out/demo"
-	$(BIN)/nabla compare --prompt "a large red circle moving right" \
-		--sparse-algo nabla-0.5 --sparse-algo nabla-0.3 --output out/demo
+	$(BIN)/nabla compare --prompt "a large blue square moving down" --seed 3 --frames 81 \
+		--sparse-algo nabla-0.3_sta-3-3-3 --sparse-algo nabla-0.5 --rounds 3 --output out/demo
 
 test: lint types contracts tests
 

@@ -32,6 +32,23 @@ def test_dense_first_then_each_algorithm_once(pipeline):
     assert sparse["speed_up"] == pytest.approx(times[0] / times[1], abs=1e-3)
 
 
+def test_rounds_run_in_turn_and_the_median_counts(pipeline):
+    labels = []
+
+    def start(label):
+        labels.append(label)
+        return lambda stage, done, total: None
+
+    runs = compare(pipeline, REQUEST, ["nabla-0.1"], rounds=3, progress=start)
+    assert labels == ["dense", "nabla-0.1"] * 3
+    for run in runs:
+        numbers = run.record.numbers
+        assert len(numbers["rounds"]) == 3
+        assert numbers["seconds"]["transformer"] == sorted(numbers["rounds"])[1]
+    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+        compare(pipeline, REQUEST, ["nabla-0.1"], rounds=0)
+
+
 def test_something_to_compare(pipeline):
     with pytest.raises(ValueError, match="nothing to compare"):
         compare(pipeline, REQUEST, ["dense"])

@@ -27,6 +27,9 @@ def compare(
         "out/compare"
     ),
     seed: opt.Seed = 0,
+    rounds: Annotated[
+        int, typer.Option(min=1, max=100, help="Runs of each, in turn; times are medians.")
+    ] = 1,
 ) -> None:
     """Compare algorithms with dense attention on one seed: picture, videos, records, table."""
     from nabla_attn.cli.progress import generation_bars
@@ -39,7 +42,7 @@ def compare(
     check_writable(output / "contact_sheet.png")
     pipeline = video.load()
     with generation_bars() as start:
-        runs = run_all(pipeline, requests[0], algos, progress=start)
+        runs = run_all(pipeline, requests[0], algos, rounds=rounds, progress=start)
     _write(runs, output, rate)
     _print_table(runs, output)
 

@@ -36,7 +36,8 @@ def select_by_mass(
     if not isinstance(threshold, Tensor):
         check_share("threshold", threshold)
         threshold = torch.tensor(threshold, dtype=probs.dtype, device=probs.device)
-    kept = _keep_until(probs, lambda above: torch.where(above, probs, 0), threshold)
+    zero = probs.new_zeros(())
+    kept = _keep_until(probs, lambda above: torch.where(above, probs, zero), threshold)
     # Rounding must not let a row fall short of 1, nor hide a row that is not a number.
     return kept | (threshold >= 1) | probs[..., :1].isnan()
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -37,39 +38,55 @@ def compare(
     request: GenerationRequest,
     algos: Sequence[str],
     *,
+    rounds: int = 1,
     progress: Callable[[str], Progress] | None = None,
 ) -> list[Run]:
     """Generate with dense attention and with each algorithm, from the same noise.
 
     Every algorithm first runs one untimed step, so that compiling and cold caches count nowhere.
+    Several rounds run in turn; the transformer's seconds are then medians, and the record holds
+    all of them.
 
     Args:
         pipeline: a text-to-video pipeline.
         request: what to make; its own algorithm is not used.
         algos: algorithms to compare with dense.
+        rounds: how often every algorithm runs.
         progress: gives the progress callback of an algorithm's run.
 
     Returns:
         One run per algorithm, dense first.
 
     Raises:
-        ValueError: no algorithm besides dense, an unknown one, or one the model cannot take.
+        ValueError: no algorithm besides dense, an unknown one, one the model cannot take, or no
+            round.
     """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}.")
     names = [name for name in dict.fromkeys(str(parse(algo)) for algo in algos) if name != "dense"]
     if not names:
         raise ValueError("nothing to compare with dense. Pass --sparse-algo nabla-0.7 or another.")
     check_request(pipeline, request)
-    runs: list[Run] = []
-    for name in ("dense", *names):
-        watch = progress(name) if progress else None
-        if watch:
-            watch("warm-up", 0, 1)
-        asked = request.with_algo(name)
-        warm_up(pipeline, asked)
-        frames, record = generate(pipeline, asked, progress=watch)
-        dense = runs[0] if runs else Run(frames, record)
-        runs.append(Run(frames, _with_comparison(frames, record, dense)))
-    return runs
+    made: dict[str, tuple[np.ndarray, RunRecord]] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in ("dense", *names)}
+    for _ in range(rounds):
+        for name in seconds:
+            watch = progress(name) if progress else None
+            asked = request.with_algo(name)
+            if name not in made:
+                if watch:
+                    watch("warm-up", 0, 1)
+                warm_up(pipeline, asked)
+            frames, record = generate(pipeline, asked, progress=watch)
+            seconds[name].append(record.numbers["seconds"]["transformer"])
+            made.setdefault(name, (frames, record))
+    runs = [Run(made[name][0], _with_rounds(made[name][1], seconds[name])) for name in made]
+    return [Run(run.frames, _with_comparison(run.frames, run.record, runs[0])) for run in runs]
+
+
+def _with_rounds(record: RunRecord, seconds: list[float]) -> RunRecord:
+    stages = record.numbers["seconds"] | {"transformer": median(seconds)}
+    return replace(record, numbers=record.numbers | {"seconds": stages, "rounds": seconds})
 
 
 def _with_comparison(frames: np.ndarray, record: RunRecord, dense: Run) -> RunRecord:
