@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils._triton import has_triton
 
 # Below this many elements a chain takes well under a millisecond, and compiling takes seconds.
@@ -29,7 +30,9 @@ def fused(
         dynamic: as in `compiled`.
     """
     is_small = num_elements < MIN_ELEMENTS
-    if is_small or torch.compiler.is_compiling() or why_not_compile(device) is not None:
+    # What watches every operation, such as a count of FLOPs, must see them one by one.
+    is_watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    if is_small or is_watched or why_not_compile(device) is not None:
         return function
     return compiled(function, dynamic)
 

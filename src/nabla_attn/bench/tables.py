@@ -79,7 +79,22 @@ def _attention_table(results: list[dict[str, Any]]) -> list[str]:
             else:
                 rows.append(_attention_row(result, name, numbers))
     lines = table([*head, "of matmul", "error / budget"], rows)
-    return lines + [f"- {name}: not run, {reason}." for name, reason in absent.items()] + [""]
+    lines += [f"- {name}: not run, {reason}." for name, reason in absent.items()]
+    return [*lines, *_bounds(results), ""]
+
+
+def _bounds(results: list[dict[str, Any]]) -> list[str]:
+    """The share of ideal at the full matrix rate: what dense attention leaves to gain."""
+    rates: dict[str, list[float]] = {}
+    for result in results:
+        for numbers in result["contenders"].values():
+            if numbers.get("is_dense") and "share_of_matmul" in numbers:
+                what = f"{result['dtype']} {result['direction']}"
+                rates.setdefault(what, []).append(numbers["share_of_matmul"])
+    if not rates:
+        return []
+    bounds = "; ".join(f"{what} {1 / max(rate):.2f}" for what, rate in rates.items())
+    return [f"- Share of ideal if every product ran at the full matrix rate: {bounds}."]
 
 
 def _attention_row(result: dict[str, Any], name: str, numbers: dict[str, Any]) -> list[str]:

@@ -7,17 +7,20 @@ import torch
 from torch import Tensor
 
 from nabla_attn.core.grid import TokenGrid
-from nabla_attn.shapes import Bool, Float, Int
+from nabla_attn.shapes import Bool, Float
 
 
-def pool_blocks(
-    x: Float[Tensor, "*batch heads slots dim"], counts: Int[Tensor, " blocks"]
-) -> Float[Tensor, "*batch heads blocks dim"]:
+# The two ways to pool are compiled for all sizes at once, which checks of shapes would forbid.
+def pool_blocks(x: Tensor, counts: Tensor) -> Tensor:
     """Mean of the tokens of each block, in fp32 whatever the input (fp64 stays fp64).
 
     Args:
-        x: queries or keys in block order, empty slots zero (see `order.to_blocks`).
-        counts: tokens of each block; empty slots are not counted.
+        x: queries or keys in block order [..., slots, dim], empty slots zero (see
+            `order.to_blocks`).
+        counts: tokens of each block [blocks]; empty slots are not counted.
+
+    Returns:
+        [..., blocks, dim].
 
     Source: arXiv:2507.13546 Alg. 1 lines 1-4; reference wan/modules/attention.py:262-263.
     """
@@ -26,13 +29,15 @@ def pool_blocks(
     return sums / counts.to(dtype)[:, None]
 
 
-def pool_raster(
-    x: Float[Tensor, "*batch heads times frames rows height columns width dim"],
-) -> Float[Tensor, "*batch heads blocks dim"]:
+def pool_raster(x: Tensor) -> Tensor:
     """`pool_blocks` of tokens in raster order that fill their blocks: read once, not reordered.
 
     Args:
-        x: queries or keys, as `split_raster` sees them.
+        x: queries or keys as `split_raster` sees them, [..., times, frames, rows, height, columns,
+            width, dim].
+
+    Returns:
+        [..., blocks, dim].
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     return x.to(dtype).mean(dim=(-6, -4, -2)).flatten(-4, -2)
