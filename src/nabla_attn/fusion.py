@@ -1,7 +1,7 @@
 """Chains of small tensor operations, fused by torch.compile where that pays for its compilation."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -78,7 +78,8 @@ def compiled(
     return call
 
 
-def take_any_length(*tensors: Tensor) -> None:
-    """Let what is compiled for these tensors serve any length but 1 of their first axis."""
+def take_any_length(*tensors: Tensor, axes: Iterable[int] = (0,)) -> None:
+    """Let what is compiled for these tensors serve any length but 1 of some axes."""
     for tensor in tensors:
-        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        for axis in axes:
+            torch._dynamo.maybe_mark_dynamic(tensor, axis)

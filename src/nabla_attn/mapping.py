@@ -8,7 +8,7 @@ from torch import Tensor
 from nabla_attn.config import SparseConfig
 from nabla_attn.core.block_map import BlockMap, block_map_of, whole_block_map
 from nabla_attn.core.order import TokenLayout, block_order, to_blocks
-from nabla_attn.core.scores import pool_blocks, pool_raster, score_blocks, split_raster
+from nabla_attn.core.scores import RASTER_AXES, pool_blocks, pool_raster, score_blocks, split_raster
 from nabla_attn.core.select import count_of_share, select_by_mass, select_top
 from nabla_attn.core.tiles import mean_of_pairs, share_pairs_
 from nabla_attn.core.window import build_first_frame_map, build_segment_map, build_window_map
@@ -78,20 +78,16 @@ def map_blocks(
     kept = whole[:, :, : grid.num_blocks, : grid.num_blocks].flatten(0, 1)
     mass = q_pooled.new_empty(q_pooled.shape[:2])
     run = fused(_select_panel, kept.numel(), device)
+    # A compiled kernel on a CPU reads and writes bytes ten times as fast as bools.
+    fixed = None if fixed is None else fixed.byte()
     target = _targets(layout, config).to(mass)
     for heads, rows in _panels(*kept.shape):
-        queries, keys = q_pooled[heads, rows], k_pooled[heads]
+        always, allowed = (None if x is None else x[rows] for x in (fixed, segments))
+        probs = score_blocks(q_pooled[heads, rows], k_pooled[heads], scale=scale, allowed=allowed)
         if run is not _select_panel:
-            take_any_length(queries, keys)
-        kept[heads, rows], mass[heads, rows] = run(
-            queries,
-            keys,
-            target[rows],
-            None if fixed is None else fixed[rows],
-            None if segments is None else segments[rows],
-            scale,
-            _rule(config),
-        )
+            take_any_length(probs)
+        kept_bytes, mass[heads, rows] = run(probs, target[rows], always, allowed, _rule(config))
+        kept[heads, rows] = kept_bytes.view(torch.bool)
     if pair_queries is not None:
         share_pairs_(kept)
         if segments is not None:
@@ -118,9 +114,11 @@ def pool_video(
     """
     grid, counts = layout.grid, block_order(layout, x.device).counts[: layout.grid.num_blocks]
     if is_raster and not layout.is_ragged and not layout.num_text:
-        run = fused(pool_raster, x.numel(), x.device, dynamic=True)
+        run = fused(pool_raster, x.numel(), x.device)
         if run is not pool_raster:
-            return torch.stack([run(split_raster(sample, grid)) for sample in x])
+            samples = [split_raster(sample, grid) for sample in x]
+            take_any_length(*samples, axes=RASTER_AXES)
+            return torch.stack([run(sample) for sample in samples])
     run = fused(pool_blocks, x.numel(), x.device, dynamic=True)
 
     def pool(part: Tensor) -> Tensor:
@@ -181,22 +179,18 @@ def _equal_slices(total: int, most: int) -> Iterator[slice]:
 
 
 def _select_panel(
-    q_pooled: Tensor,
-    k_pooled: Tensor,
-    target: Tensor,
-    fixed: Tensor | None,
-    segments: Tensor | None,
-    scale: float | None,
-    rule: str,
+    probs: Tensor, target: Tensor, fixed: Tensor | None, allowed: Tensor | None, rule: str
 ) -> tuple[Tensor, Tensor]:
-    """Kept blocks of some rows, and the probability mass that they hold."""
-    probs = score_blocks(q_pooled, k_pooled, scale=scale, allowed=segments)
+    """Kept blocks of some rows of some heads, as bytes, and the probability that they hold."""
+    # One axis for all rows of all heads: a compiler then loops over it once.
+    rows, targets = probs.flatten(0, 1), target.repeat(len(probs), 1)
     if rule == "mass":
-        kept = select_by_mass(probs, target)
+        kept = select_by_mass(rows, targets).view_as(probs)
     elif rule == "share":
-        kept = select_top(probs, target)
+        kept = select_top(rows, targets).view_as(probs)
     else:
         kept = torch.full_like(probs, rule == "all", dtype=torch.bool)
-    kept = kept if fixed is None else kept | fixed
-    kept = kept if segments is None else kept & segments
-    return kept, torch.where(kept, probs, 0).sum(dim=-1)
+    kept = kept if fixed is None else kept | (fixed > 0)
+    kept = kept if allowed is None else kept & allowed
+    kept_bytes = torch.where(kept, 1.0, 0.0).byte()
+    return kept_bytes, (probs * kept_bytes).sum(dim=-1)

@@ -21,7 +21,7 @@ def set_threads():
 def test_every_piece_is_done_once_and_the_threads_come_back(set_threads, threads):
     set_threads(threads)
     done = torch.zeros(50)
-    for_each(lambda piece: done[piece].add_(1), range(50), CPU)
+    for_each(lambda piece, _: done[piece].add_(1), range(50), CPU)
     assert (done == 1).all()
     assert torch.get_num_threads() == threads
 
@@ -31,7 +31,7 @@ def test_work_is_shared_and_each_worker_has_its_part_of_the_threads(set_threads)
     assert num_workers(CPU) == 3 and num_workers(torch.device("meta")) == 1
     meet, seen = threading.Barrier(3, timeout=60), []
 
-    def piece(_):
+    def piece(_, __):
         meet.wait()
         seen.append((torch.get_num_threads(), torch.is_grad_enabled()))
 
@@ -44,7 +44,7 @@ def test_an_error_ends_the_rest_and_is_raised(set_threads, threads):
     set_threads(threads)
     done = []
 
-    def piece(index):
+    def piece(index, _):
         if index == 3:
             raise IndexError("of the piece")
         done.append(index)

@@ -21,6 +21,7 @@ from nabla_attn.bench import (
 from nabla_attn.bench.inputs import make_inputs
 from nabla_attn.bench.maps import measure_map_share, measure_maps
 from nabla_attn.bench.measure import time_in_turn
+from nabla_attn.bench.rivals import diffusers_block_map
 from nabla_attn.bench.workloads import WORKLOADS, workload
 from nabla_attn.record import RunRecord
 
@@ -67,6 +68,8 @@ def test_attention_is_checked_and_timed(no_compiler):
     share = ours["speed_up"] * result["density"]
     assert ours["share_of_ideal"] == pytest.approx(share)
     assert "not in tests" in result["contenders"]["ours (flex)"]["why_not"]
+    assert list(result["stages"]) == ["reorder", "map", "attention"]
+    assert all(stage["median"] > 0 for stage in result["stages"].values())
     both = attention.measure_attention(SMALL, 0.4, CPU, rounds=1, backward=True)
     assert both["contenders"]["ours (gather)"]["seconds"]["median"] > 0
 
@@ -90,6 +93,32 @@ def test_gate_rows_are_the_map():
     assert {0, SMALL.grid.num_tokens - 1} <= set(rows.tolist())
     assert gate.check_output(out, inputs.q, inputs.k, inputs.v, rows, keep)["passed"]
     assert not gate.check_output(out, inputs.q, inputs.k, inputs.v, rows, None)["passed"]
+
+
+@pytest.mark.parametrize("own_block", [True, False])
+def test_a_contender_is_held_to_its_own_map(monkeypatch, own_block):
+    config = na.parse("nabla-0.4_sta-1-1-1")
+
+    def attend(q, k, v):
+        return na.nabla_attention(q, k, v, SMALL.grid, config)
+
+    def build(q, k):
+        return na.build_block_map(q, k, SMALL.grid, config)
+
+    other = contenders.Contender("other", attend, own_map=build if own_block else None)
+    monkeypatch.setattr(attention, "contenders", lambda *_, **__: [other])
+    result = attention.measure_attention(SMALL, 0.4, CPU, rounds=1)["contenders"]["other"]
+    assert result["gate"]["passed"] is own_block
+    if own_block:
+        inputs = make_inputs(SMALL, 0.4, CPU)
+        assert result["density"] == build(inputs.q, inputs.k).density
+
+
+def test_diffusers_map_is_ours_where_sums_are_exact_enough():
+    inputs = make_inputs(replace(SMALL, dtype=torch.float32), 0.4, CPU)
+    theirs = diffusers_block_map(inputs.q, inputs.k, SMALL.grid, inputs.config.threshold)
+    ours = na.build_block_map(inputs.q, inputs.k, SMALL.grid, inputs.config)
+    assert torch.equal(theirs.mask, ours.mask)
 
 
 def test_all_builders_make_the_same_map():

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
+from nabla_attn.backends.scratch import Scratch
 from nabla_attn.backends.workers import for_each, num_workers
 from nabla_attn.core.block_map import BlockMap
 from nabla_attn.shapes import Float
@@ -123,10 +124,12 @@ class _GatherAttention(torch.autograd.Function):
 
         buckets = _Buckets(block_map, q.dtype)
 
-        def attend_slice(part: tuple[slice, slice]) -> None:
+        def attend_slice(part: tuple[slice, slice], scratch: Scratch) -> None:
             bucket = buckets.bucket(*part)
-            keys, values = _gather(k_rows, bucket), _gather(v_rows, bucket)
-            result = product(q_rows[bucket.rows], keys, values, bucket.bias, scale)
+            queries = _take_blocks(q_rows, bucket.rows, scratch, "queries")
+            keys = _gather(k_rows, bucket, scratch, "keys")
+            values = _gather(v_rows, bucket, scratch, "values")
+            result = product(queries, keys, values, bucket.bias, scale, scratch)
             out.index_copy_(0, bucket.rows, result)
 
         for_each(attend_slice, buckets.slices, q.device)
@@ -148,19 +151,25 @@ class _GatherAttention(torch.autograd.Function):
         grad_k, grad_v = (torch.zeros_like(x, dtype=accumulate) for x in (k_rows, v_rows))
         inner = (g_rows.to(accumulate) * _as_rows(out, block).to(accumulate)).sum(-1, keepdim=True)
 
-        def differentiate(heads: slice) -> None:
+        def differentiate(heads: slice, scratch: Scratch) -> None:
             buckets = _Buckets(block_map, q.dtype, heads)
             for part in buckets.slices:
                 bucket = buckets.bucket(*part)
-                queries, grad = q_rows[bucket.rows], g_rows[bucket.rows]
-                keys, values = _gather(k_rows, bucket), _gather(v_rows, bucket)
-                probs = _probabilities(queries, keys, bucket.bias, scale)
-                grad_probs = grad @ values.transpose(1, 2)
+                queries = _take_blocks(q_rows, bucket.rows, scratch, "queries")
+                grad = _take_blocks(g_rows, bucket.rows, scratch, "grad")
+                keys = _gather(k_rows, bucket, scratch, "keys")
+                values = _gather(v_rows, bucket, scratch, "values")
+                probs = _probabilities(queries, keys, bucket.bias, scale, scratch)
+                grad_scores = scratch.take("grad_scores", probs.shape, q.dtype)
+                torch.bmm(grad, values.transpose(1, 2), out=grad_scores)
                 centre = inner[bucket.rows].to(q.dtype)
-                grad_scores = grad_probs.sub_(centre).mul_(probs).mul_(scale)
-                grad_q.index_copy_(0, bucket.rows, grad_scores @ keys)
-                _scatter_add(grad_k, bucket, grad_scores.transpose(1, 2) @ queries)
-                _scatter_add(grad_v, bucket, probs.transpose(1, 2) @ grad)
+                grad_scores.sub_(centre).mul_(probs).mul_(scale)
+                # The gathered values are done with: their memory takes what keys and values get.
+                share = torch.bmm(probs.transpose(1, 2), grad, out=values)
+                _scatter_add(grad_v, bucket, share, scratch)
+                share = torch.bmm(grad_scores.transpose(1, 2), queries, out=values)
+                _scatter_add(grad_k, bucket, share, scratch)
+                grad_q.index_copy_(0, bucket.rows, torch.bmm(grad_scores, keys, out=grad))
 
         # Heads share no keys: whatever runs side by side, sums keep their order.
         num_heads = block_map.mask[:, :, 0, 0].numel()
@@ -176,9 +185,15 @@ def _as_rows(x: Tensor, block: int) -> Tensor:
     return x.reshape(-1, block, x.shape[-1])
 
 
-def _gather(rows: Tensor, bucket: _Bucket) -> Tensor:
+def _take_blocks(rows: Tensor, index: Tensor, scratch: Scratch, name: str) -> Tensor:
+    """[blocks, block tokens, dim]: the blocks of the index, valid until the name is taken again."""
+    blocks = scratch.take(name, (len(index), *rows.shape[1:]), rows.dtype)
+    return torch.index_select(rows, 0, index, out=blocks)
+
+
+def _gather(rows: Tensor, bucket: _Bucket, scratch: Scratch, name: str) -> Tensor:
     """[group, kept * block tokens, dim] of the bucket's key blocks."""
-    blocks = rows.index_select(0, bucket.columns)
+    blocks = _take_blocks(rows, bucket.columns, scratch, name)
     return blocks.view(len(bucket.rows), -1, rows.shape[-1])
 
 
@@ -188,7 +203,12 @@ def _prefers_fused(q: Tensor) -> bool:
 
 
 def _fused_product(
-    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    _: Scratch,
 ) -> Tensor:
     mask = None if bias is None else bias[:, None]
     q, k, v = (x[:, None] for x in (queries, keys, values))
@@ -196,20 +216,34 @@ def _fused_product(
 
 
 def _product(
-    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    scratch: Scratch,
 ) -> Tensor:
-    return _probabilities(queries, keys, bias, scale) @ values
+    probs = _probabilities(queries, keys, bias, scale, scratch)
+    return torch.bmm(probs, values, out=queries)
 
 
-def _probabilities(queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+def _probabilities(
+    queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float, scratch: Scratch
+) -> Tensor:
     shape = (queries.shape[0], queries.shape[1], keys.shape[1])
-    start = queries.new_empty(shape) if bias is None else bias.expand(shape)
+    scores = scratch.take("scores", shape, queries.dtype)
+    start = scores if bias is None else bias.expand(shape)
     beta = 0 if bias is None else 1
     # alpha scales inside the product, before anything is rounded to the inputs' dtype.
-    scores = torch.baddbmm(start, queries, keys.transpose(1, 2), beta=beta, alpha=scale)
-    return scores.softmax(dim=-1)
+    torch.baddbmm(start, queries, keys.transpose(1, 2), beta=beta, alpha=scale, out=scores)
+    # A CPU reads a whole row before it writes it, so a row's scores can turn into probabilities.
+    is_in_place = scores.device.type == "cpu"
+    probs = scores if is_in_place else scratch.take("probs", shape, queries.dtype)
+    return torch.softmax(scores, dim=-1, out=probs)
 
 
-def _scatter_add(total: Tensor, bucket: _Bucket, grad: Tensor) -> None:
-    blocks = grad.to(total.dtype).view(-1, *total.shape[1:])
+def _scatter_add(total: Tensor, bucket: _Bucket, grad: Tensor, scratch: Scratch) -> None:
+    blocks = grad.view(-1, *total.shape[1:])
+    if blocks.dtype != total.dtype:
+        blocks = scratch.take("wide", blocks.shape, total.dtype).copy_(blocks)
     total.index_add_(0, bucket.columns, blocks)

@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import torch
 
+from nabla_attn.backends.scratch import Scratch
+
 Piece = TypeVar("Piece")
 
 # More would wait for Python's lock; threads beyond it work inside the operations.
@@ -23,17 +25,19 @@ def num_workers(device: torch.device) -> int:
 
 
 def for_each(
-    function: Callable[[Piece], None], pieces: Iterable[Piece], device: torch.device
+    function: Callable[[Piece, Scratch], None], pieces: Iterable[Piece], device: torch.device
 ) -> None:
     """Call `function` with every piece, in any order, without gradients; raises its first error.
 
-    The pieces must not write to the same place.
+    Its second argument is memory that the pieces of one thread use in turn. Beside it, pieces must
+    not write to the same place.
     """
     pending = deque(pieces)
     workers = min(num_workers(device), len(pending))
     if workers < 2:
+        scratch = Scratch(device)
         for piece in pending:
-            function(piece)
+            function(piece, scratch)
         return
     threads = torch.get_num_threads()
     # Threads start with neither the caller's inference mode nor its number of threads.
@@ -41,10 +45,11 @@ def for_each(
 
     def work() -> None:
         torch.set_num_threads(threads // workers)
+        scratch = Scratch(device)
         with torch.inference_mode(is_inference), torch.no_grad():
             try:
                 for piece in _take(pending):
-                    function(piece)
+                    function(piece, scratch)
             finally:
                 # After an error nobody starts another piece.
                 pending.clear()

@@ -12,6 +12,7 @@ from nabla_attn.bench.contenders import contenders
 from nabla_attn.bench.gate import check_output, sample_rows, token_rows
 from nabla_attn.bench.inputs import Inputs, make_inputs
 from nabla_attn.bench.measure import matmul_flops, peak_bytes, time_in_turn
+from nabla_attn.bench.stages import measure_stages
 from nabla_attn.bench.workloads import Workload
 
 
@@ -35,7 +36,7 @@ def measure_attention(
     Returns:
         Plain numbers for a record: the density, and per contender its gate, seconds, speed-up over
         the fastest dense one, share of the ideal (speed-up x density), FLOP/s of useful work and
-        their share of the matrix product's.
+        their share of the matrix product's; of a forward, the seconds of our stages apart.
     """
     inputs = make_inputs(workload, density, device)
     block_map = build_block_map(inputs.q, inputs.k, workload.grid, inputs.config)
@@ -73,7 +74,7 @@ def measure_attention(
         if dense is not None:
             results[name]["speed_up"] = dense / timing.median
             results[name]["share_of_ideal"] = useful / flops * dense / timing.median
-    return {
+    result = {
         "workload": workload.name,
         "dtype": str(workload.dtype).removeprefix("torch."),
         "density": kept,
@@ -83,6 +84,9 @@ def measure_attention(
         "matmul_flops_per_second": ceiling,
         "contenders": results,
     }
+    if not backward:
+        result["stages"] = measure_stages(workload.grid, inputs, device, rounds=rounds)
+    return result
 
 
 def _check(
@@ -97,12 +101,9 @@ def _check(
     """A contender's gate, memory and own density, and what to time."""
     assert contender.run is not None
     result: dict[str, Any] = {"is_dense": contender.is_dense}
-    if contender.has_own_map:
-        grid = contender.grid or workload.grid
-        own = build_block_map(
-            inputs.q, inputs.k, grid, inputs.config, pair_queries=contender.pair_queries
-        )
-        keep = token_rows(own, grid, rows)
+    if contender.own_map is not None:
+        own = contender.own_map(inputs.q, inputs.k)
+        keep = token_rows(own, contender.grid or workload.grid, rows)
         result["density"] = own.density
     result["gate"] = _gate(contender, inputs, rows, keep)
     run = _runner(contender.run, inputs, backward)

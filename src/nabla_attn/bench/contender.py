@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nabla_attn.core.block_map import BlockMap
 from nabla_attn.core.grid import TokenGrid
 
 
@@ -17,18 +18,13 @@ class Contender:
         run: q, k, v -> output; None when it cannot run.
         why_not: the reason, or None.
         is_dense: attends every pair, so it is held to the dense result.
+        own_map: q, k -> the map that it attends by, where that is not the workload's.
         grid: the token grid, where its blocks are not the workload's.
-        pair_queries: as in `nabla_attention`; with `grid` what its own map depends on.
     """
 
     name: str
     run: Callable[[Tensor, Tensor, Tensor], Tensor] | None
     why_not: str | None = None
     is_dense: bool = False
+    own_map: Callable[[Tensor, Tensor], BlockMap] | None = None
     grid: TokenGrid | None = None
-    pair_queries: str | None = None
-
-    @property
-    def has_own_map(self) -> bool:
-        """Whether its map is not the workload's."""
-        return self.grid is not None or self.pair_queries is not None

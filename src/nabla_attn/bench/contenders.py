@@ -97,7 +97,7 @@ def _ours(
 def _diffusers(
     grid: TokenGrid, inputs: Inputs, device: torch.device, needs_grad: bool
 ) -> Contender:
-    """diffusers' map and compiled FlexAttention; the block order it needs is given for free."""
+    """diffusers' map and compiled FlexAttention, reordered as ours."""
     name = "diffusers NABLA"
     reason = backends.why_not("flex", device, needs_grad=needs_grad)
     if reason is None and grid.is_ragged:
@@ -106,7 +106,12 @@ def _diffusers(
         return Contender(name, None, reason)
     if find_spec("diffusers") is None:
         return Contender(name, None, "diffusers is not installed")
-    from nabla_attn.bench.rivals import diffusers_attention
+    from nabla_attn.bench.rivals import diffusers_attention, diffusers_block_map
 
-    assert inputs.config.threshold is not None
-    return Contender(name, diffusers_attention(grid, inputs.config.threshold))
+    threshold = inputs.config.threshold
+    assert threshold is not None
+    return Contender(
+        name,
+        diffusers_attention(grid, threshold),
+        own_map=lambda q, k: diffusers_block_map(q, k, grid, threshold),
+    )

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from nabla_attn.core.block_map import BlockMap, block_map_of
 from nabla_attn.core.grid import TokenGrid
-from nabla_attn.core.order import to_blocks, to_raster
+from nabla_attn.core.order import TokenLayout, to_blocks, to_raster
 
 
 def diffusers_map(
@@ -40,6 +41,16 @@ def five_sort_map(
     return BlockMask.from_kv_blocks(
         torch.zeros_like(counts), index, counts, index, BLOCK_SIZE=64, mask_mod=None
     )
+
+
+def diffusers_block_map(q: Tensor, k: Tensor, grid: TokenGrid, threshold: float) -> BlockMap:
+    """diffusers' map of raster-order q and k as ours is kept.
+
+    It pools, and adds up probabilities, in the inputs' dtype: in bf16 a third of the rows can hold
+    a block more or less than exact sums would keep.
+    """
+    mask = diffusers_map(to_blocks(q, grid), to_blocks(k, grid), None, threshold)
+    return block_map_of(mask.to_dense().bool(), TokenLayout(grid))
 
 
 def diffusers_attention(

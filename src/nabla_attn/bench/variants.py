@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from nabla_attn import backends
-from nabla_attn.attention import nabla_attention
+from nabla_attn.attention import build_block_map, nabla_attention
 from nabla_attn.backends.flex_options import FlexOptions, flex_options, why_not_flash
 from nabla_attn.bench.contender import Contender
 from nabla_attn.bench.inputs import Inputs
+from nabla_attn.core.block_map import BlockMap
 from nabla_attn.core.grid import BlockShape, TokenGrid
 
 BACKEND = "flex"
@@ -43,11 +44,17 @@ def variants(
                 f"ours (flex, {name})",
                 None if reason else _runner(own, inputs, options, pair),
                 reason,
+                own_map=_own_map(own, inputs, pair) if block or pair else None,
                 grid=None if block is None else own,
-                pair_queries=pair,
             )
         )
     return found
+
+
+def _own_map(
+    grid: TokenGrid, inputs: Inputs, pair: str | None
+) -> Callable[[Tensor, Tensor], BlockMap]:
+    return lambda q, k: build_block_map(q, k, grid, inputs.config, pair_queries=pair)
 
 
 def _runner(

@@ -9,6 +9,9 @@ from torch import Tensor
 from nabla_attn.core.grid import TokenGrid
 from nabla_attn.shapes import Bool, Float
 
+RASTER_AXES = (0, 1, 3, 5)
+"""Axes of what `split_raster` gives that count heads and blocks, not tokens of a block."""
+
 
 # The two ways to pool are compiled for all sizes at once, which checks of shapes would forbid.
 def pool_blocks(x: Tensor, counts: Tensor) -> Tensor:

@@ -91,7 +91,9 @@ def _keep_until(values: Tensor, weigh: Callable[[Tensor], Tensor], target: Tenso
     weight = weigh(ties).amax(dim=-1, keepdim=True)
     # A row that never reaches the target divides by zero: infinity, so all ties are kept.
     num_ties = (missing / weight).ceil().clamp_min(1)
-    return above | (ties & (ties.cumsum(dim=-1, dtype=torch.int32) <= num_ties))
+    # Counted in floats, which are written without a detour over bools where this is compiled.
+    rank = torch.where(ties, 1.0, 0.0).to(values.dtype).cumsum(dim=-1)
+    return above | (ties & (rank <= num_ties))
 
 
 def _crossing_value(values: Tensor, weigh: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
