@@ -1,5 +1,7 @@
 """Shape checks on every core call, and fixed seeds."""
 
+import sys
+
 import pytest
 import tests.type_rules  # noqa: F401  the hook looks it up by name
 import torch
@@ -16,6 +18,10 @@ install_import_hook(
     "tests.type_rules.check_types",
 )
 
+from nabla_attn import fusion  # noqa: E402
+
+# The checks cannot be traced: what is compiled is tested in processes of their own.
+fusion.MIN_ELEMENTS = sys.maxsize
 
 # Nothing is timed in tests: machines that run them are shared.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -9,7 +9,7 @@ from nabla_attn.config import SparseConfig
 from nabla_attn.core.block_map import BlockMap, block_map_of, whole_block_map
 from nabla_attn.core.order import TokenLayout, block_order, to_blocks
 from nabla_attn.core.scores import RASTER_AXES, pool_blocks, pool_raster, score_blocks, split_raster
-from nabla_attn.core.select import count_of_share, select_by_mass, select_top
+from nabla_attn.core.select import NUM_PASSES, count_of_share, select_by_mass, select_top
 from nabla_attn.core.tiles import mean_of_pairs, share_pairs_
 from nabla_attn.core.window import build_first_frame_map, build_segment_map, build_window_map
 from nabla_attn.fusion import fused, take_any_length
@@ -77,7 +77,7 @@ def map_blocks(
     )
     kept = whole[:, :, : grid.num_blocks, : grid.num_blocks].flatten(0, 1)
     mass = q_pooled.new_empty(q_pooled.shape[:2])
-    run = fused(_select_panel, kept.numel(), device)
+    run = fused(_select_panel, kept.numel() * NUM_PASSES, device)
     # A compiled kernel on a CPU reads and writes bytes ten times as fast as bools.
     fixed = None if fixed is None else fixed.byte()
     target = _targets(layout, config).to(mass)

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from nabla_attn.shapes import Bool, Float
 
+NUM_PASSES = 32
+"""How often a selection reads every probability, about."""
+
 # Floats of one sign sort like the integers that share their bits.
 _BITS = {torch.float32: (torch.int32, 31), torch.float64: (torch.int64, 63)}
 
