@@ -2,7 +2,7 @@
 
 Pretraining: the last stage of the built-in model, 4,096 tokens, dense and sparse from the weights
 of the stage before. Distillation: students of the densely trained result, before
-and after. Run it again after an interruption: rows that the record holds are not repeated.
+and after. Run it again after an interruption: what the record holds is not repeated.
 
     nabla train builtin --output runs/builtin
     python benchmarks/training_study.py runs/builtin
@@ -40,7 +40,7 @@ from nabla_attn.training.state import whole_weights
 from nabla_attn.training.trainer import Trainer
 
 START = "clips-128"
-SPARSE = "nabla-0.45"
+SPARSE = ("nabla-0.45", "nabla-0.4_sta-3-1-1")
 STUDENTS = ("nabla-0.2", "sta-7-1-1", "nabla-0.1_sta-3-1-1")
 SIZE = {"frames": 61, "height": 128, "width": 128}
 
@@ -80,15 +80,12 @@ def train_one(
     return {
         "before": before,
         "after": after,
-        "seconds_per_step": round(trainer.seconds / config.steps, 3),
         "density": round(sum(density) / len(density), 4) if density else 1.0,
     }
 
 
 def judge(model: Path, algorithm: str, count: int) -> dict[str, float]:
     """Share of right answers on held-out prompts, sparse in every step."""
-    if not count:
-        return {}
     defaults = ModelDefaults.load(model_directory("builtin"))
     config = parse(algorithm)
     request = GenerationRequest(
@@ -108,7 +105,7 @@ class Study:
     def __init__(self, path: Path, options: argparse.Namespace) -> None:
         self._path = path
         self._config = {name: getattr(options, name) for name in ("steps", "clips", "validation")}
-        self._config |= {"judge": options.judge, "start": START, **SIZE}
+        self._config |= {"start": START, **SIZE}
         self.rows: list[dict[str, Any]] = []
         if path.exists():
             record = RunRecord.load(path)
@@ -122,8 +119,12 @@ class Study:
 
     def add(self, **row: Any) -> None:
         """Keep a row."""
-        print(row, flush=True)  # noqa: T201
         self.rows.append(row)
+        self.save(row)
+
+    def save(self, row: dict[str, Any]) -> None:
+        """Write the record, of which `row` is new."""
+        print(row, flush=True)  # noqa: T201
         RunRecord(
             kind="training_study",
             config=self._config,
@@ -139,28 +140,46 @@ def study_seed(
 ) -> None:
     """All runs of one seed."""
     data = WorldSet(load_pipeline("builtin"), clips=options.clips, seed=seed, **SIZE)
-    teacher = work / f"dense-{seed}"
-    for algorithm in ("dense", SPARSE):
+    for algorithm in ("dense", *SPARSE):
         key = {"run": "pretrain", "algorithm": algorithm, "seed": seed}
-        result = teacher if algorithm == "dense" else work / f"sparse-{seed}"
+        result = result_of(key, work)
         if not study.has(**key) or not result.exists():
             numbers = train_one(
                 configure(options, seed, "pretrain", algorithm), start, data, result
             )
             if not study.has(**key):
-                study.add(**key, **numbers, right=judge(result, algorithm, options.judge))
+                study.add(**key, **numbers)
     plans = [("distill", algorithm) for algorithm in STUDENTS] + [("lora", STUDENTS[0])]
     for kind, algorithm in plans:
         key = {"run": kind, "algorithm": algorithm, "seed": seed}
         if study.has(**key):
             continue
-        result = work / f"{kind}-{algorithm}-{seed}"
         config = configure(options, seed, kind, algorithm)
-        is_lora = kind == "lora"
-        numbers = train_one(config, teacher, data, None if is_lora else result)
-        right = {} if is_lora else judge(result, algorithm, options.judge)
-        zero_shot = {} if is_lora else judge(teacher, algorithm, options.judge)
-        study.add(**key, **numbers, right=right, zero_shot_right=zero_shot)
+        result = None if kind == "lora" else result_of(key, work)
+        study.add(**key, **train_one(config, teacher_of(seed, work), data, result))
+
+
+def result_of(row: dict[str, Any], work: Path) -> Path:
+    """Where the trained pipeline of a row lies."""
+    return work / f"{row['run']}-{row['algorithm']}-{row['seed']}"
+
+
+def teacher_of(seed: int, work: Path) -> Path:
+    """Where the densely trained pipeline of a seed lies."""
+    return result_of({"run": "pretrain", "algorithm": "dense", "seed": seed}, work)
+
+
+def judge_rows(study: Study, count: int, work: Path) -> None:
+    """Judge what was trained, and students before they were."""
+    for row in study.rows:
+        if row["run"] == "lora" or row.get("judged") == count:
+            continue
+        teacher = teacher_of(row["seed"], work)
+        if row["run"] == "distill":
+            row["zero_shot_right"] = judge(teacher, row["algorithm"], count)
+        row["right"] = judge(result_of(row, work), row["algorithm"], count)
+        row["judged"] = count
+        study.save(row)
 
 
 def main() -> None:
@@ -171,7 +190,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--clips", type=int, default=96)
     parser.add_argument("--validation", type=int, default=16)
-    parser.add_argument("--judge", type=int, default=8, help="held-out prompts; 0 is none")
+    parser.add_argument("--judge", type=int, default=8, help="held-out prompts; 0 judges nothing")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     results = Path(__file__).parent / "results"
     parser.add_argument("--output", type=Path, default=results / "training_study.json")
@@ -186,6 +205,8 @@ def main() -> None:
         save_model(build_pipeline(config, options.run, options.run / START), start)
     for seed in range(options.seeds):
         study_seed(study, options, seed, start, work)
+    if options.judge:
+        judge_rows(study, options.judge, work)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ from nabla_attn.record import RunRecord
 RIGHT = {"colour": 1.0, "direction": 0.5, "shape": 0.75, "number": 1.0}
 
 
-def row(run, algorithm, seed, before, after, seconds=2.0, **more):
+def row(run, algorithm, seed, before, after, **more):
     base = {"run": run, "algorithm": algorithm, "seed": seed, "density": 0.1, "right": RIGHT}
-    return base | {"before": before, "after": after, "seconds_per_step": seconds} | more
+    return base | {"before": before, "after": after} | more
 
 
 def write(folder, rows):
@@ -25,10 +25,10 @@ def test_ratios_and_shares(tmp_path):
     write(
         tmp_path,
         [
-            row("pretrain", "dense", 0, 1.0, 0.5, seconds=3.0),
-            row("pretrain", "nabla-0.45", 0, 1.0, 0.51, seconds=1.5),
-            row("pretrain", "dense", 1, 1.0, 0.5, seconds=3.0),
-            row("pretrain", "nabla-0.45", 1, 1.0, 0.49, seconds=1.0),
+            row("pretrain", "dense", 0, 1.0, 0.5),
+            row("pretrain", "nabla-0.45", 0, 1.0, 0.51),
+            row("pretrain", "dense", 1, 1.0, 0.5),
+            row("pretrain", "nabla-0.45", 1, 1.0, 0.49),
             row("distill", "nabla-0.2", 0, 0.4, 0.2, **zero),
             row("lora", "nabla-0.2", 0, 0.4, 0.22, right={}),
         ],
@@ -36,9 +36,25 @@ def test_ratios_and_shares(tmp_path):
     page = build_page(tmp_path)
     assert "2 seeds; a device" in page
     sparse = next(line for line in page.splitlines() if line.startswith("| nabla-0.45"))
-    assert "1.000 (0.980 to 1.020)" in sparse and "2.500 (2.000 to 3.000)" in sparse
+    assert "1.000 (0.980 to 1.020)" in sparse
     student = next(line for line in page.splitlines() if line.startswith("| nabla-0.2 |"))
     assert "| 0.400 | 0.200 | 0.500 | 100% | 50% | 75% |" in student
     lora = next(line for line in page.splitlines() if "LoRA |" in line)
     assert lora.count("–") == 8
     assert "LoRA reaches 0.900 of the full gain." in page
+
+
+def test_steps_are_compared(tmp_path):
+    config = {"tokens": 4096, "rounds": 3}
+    times = {"dense": (4.0, 3.0, 5.0), "nabla-0.45": (1.6, 1.5, 1.7)}
+    seconds = {
+        name: dict(zip(("median", "min", "max"), t, strict=True)) for name, t in times.items()
+    }
+    numbers = seconds | {"density": {"nabla-0.45": 0.18}}
+    RunRecord("training_step", config, 0, {}, "a device", numbers).save(
+        tmp_path / "training_step.json"
+    )
+    page = build_page(tmp_path)
+    assert "4,096 tokens" in page and "3 rounds; a device" in page
+    assert "| dense | 1.000 | 4.00 (3.00 to 5.00) | 1.00x |" in page
+    assert "| nabla-0.45 | 0.180 | 1.60 (1.50 to 1.70) | 2.50x |" in page

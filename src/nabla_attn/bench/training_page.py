@@ -17,12 +17,14 @@ Repeat them with `nabla train builtin --output runs/builtin` and
 
 
 def build_page(records: Path) -> str:
-    """The page as text, from `builtin_training.json` and `training_study.json` if they exist."""
+    """The page as text, from those of its records that exist."""
     sections = [HEADER]
     if (path := records / "builtin_training.json").exists():
         sections += _stages(RunRecord.load(path))
     if (path := records / "training_study.json").exists():
         sections += _study(RunRecord.load(path))
+    if (path := records / "training_step.json").exists():
+        sections += _step(RunRecord.load(path))
     return "\n".join(sections)
 
 
@@ -61,6 +63,29 @@ def _study(record: RunRecord) -> list[str]:
     return [*_pretraining(rows, setting), *_distillation(rows)]
 
 
+def _step(record: RunRecord) -> list[str]:
+    config, numbers = record.config, record.numbers
+    dense = numbers["dense"]["median"]
+    rows = [
+        [
+            name,
+            f"{numbers['density'].get(name, 1):.3f}",
+            f"{seconds['median']:.2f} ({seconds['min']:.2f} to {seconds['max']:.2f})",
+            f"{dense / seconds['median']:.2f}x",
+        ]
+        for name, seconds in numbers.items()
+        if name != "density"
+    ]
+    return [
+        "## A training step, dense and sparse",
+        "",
+        f"Steps of the last stage, {config['tokens']:,} tokens, in turn in one process, "
+        f"{config['rounds']} rounds; {record.device}.",
+        "",
+        *table(["attention", "density", "seconds", "speed-up"], rows),
+    ]
+
+
 def _pretraining(rows: list[dict[str, Any]], setting: str) -> list[str]:
     found = [row for row in rows if row["run"] == "pretrain"]
     dense = {row["seed"]: row for row in found if row["algorithm"] == "dense"}
@@ -75,13 +100,10 @@ def _pretraining(rows: list[dict[str, Any]], setting: str) -> list[str]:
                 _spread(row["before"] for row in mine),
                 _spread(row["after"] for row in mine),
                 _spread(row["after"] / dense[row["seed"]]["after"] for row in mine),
-                _spread(
-                    dense[row["seed"]]["seconds_per_step"] / row["seconds_per_step"] for row in mine
-                ),
                 *_right(mine, "right", judged),
             ]
         )
-    head = ["attention", "density", "error before", "after", "ratio to dense", "speed-up of a step"]
+    head = ["attention", "density", "error before", "after", "ratio to dense"]
     return [
         "## The last stage of pretraining, dense and sparse",
         "",
@@ -137,7 +159,7 @@ def _lora_share(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _judged(rows: list[dict[str, Any]]) -> list[str]:
-    return [name for name in JUDGED if any(name in row["right"] for row in rows)]
+    return [name for name in JUDGED if any(name in row.get("right", {}) for row in rows)]
 
 
 def _right(rows: list[dict[str, Any]], key: str, judged: list[str]) -> list[str]:

@@ -1,0 +1,69 @@
+"""Seconds of a training step of the built-in model's last stage: dense and sparse in turn.
+
+nabla train builtin --output runs/builtin
+python benchmarks/training_study.py runs/builtin
+python benchmarks/training_step.py runs/builtin
+"""
+
+import argparse
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from training_study import SIZE, SPARSE, configure
+
+from nabla_attn.bench.measure import Timing
+from nabla_attn.generation.pipeline import load_pipeline
+from nabla_attn.record import RunRecord, collect_versions, describe_device
+from nabla_attn.training.data import WorldSet
+from nabla_attn.training.model import load_parts
+from nabla_attn.training.setup import prepare
+from nabla_attn.training.trainer import Trainer
+
+STEPS = 2
+
+
+def main() -> None:
+    """Write one record: medians over the rounds, of the steps of each round."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of `nabla train builtin`")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    results = Path(__file__).parent / "results"
+    parser.add_argument("--output", type=Path, default=results / "training_step.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision("medium")
+    options.steps, options.validation = STEPS, 1
+    data = WorldSet(load_pipeline("builtin"), clips=4, seed=0, **SIZE)
+    seconds: dict[str, list[float]] = {name: [] for name in ("dense", *SPARSE)}
+    density: dict[str, float] = {}
+    for turn in range(options.rounds + 1):
+        for name, found in seconds.items():
+            # Every round takes the same clips.
+            config = replace(configure(options, 0, "pretrain", name), steps=STEPS)
+            run = prepare(config, load_parts(options.run / "study" / "start"), data)
+            with tempfile.TemporaryDirectory() as folder:
+                trainer = Trainer(run, Path(folder))
+                trainer.fit()
+            layers = run.sparsity.densities()
+            if layers:
+                density[name] = round(sum(layers) / len(layers), 4)
+            if turn > 0:
+                found.append(trainer.seconds / STEPS)
+            print(name, round(trainer.seconds / STEPS, 3), flush=True)  # noqa: T201
+    config = {"rounds": options.rounds, "steps": STEPS, "tokens": 4096, **SIZE}
+    numbers = {name: Timing(tuple(found)).to_dict() for name, found in seconds.items()}
+    RunRecord(
+        kind="training_step",
+        config=config,
+        seed=0,
+        versions=collect_versions(),
+        device=describe_device(torch.device("cpu")),
+        numbers=numbers | {"density": density},
+    ).save(options.output)
+
+
+if __name__ == "__main__":
+    main()
