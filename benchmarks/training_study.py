@@ -48,7 +48,7 @@ SIZE = {"frames": 61, "height": 128, "width": 128}
 def configure(options: argparse.Namespace, seed: int, kind: str, algorithm: str) -> TrainConfig:
     """The configuration of one run: "pretrain", "distill" or "lora"."""
     is_pretraining = kind == "pretrain"
-    rate = {"pretrain": 3e-4, "distill": 1e-4, "lora": 1e-3}[kind]
+    rate = {"pretrain": 3e-4, "distill": 1e-4, "lora": 3e-3}[kind]
     return TrainConfig(
         recipe="pretrain" if is_pretraining else "distill",
         data=DataConfig(folder="world", validation=options.validation, **SIZE),
