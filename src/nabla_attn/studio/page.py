@@ -24,7 +24,7 @@ FAMILIES = {
 }
 EXAMPLES = (
     ("a small red circle moving right on a black background", "NABLA", 0.7),
-    ("a large blue square moving up on a white background", "NABLA", 0.4),
+    ("a large red square moving right on a black background", "NABLA", 0.4),
     ("a small green triangle moving left on a black background", "NABLA + window", 0.3),
     ("a large yellow circle moving down on a black background", "top-k", 0.2),
 )
