@@ -13,8 +13,9 @@ from nabla_attn.bench.measure import time_in_turn
 from nabla_attn.bench.workloads import Workload, workload
 from nabla_attn.core.grid import TokenGrid
 
-ATTENTION_FRAMES = (2, 4, 8, 16)
-MAP_FRAMES = (2, 4, 8, 16, 32, 64)
+# Frames of 32x32 tokens: attention to 65,536 tokens, the map alone to 327,680.
+ATTENTION_FRAMES = (2, 4, 8, 16, 32, 64)
+MAP_FRAMES = (*ATTENTION_FRAMES, 128, 320)
 CROSSOVER_GRIDS = ((1, 16, 16), (2, 16, 16), (4, 16, 16), (4, 24, 24), (4, 32, 32), (8, 32, 32))
 CROSSOVER_DENSITIES = (0.1, 0.2, 0.3, 0.5, 0.7)
 

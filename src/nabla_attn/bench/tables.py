@@ -22,6 +22,13 @@ map are included; where maps alone are timed, ours starts from raster order and 
 """
 
 
+TITLES = {
+    "bench-scaling": "Time against tokens",
+    "bench-crossover": "From which length on sparse wins",
+    "bench-model": "A whole transformer forward",
+}
+
+
 def build_docs(records: Path, docs: Path) -> str:
     """The page as text; charts are drawn beside it.
 
@@ -31,6 +38,8 @@ def build_docs(records: Path, docs: Path) -> str:
     """
     found = (*sorted(records.glob("bench*.json")), *sorted(records.glob("map_reuse*.json")))
     loaded = [RunRecord.load(path) for path in found]
+    # Attention and maps come first.
+    loaded.sort(key=lambda record: record.kind != "bench")
     sections = [HEADER]
     for record in loaded:
         sections.append(section(record))
@@ -44,7 +53,7 @@ def build_docs(records: Path, docs: Path) -> str:
 
 def section(record: RunRecord) -> str:
     """The tables of one record, as Markdown."""
-    title = record.config.get("workload", record.kind)
+    title = record.config.get("workload") or TITLES.get(record.kind, record.kind)
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     lines = [f"## {title}", "", f"{record.device}; {versions}; {record.created[:10]}.", ""]
     results = record.numbers["results"]

@@ -51,10 +51,10 @@ def bench(
 
         if scaling:
             results = measure_scaling(where, rounds=rounds, on_job=_say)
-            _save(make_record("bench-scaling", {}, results, where), output)
+            _save(make_record("bench-scaling", {"rounds": rounds}, results, where), output)
         if crossover:
             results = measure_crossover(where, rounds=rounds, on_job=_say)
-            record = make_record("bench-crossover", {}, results, where)
+            record = make_record("bench-crossover", {"rounds": rounds}, results, where)
             _save(record, output)
             record.save(crossover_file(where))
             typer.echo(f"for min_tokens='auto': {crossover_file(where)}")
@@ -63,7 +63,10 @@ def bench(
                 measure_model(where, density, num_layers=layers, rounds=rounds)
                 for density in (0.1, 0.2)
             ]
-            _save(make_record("bench-model", {"layers": layers}, results, where), output)
+            _save(
+                make_record("bench-model", {"layers": layers, "rounds": rounds}, results, where),
+                output,
+            )
     elif docs is None or workload:
         for path in run_suite(names, where, output, rounds=rounds, on_job=_say):
             _print_record(path)
