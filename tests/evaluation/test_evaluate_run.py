@@ -144,12 +144,12 @@ def test_summary_of_a_run(finished):
     assert low["ssim"]["count"] == 4
     assert low["ssim"]["prompts"] == 2
     assert low["true_mass"]["count"] == 2  # the seeds of the one probed prompt
-    assert low["ssim"]["low"] <= low["ssim"]["mean"] <= low["ssim"]["high"]
-    assert summary["dense"]["psnr"]["mean"] is None
+    assert low["ssim"]["low"] <= low["ssim"]["value"] <= low["ssim"]["high"]
+    assert summary["dense"]["psnr"]["value"] is None
     mean = np.mean([record.numbers["to_dense"]["ssim"] for record in records["nabla-0.2"].values()])
-    assert low["ssim"]["mean"] == pytest.approx(mean, abs=1e-6)
-    assert low["seconds"]["difference"][0] == pytest.approx(
-        low["seconds"]["mean"] - summary["dense"]["seconds"]["mean"], abs=1e-5
+    assert low["ssim"]["value"] == pytest.approx(mean, abs=1e-6)
+    assert low["density"]["difference"][0] == pytest.approx(
+        low["density"]["value"] - summary["dense"]["density"]["value"], abs=1e-5
     )
     record = summary_record(records)
     assert RunRecord.from_json(record.to_json()) == record
@@ -167,9 +167,19 @@ def synthetic(values, algo="nabla-0.5", prompts=None, **numbers):
     }  # fmt: skip
 
 
+def test_one_run_that_was_held_up_does_not_move_the_seconds():
+    times = [[{"transformer": s} for s in row] for row in ((5.0, 5.0, 5.0), (2.0, 900.0, 2.0))]
+    records = {
+        "dense": synthetic([None] * 3, "dense", seconds=times[0]),
+        "nabla-0.5": synthetic([20.0] * 3, seconds=times[1]),
+    }
+    found = summarise(records)["nabla-0.5"]["seconds"]
+    assert found["value"] == 2.0 and found["difference"][0] == -3.0
+
+
 def test_one_identical_video_does_not_make_the_mean_infinite():
     records = {"dense": synthetic([None] * 2, "dense"), "nabla-0.5": synthetic([None, 20.0])}
-    mean = summarise(records)["nabla-0.5"]["psnr"]["mean"]
+    mean = summarise(records)["nabla-0.5"]["psnr"]["value"]
     assert mean == pytest.approx(20 + 10 * np.log10(2), abs=1e-4)
 
 

@@ -193,7 +193,7 @@ def _print(algorithms: dict[str, Any]) -> None:
     for algo, entry in algorithms.items():
         cells = []
         for name in shown:
-            value = entry.get(name, {}).get("mean")
+            value = entry.get(name, {}).get("value")
             interval = [entry.get(name, {}).get(side) for side in ("low", "high")]
             form = columns[name][1]
             text = "" if value is None else form.format(value)

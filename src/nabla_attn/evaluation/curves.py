@@ -126,13 +126,13 @@ def _draw_panel(
 ) -> None:
     groups: dict[str, list[tuple[float, Any, str]]] = {}
     for algo, metrics in summary.items():
-        if quality not in metrics or cost not in metrics or metrics[quality]["mean"] is None:
+        if quality not in metrics or cost not in metrics or metrics[quality]["value"] is None:
             continue
-        groups.setdefault(family(algo), []).append((metrics[cost]["mean"], metrics[quality], algo))
+        groups.setdefault(family(algo), []).append((metrics[cost]["value"], metrics[quality], algo))
     for name, points in groups.items():
         colour, marker = FAMILIES[name]
         points.sort(key=lambda point: point[0])
-        xs, means = [x for x, _, _ in points], [entry["mean"] for _, entry, _ in points]
+        xs, means = [x for x, _, _ in points], [entry["value"] for _, entry, _ in points]
         low = [
             m - (e["low"] if e["low"] is not None else m)
             for m, (_, e, _) in zip(means, points, strict=True)

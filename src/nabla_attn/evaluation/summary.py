@@ -58,6 +58,8 @@ METRICS: dict[str, Callable[[RunRecord], float | None]] = {
 """Name -> the value of one record; PSNR as squared error, turned into decibels after the mean."""
 
 DECIBELS = ("psnr", "motion_psnr")
+MEDIANS = ("seconds",)
+"""Metrics that are no means: whatever else a machine does only ever makes a run slower."""
 
 
 def read_records(run: str | Path) -> Records:
@@ -85,11 +87,13 @@ def read_records(run: str | Path) -> Records:
 def summarise(records: Records) -> dict[str, dict[str, Any]]:
     """Mean, 95 % interval and difference to dense of every metric of every algorithm.
 
+    Of `MEDIANS` it is the median, and that of the differences.
+
     Intervals resample prompts (all seeds of a prompt go together), the same draws for all
     algorithms; differences are taken pair by pair within each draw.
 
     Returns:
-        algorithm -> metric -> {"mean", "low", "high", "count", "difference": [value, low, high]},
+        algorithm -> metric -> {"value", "low", "high", "count", "difference": [value, low, high]},
         dense first.
     """
     dense = records["dense"]
@@ -150,17 +154,18 @@ def _summarise_metric(
         groups[str(ours[item].config["prompt"])].append(index)
     draws = resample(groups) if len(groups) > 1 else []
     convert = _to_decibels if name in DECIBELS else float
-    low, high = _interval([convert(values[draw].mean()) for draw in draws])
+    centre = np.median if name in MEDIANS else np.mean
+    low, high = _interval([convert(centre(values[draw])) for draw in draws])
     entry: dict[str, Any] = {
-        "mean": _plain(convert(values.mean())),
+        "value": _plain(convert(centre(values))),
         "low": low,
         "high": high,
         "count": len(items),
         "prompts": len(groups),
     }
     if differences is not None:
-        spread = _interval([float(differences[draw].mean()) for draw in draws])
-        entry["difference"] = [_plain(float(differences.mean())), *spread]
+        spread = _interval([float(centre(differences[draw])) for draw in draws])
+        entry["difference"] = [_plain(float(centre(differences))), *spread]
     return entry
 
 

@@ -83,9 +83,9 @@ def _settings(records: Records) -> Section:
 def _results(summary: dict[str, dict[str, Any]]) -> Section:
     blocks: list[Text | Table | Picture] = [
         Text(
-            "Mean over videos and, in brackets, the 95 % bootstrap interval over prompts. PSNR and "
-            "SSIM compare with dense attention from the same noise; PSNR is of the mean squared "
-            "error; motion is the same of frame differences."
+            "Mean over videos (seconds: median) and, in brackets, the 95 % bootstrap interval over "
+            "prompts. PSNR and SSIM compare with dense attention from the same noise; PSNR is of "
+            "the mean squared error; motion is the same of frame differences."
         ),
         _table(summary, COLUMNS),
     ]
@@ -186,7 +186,7 @@ def _table(
         for name in shown:
             entry = metrics.get(name)
             scale = 1e-6 if name == "memory_bytes" else 1
-            values = [entry[part] for part in ("mean", "low", "high")] if entry else [None] * 3
+            values = [entry[part] for part in ("value", "low", "high")] if entry else [None] * 3
             scaled = [None if value is None else value * scale for value in values]
             cells.append(_with_interval(columns[name][1], *scaled))
         if difference:
