@@ -5,7 +5,14 @@ RIGHT = {"colour": 1.0, "direction": 0.5, "shape": 0.75, "number": 1.0}
 
 
 def row(run, algorithm, seed, before, after, **more):
-    base = {"run": run, "algorithm": algorithm, "seed": seed, "density": 0.1, "right": RIGHT}
+    base = {
+        "run": run,
+        "algorithm": algorithm,
+        "seed": seed,
+        "density": 0.1,
+        "right": RIGHT,
+        "judged": 8,
+    }
     return base | {"before": before, "after": after} | more
 
 
@@ -34,7 +41,7 @@ def test_ratios_and_shares(tmp_path):
         ],
     )
     page = build_page(tmp_path)
-    assert "2 seeds; a device" in page
+    assert "2 seeds; a device" in page and "Judged: 8 held-out prompts, 2 of the seeds." in page
     sparse = next(line for line in page.splitlines() if line.startswith("| nabla-0.45"))
     assert "1.000 (0.980 to 1.020)" in sparse
     student = next(line for line in page.splitlines() if line.startswith("| nabla-0.2 |"))

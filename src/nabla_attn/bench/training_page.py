@@ -60,6 +60,10 @@ def _study(record: RunRecord) -> list[str]:
         f"steps of one clip, {seeds} seed{'s' * (seeds > 1)}; {record.device}. Values are means "
         "over the seeds, with lowest and highest in brackets."
     )
+    judged = {row["seed"]: row["judged"] for row in rows if "judged" in row}
+    if judged:
+        prompts = max(judged.values())
+        setting += f" Judged: {prompts} held-out prompts, {len(judged)} of the seeds."
     return [*_pretraining(rows, setting), *_distillation(rows)]
 
 
