@@ -50,7 +50,6 @@ def measure_fidelity(frames: np.ndarray, reference: np.ndarray) -> Fidelity:
         ValueError: not two videos of one shape, or smaller than the 11 pixels of the window.
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio
-    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
     if check_frames(frames).shape != check_frames(reference).shape:
         raise ValueError(
@@ -66,17 +65,28 @@ def measure_fidelity(frames: np.ndarray, reference: np.ndarray) -> Fidelity:
     psnr_frames = peak_signal_noise_ratio(
         ours, theirs, data_range=PEAK, reduction="none", dim=(1, 2, 3)
     )
-    # Frame by frame keeps the memory of the float64 windows to one frame.
-    ssim_frames = [
-        torch.as_tensor(ssim(ours[i : i + 1], theirs[i : i + 1], data_range=PEAK)).item()
-        for i in range(len(ours))
-    ]
+    ssim_frames = measure_ssim(ours, theirs)
     return Fidelity(
         psnr=float(psnr),
         ssim=sum(ssim_frames) / len(ssim_frames),
         psnr_frames=tuple(psnr_frames.tolist()),
         ssim_frames=tuple(ssim_frames),
     )
+
+
+def measure_ssim(frames: torch.Tensor, reference: torch.Tensor) -> list[float]:
+    """SSIM of every frame of two videos [frames, 3, height, width] at a peak of 255.
+
+    In fp32, whose rounding moves two different plain areas by 5e-4 and texture by 1e-4; the
+    convolution of torchmetrics takes fifty times as long in fp64.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+    # Frame by frame keeps the memory of the windows to one frame.
+    return [
+        torch.as_tensor(ssim(a[None].float(), b[None].float(), data_range=PEAK)).item()
+        for a, b in zip(frames, reference, strict=True)
+    ]
 
 
 def _finite(value: float) -> float | None:

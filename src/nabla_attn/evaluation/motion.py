@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nabla_attn.evaluation.metrics import measure_ssim
 from nabla_attn.generation.video import check_frames
 
 
@@ -25,8 +26,6 @@ def measure_motion(frames: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
     Raises:
         ValueError: not two videos of one shape.
     """
-    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
-
     if check_frames(frames).shape != check_frames(reference).shape:
         raise ValueError(
             f"videos to compare must have one shape, got {list(frames.shape)} and "
@@ -37,11 +36,7 @@ def measure_motion(frames: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
     # Signed: in uint8 a difference of -1 would be 255.
     ours, theirs = (np.diff(video.astype(np.float64), axis=0) for video in (frames, reference))
     error = float(((ours - theirs) ** 2).mean())
-    pairs = [
-        [torch.from_numpy(x[i]).permute(2, 0, 1)[None] for x in (ours, theirs)]
-        for i in range(len(ours))
-    ]
-    similar = [torch.as_tensor(ssim(a, b, data_range=255.0)).item() for a, b in pairs]
+    similar = measure_ssim(*(torch.from_numpy(x).permute(0, 3, 1, 2) for x in (ours, theirs)))
     return {
         "motion_psnr": round(10 * math.log10(255**2 / error), 6) if error else None,
         "motion_ssim": round(sum(similar) / len(similar), 6),
