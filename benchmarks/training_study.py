@@ -102,10 +102,10 @@ def judge(model: Path, algorithm: str, count: int) -> dict[str, float]:
 class Study:
     """The record, written after every row."""
 
-    def __init__(self, path: Path, options: argparse.Namespace) -> None:
+    def __init__(self, path: Path, options: argparse.Namespace, start: str = START) -> None:
         self._path = path
         self._config = {name: getattr(options, name) for name in ("steps", "clips", "validation")}
-        self._config |= {"start": START, **SIZE}
+        self._config |= {"start": start, **SIZE}
         self.rows: list[dict[str, Any]] = []
         if path.exists():
             record = RunRecord.load(path)

@@ -51,6 +51,20 @@ def test_ratios_and_shares(tmp_path):
     assert "LoRA reaches 0.900 of the full gain." in page
 
 
+def test_the_shipped_model_has_its_own_section(tmp_path):
+    config = {"height": 128, "width": 128, "frames": 61, "steps": 60, "clips": 9, "validation": 2}
+    rows = [
+        {"run": "teacher", "algorithm": "dense", "seed": 0, "density": 1.0, "right": RIGHT},
+        row("distill", "nabla-0.2", 0, 0.4, 0.3, zero_shot_right=RIGHT),
+    ]
+    RunRecord("training_study", config, 0, {}, "a device", {"rows": rows}).save(
+        tmp_path / "distill_builtin.json"
+    )
+    page = build_page(tmp_path)
+    assert "(colour 100%, direction 50%, shape 75%, number 100%)" in page
+    assert "| nabla-0.2 | 0.100 | 0.400 | 0.300 | 0.250 | 100% | 50% | 75% |" in page
+
+
 def test_steps_are_compared(tmp_path):
     config = {"tokens": 4096, "rounds": 3}
     times = {"dense": (4.0, 3.0, 5.0), "nabla-0.45": (1.6, 1.5, 1.7)}

@@ -1,0 +1,54 @@
+"""The shipped model distilled for sparse attention: error and judge, zero-shot and after.
+
+In the form of the paper's Table 2 (arXiv:2507.13546), on the built-in world. Run it again after an
+interruption: rows that the record holds are not repeated.
+
+    python benchmarks/distill_builtin.py runs/distill_builtin
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from training_study import SIZE, STUDENTS, Study, configure, judge, result_of, train_one
+
+from nabla_attn.generation.pipeline import load_pipeline, model_directory
+from nabla_attn.training.data import WorldSet
+
+
+def main() -> None:
+    """One row a student."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work", type=Path, help="folder of the students")
+    parser.add_argument("--students", nargs="+", default=STUDENTS)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--clips", type=int, default=72)
+    parser.add_argument("--validation", type=int, default=8)
+    parser.add_argument("--judge", type=int, default=16, help="held-out prompts")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    results = Path(__file__).parent / "results"
+    parser.add_argument("--output", type=Path, default=results / "distill_builtin.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision("medium")
+    study, teacher = Study(options.output, options, start="builtin"), model_directory("builtin")
+    data = WorldSet(load_pipeline("builtin"), clips=options.clips, seed=options.seed, **SIZE)
+    if not study.has(algorithm="dense"):
+        right = judge(teacher, "dense", options.judge)
+        study.add(run="teacher", algorithm="dense", seed=options.seed, density=1.0, right=right)
+    for algorithm in options.students:
+        key = {"run": "distill", "algorithm": algorithm, "seed": options.seed}
+        if study.has(**key):
+            continue
+        result = result_of(key, options.work)
+        numbers = train_one(
+            configure(options, options.seed, "distill", algorithm), teacher, data, result
+        )
+        zero_shot = judge(teacher, algorithm, options.judge)
+        right = judge(result, algorithm, options.judge)
+        study.add(**key, **numbers, zero_shot_right=zero_shot, right=right, judged=options.judge)
+
+
+if __name__ == "__main__":
+    main()
