@@ -9,8 +9,16 @@ interruption: rows that the record holds are not repeated.
 import argparse
 from pathlib import Path
 
-import torch
-from training_study import SIZE, STUDENTS, Study, configure, judge, result_of, train_one
+from training_study import (
+    SIZE,
+    STUDENTS,
+    Study,
+    configure,
+    judge,
+    parse_options,
+    result_of,
+    train_one,
+)
 
 from nabla_attn.generation.pipeline import load_pipeline, model_directory
 from nabla_attn.training.data import WorldSet
@@ -26,12 +34,7 @@ def main() -> None:
     parser.add_argument("--validation", type=int, default=8)
     parser.add_argument("--judge", type=int, default=16, help="held-out prompts")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    results = Path(__file__).parent / "results"
-    parser.add_argument("--output", type=Path, default=results / "distill_builtin.json")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.set_float32_matmul_precision("medium")
+    options = parse_options(parser, "distill_builtin")
     study, teacher = Study(options.output, options, start="builtin"), model_directory("builtin")
     data = WorldSet(load_pipeline("builtin"), clips=options.clips, seed=options.seed, **SIZE)
     if not study.has(algorithm="dense"):

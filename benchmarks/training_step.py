@@ -7,11 +7,10 @@ python benchmarks/training_step.py runs/builtin
 
 import argparse
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from training_study import SIZE, SPARSE, configure
+from training_study import SIZE, SPARSE, configure, parse_options
 
 from nabla_attn.bench.measure import Timing
 from nabla_attn.generation.pipeline import load_pipeline
@@ -29,12 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of `nabla train builtin`")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    results = Path(__file__).parent / "results"
-    parser.add_argument("--output", type=Path, default=results / "training_step.json")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.set_float32_matmul_precision("medium")
+    options = parse_options(parser, "training_step")
     options.steps, options.validation = STEPS, 1
     data = WorldSet(load_pipeline("builtin"), clips=4, seed=0, **SIZE)
     seconds: dict[str, list[float]] = {name: [] for name in ("dense", *SPARSE)}
@@ -42,7 +36,7 @@ def main() -> None:
     for turn in range(options.rounds + 1):
         for name, found in seconds.items():
             # Every round takes the same clips.
-            config = replace(configure(options, 0, "pretrain", name), steps=STEPS)
+            config = configure(options, 0, "pretrain", name)
             run = prepare(config, load_parts(options.run / "study" / "start"), data)
             with tempfile.TemporaryDirectory() as folder:
                 trainer = Trainer(run, Path(folder))

@@ -182,6 +182,17 @@ def judge_rows(study: Study, count: int, work: Path) -> None:
         study.save(row)
 
 
+def parse_options(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
+    """Options of a script here, threads and the record's place among them; threads are set."""
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    results = Path(__file__).parent / "results"
+    parser.add_argument("--output", type=Path, default=results / f"{name}.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision("medium")
+    return options
+
+
 def main() -> None:
     """Run the seeds one after the other."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -191,12 +202,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=96)
     parser.add_argument("--validation", type=int, default=16)
     parser.add_argument("--judge", type=int, default=8, help="held-out prompts; 0 judges nothing")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    results = Path(__file__).parent / "results"
-    parser.add_argument("--output", type=Path, default=results / "training_study.json")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.set_float32_matmul_precision("medium")
+    options = parse_options(parser, "training_study")
     study = Study(options.output, options)
     work = options.run / "study"
     start = work / "start"
