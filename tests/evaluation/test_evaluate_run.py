@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from nabla_attn.cli import app
 from nabla_attn.evaluation import run as run_module
 from nabla_attn.evaluation.curves import draw_curves, draw_losses, family, mean_maps
 from nabla_attn.evaluation.match import bisect, match_algorithm
+from nabla_attn.evaluation.pack import pack
 from nabla_attn.evaluation.probe import MEASURES, AttentionProbe
 from nabla_attn.evaluation.prompts import make_items
 from nabla_attn.evaluation.run import Evaluation, Measures
@@ -18,6 +20,7 @@ from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import load_pipeline
 from nabla_attn.generation.request import GenerationRequest
 from nabla_attn.record import RunRecord
+from nabla_attn.viz.report import build_report
 
 REQUEST = GenerationRequest(prompt="red", height=64, width=64, frames=5, steps=1)
 MORE_BLOCKS = replace(REQUEST, height=144, width=176, steps=2)  # 2 x 2 x 2 blocks
@@ -153,6 +156,46 @@ def test_summary_of_a_run(finished):
     )
     record = summary_record(records)
     assert RunRecord.from_json(record.to_json()) == record
+
+
+def test_a_packed_run_is_read_as_the_run_it_came_from(finished, tmp_path):
+    assert pack(finished, tmp_path / "packed") == 4
+    assert read_records(tmp_path / "packed") == read_records(finished)
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")}
+    folders = ("dense", "nabla-0.2")
+    assert names == {f"packed/{name}.jsonl" for name in folders} | {
+        "packed/nabla-0.2",
+        *(f"packed/{name}/p0000-s0.mp4" for name in folders),
+    }
+    reports = [build_report([folder]) for folder in (finished, tmp_path / "packed")]
+    assert reports[0] == reports[1]
+
+
+def test_an_item_that_one_algorithm_lacks_is_not_packed(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "nabla-0.2" / "p0001-s0.json").unlink()
+    result = CliRunner().invoke(
+        app, ["evaluate", "pack", str(tmp_path / "run"), str(tmp_path / "packed")]
+    )
+    assert result.exit_code == 0, result.output
+    assert "3 items" in result.output
+    assert "p0001-s0" not in read_records(tmp_path / "packed")["dense"]
+
+
+def test_a_broken_line_of_a_packed_run_is_named(finished, tmp_path):
+    pack(finished, tmp_path)
+    with (tmp_path / "dense.jsonl").open("a") as file:
+        file.write("{}\n")
+    with pytest.raises(ValueError, match=r"dense.jsonl, line 5: run record: missing"):
+        read_records(tmp_path)
+
+
+def test_a_record_without_its_item_is_refused(finished, tmp_path):
+    record = RunRecord.load(finished / "dense" / "p0000-s0.json")
+    config = {key: value for key, value in record.config.items() if key != "prompt_index"}
+    replace(record, config=config).save(tmp_path / "dense" / "p0000-s0.json")
+    with pytest.raises(ValueError, match="prompt_index, prompt of a record are dense, None"):
+        read_records(tmp_path)
 
 
 def synthetic(values, algo="nabla-0.5", prompts=None, **numbers):

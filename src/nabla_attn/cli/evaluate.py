@@ -92,6 +92,17 @@ def summary(run: Annotated[Path, typer.Argument(help="Folder of the run.")]) -> 
     _finish(run)
 
 
+@evaluate.command(cls=VerbCommand)
+def pack(
+    run: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    output: Annotated[Path, typer.Argument(help="Where the packed run goes.")],
+) -> None:
+    """Write a run's records as one file an algorithm, to publish; `nabla report` reads them."""
+    from nabla_attn.evaluation.pack import pack as pack_run
+
+    typer.echo(f"{output}: {pack_run(run, output)} items that every algorithm has made.")
+
+
 @evaluate.command("vbench-write", cls=VerbCommand)
 def vbench_write(
     run: Annotated[Path, typer.Argument(help="Folder of the run.")],

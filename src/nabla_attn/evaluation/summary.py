@@ -2,13 +2,14 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nabla_attn.evaluation.prompts import Item
 from nabla_attn.record import RunRecord, collect_versions
 
 NUM_RESAMPLES = 2000
@@ -63,17 +64,17 @@ MEDIANS = ("seconds",)
 
 
 def read_records(run: str | Path) -> Records:
-    """The records of a run's folder that have dense attention to compare with.
+    """The records of a run's folder, packed or not, that have dense attention to compare with.
 
     Raises:
         ValueError: no such records; a broken one is named.
     """
     run = Path(run)
     found: Records = defaultdict(dict)
-    for path in sorted(run.glob("*/*.json")):
-        record = RunRecord.load(path)
+    for record in _load_all(run):
         if record.kind == "evaluate":
-            found[str(record.config["sparse_algo"])][path.stem] = record
+            algo, item = _place(record, run)
+            found[algo][item.name] = record
     dense = found.get("dense", {})
     paired = {
         algo: {name: record for name, record in records.items() if name in dense}
@@ -82,6 +83,25 @@ def read_records(run: str | Path) -> Records:
     if not dense:
         raise ValueError(f"{run} has no records of dense attention. Run `nabla evaluate` first.")
     return {algo: records for algo, records in paired.items() if records}
+
+
+def _load_all(run: Path) -> Iterator[RunRecord]:
+    for path in sorted(run.glob("*/*.json")):
+        yield RunRecord.load(path)
+    for path in sorted(run.glob("*.jsonl")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                yield RunRecord.from_json(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+
+
+def _place(record: RunRecord, run: Path) -> tuple[str, Item]:
+    names = ("sparse_algo", "prompt_index", "prompt")
+    algo, index, prompt = (record.config.get(name) for name in names)
+    if not (isinstance(algo, str) and isinstance(index, int) and isinstance(prompt, str)):
+        raise ValueError(f"{run}: {', '.join(names)} of a record are {algo}, {index}, {prompt}.")
+    return algo, Item(index, prompt, record.seed)
 
 
 def summarise(records: Records) -> dict[str, dict[str, Any]]:
