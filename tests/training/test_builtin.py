@@ -10,7 +10,7 @@ from nabla_attn.generation.request import GenerationRequest, ModelDefaults
 from nabla_attn.record import RunRecord
 from nabla_attn.training.builtin import train_builtin
 from nabla_attn.training.latents import LatentSet
-from nabla_attn.training.loop import Stage, run_stage
+from nabla_attn.training.loop import Stage, run_stage, step_at
 from nabla_attn.training.recipes import OptimConfig, TransformerPhase, VaeConfig, VaePhase, builtin
 from nabla_attn.training.text import CaptionEncoder, build_text_encoder, build_tokenizer
 from nabla_attn.training.transformer import (
@@ -37,7 +37,7 @@ def tiny_recipe():
         vae=VaeConfig((VaePhase(steps=2, batch=1, frames=5, size=16, largest=32),)),
         phases=(
             phase("images", image_share=1.0, padding=(0.0, 0.5)),
-            phase("sparse", thresholds=(0.3, 0.8), dense_share=0.0),
+            phase("sparse", thresholds=(0.3, 0.8), dense_share=0.0, image_share=0.5, images=4),
         ),
     )
 
@@ -55,7 +55,7 @@ def test_every_stage_is_run_and_recorded(run):
     record = RunRecord.load(folder / "training.json")
     assert [stage["stage"] for stage in record.numbers["stages"]] == ["vae", "images", "sparse"]
     assert record.config == json.loads(json.dumps(dataclasses.asdict(tiny_recipe())))
-    assert {p.stage for p in seen} == {"vae", "encode-5x16", "images", "sparse"}
+    assert {p.stage for p in seen} == {"vae", "encode-5x16", "encode-1x16", "images", "sparse"}
 
 
 def test_the_result_is_a_pipeline_that_generates(run):
@@ -124,6 +124,27 @@ def test_the_transformer_learns_a_few_clips(tmp_path):
         )
     )
     assert record["losses"][-1] < 0.6 * record["losses"][0]
+
+
+def test_image_steps_have_their_own_images_and_noise(monkeypatch):
+    calls = []
+
+    def model(latents, timestep, encoder_hidden_states, return_dict):
+        calls.append((list(latents.shape), float(timestep.mean())))
+        return (torch.zeros_like(latents),)
+
+    clips, images = (
+        LatentSet(torch.zeros(2, 16, frames, 4, 4).half(), [sample_scene(0), sample_scene(1)])
+        for frames in (2, 1)
+    )
+    text = CaptionEncoder(build_tokenizer(), build_text_encoder(0), num_tokens=14)
+    mixed = dataclasses.replace(
+        phase("mixed", image_share=0.5, images=2, image_shift=0.01), batch=3, shift=100.0
+    )
+    for number in (0, 1):
+        flow_loss(model, clips, text, mixed, step_at(0, "mixed", number, 2), images=images)
+    assert [shape for shape, _ in calls] == [[3, 16, 2, 4, 4], [6, 16, 1, 4, 4]]
+    assert calls[0][1] > 900 and calls[1][1] < 100
 
 
 @pytest.mark.parametrize(("share", "images"), [(0.0, 0), (0.25, 25), (0.5, 50), (1.0, 100)])

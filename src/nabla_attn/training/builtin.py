@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 
 from nabla_attn.files import write_text
 from nabla_attn.record import RunRecord, collect_versions, describe_device
-from nabla_attn.training.latents import encode_scenes
+from nabla_attn.training.latents import LatentSet, encode_scenes
 from nabla_attn.training.loop import Progress, Stage, Step, run_stage
 from nabla_attn.training.recipes import BuiltinConfig, TransformerPhase
 from nabla_attn.training.text import CaptionEncoder, build_text_encoder, build_tokenizer
@@ -106,16 +106,21 @@ def train_phase(
         build_tokenizer(), build_text_encoder(config.seed), num_tokens=config.text_tokens
     )
     vae = AutoencoderKLWan.from_pretrained(folder / "vae")
-    encoding = f"encode-{phase.frames}x{phase.size}"
-    data = encode_scenes(
-        vae,
-        folder,
-        clips=phase.clips,
-        frames=phase.frames,
-        size=phase.size,
-        seed=config.seed,
-        report=lambda done, total: report(Progress(encoding, done, total, 0.0, 0.0)),
-    )
+
+    def encode(clips: int, frames: int) -> LatentSet:
+        name = f"encode-{frames}x{phase.size}"
+        return encode_scenes(
+            vae,
+            folder,
+            clips=clips,
+            frames=frames,
+            size=phase.size,
+            seed=config.seed,
+            report=lambda done, total: report(Progress(name, done, total, 0.0, 0.0)),
+        )
+
+    clips = encode(phase.clips, phase.frames)
+    images = encode(phase.images, 1) if phase.images else None
     model = (
         WanTransformer3DModel.from_pretrained(start) if start else build_transformer(config.seed)
     )
@@ -125,7 +130,7 @@ def train_phase(
         low, high = phase.padding
         padding.set(low + (high - low) * step.progress)
         with padding.applied(model), _sparse_step(model, phase, step):
-            loss = flow_loss(model, data, text, phase, step)
+            loss = flow_loss(model, clips, text, phase, step, images=images)
         return loss
 
     record = run_stage(

@@ -92,6 +92,8 @@ class TransformerPhase:
         optim: Optimiser settings.
         image_share: Share of the steps that see first latent frames only: more scenes for the same
             number of tokens, which is how shapes are learnt.
+        images: Number of distinct images; 0 takes the first latent frames of the clips.
+        image_shift: Shift of the noise levels of images; None is that of the clips.
         thresholds: NABLA thresholds to draw from, (lowest, highest); None is dense attention.
         dense_share: Share of the steps that stay dense where thresholds are given.
         padding: Weight of the text padding at the stage's start and end, 0 to 1.
@@ -106,6 +108,8 @@ class TransformerPhase:
     shift: float
     optim: OptimConfig
     image_share: float = 0.0
+    images: int = 0
+    image_shift: float | None = None
     thresholds: tuple[float, float] | None = None
     dense_share: float = 0.25
     padding: tuple[float, float] = (1.0, 1.0)

@@ -84,31 +84,48 @@ def is_image_step(phase: TransformerPhase, number: int) -> bool:
     return int((number + 1) * phase.image_share) > int(number * phase.image_share)
 
 
-def _draw(data: LatentSet, phase: TransformerPhase, step: Step, drop: float) -> tuple[Any, Any]:
-    """A batch of latents and captions; some captions are empty, for guidance."""
+def _draw(
+    clips: LatentSet, images: LatentSet, phase: TransformerPhase, step: Step, drop: float
+) -> tuple[Tensor, list[str], float]:
+    """A batch of latents and captions, some empty for guidance, and the shift of their noise."""
     is_image = is_image_step(phase, step.number)
-    batch = phase.batch * data.latents.shape[2] if is_image else phase.batch
+    data, batch, shift = clips, phase.batch, phase.shift
+    if is_image:
+        data, batch = images, phase.batch * clips.latents.shape[2]
+        shift = phase.shift if phase.image_shift is None else phase.image_shift
     indices = [step.rng.randrange(len(data.scenes)) for _ in range(batch)]
     latents = data.latents[indices].float()
     captions = [
         "" if step.rng.random() < drop else describe(data.scenes[index], step.rng)
         for index in indices
     ]
-    return (latents[:, :, :1] if is_image else latents), captions
+    return (latents[:, :, :1] if is_image else latents), captions, shift
 
 
 def flow_loss(
     model: nn.Module,
-    data: LatentSet,
+    clips: LatentSet,
     text: CaptionEncoder,
     phase: TransformerPhase,
     step: Step,
+    *,
+    images: LatentSet | None = None,
     drop: float = 0.1,
 ) -> Tensor:
-    """Mean squared error of the predicted velocity, in bfloat16 autocast."""
-    latents, captions = _draw(data, phase, step, drop)
+    """Mean squared error of the predicted velocity, in bfloat16 autocast.
+
+    Args:
+        model: The transformer.
+        clips: What video steps draw from.
+        text: Encodes captions.
+        phase: The stage.
+        step: The step, with all that is random about it.
+        images: What image steps draw from; None is the clips.
+        drop: Share of the captions left empty, for guidance.
+    """
+    latents, captions, shift = _draw(clips, images or clips, phase, step, drop)
     noise = torch.randn(latents.shape, generator=step.generator)
-    sigma = spread_times(step.number, len(latents), phase.shift)
+    sigma = spread_times(step.number, len(latents), shift)
     with torch.autocast("cpu", torch.bfloat16):
         predicted = model(
             add_noise(latents, noise, sigma),
