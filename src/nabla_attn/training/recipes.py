@@ -153,7 +153,7 @@ def _optim(rate: float, warmup: int, average: float) -> OptimConfig:
 
 
 def builtin() -> BuiltinConfig:
-    """The model that ships with the package: 128x128, 61 frames, 4,096 tokens; under two hours."""
+    """The model that ships with the package: 128x128, 61 frames, 4,096 tokens; some three hours."""
     return BuiltinConfig(
         seed=0,
         text_tokens=14,
@@ -233,6 +233,35 @@ def builtin() -> BuiltinConfig:
                 ),
                 image_share=0.2,
                 thresholds=(0.25, 0.7),
+                dense_share=0.2,
+            ),
+            TransformerPhase(
+                "images-128-a",
+                size=128,
+                frames=1,
+                steps=500,
+                batch=24,
+                clips=4096,
+                shift=3.0,
+                optim=OptimConfig(
+                    muon_lr=0.012, adamw_lr=1.2e-3, muon_weight_decay=0.01, average=0.98
+                ),
+            ),
+            TransformerPhase(
+                "joint-128",
+                size=128,
+                frames=61,
+                steps=2200,
+                batch=1,
+                clips=512,
+                shift=10.0,
+                optim=OptimConfig(
+                    muon_lr=0.008, adamw_lr=8e-4, muon_weight_decay=0.01, flat=0.3, average=0.99
+                ),
+                image_share=0.4,
+                images=4096,
+                image_shift=3.0,
+                thresholds=(0.3, 0.8),
                 dense_share=0.2,
             ),
         ),
