@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -78,16 +77,15 @@ def train_vae(config: BuiltinConfig, folder: Path, report: Report) -> dict[str, 
     return record
 
 
-def _sparse_step(model: WanTransformer3DModel, phase: TransformerPhase, step: Step) -> Any:
+def draw_algorithm(phase: TransformerPhase, step: Step) -> str:
     """Attention of one step: NABLA with a random threshold, or dense; images are always dense."""
     if phase.thresholds is None or is_image_step(phase, step.number):
-        return nullcontext()
+        return "dense"
     if step.rng.random() < phase.dense_share:
-        return nullcontext()
-    from nabla_attn import apply
-
-    threshold = round(step.rng.uniform(*phase.thresholds), 3)
-    return apply(model, f"nabla-{threshold}")
+        return "dense"
+    name = f"nabla-{round(step.rng.uniform(*phase.thresholds), 3)}"
+    window = step.rng.choice(phase.windows) if phase.windows else ""
+    return f"{name}_{window}" if window else name
 
 
 def train_phase(
@@ -129,9 +127,9 @@ def train_phase(
     def loss_at(step: Step) -> torch.Tensor:
         low, high = phase.padding
         padding.set(low + (high - low) * step.progress)
-        with padding.applied(model), _sparse_step(model, phase, step):
-            loss = flow_loss(model, clips, text, phase, step, images=images)
-        return loss
+        algorithm = draw_algorithm(phase, step)
+        with padding.applied(model):
+            return flow_loss(model, clips, text, phase, step, images=images, algorithm=algorithm)
 
     record = run_stage(
         Stage(
