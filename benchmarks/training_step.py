@@ -1,4 +1,4 @@
-"""Seconds of a training step of the built-in model's last stage: dense and sparse in turn.
+"""Seconds of a training step of the built-in model on long clips: dense and sparse in turn.
 
 nabla train builtin --output runs/builtin
 python benchmarks/training_study.py runs/builtin

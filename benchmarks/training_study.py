@@ -1,7 +1,7 @@
 """Training with sparse attention, measured on the built-in world; one record, one row a run.
 
-Pretraining: the last stage of the built-in model, 4,096 tokens, dense and sparse from the weights
-of the stage before. Distillation: students of the densely trained result, before
+Pretraining: long clips, 4,096 tokens, dense and sparse, from the built-in model's weights after its
+short ones. Distillation: students of the densely trained result, before
 and after. Run it again after an interruption: what the record holds is not repeated.
 
     nabla train builtin --output runs/builtin
@@ -198,10 +198,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of `nabla train builtin`")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--clips", type=int, default=96)
-    parser.add_argument("--validation", type=int, default=16)
-    parser.add_argument("--judge", type=int, default=8, help="held-out prompts; 0 judges nothing")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--clips", type=int, default=48)
+    parser.add_argument("--validation", type=int, default=8)
+    parser.add_argument("--judge", type=int, default=0, help="held-out prompts; 0 judges nothing")
     options = parse_options(parser, "training_study")
     study = Study(options.output, options)
     work = options.run / "study"

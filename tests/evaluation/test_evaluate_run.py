@@ -289,7 +289,7 @@ def test_the_command(tiny_wan, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
     arguments = [
         "evaluate", "--sparse-algo", "nabla-0.4", "--model", str(tiny_wan), "--device", "cpu",
-        "--prompts", str(tmp_path / "prompts.txt"), "--num-prompts", "1", "--num-probed", "1",
+        "--prompts", str(tmp_path / "prompts.txt"), "--num-probed", "1",
         "--height", "64", "--width", "64", "--frames", "5", "--steps", "1",
         "--output", str(tmp_path / "out"),
     ]  # fmt: skip
@@ -298,6 +298,7 @@ def test_the_command(tiny_wan, tmp_path):
     assert "nabla-0.4" in result.output
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"dense", "nabla-0.4", "summary.json", "curves.png", "losses.png"}
+    assert len(list((tmp_path / "out" / "dense").glob("*.mp4"))) == 2, "all prompts of the file"
     again = CliRunner().invoke(app, ["evaluate", "summary", str(tmp_path / "out")])
     assert again.exit_code == 0, again.output
     json.loads((tmp_path / "out" / "summary.json").read_text())

@@ -188,6 +188,23 @@ def test_results_come_from_a_second_process_while_serving(tmp_path):
     assert Study.load(folder).admin_token == admin
 
 
+def test_a_link_for_others_has_the_name_of_the_machine(tmp_path, monkeypatch):
+    import socket
+
+    from typer.testing import CliRunner
+
+    from nabla_attn.cli import app
+    from nabla_attn.vote import server
+
+    make_small_study(tmp_path)
+    monkeypatch.setattr(server, "serve", lambda application, bound: bound.close())
+    for host, shown in (("0.0.0.0", socket.gethostname()), ("127.0.0.1", "127.0.0.1")):
+        asked = ["vote", str(tmp_path / "study"), "--host", host, "--port", "0"]
+        result = CliRunner().invoke(app, asked)
+        assert result.exit_code == 0, result.output
+        assert f"For raters:  http://{shown}:" in result.output
+
+
 def test_asking_for_what_is_not_there(tmp_path):
     from typer.testing import CliRunner
 

@@ -98,7 +98,7 @@ def _ulysses(record: RunRecord) -> str:
             "",
             "Ulysses context parallelism on CPU processes (gloo), tiny random models, fp32: the "
             "larger of the output's largest difference to one process and a tenth of the "
-            "gradients', relative to the largest value.",
+            "gradients' (of Kandinsky 5 the output alone), relative to the largest value.",
             "",
             *table(["model", *cases], rows),
             "Sharing heads by their measured densities, on a random Wan of 16 heads from broad to "

@@ -45,7 +45,14 @@ def run(
             help="Text file, one prompt a line, or JSON.", show_default="the built-in world's"
         ),
     ] = None,
-    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts taken, from the first.")] = 4,
+    num_prompts: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Prompts taken, from the first.",
+            show_default="4 of the world's, all of a file's",
+        ),
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, such as 0,1.")] = "0",
     output: Annotated[Path, typer.Option(help="Folder of the run; an interrupted one goes on.")] = (
         Path("out/evaluate")
@@ -65,7 +72,7 @@ def run(
     from nabla_attn.evaluation.prompts import make_items, read_prompts, world_prompts
     from nabla_attn.evaluation.run import Evaluation, Measures
 
-    texts = read_prompts(prompts)[:num_prompts] if prompts else world_prompts(num_prompts)
+    texts = read_prompts(prompts)[:num_prompts] if prompts else world_prompts(num_prompts or 4)
     items = make_items(texts, opt.read_indices(seeds) or ())
     request = video.request(
         prompt=texts[0], seed=items[0].seed, sparse_algo=None if video.schedule else "dense"

@@ -1,5 +1,6 @@
 """``nabla vote``: make a blind study, serve it, read its results."""
 
+import socket
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,8 +77,7 @@ def serve(
     application = server.create_app(study)
     bound = server.listen(host, port)
     found = Study.load(study)
-    shown = f"[{host}]" if ":" in host else host
-    address = f"http://{shown}:{bound.getsockname()[1]}"
+    address = f"http://{_host_of_links(host)}:{bound.getsockname()[1]}"
     typer.echo(f"For raters:  {address}/s/{found.link_token}")
     typer.echo(f"Results:     {address}/results/{found.admin_token}   (keep this link)")
     try:
@@ -121,6 +121,13 @@ def results(
     write_text(output / "votes.csv", votes_csv(found, rows))
     draw_chart(counted, output / "chart.png")
     typer.echo(f"Written: {output}")
+
+
+def _host_of_links(host: str) -> str:
+    """What others type: this machine's name where the server listens on all addresses."""
+    if host in ("0.0.0.0", "::"):
+        return socket.gethostname()
+    return f"[{host}]" if ":" in host else host
 
 
 def _print(counted: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from nabla_attn.evaluation.curves import draw_curves, draw_losses, mean_maps
 from nabla_attn.evaluation.summary import Records, read_records, summarise
 from nabla_attn.generation.video import read_video
 from nabla_attn.record import RunRecord
+from nabla_attn.schedule import Schedule
 from nabla_attn.viz.contact_sheet import draw_contact_sheet
 from nabla_attn.viz.document import Picture, Section, Table, Text
 
@@ -75,9 +76,24 @@ def _settings(records: Records) -> Section:
     prompts = {str(record.config["prompt"]) for record in records["dense"].values()}
     seeds = sorted({record.seed for record in records["dense"].values()})
     rows = [(name, str(first.config.get(name, ""))) for name in SETTINGS]
+    rows.append(("schedule", _schedules(records)))
     rows += [("prompts", str(len(prompts))), ("seeds", ", ".join(map(str, seeds)))]
     rows += [("algorithms", ", ".join(records)), ("machine", first.device)]
     return Section("Settings", [Table(("setting", "value"), tuple(rows))])
+
+
+def _schedules(records: Records) -> str:
+    """The rules beside the algorithms, and whose they are where they differ."""
+    owners: dict[str, list[str]] = {}
+    for algo, items in records.items():
+        if algo != "dense":
+            given = next(iter(items.values())).config.get("schedule")
+            schedule = Schedule.from_dict(given) if given else Schedule.default(algo)
+            rules = str(schedule).removeprefix(str(schedule.algorithm)).removeprefix("; ")
+            owners.setdefault(rules or "sparse from the first step", []).append(algo)
+    if len(owners) == 1:
+        return next(iter(owners))
+    return "; ".join(f"{', '.join(algos)}: {rules}" for rules, algos in owners.items())
 
 
 def _results(summary: dict[str, dict[str, Any]]) -> Section:
