@@ -73,6 +73,15 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_two_writers_of_one_name_do_not_meet(tmp_path):
+    path = tmp_path / ("x" * 246 + ".mp4")
+    with whole_file(path) as first, whole_file(path) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_check_writable_names_the_reason(tmp_path):
     assert check_writable(tmp_path / "new" / "a.mp4").parent.is_dir()
     with pytest.raises(ValueError, match="is a folder"):

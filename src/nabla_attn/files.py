@@ -1,9 +1,13 @@
 """Files that appear whole or not at all."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+MAX_NAME_BYTES = 200
+"""Of a file's name in that of its temporary file; file systems take 255 in all."""
 
 
 @contextmanager
@@ -20,12 +24,18 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    # Processes of several machines or containers share numbers, so chance tells them apart.
+    name = os.fsencode(path.name)[:MAX_NAME_BYTES].decode(errors="ignore")
+    return path.with_name(f".{name}.{secrets.token_hex(8)}.tmp")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -43,7 +53,7 @@ def check_writable(path: str | Path) -> Path:
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"cannot write {path}: it is a folder. Pass a file name.")
-    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    probe = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()

@@ -103,6 +103,28 @@ class RunRecord:
             raise ValueError(f"{path}: {error}") from error
 
 
+def check_settings(path: Path, asked: dict[str, Any]) -> RunRecord:
+    """Load the record that an interrupted run left, if it was made as it would be made now.
+
+    Args:
+        path: the record.
+        asked: settings that must be in its config, equal.
+
+    Raises:
+        ValueError: a setting differs; it is named.
+    """
+    record = RunRecord.load(path)
+    found = record.config
+    changed = [key for key, value in asked.items() if found.get(key) != value]
+    if changed:
+        raise ValueError(
+            f"{path} was made with other settings: "
+            + ", ".join(f"{key} {found.get(key)!r}, now {asked[key]!r}" for key in changed[:4])
+            + ". Choose another output place."
+        )
+    return record
+
+
 def collect_versions() -> dict[str, str]:
     """Versions of Python and of the packages a result depends on."""
     found = {"python": platform.python_version()}

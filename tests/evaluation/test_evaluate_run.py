@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from nabla_attn import Schedule
 from nabla_attn.cli import app
 from nabla_attn.evaluation import run as run_module
-from nabla_attn.evaluation.curves import draw_curves, draw_losses, family, mean_maps
+from nabla_attn.evaluation.curves import draw_curves, draw_true_mass, family, mean_maps
 from nabla_attn.evaluation.match import bisect, match_algorithm
 from nabla_attn.evaluation.pack import pack
 from nabla_attn.evaluation.probe import MEASURES, AttentionProbe
@@ -93,8 +93,22 @@ def test_other_settings_are_refused(pipeline, finished):
         evaluation(pipeline, finished, steps=3).run(ALGOS, ITEMS)
     with pytest.raises(ValueError, match="prompt 'a red circle', now 'a dog'"):
         evaluation(pipeline, finished).run(ALGOS, make_items(["a dog"], [0]))
+    with pytest.raises(ValueError, match="fps 8, now 12"):
+        Evaluation(pipeline, REQUEST, finished, fps=12).run(ALGOS, ITEMS)
+    rounded = load_pipeline(pipeline.config["_name_or_path"], device="cpu", dtype="bfloat16")
+    with pytest.raises(ValueError, match="dtype 'float32', now 'bfloat16'"):
+        evaluation(rounded, finished).run(ALGOS, ITEMS)
     with pytest.raises(ValueError, match="K from 0"):
         evaluation(pipeline, finished).run(ALGOS, ITEMS, shard=(2, 2))
+
+
+def test_a_measure_asked_for_later_is_made(pipeline, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    more = Measures(num_probed=1, clip=lambda frames, prompt: 0.25)
+    again = Evaluation(pipeline, REQUEST, tmp_path / "run", fps=8, measures=more)
+    again.run(ALGOS, ITEMS[:1])
+    records = [RunRecord.load(tmp_path / "run" / name / "p0000-s0.json") for name in ALGOS]
+    assert [record.numbers["to_prompt"]["clip"] for record in records] == [0.25]
 
 
 def test_nothing_is_carried_over_from_a_run_of_another_size(pipeline):
@@ -171,6 +185,22 @@ def test_a_packed_run_is_read_as_the_run_it_came_from(finished, tmp_path):
     assert reports[0] == reports[1]
 
 
+def test_means_are_over_the_same_videos(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "nabla-0.2" / "p0001-s0.json").unlink()
+    with pytest.warns(UserWarning, match="1 of 4 items are left out"):
+        records = read_records(tmp_path / "run")
+    assert {len(items) for items in records.values()} == {3}
+    for path in (tmp_path / "run" / "nabla-0.2").glob("p*.json"):
+        path.unlink()
+    first = RunRecord.load(finished / "nabla-0.2" / "p0000-s0.json")
+    other = replace(first, config=first.config | {"prompt_index": 9})
+    other.save(tmp_path / "run" / "nabla-0.2" / "p0009-s0.json")
+    with pytest.raises(ValueError, match=r"no item that all of dense, nabla-0\.2"):
+        read_records(tmp_path / "run")
+
+
+@pytest.mark.filterwarnings("ignore:.*left out")
 def test_an_item_that_one_algorithm_lacks_is_not_packed(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "nabla-0.2" / "p0001-s0.json").unlink()
@@ -188,6 +218,19 @@ def test_a_broken_line_of_a_packed_run_is_named(finished, tmp_path):
         file.write("{}\n")
     with pytest.raises(ValueError, match=r"dense.jsonl, line 5: run record: missing"):
         read_records(tmp_path)
+
+
+def test_a_record_cannot_choose_where_files_go(finished, tmp_path):
+    record = RunRecord.load(finished / "dense" / "p0000-s0.json")
+    config = record.config | {"sparse_algo": "../../elsewhere"}
+    replace(record, config=config).save(tmp_path / "run" / "dense" / "p0000-s0.json")
+    shutil.copy(finished / "dense" / "p0000-s0.mp4", tmp_path / "run" / "dense")
+    for command in ("pack", "vbench-write"):
+        asked = ["evaluate", command, str(tmp_path / "run"), str(tmp_path / "a" / "b")]
+        result = CliRunner().invoke(app, asked)
+        assert result.exit_code == 2, result.output
+        assert "elsewhere" in result.output
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
 def test_a_record_without_its_item_is_refused(finished, tmp_path):
@@ -252,7 +295,7 @@ def test_pictures_are_the_same_bytes_again(finished, tmp_path):
     records = read_records(finished)
     for name in ("a.png", "b.png"):
         draw_curves(summarise(records), tmp_path / name)
-        draw_losses(records, tmp_path / f"losses-{name}")
+        draw_true_mass(records, tmp_path / f"losses-{name}")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert (tmp_path / "losses-a.png").read_bytes() == (tmp_path / "losses-b.png").read_bytes()
     assert set(mean_maps(records, "true_mass")) == set(ALGOS)

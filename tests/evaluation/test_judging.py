@@ -1,14 +1,11 @@
-import json
-from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from nabla_attn.config import parse
 from nabla_attn.evaluation import judging
 from nabla_attn.generation.request import GenerationRequest
 from nabla_attn.record import RunRecord
-from nabla_attn.schedule import Schedule
 from nabla_attn.world import describe, held_out_scenes, render
 
 REQUEST = GenerationRequest("", height=64, width=64, frames=9, sparse_algo="nabla-0.7")
@@ -18,6 +15,7 @@ class Pipeline:
     def __init__(self):
         self.config = {"_name_or_path": "somewhere"}
         self.device = torch.device("cpu")
+        self.transformer = SimpleNamespace(dtype=torch.float32)
 
 
 @pytest.fixture
@@ -66,14 +64,7 @@ def test_other_settings_do_not_mix(generated, tmp_path):
     judging.judge_prompts(Pipeline(), REQUEST, 1, path=path)
     with pytest.raises(ValueError, match="other settings"):
         judging.judge_prompts(Pipeline(), REQUEST.with_algo("nabla-0.4"), 1, path=path)
-
-
-def test_a_record_from_before_a_schedule_rule_goes_on(generated, tmp_path):
-    path = tmp_path / "record.json"
-    request = replace(REQUEST, schedule=Schedule(algorithm=parse("nabla-0.7"), dense_last_steps=1))
-    judging.judge_prompts(Pipeline(), request, 1, path=path)
-    old = json.loads(path.read_text())
-    del old["config"]["schedule"]["reuse_steps"]
-    path.write_text(json.dumps(old))
-    assert judging.judge_prompts(Pipeline(), request, 2, path=path).numbers["count"] == 2
-    assert len(generated) == 2
+    rounded = Pipeline()
+    rounded.transformer.dtype = torch.bfloat16
+    with pytest.raises(ValueError, match="dtype 'float32', now 'bfloat16'"):
+        judging.judge_prompts(rounded, REQUEST, 1, path=path)

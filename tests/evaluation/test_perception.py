@@ -151,6 +151,14 @@ def test_prompts(tmp_path):
     (tmp_path / "b.json").write_text('{"a": 1}')
     with pytest.raises(ValueError, match=r"b\.json"):
         read_prompts(tmp_path / "b.json")
+    (tmp_path / "c.txt").write_text('\ufeffone\n# a remark\n{"prompt": "two"}\n')
+    assert read_prompts(tmp_path / "c.txt") == ["one", "two"]
+    (tmp_path / "d.txt").write_text('{"prompt": "two", "seed": 1}\n')
+    with pytest.raises(ValueError, match="--seeds"):
+        read_prompts(tmp_path / "d.txt")
+    assert len(set(world_prompts(64))) == 64
+    with pytest.raises(ValueError, match="has 64 held-out prompts: got 65"):
+        world_prompts(65)
     assert [item.name for item in make_items(["a", "b"], [0, 7])] == [
         "p0000-s0", "p0000-s7", "p0001-s0", "p0001-s7",
     ]  # fmt: skip

@@ -87,6 +87,18 @@ def test_true_mass_is_not_the_pooled_mass():
     assert losses.best_mass.item() > 0.99
 
 
+def test_kept_mass_below_what_floats_hold_is_a_whole_error():
+    grid = TokenGrid(frames=1, height=8, width=16)
+    q = torch.ones(1, 1, 128, 4)
+    k = torch.full((1, 1, 128, 4), -300.0)
+    k[0, 0, torch.arange(128).view(8, 16)[:, 8:].flatten()] = 0.0
+    call = call_of(q, k, torch.randn(1, 1, 128, 4), grid, "topk-0.5")
+    call.block_map.mask[0, 0] = torch.tensor([True, False])
+    losses = measure_losses(call)
+    assert losses.true_mass.item() == 0
+    assert losses.output_error.item() == pytest.approx(1)
+
+
 def test_text_that_is_padding_takes_no_mass():
     grid, text = TokenGrid(frames=2, height=8, width=8), 70
     q, k, v = random_qkv(grid.num_tokens + text)

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from nabla_attn.generation.pipeline import (
     load_pipeline,
     model_directory,
+    model_identity,
     model_name,
     resolve_device,
     resolve_dtype,
@@ -64,6 +65,27 @@ def test_broken_index(broken):
     index.write_text(whole)
     change_json(index, **{"../vae": ["diffusers", "AutoencoderKLWan"]})
     fails(broken, "../vae")
+
+
+def test_hidden_entries_are_not_loaded(broken, tmp_path, monkeypatch):
+    (tmp_path / "my_code.py").write_text("raise SystemExit('this code ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for entry in (["my_code", "Model"], []):
+        change_json(broken / "model_index.json", _x=entry)
+        load_pipeline(broken, device="cpu", dtype="float32")
+
+
+def test_trained_further_is_another_model(tiny_wan, broken):
+    first, same = (
+        model_identity(load_pipeline(path, device="cpu", dtype="float32"))
+        for path in (tiny_wan, broken)
+    )
+    assert first["model_files"] == same["model_files"] and first["dtype"] == "float32"
+    path = broken / "transformer" / WEIGHTS
+    tensors = load_file(path)
+    save_file({name: x + 1 for name, x in tensors.items()}, path, metadata={"format": "pt"})
+    changed = model_identity(load_pipeline(broken, device="cpu", dtype="float32"))
+    assert changed["model_files"] != first["model_files"]
 
 
 def test_a_missing_part(broken):

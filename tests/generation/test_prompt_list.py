@@ -37,7 +37,7 @@ def test_lines_comments_and_json(tmp_path):
     lines = (
         '\ufeff# a list\r\n\r\n  a red circle \r\n{"prompt": "# one", "seed": 7}\n{"prompt": "é"}'
     )
-    found = prompt_list.read_prompts(write(tmp_path, lines), REQUEST)
+    found = prompt_list.read_requests(write(tmp_path, lines), REQUEST)
     assert [(r.prompt, r.seed) for r in found] == [("a red circle", 5), ("# one", 7), ("é", 5)]
     assert {r.height for r in found} == {16}
 
@@ -59,13 +59,13 @@ def test_lines_comments_and_json(tmp_path):
 )
 def test_bad_lists(tmp_path, text, words):
     with pytest.raises(ValueError, match=words):
-        prompt_list.read_prompts(write(tmp_path, text), REQUEST)
+        prompt_list.read_requests(write(tmp_path, text), REQUEST)
 
 
 def test_missing_list(tmp_path):
     for path in (tmp_path / "none.txt", tmp_path):
         with pytest.raises(ValueError, match="cannot read the prompts"):
-            prompt_list.read_prompts(path, REQUEST)
+            prompt_list.read_requests(path, REQUEST)
 
 
 def test_names_follow_all_that_changes_a_video(model, tmp_path):

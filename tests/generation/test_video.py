@@ -77,6 +77,14 @@ def test_interruption_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_relative_name_with_a_colon_and_a_limit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    frames = np.zeros((5, 16, 16, 3), np.uint8)
+    write_video(frames, "take:1.mp4", 8)
+    assert read_video("take:1.mp4").shape == (5, 16, 16, 3)
+    assert read_video("take:1.mp4", limit=2).shape == (2, 16, 16, 3)
+
+
 def test_unreadable_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"missing\.mp4"):
         read_video(tmp_path / "missing.mp4")

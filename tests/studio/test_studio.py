@@ -1,3 +1,4 @@
+import shutil
 import threading
 from dataclasses import replace
 
@@ -64,6 +65,7 @@ def test_the_page(tiny_wan, pipeline):
     assert "of the token pairs" in facts
     assert 'sandbox="allow-scripts"' in viewer
     assert any("step 1 of 2" in answer[2] for answer in answers)
+    assert studio.sizes_of(str(tiny_wan))[:2] == (480, 832)
     for wrong in (
         ("x", "elsewhere", "NABLA", 0.4, 64, 64, 5, 2, 0),
         ("x", str(tiny_wan), "NABLA", 0.4, 65, 64, 5, 2, 0),
@@ -72,3 +74,21 @@ def test_the_page(tiny_wan, pipeline):
     ):
         with pytest.raises(gradio.Error):
             list(studio.run(*wrong))
+    with pytest.raises(gradio.Error, match="height must be a whole number"):
+        list(studio.run("x", str(tiny_wan), "NABLA", 0.4, None, 64, 5, 2, 0))
+    with pytest.raises(ValueError, match="model directory not found"):
+        build_studio([str(tiny_wan), "nowhere"], lambda name: pipeline)
+
+
+def test_videos_are_those_of_generate(pipeline, tiny_wan, tmp_path, monkeypatch):
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    from nabla_attn.studio import page
+
+    model = shutil.copytree(tiny_wan, tmp_path / "model")
+    (model / "defaults.json").write_text('{"guidance": 3.5}')
+    requests = []
+    monkeypatch.setattr(page, "make_pair", lambda pipeline, request: requests.append(request))
+    studio = page.Studio([str(model)], lambda name: pipeline)
+    with pytest.raises(AttributeError):
+        list(studio.run("red", str(model), "NABLA", 0.4, 64, 64, 5, 2, 0))
+    assert requests[0].guidance == 3.5

@@ -57,6 +57,21 @@ def test_every_video_has_its_row_of_frames(tmp_path, frames, shown):
     assert (sheet[:2] == 255).all()
 
 
+def test_a_long_prompt_without_spaces_is_cut_and_not_dropped(monkeypatch):
+    from nabla_attn.viz import contact_sheet
+
+    texts = []
+    _, record = video("dense")
+    record.config["prompt"] = "红" * 500
+    monkeypatch.setattr(
+        contact_sheet._Canvas,
+        "text",
+        lambda self, left, top, text, *rest, **style: texts.append(text),
+    )
+    contact_sheet._draw_header(contact_sheet._Canvas(None, 10.0, 3.0), record)
+    assert "红" * 50 in texts[0] and texts[0].endswith("…”")
+
+
 def test_same_records_same_bytes(tmp_path):
     for name in ("a.png", "b.png"):
         draw_contact_sheet([video("dense"), video("nabla-0.7")], tmp_path / name)

@@ -1,4 +1,5 @@
 import re
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -69,6 +70,18 @@ def test_the_same_records_give_the_same_bytes(tmp_path):
     rules = "nabla-0.7: sparse from the first step; sta-3-3-3: first 12 steps dense"
     for word in (rules, "40.0%", "worst layer", "builtin", "2.13.0", "to dense"):
         assert word in text, word
+
+
+def test_each_run_has_its_own_pictures(tmp_path):
+    write_run(tmp_path / "a", 2)
+    write_run(tmp_path / "b", 3)
+    page = tmp_path / "two runs.md"
+    write_markdown("Two", build_report([tmp_path / "a", tmp_path / "b"]), page)
+    names = re.findall(r"\(([^()]*png)\)", page.read_text())
+    assert len(names) == len(set(names)) == 6
+    assert all(name.startswith("two%20runs-images/") for name in names)
+    files = {unquote(name): (tmp_path / unquote(name)).read_bytes() for name in names}
+    assert files["two runs-images/curves.png"] != files["two runs-images/curves-2.png"]
 
 
 def test_prompts_stay_text(tmp_path):

@@ -173,7 +173,7 @@ def _match(pipeline: Any, request: Any, algos: list[str], items: Any, match: str
 
 
 def _finish(output: Path) -> None:
-    from nabla_attn.evaluation.curves import draw_curves, draw_losses, mean_maps
+    from nabla_attn.evaluation.curves import draw_curves, draw_true_mass, mean_maps
     from nabla_attn.evaluation.summary import read_records, summary_record
 
     records = read_records(output)
@@ -183,7 +183,7 @@ def _finish(output: Path) -> None:
     if len(algorithms) > 1:
         draw_curves(algorithms, output / "curves.png")
     if mean_maps(records, "true_mass"):
-        draw_losses(records, output / "losses.png")
+        draw_true_mass(records, output / "losses.png")
     _print(algorithms)
     typer.echo(f"Records, videos, summary.json, curves.png: {output}")
 

@@ -35,7 +35,7 @@ def make_list(
     from nabla_attn.generation.pipeline import model_directory
     from nabla_attn.generation.wan_parallel import world_size
 
-    requests = prompt_list.read_prompts(prompts, request)
+    requests = prompt_list.read_requests(prompts, request)
     directory = model_directory(options.model)
     videos = prompt_list.name_videos(requests, directory, fps=fps, dtype=options.dtype)
     prompt_list.check_folder(folder)

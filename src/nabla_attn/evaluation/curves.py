@@ -68,7 +68,7 @@ def draw_curves(summary: Mapping[str, Mapping[str, Any]], path: str | Path) -> N
         FigureCanvasAgg(figure).print_png(str(temporary), metadata={"Software": None})
 
 
-def draw_losses(records: Records, path: str | Path) -> None:
+def draw_true_mass(records: Records, path: str | Path) -> None:
     """Write a PNG: true attention mass kept per step and layer, one map per probed algorithm.
 
     Raises:

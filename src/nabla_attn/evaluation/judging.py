@@ -1,6 +1,5 @@
 """Judge a pipeline on held-out prompts, with any attention algorithm; interrupted runs go on."""
 
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from nabla_attn.generation.generate import generate
-from nabla_attn.generation.pipeline import model_name
+from nabla_attn.generation.pipeline import model_identity
 from nabla_attn.generation.request import GenerationRequest
-from nabla_attn.record import RunRecord, collect_versions, describe_device
-from nabla_attn.schedule import Schedule
+from nabla_attn.record import RunRecord, check_settings, collect_versions, describe_device
 from nabla_attn.world.caption import describe
 from nabla_attn.world.judge import score
 from nabla_attn.world.scene import held_out_scenes
@@ -57,7 +55,7 @@ def judge_prompts(
     Raises:
         ValueError: The file at `path` was made with other settings.
     """
-    config = request.to_dict() | {"model": model_name(pipeline)}
+    config = request.to_dict() | model_identity(pipeline)
     del config["prompt"], config["seed"]
     prompts = _kept_prompts(path, config)
     for index, scene in enumerate(held_out_scenes(count)):
@@ -81,14 +79,7 @@ def judge_prompts(
 def _kept_prompts(path: Path | None, config: dict[str, Any]) -> list[dict[str, Any]]:
     if path is None or not path.exists():
         return []
-    kept = RunRecord.load(path)
-    schedule = kept.config.get("schedule")
-    if schedule is not None:
-        # Written before the schedule had all of its rules: those missing have their defaults.
-        schedule = json.loads(Schedule.from_dict(schedule).to_json())
-    if kept.config | {"schedule": schedule} != config:
-        raise ValueError(f"{path} was made with other settings. Remove it or choose another name.")
-    return list(kept.numbers["prompts"])
+    return list(check_settings(path, config).numbers["prompts"])
 
 
 def _record(config: dict[str, Any], pipeline: Any, prompts: list[dict[str, Any]]) -> RunRecord:

@@ -12,7 +12,6 @@ from nabla_attn.files import whole_file, write_text
 def pack(run: str | Path, target: str | Path) -> int:
     """Write ``target``/<algorithm>.jsonl, one record a line, and the videos of the first item.
 
-    Only items that every algorithm has are packed: a published comparison is of the same videos.
     `nabla report` and `nabla evaluate summary` read the result as they read ``run``.
 
     Args:
@@ -28,9 +27,7 @@ def pack(run: str | Path, target: str | Path) -> int:
     """
     run, target = Path(run), Path(target)
     records = read_records(run)
-    names = sorted(set.intersection(*(set(items) for items in records.values())))
-    if not names:
-        raise ValueError(f"{run} has no item that all of {', '.join(records)} have made.")
+    names = sorted(records["dense"])
     for algo, items in records.items():
         lines = [json.dumps(asdict(items[name]), allow_nan=False) + "\n" for name in names]
         with whole_file(target / algo / f"{names[0]}.mp4") as temporary:

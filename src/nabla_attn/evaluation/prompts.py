@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nabla_attn.generation.prompt_list import read_lines
 from nabla_attn.world import describe, held_out_scenes, parse_caption
 from nabla_attn.world.scene import Scene, Shape
 
@@ -46,7 +47,11 @@ def make_items(prompts: Sequence[str], seeds: Sequence[int]) -> list[Item]:
 
 
 def world_prompts(count: int) -> list[str]:
-    """Held-out prompts of the moving-shapes world: combinations never shown in training."""
+    """Held-out prompts of the moving-shapes world: combinations never shown in training.
+
+    Raises:
+        ValueError: there are not so many different ones.
+    """
     prompts: list[str] = []
     scenes = held_out_scenes(64 * count)
     for prompt in (describe(scene) for scene in scenes):
@@ -54,21 +59,28 @@ def world_prompts(count: int) -> list[str]:
             prompts.append(prompt)
         if len(prompts) == count:
             break
+    if len(prompts) < count:
+        raise ValueError(
+            f"the built-in world has {len(prompts)} held-out prompts: got {count}. Ask for more "
+            "videos of each with --seeds, or pass other prompts with --prompts FILE."
+        )
     return prompts
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Prompts of a text file, one per line, or of a JSON list of strings or VBench entries.
+    """Prompts of a list as of `nabla generate`, or of a JSON list of strings or VBench entries.
 
     Raises:
-        ValueError: the file cannot be read as one of these.
+        ValueError: the file cannot be read as one of these, or a line has a seed of its own.
     """
     path = Path(path)
+    if path.suffix != ".json":
+        lines = read_lines(path)
+        if own := [prompt for prompt, seed in lines if seed is not None]:
+            raise ValueError(f"{path}: {own[0]!r} has a seed; here all prompts take --seeds.")
+        return list(dict.fromkeys(prompt for prompt, _ in lines))
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix != ".json":
-            return list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
-        entries = json.loads(text)
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(entries, list):
             raise ValueError("expected a list")
         prompts = [entry if isinstance(entry, str) else entry["prompt_en"] for entry in entries]

@@ -19,10 +19,10 @@ from nabla_attn.evaluation.probe import AttentionProbe
 from nabla_attn.evaluation.prompts import Item, judge_prompt
 from nabla_attn.generation.clock import Progress
 from nabla_attn.generation.generate import generate, warm_up
-from nabla_attn.generation.pipeline import model_name
+from nabla_attn.generation.pipeline import model_identity
 from nabla_attn.generation.request import GenerationRequest, check_request
 from nabla_attn.generation.video import write_video
-from nabla_attn.record import RunRecord
+from nabla_attn.record import RunRecord, check_settings
 
 Report = Callable[[str, int, int], Progress | None]
 """Called with a label, videos done and videos in all; gives the progress callback of the next."""
@@ -130,7 +130,7 @@ class Evaluation:
             numbers["probe"] = self._probe(asked, numbers["frames_sha256"], self._path(name, item))
         path = self._path(name, item)
         write_video(frames, path.with_suffix(".mp4"), self._fps)
-        config = record.config | {"prompt_index": item.index}
+        config = record.config | {"prompt_index": item.index, "fps": self._fps}
         # Last: a record says that all of its files are there.
         replace(record, kind="evaluate", config=config, numbers=numbers).save(path)
         return frames
@@ -172,16 +172,16 @@ class Evaluation:
         path = self._path(name, item)
         if not path.is_file():
             return False
-        found = RunRecord.load(path).config
-        asked = self._asked(name, item).to_dict() | {"model": model_name(self._pipeline)}
-        changed = [key for key, value in asked.items() if found.get(key) != value]
-        if changed:
-            raise ValueError(
-                f"{path} was made with other settings: "
-                + ", ".join(f"{key} {found.get(key)!r}, now {asked[key]!r}" for key in changed[:4])
-                + ". Start in a new folder."
-            )
-        return True
+        asked = self._asked(name, item).to_dict() | model_identity(self._pipeline)
+        numbers = check_settings(path, asked | {"fps": self._fps}).numbers
+        measures = self._measures
+        wanted = {
+            "lpips": measures.lpips is not None,
+            "clip": measures.clip is not None,
+            "probe": name != "dense" and item.index < measures.num_probed,
+        }
+        had = numbers | numbers["to_dense"] | numbers["to_prompt"]
+        return all(measure in had for measure, is_wanted in wanted.items() if is_wanted)
 
     def _asked(self, name: str, item: Item) -> GenerationRequest:
         request = replace(self._request, prompt=item.prompt, seed=item.seed)

@@ -1,6 +1,7 @@
 """Means of a run with paired bootstrap intervals."""
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from nabla_attn.config import parse
 from nabla_attn.evaluation.prompts import Item
 from nabla_attn.record import RunRecord, collect_versions
 
@@ -64,7 +66,9 @@ MEDIANS = ("seconds",)
 
 
 def read_records(run: str | Path) -> Records:
-    """The records of a run's folder, packed or not, that have dense attention to compare with.
+    """The records of a run's folder, packed or not, of the items that every algorithm has made.
+
+    Only those compare on the same videos; of others left out there is a warning.
 
     Raises:
         ValueError: no such records; a broken one is named.
@@ -75,14 +79,22 @@ def read_records(run: str | Path) -> Records:
         if record.kind == "evaluate":
             algo, item = _place(record, run)
             found[algo][item.name] = record
-    dense = found.get("dense", {})
-    paired = {
-        algo: {name: record for name, record in records.items() if name in dense}
+    if "dense" not in found:
+        raise ValueError(f"{run} has no records of dense attention. Run `nabla evaluate` first.")
+    every = set.union(*(set(records) for records in found.values()))
+    common = set.intersection(*(set(records) for records in found.values()))
+    if not common:
+        raise ValueError(f"{run} has no item that all of {', '.join(found)} have made.")
+    if left_out := len(every - common):
+        warnings.warn(
+            f"{run}: {left_out} of {len(every)} items are left out, since not every algorithm has "
+            "made them.",
+            stacklevel=2,
+        )
+    return {
+        algo: {name: record for name, record in records.items() if name in common}
         for algo, records in found.items()
     }
-    if not dense:
-        raise ValueError(f"{run} has no records of dense attention. Run `nabla evaluate` first.")
-    return {algo: records for algo, records in paired.items() if records}
 
 
 def _load_all(run: Path) -> Iterator[RunRecord]:
@@ -101,7 +113,8 @@ def _place(record: RunRecord, run: Path) -> tuple[str, Item]:
     algo, index, prompt = (record.config.get(name) for name in names)
     if not (isinstance(algo, str) and isinstance(index, int) and isinstance(prompt, str)):
         raise ValueError(f"{run}: {', '.join(names)} of a record are {algo}, {index}, {prompt}.")
-    return algo, Item(index, prompt, record.seed)
+    # Parsed, since it becomes the name of a folder.
+    return str(parse(algo)), Item(index, prompt, record.seed)
 
 
 def summarise(records: Records) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from nabla_attn.config import parse
+from nabla_attn.files import whole_file, write_text
 from nabla_attn.record import RunRecord
 
 # dimension -> (lowest, highest, weight) of its normalised score
@@ -102,19 +104,19 @@ def write_layout(run: str | Path, folder: str | Path) -> dict[str, int]:
         if not video.is_file():
             continue
         record = RunRecord.load(path)
-        algo, prompt = str(record.config["sparse_algo"]), str(record.config["prompt"])
+        algo = str(parse(str(record.config["sparse_algo"])))
+        prompt = str(record.config["prompt"])
         of_algo = prompts.setdefault(algo, {})
         name = f"{_file_name(prompt)}-{sum(p == prompt for p in of_algo.values())}.mp4"
-        target = Path(folder) / algo / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(video, target)
+        with whole_file(Path(folder) / algo / name) as temporary:
+            shutil.copyfile(video, temporary)
         of_algo[name] = prompt
         counts[algo] = counts.get(algo, 0) + 1
     if not counts:
         raise ValueError(f"{run} has no records with videos. Run `nabla evaluate` first.")
     for algo, names in prompts.items():
         text = json.dumps(names, indent=2, ensure_ascii=False) + "\n"
-        (Path(folder) / algo / "prompts.json").write_text(text, encoding="utf-8")
+        write_text(Path(folder) / algo / "prompts.json", text)
     return counts
 
 

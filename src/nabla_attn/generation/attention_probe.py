@@ -128,8 +128,12 @@ def _losses(probs: Tensor, v: Tensor, kept: Tensor, block: int) -> tuple[Tensor,
     highest = mass.sort(dim=-1, descending=True).values.cumsum(dim=-1)
     best_mass = highest.gather(-1, counts - 1).squeeze(-1)
     exact = probs @ v
-    sparse = (probs * kept.repeat_interleave(block, dim=-1)) @ v / true_mass[..., None]
-    error = (sparse - exact).norm(dim=-1) / exact.norm(dim=-1)
+    # Where the kept mass is below what floats hold, the output is nothing and its error 1.
+    tiny = torch.finfo(probs.dtype).tiny
+    sparse = (
+        (probs * kept.repeat_interleave(block, dim=-1)) @ v / true_mass.clamp(min=tiny)[..., None]
+    )
+    error = (sparse - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=tiny)
     return true_mass.mean(dim=-1), best_mass.mean(dim=-1), error.mean(dim=-1)
 
 

@@ -11,11 +11,10 @@ import torch
 
 from nabla_attn.config import parse
 from nabla_attn.generation.clock import Progress, StageClock
-from nabla_attn.generation.pipeline import model_name
+from nabla_attn.generation.pipeline import model_identity
 from nabla_attn.generation.request import (
     GenerationRequest,
     check_request,
-    denoisers,
     video_tokens,
 )
 from nabla_attn.record import RunRecord, collect_versions, describe_device
@@ -58,11 +57,7 @@ def generate(
         attention = _attention_numbers(handle)
     frames = _to_uint8(video[0])
     grid = dict(zip(("frames", "height", "width"), video_tokens(pipeline, request), strict=True))
-    config = request.to_dict() | {
-        "model": model_name(pipeline),
-        "device": str(device),
-        "dtype": str(denoisers(pipeline)[0].dtype).removeprefix("torch."),
-    }
+    config = request.to_dict() | model_identity(pipeline)
     numbers = {
         "seconds": seconds,
         "attention": attention,

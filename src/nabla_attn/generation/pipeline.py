@@ -1,5 +1,6 @@
 """Load a diffusers pipeline directory, checked part by part so that a bad file is named."""
 
+import hashlib
 import importlib
 import json
 import warnings
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from nabla_attn.generation.request import denoisers
 
 BUILTIN = "builtin"
 BUILTIN_DIRECTORY = Path(__file__).parents[1] / "builtin"
@@ -40,8 +43,8 @@ def load_pipeline(
     pipeline_class = _find_class("diffusers", index["_class_name"], directory)
     parts = {
         name: _load_part(directory / name, entry, torch.float32 if name == "vae" else kind)
-        for name, entry in index.items()
-        if isinstance(entry, list) and entry[0] is not None
+        for name, entry in _parts(index)
+        if entry[0] is not None
     }
     try:
         with warnings.catch_warnings():
@@ -81,6 +84,44 @@ def model_name(pipeline: Any) -> str:
     """``"builtin"`` or the directory the pipeline was loaded from."""
     origin = str(pipeline.config.get("_name_or_path", ""))
     return BUILTIN if origin == str(BUILTIN_DIRECTORY) else origin
+
+
+def model_identity(pipeline: Any) -> dict[str, str | None]:
+    """What the videos of a pipeline depend on besides the request; equal ones may be compared.
+
+    Returns:
+        "model" as `model_name`, "model_files" as `fingerprint` (None if it was not loaded from a
+        directory), "device", and "dtype" of the transformer.
+    """
+    directory = Path(str(pipeline.config.get("_name_or_path", "")))
+    is_saved = (directory / "model_index.json").is_file()
+    # With offloading the pipeline rests on the CPU and works elsewhere.
+    device = getattr(pipeline, "_execution_device", pipeline.device)
+    return {
+        "model": model_name(pipeline),
+        "model_files": fingerprint(directory)[:16] if is_saved else None,
+        "device": str(device),
+        "dtype": str(denoisers(pipeline)[0].dtype).removeprefix("torch."),
+    }
+
+
+def fingerprint(model: Path) -> str:
+    """Hash of names, sizes, and both ends of the files that a pipeline is loaded from.
+
+    Weights of a model trained further differ everywhere, so their ends tell; all of them would take
+    minutes to read.
+    """
+    total = hashlib.sha256()
+    for path in [model / "model_index.json", *sorted(model.glob("*/[!.]*"))]:
+        if not path.is_file():
+            continue
+        size = path.stat().st_size
+        total.update(f"{path.relative_to(model).as_posix()} {size}\n".encode())
+        with path.open("rb") as file:
+            total.update(file.read(65536))
+            file.seek(max(0, size - 65536))
+            total.update(file.read())
+    return total.hexdigest()
 
 
 def resolve_device(name: str) -> torch.device:
@@ -130,9 +171,7 @@ def _read_index(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid JSON ({_first_line(error)}).") from error
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise ValueError(f"{path}: it does not name a diffusers pipeline class as _class_name.")
-    for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list):
-            continue
+    for name, entry in _parts(index):
         if len(entry) != 2 or Path(name).name != name:
             raise ValueError(f"{path}: the entry {name!r} is not [library, class].")
         if entry[0] is not None and entry[0] not in LIBRARIES:
@@ -141,6 +180,15 @@ def _read_index(directory: Path) -> dict[str, Any]:
                 f"{' and '.join(LIBRARIES)} are loaded."
             )
     return index
+
+
+def _parts(index: dict[str, Any]) -> list[tuple[str, list[Any]]]:
+    """Names and [library, class] of what model_index.json lists."""
+    return [
+        (name, entry)
+        for name, entry in index.items()
+        if isinstance(entry, list) and not name.startswith("_")
+    ]
 
 
 def _find_class(library: str, name: Any, directory: Path) -> Any:

@@ -12,7 +12,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from nabla_attn.files import check_writable
-from nabla_attn.generation.request import GenerationRequest
+from nabla_attn.generation.pipeline import fingerprint
+from nabla_attn.generation.request import GenerationRequest, check_seed
 from nabla_attn.generation.video import write_video
 from nabla_attn.record import RunRecord
 
@@ -40,33 +41,45 @@ class Outcome:
     elsewhere: list[str] = field(default_factory=list)
 
 
-def read_prompts(path: Path, request: GenerationRequest) -> list[GenerationRequest]:
-    """One request per line of a UTF-8 file; blank lines and those that start with # are skipped.
+def read_lines(path: Path) -> list[tuple[str, int | None]]:
+    """Prompt and perhaps seed of every line; blank ones and those that start with # are skipped.
 
     Args:
-        path: each line is a prompt, or a JSON object with ``prompt`` and perhaps ``seed``.
-        request: what all have in common, and the seed of lines without one.
+        path: UTF-8; each line is a prompt, or a JSON object with ``prompt`` and perhaps ``seed``.
 
     Raises:
         ValueError: the file cannot be read, has no prompt, or a line is too long, not UTF-8, or not
             such an object; the line is named.
     """
-    requests = []
+    found = []
     try:
         with path.open("rb") as file:
             number = 0
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 try:
-                    requests += _read_line(line, request)
+                    found += _read_line(line)
                 except ValueError as error:
                     raise ValueError(f"{path}, line {number}: {error}") from error
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ValueError(f"cannot read the prompts {path}: {reason}.") from error
-    if not requests:
+    if not found:
         raise ValueError(f"{path} has no prompt. Write one per line.")
-    return requests
+    return found
+
+
+def read_requests(path: Path, request: GenerationRequest) -> list[GenerationRequest]:
+    """One request per line of a file that `read_lines` takes.
+
+    Args:
+        path: the file.
+        request: what all have in common, and the seed of lines without one.
+    """
+    return [
+        replace(request, prompt=prompt, seed=request.seed if seed is None else seed)
+        for prompt, seed in read_lines(path)
+    ]
 
 
 def name_videos(
@@ -79,7 +92,7 @@ def name_videos(
         model: the pipeline directory. Its files count, not its place, which machines may differ in.
         options: what else changes a video, such as the frame rate; plain JSON values.
     """
-    common = {"model": _fingerprint(model)} | options
+    common = {"model": fingerprint(model)} | options
     named = {}
     for index, request in enumerate(requests, start=1):
         text = json.dumps(request.to_dict() | common, sort_keys=True)
@@ -179,8 +192,8 @@ def check_folder(folder: Path) -> None:
     check_writable(folder / "0001.mp4")
 
 
-def _read_line(line: bytes, request: GenerationRequest) -> list[GenerationRequest]:
-    """The request of one line; none for a blank line or a comment."""
+def _read_line(line: bytes) -> list[tuple[str, int | None]]:
+    """Prompt and seed of one line; nothing for a blank line or a comment."""
     if len(line) > MAX_LINE_BYTES:
         raise ValueError(f"longer than {MAX_LINE_BYTES} bytes.")
     try:
@@ -190,32 +203,13 @@ def _read_line(line: bytes, request: GenerationRequest) -> list[GenerationReques
     if not text or text.startswith("#"):
         return []
     if not text.startswith("{"):
-        return [replace(request, prompt=text)]
+        return [(text, None)]
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not valid JSON ({error}).") from error
-    prompt, seed = values.get("prompt"), values.get("seed", request.seed)
+    prompt, seed = values.get("prompt"), values.get("seed", 0)
     has_types = isinstance(prompt, str) and isinstance(seed, int) and not isinstance(seed, bool)
     if not has_types or values.keys() - {"prompt", "seed"}:
         raise ValueError(f'expected {{"prompt": TEXT, "seed": NUMBER}}, got {text[:80]}.')
-    return [replace(request, prompt=prompt, seed=seed)]
-
-
-def _fingerprint(model: Path) -> str:
-    """Hash of names, sizes, and both ends of the files that a pipeline is loaded from.
-
-    Weights of a model trained further differ everywhere, so their ends tell; all of them would take
-    minutes to read.
-    """
-    total = hashlib.sha256()
-    for path in [model / "model_index.json", *sorted(model.glob("*/[!.]*"))]:
-        if not path.is_file():
-            continue
-        size = path.stat().st_size
-        total.update(f"{path.relative_to(model).as_posix()} {size}\n".encode())
-        with path.open("rb") as file:
-            total.update(file.read(65536))
-            file.seek(max(0, size - 65536))
-            total.update(file.read())
-    return total.hexdigest()
+    return [(prompt, check_seed(seed) if "seed" in values else None)]

@@ -44,8 +44,7 @@ class GenerationRequest:
         for name in ("height", "width", "frames", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}.")
+        check_seed(self.seed)
         if not math.isfinite(self.guidance) or self.guidance < 0:
             raise ValueError(f"guidance must be a number from 0 up, got {self.guidance}.")
         config = parse(self.sparse_algo)
@@ -141,6 +140,17 @@ def video_tokens(pipeline: Any, request: GenerationRequest) -> tuple[int, int, i
     latent_frames = (request.frames - 1) // pipeline.vae_scale_factor_temporal + 1
     patch_frames = steps[0] // pipeline.vae_scale_factor_temporal
     return latent_frames // patch_frames, request.height // steps[1], request.width // steps[2]
+
+
+def check_seed(seed: int) -> int:
+    """Return ``seed`` if torch takes it.
+
+    Raises:
+        ValueError: it is below 0, or 2**63 or more.
+    """
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be between 0 and 2**63 - 1, got {seed}.")
+    return seed
 
 
 def denoisers(pipeline: Any) -> list[Any]:

@@ -1,6 +1,7 @@
 """Videos as uint8 arrays [frames, height, width, 3], to and from H.264 mp4 files through PyAV."""
 
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,9 @@ def write_video(frames: np.ndarray, path: str | Path, fps: float) -> None:
     check_fps(fps)
     with (
         whole_file(path) as temporary,
-        av.open(str(temporary), "w", format="mp4", options=CONTAINER_OPTIONS) as container,
+        av.open(
+            str(temporary.absolute()), "w", format="mp4", options=CONTAINER_OPTIONS
+        ) as container,
     ):
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         _describe_stream(stream, height, width)
@@ -71,8 +74,8 @@ def write_video(frames: np.ndarray, path: str | Path, fps: float) -> None:
         container.mux(stream.encode())
 
 
-def read_video(path: str | Path) -> np.ndarray:
-    """Decode a video file to uint8 [frames, height, width, 3].
+def read_video(path: str | Path, limit: int | None = None) -> np.ndarray:
+    """Decode a video file to uint8 [frames, height, width, 3], at most ``limit`` frames.
 
     Raises:
         ValueError: missing, damaged, or without a video stream; the file is named.
@@ -80,10 +83,11 @@ def read_video(path: str | Path) -> np.ndarray:
     import av
 
     try:
-        with av.open(str(path)) as container:
+        # Absolute: a relative name with a colon would be the address of something elsewhere.
+        with av.open(str(Path(path).absolute())) as container:
             if not container.streams.video:
                 raise ValueError("it has no video stream")
-            decoded = container.decode(container.streams.video[0])
+            decoded = islice(container.decode(container.streams.video[0]), limit)
             frames = [frame.to_ndarray(format="rgb24") for frame in decoded]
     except (av.FFmpegError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)

@@ -57,13 +57,13 @@ def _read_frames(path: str, frames: int, flag: str) -> list["Image"]:
 
     from nabla_attn.generation.video import read_video
 
-    video = read_video(path)
+    video = read_video(path, limit=frames)
     if len(video) < frames:
         raise ValueError(
             f"--{flag}: {path} has {len(video)} frames, the video to make {frames}. Pass a longer "
             "one or a smaller --frame_num."
         )
-    return [Image.fromarray(frame) for frame in video[:frames]]
+    return [Image.fromarray(frame) for frame in video]
 
 
 def aspect_of(inputs: dict[str, Any]) -> float | None:

@@ -16,6 +16,7 @@ from nabla_attn.generation.video import write_video
 from nabla_attn.studio.pair import Made, Step, make_pair
 from nabla_attn.viz.view import build_view, net_seconds
 
+KEPT_SECONDS = 86400  # videos of pages that are still open
 MAX_WAITING = 8  # requests in the queue; the next one is told so
 FAMILIES = {
     "NABLA": "nabla-{:g}",
@@ -45,9 +46,9 @@ def build_studio(models: Sequence[str], load: Callable[[str], Any]) -> Any:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio
 
-    defaults = ModelDefaults.load(model_directory(models[0]))
     studio = Studio(models, load)
-    with gradio.Blocks(title="nabla studio") as page:
+    defaults = studio.defaults[models[0]]
+    with gradio.Blocks(title="nabla studio", delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
         gradio.Markdown("# nabla studio\nDense and block-sparse attention from the same noise.")
         with gradio.Row():
             with gradio.Column(scale=1):
@@ -76,6 +77,7 @@ def build_studio(models: Sequence[str], load: Callable[[str], Any]) -> Any:
         outputs = [dense, sparse, facts, viewer]
         gradio.Examples([list(row) for row in EXAMPLES], [prompt, family, number])
         running = start.click(studio.run, inputs, outputs, concurrency_limit=1)
+        model.change(studio.sizes_of, model, [height, width, frames, steps])
         cancel.click(lambda: "Cancelled.", None, facts, cancels=[running], queue=False)
     page.queue(max_size=MAX_WAITING)
     return page
@@ -102,12 +104,15 @@ class Studio:
     """What the page's button does; one video at a time, the last model stays loaded.
 
     Args:
-        models: models that may be asked for.
+        models: "builtin" or diffusers directories that may be asked for.
         load: makes a pipeline.
+
+    Raises:
+        ValueError: a model is not there.
     """
 
     def __init__(self, models: Sequence[str], load: Callable[[str], Any]) -> None:
-        self._models = tuple(models)
+        self.defaults = {name: ModelDefaults.load(model_directory(name)) for name in models}
         self._load = load
         self._loaded: tuple[str, Any] | None = None
         self._busy = threading.Lock()
@@ -134,16 +139,17 @@ class Studio:
         import gradio
 
         try:
-            if model not in self._models or family not in FAMILIES:
+            if model not in self.defaults or family not in FAMILIES:
                 raise ValueError(f"unknown model or algorithm: {model!r}, {family!r}.")
             algo = str(parse(FAMILIES[family].format(float(number))))
             request = GenerationRequest(
                 prompt=prompt,
-                height=int(height),
-                width=int(width),
-                frames=int(frames),
-                steps=int(steps),
-                seed=int(seed),
+                height=_whole("height", height),
+                width=_whole("width", width),
+                frames=_whole("frames", frames),
+                steps=_whole("steps", steps),
+                seed=_whole("seed", seed),
+                guidance=self.defaults[model].guidance,
                 sparse_algo=algo,
             )
             with self._busy:
@@ -151,17 +157,24 @@ class Studio:
         except (ValueError, TypeError, OSError) as error:
             raise gradio.Error(str(error)) from error
 
+    def sizes_of(self, model: str) -> tuple[int, int, int, int]:
+        """Height, width, frames and steps that a model was made for."""
+        defaults = self.defaults[model]
+        return defaults.height, defaults.width, defaults.frames, defaults.steps
+
     def _make(self, model: str, request: GenerationRequest) -> Iterator[tuple[Any, Any, str, str]]:
         yield None, None, f"Loading {model} …", ""
         pipeline = self._pipeline(model)
-        defaults = ModelDefaults.load(model_directory(model))
+        # Gradio serves copies of its own.
+        for video in Path(self._folder.name).iterdir():
+            video.unlink()
         made: list[Made] = []
         paths: list[str | None] = [None, None]
         pair = make_pair(pipeline, request)
         try:
             for event in pair:
                 if isinstance(event, Made):
-                    paths[len(made)] = self._write(event, defaults.fps)
+                    paths[len(made)] = self._write(event, self.defaults[model].fps)
                     made.append(event)
                 else:
                     yield paths[0], paths[1], describe_step(event), ""
@@ -180,6 +193,12 @@ class Studio:
         path = Path(self._folder.name) / f"{self._count}.mp4"
         write_video(made.frames, path, fps)
         return str(path)
+
+
+def _whole(name: str, value: float | None) -> int:
+    if value is None or int(value) != value:
+        raise ValueError(f"{name} must be a whole number: got {value}.")
+    return int(value)
 
 
 def describe_step(step: Step) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -109,9 +108,9 @@ def _draw_header(canvas: _Canvas, record: RunRecord) -> None:
     count = tokens["frames"] * tokens["height"] * tokens["width"]
     prompt = " ".join(str(config["prompt"]).split())
     room = int((canvas.width - 2 * MARGIN) / 0.115)
-    canvas.text(
-        MARGIN, 0.26, fill(f"“{prompt}”", room, max_lines=1, placeholder=" …”"), 15, weight="bold"
-    )
+    # Cut by characters: not every language has spaces.
+    title = prompt if len(prompt) <= room else f"{prompt[: room - 2].rstrip()} …"
+    canvas.text(MARGIN, 0.26, f"“{title}”", 15, weight="bold")
     facts = [
         f"{config['frames']} frames, {config['width']}×{config['height']}",
         f"{count:,} video tokens",

@@ -1,10 +1,12 @@
 """A document of paragraphs, tables and pictures, written as Markdown and as one HTML file."""
 
 import base64
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 from nabla_attn.files import whole_file, write_text
 
@@ -64,14 +66,17 @@ def write_markdown(title: str, sections: Sequence[Section], path: str | Path) ->
     path = Path(path)
     folder = f"{path.stem}-images"
     lines = [f"# {_plain(title)}", ""]
+    uses: Counter[str] = Counter()
     for section in sections:
         lines += [f"## {_plain(section.title)}", ""]
         for block in section.blocks:
             if isinstance(block, Picture):
-                target = path.parent / folder / f"{block.name}.png"
-                with whole_file(target) as temporary:
+                uses[block.name] += 1
+                number = f"-{uses[block.name]}" if uses[block.name] > 1 else ""
+                name = f"{block.name}{number}.png"
+                with whole_file(path.parent / folder / name) as temporary:
                     temporary.write_bytes(block.png)
-                lines += [f"![{_plain(block.caption)}]({folder}/{block.name}.png)", ""]
+                lines += [f"![{_plain(block.caption)}]({quote(f'{folder}/{name}')})", ""]
             elif isinstance(block, Table):
                 lines += [*_markdown_table(block), ""]
             else:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nabla_attn.evaluation.curves import draw_curves, draw_losses, mean_maps
+from nabla_attn.evaluation.curves import draw_curves, draw_true_mass, mean_maps
 from nabla_attn.evaluation.summary import Records, read_records, summarise
 from nabla_attn.generation.video import read_video
 from nabla_attn.record import RunRecord
@@ -124,7 +124,7 @@ def _losses(records: Records, summary: dict[str, dict[str, Any]]) -> Section:
         step, layer = per_step.index(min(per_step)), per_layer.index(min(per_layer))
         rows.append((algo, f"{step} ({per_step[step]:.1%})", f"{layer} ({per_layer[layer]:.1%})"))
     probed = {algo: metrics for algo, metrics in summary.items() if "true_mass" in metrics}
-    picture = _draw(lambda path: draw_losses(records, path))
+    picture = _draw(lambda path: draw_true_mass(records, path))
     return Section(
         "Where recall is lost",
         [
@@ -142,10 +142,7 @@ def _losses(records: Records, summary: dict[str, dict[str, Any]]) -> Section:
 
 def _pictures(records: Records, run: Path) -> Section:
     first = sorted(records["dense"])[0]
-    algos = [
-        "dense",
-        *sorted(algo for algo in records if algo != "dense" and first in records[algo]),
-    ]
+    algos = ["dense", *sorted(records.keys() - {"dense"})]
     shown = algos[:MAX_SHEET_ROWS]
     videos = [(read_video(run / algo / f"{first}.mp4"), records[algo][first]) for algo in shown]
     sheet = _draw(lambda path: draw_contact_sheet(videos, path))
