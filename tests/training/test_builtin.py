@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,8 +86,6 @@ def test_a_finished_run_is_not_repeated(run):
 
 
 def test_a_lost_stage_is_made_again_the_same(run, tmp_path):
-    import shutil
-
     from safetensors.torch import load_file
 
     folder, pipeline, _ = run
@@ -98,6 +98,24 @@ def test_a_lost_stage_is_made_again_the_same(run, tmp_path):
     name = "transformer/diffusion_pytorch_model.safetensors"
     first, second = load_file(pipeline / name), load_file(copy / "pipeline" / name)
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_killed_as_soon_as_the_pipeline_is_there_it_is_whole(run, tmp_path, monkeypatch):
+    folder, pipeline, _ = run
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("pipeline"))
+    real = Path.replace
+
+    def replace_and_die(path, target):
+        real(path, target)
+        if Path(target) == copy / "pipeline":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", replace_and_die)
+        train_builtin(tiny_recipe(), copy)
+    again = train_builtin(tiny_recipe(), copy)
+    assert ModelDefaults.load(again) == ModelDefaults.load(pipeline)
 
 
 def test_another_recipe_in_the_same_folder_is_refused(run):

@@ -84,6 +84,17 @@ def test_a_finished_stage_is_not_trained_again(tmp_path):
     assert torch.equal(weights(first), weights(second))
 
 
+def test_a_torn_line_of_the_log_costs_that_line_alone(tmp_path):
+    def tear(progress):
+        if progress.step in (5, 20):
+            with (tmp_path / "log.jsonl").open("ab") as file:
+                file.write(b'{"stage": "toy", "st' + b"\xe2\n" * (progress.step == 5))
+
+    record = run_stage(make_stage(tmp_path, report=tear))
+    assert len(record["losses"]) == 20
+    assert run_stage(make_stage(tmp_path)) == record
+
+
 def test_the_signal_handlers_come_back(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     run_stage(make_stage(tmp_path, steps=2))

@@ -110,6 +110,21 @@ def test_changes_are_named_and_refused_unless_allowed(tiny_wan, tmp_path):
     assert read_state(Checkpoints(tmp_path / "checkpoints").latest())["step"] == 3
 
 
+def test_an_average_that_is_newly_wanted_starts_from_the_weights(tiny_wan, tmp_path):
+    run(small_config(steps=2), tiny_wan, tmp_path)
+    reached = weights(tmp_path)
+    averaged = small_config(steps=2, ema=0.9)
+    run(averaged, tiny_wan, tmp_path, resume=True, allow_changes=True)
+    assert equal(weights(tmp_path), reached)
+
+
+def test_an_average_that_is_lost_is_not_made_up(tiny_wan, tmp_path):
+    run(small_config(steps=2, ema=0.9), tiny_wan, tmp_path)
+    (Checkpoints(tmp_path / "checkpoints").latest() / "average.safetensors").unlink()
+    with pytest.raises(ValueError, match="damaged checkpoint"):
+        run(small_config(steps=2, ema=0.9), tiny_wan, tmp_path, resume=True)
+
+
 def test_other_data_may_follow_when_changes_are_allowed(tiny_wan, tmp_path):
     run(small_config(steps=2), tiny_wan, tmp_path)
     config = small_config(steps=3, data__batch=2)
@@ -122,6 +137,13 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
     for step, loss in enumerate([3.0, 1.0, 2.0, None, 4.0], start=1):
         checkpoints.save(step, {"validation": loss}, lambda folder: None)
     assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["2", "4", "5"]
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1, best=True)
+    for step, loss in enumerate([float("nan"), 0.5, -float("inf"), 0.9], start=1):
+        checkpoints.save(step, {"validation": loss}, lambda folder: None)
+    assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["2", "4"]
 
 
 def test_a_better_validation_loss_is_saved_at_once(tiny_wan, tmp_path):

@@ -1,11 +1,13 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.training.clips import make_clips, small_config
 
+from nabla_attn.cli.train_model import train_model
 from nabla_attn.record import RunRecord
 from nabla_attn.training.model import load_parts
 from nabla_attn.training.setup import prepare
@@ -87,6 +89,29 @@ def test_the_result_is_a_pipeline_that_generates(tiny_wan, tmp_path):
     size = {"frames": 5, "height": 32, "width": 32, "steps": 2, "guidance": 1.0}
     video, _ = generate(pipeline, GenerationRequest("a red circle", **size))
     assert video.shape == (5, 32, 32, 3)
+
+
+@pytest.mark.parametrize("place", [".", "runs/finetune"])
+def test_an_output_inside_the_model_is_refused_before_training(
+    tiny_wan, tmp_path, monkeypatch, place
+):
+    model = shutil.copytree(tiny_wan, tmp_path / "model")
+    before = sorted(model.rglob("*"))
+    monkeypatch.chdir(model)
+    said = pytest.raises(ValueError, match=r"inside the model .*another --output")
+    with said:
+        train(small_config(steps=1), model, Path(place), dataset=make_clips(4))
+    for check in (False, True):
+        with said:
+            train_model("finetune", ["model=.", "data.folder=none"], None, Path(place), check=check)
+    assert sorted(model.rglob("*")) == before
+
+
+def test_adapters_may_be_saved_inside_the_model(tiny_wan, tmp_path):
+    model = shutil.copytree(tiny_wan, tmp_path / "model")
+    config = small_config(steps=1, lora__rank=2)
+    result = train(config, model, model / "run", dataset=make_clips(4))
+    assert (result / "pytorch_lora_weights.safetensors").is_file()
 
 
 def test_lora_trains_adapters_alone_and_diffusers_reads_them(tiny_wan, tmp_path):

@@ -36,9 +36,10 @@ def train_model(
     from nabla_attn.generation.pipeline import model_directory
     from nabla_attn.training.overrides import to_plain
     from nabla_attn.training.stages import finished_stage, split_stages
-    from nabla_attn.training.train import refuse_begun
+    from nabla_attn.training.train import refuse_begun, refuse_nested
 
     model = model_directory(config.model)
+    refuse_nested(config, model, folder)
     check_writable(folder / "config.json")
     stages = [(folder / name, stage) for name, stage in split_stages(config)]
     if not check:

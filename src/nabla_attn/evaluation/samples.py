@@ -1,6 +1,8 @@
 """Samples of a model that is being trained: held-out prompts, the judge's scores, one sheet."""
 
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +25,8 @@ class SampleMaker:
     """Generates the same held-out prompts from the same noise each time it is called.
 
     Args:
-        pipeline: The pipeline that is trained; gets a copy of each transformer.
+        pipeline: The pipeline that is trained; gets a copy of each transformer, and is on its
+            device while it generates.
         request: What to ask for; its prompt and seed are replaced.
         count: Number of prompts.
         folder: Where `step-<number>.png` is written.
@@ -48,21 +51,32 @@ class SampleMaker:
         Returns:
             Share of right answers by attribute, as {"right_colour": 0.75, ...}.
         """
-        # A copy: generation puts its own algorithm in place and takes it out again.
-        copy = deepcopy(transformer).eval().requires_grad_(False)
-        remove(copy)
-        setattr(self._pipeline, self._part, copy)
         rows: Rows = []
         right: list[dict[str, bool]] = []
-        for seed, scene in enumerate(self._scenes):
-            prompt = describe(scene)
-            video, _ = generate(self._pipeline, replace(self._request, prompt=prompt, seed=seed))
-            right.append(score(video, scene))
-            rows.append((prompt, video))
+        with self._placed(transformer) as pipeline:
+            for seed, scene in enumerate(self._scenes):
+                prompt = describe(scene)
+                video, _ = generate(pipeline, replace(self._request, prompt=prompt, seed=seed))
+                right.append(score(video, scene))
+                rows.append((prompt, video))
         draw_samples(rows, self._folder / f"step-{step:08d}.png")
         return {
             f"right_{name}": statistics.fmean(answer[name] for answer in right) for name in right[0]
         }
+
+    @contextmanager
+    def _placed(self, transformer: Any) -> Iterator[Any]:
+        """The pipeline with a copy of the transformer, on its device for the time of the block."""
+        # A copy: generation puts its own algorithm in place and takes it out again.
+        copy = deepcopy(transformer).eval().requires_grad_(False)
+        remove(copy)
+        before = self._pipeline.device
+        setattr(self._pipeline, self._part, copy)
+        try:
+            yield self._pipeline.to(next(copy.parameters()).device)
+        finally:
+            # The same pipeline may encode the clips, and all of them in one place.
+            self._pipeline.to(before)
 
 
 def draw_samples(rows: Rows, path: Path, *, num_frames: int = 6) -> None:

@@ -36,11 +36,19 @@ from nabla_attn.world.scene import sample_scene
 Report = Callable[[Progress], None]
 
 
-def save_model(model: Any, folder: Path) -> None:
-    """`model.save_pretrained(folder)` that leaves either nothing or the whole folder."""
+def save_model(model: Any, folder: Path, *, texts: dict[str, str] | None = None) -> None:
+    """`model.save_pretrained(folder)` that leaves either nothing or the whole folder.
+
+    Args:
+        model: What to save.
+        folder: Must not be there yet.
+        texts: Further files of the folder, by name.
+    """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
+    for name, text in (texts or {}).items():
+        write_text(temporary / name, text)
     temporary.replace(folder)
 
 
@@ -233,7 +241,6 @@ def train_builtin(
         start = folder / phase.name
     if not (folder / "pipeline").exists():
         assert start is not None, "a recipe has at least one phase"
-        save_model(build_pipeline(config, folder, start), folder / "pipeline")
-        defaults = json.dumps(asdict(config.defaults), indent=2) + "\n"
-        write_text(folder / "pipeline" / "defaults.json", defaults)
+        texts = {"defaults.json": json.dumps(asdict(config.defaults), indent=2) + "\n"}
+        save_model(build_pipeline(config, folder, start), folder / "pipeline", texts=texts)
     return folder / "pipeline"

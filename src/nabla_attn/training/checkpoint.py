@@ -1,6 +1,7 @@
 """Checkpoints: folders that appear whole or not at all; the last ones and the best are kept."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -41,7 +42,7 @@ class Checkpoints:
     Attributes:
         folder: Where they are kept, each as `step-<number>`.
         keep: How many of the last are kept.
-        best: Whether the one of the lowest validation loss is kept as well.
+        best: Whether the one of the lowest finite validation loss is kept as well.
     """
 
     folder: Path
@@ -90,7 +91,11 @@ class Checkpoints:
         kept = set(found[-self.keep :])
         if self.best:
             losses = {path: read_state(path).get("validation") for path in found}
-            measured = {path: loss for path, loss in losses.items() if loss is not None}
+            measured = {
+                path: loss
+                for path, loss in losses.items()
+                if loss is not None and math.isfinite(loss)
+            }
             if measured:
                 kept.add(min(measured, key=lambda path: measured[path]))
         for path in found:

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -201,9 +201,16 @@ def run_stage(stage: Stage) -> dict[str, Any]:
 
 def _loss_curve(log: Path, stage: str, points: int = 20) -> list[float]:
     """Mean loss of equal parts of a stage, from its log; a repeated step counts once."""
-    lines = (json.loads(line) for line in log.read_text().splitlines())
+    lines = _read_lines(log)
     losses = {line["step"]: line["loss"] for line in lines if line["stage"] == stage}
     ordered = [losses[step] for step in sorted(losses)]
     size = max(1, -(-len(ordered) // points))
     parts = [ordered[start : start + size] for start in range(0, len(ordered), size)]
     return [round(sum(part) / len(part), 5) for part in parts]
+
+
+def _read_lines(log: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a log; a kill or a full disk may have cut others."""
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(json.JSONDecodeError):
+            yield json.loads(line)

@@ -160,7 +160,7 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
 
 def _convert_tuple(value: Any, kinds: tuple[Any, ...], key: str) -> tuple[Any, ...]:
     if isinstance(value, str):
-        value = [part.strip() for part in value.split(",")]
+        value = [_read_part(part.strip(), kinds[0]) for part in value.split(",")]
     if not isinstance(value, list | tuple):
         raise ValueError(f"{key} must be a list such as [a, b]: got {value!r}.")
     if kinds[-1] is Ellipsis:
@@ -168,6 +168,14 @@ def _convert_tuple(value: Any, kinds: tuple[Any, ...], key: str) -> tuple[Any, .
     if len(kinds) != len(value):
         raise ValueError(f"{key} must have {len(kinds)} values: got {value!r}.")
     return tuple(_convert(each, kind, key) for each, kind in zip(value, kinds, strict=True))
+
+
+def _read_part(text: str, kind: Any) -> Any:
+    """One value of a list such as `1,2`, which YAML takes for text as a whole."""
+    try:
+        return text if kind is str else yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _build(kind: Any, value: Any, key: str) -> Any:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nabla_attn.training.checkpoint import read_state
 from nabla_attn.training.processes import reshard
 from nabla_attn.training.setup import Run
 
@@ -64,14 +65,16 @@ def restore(run: Run, folder: Path) -> None:
         model: dict[str, Any] = dict(load_file(folder / _MODEL))
         optimizer = torch.load(folder / _OPTIMIZER, weights_only=True, map_location="cpu")
         randoms = torch.load(folder / _RANDOM, weights_only=True, map_location="cpu")
-        average = load_file(folder / _AVERAGE) if run.average is not None else {}
+        average = load_file(folder / _AVERAGE) if _has_average(run, folder) else None
     except Exception as error:
         raise ValueError(f"{folder}: damaged checkpoint ({error}). Remove it.") from error
     reshard(run.module)
     set_model_state_dict(run.module, model, options=options)
     set_optimizer_state_dict(run.module, _inner(run.optimizer), optimizer, options=options)
-    if run.average is not None:
+    if average is not None:
         _restore_average(run, average)
+    elif run.average is not None:
+        _start_average(run)
     _restore_random(randoms[run.accelerator.process_index % len(randoms)])
 
 
@@ -111,6 +114,17 @@ def _average_tensors(run: Run) -> dict[str, Tensor] | None:
         return None
     tensors = {str(i): _own(whole_tensor(p)) for i, p in enumerate(run.average.shadow_params)}
     return tensors | {"step": torch.tensor(run.average.optimization_step)}
+
+
+def _has_average(run: Run, folder: Path) -> bool:
+    """Whether a run wants an average and the run that wrote the checkpoint had one."""
+    return run.average is not None and bool(read_state(folder)["config"]["ema"])
+
+
+def _start_average(run: Run) -> None:
+    """Begin an average that is newly wanted, from the weights."""
+    for shadow, weight in zip(run.average.shadow_params, run.trained(), strict=True):
+        shadow.copy_(weight.detach())
 
 
 def _restore_average(run: Run, tensors: dict[str, Tensor]) -> None:

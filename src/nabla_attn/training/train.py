@@ -50,6 +50,7 @@ def train(
         KeyboardInterrupt: Ctrl-C or SIGTERM; the checkpoint is saved first.
     """
     refuse_begun(folder, resume)
+    refuse_nested(config, model, folder)
     run = prepare(config, load_parts(model, config.part), dataset)
     probe(run)
     trainer = Trainer(run, folder, report=report, sample=sample)
@@ -71,6 +72,19 @@ def refuse_begun(folder: Path, resume: bool) -> None:
     if begun and not resume:
         raise ValueError(
             f"{folder} holds a run already. Pass --resume to go on with it, or another --output."
+        )
+
+
+def refuse_nested(config: TrainConfig, model: Path, folder: Path) -> None:
+    """See that a result that copies the model is not written inside of it.
+
+    Raises:
+        ValueError: It would be.
+    """
+    if not config.lora.rank and folder.resolve().is_relative_to(model.resolve()):
+        raise ValueError(
+            f"{folder} is inside the model {model}, which the result is a copy of. Choose another "
+            "--output."
         )
 
 

@@ -1,5 +1,6 @@
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -68,6 +69,40 @@ def test_metadata(tmp_path, kind, column):
     ]
     if kind == "jsonl":
         assert found[3][2] == "no caption: line 5 has none of text, caption, prompt"
+
+
+def test_an_empty_caption_gives_way_to_the_next_name(tmp_path):
+    write_video(video(), tmp_path / "a.mp4", 8)
+    rows = [{"text": " ", "caption": "real"}, {"caption": "", "prompt": "x"}, {"text": ""}]
+    lines = [json.dumps({"file_name": "a.mp4"} | row) for row in rows]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    first, second, third = listed(FolderSource(tmp_path))
+    assert (first[1], second[1]) == ("real", "x")
+    assert third[2] == "no caption: line 3 has none of text, caption, prompt"
+
+
+def test_blank_text_beside_a_video_is_no_caption(tmp_path):
+    write_video(video(), tmp_path / "a.mp4", 8)
+    (tmp_path / "a.txt").write_text(" \n")
+    assert listed(FolderSource(tmp_path)) == [("a.mp4", "", "no caption: a.txt is empty")]
+    with tarfile.open(tmp_path / "a.tar", "w") as file:
+        for name in ("1", "2"):
+            add(file, f"{name}.mp4", (tmp_path / "a.mp4").read_bytes())
+            add(file, f"{name}.txt", b"\n")
+        add(file, "2.json", b'{"text": "real"}')
+    one, two = listed(ShardSource([tmp_path / "a.tar"]))
+    assert one[2].startswith("no caption") and two[1] == "real"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_only_newlines_end_a_line(tmp_path, kind):
+    write_video(video(), tmp_path / "a.mp4", 8)
+    caption = "one\u2028two\x85three\x0cfour"
+    row = json.dumps({"file_name": "a.mp4", "text": caption}, ensure_ascii=False) + "\r\n"
+    text = row + row if kind == "jsonl" else f'file_name,text\r\na.mp4,{caption}\r\na.mp4,"x\ny"'
+    (tmp_path / f"metadata.{kind}").write_text(text, encoding="utf-8", newline="")
+    captions = [entry[1] for entry in listed(FolderSource(tmp_path))]
+    assert captions == ["one two three four", "x y" if kind == "csv" else "one two three four"]
 
 
 @pytest.mark.parametrize(
@@ -171,6 +206,27 @@ def test_identity_follows_the_clips(tmp_path, tars):
     assert FolderSource(tmp_path / "d").identity() == before
     (tmp_path / "d" / "a.txt").write_text("two")
     assert FolderSource(tmp_path / "d").identity() != before
+
+
+@pytest.mark.parametrize("change", ["longer", "start", "end", "gone"])
+@pytest.mark.parametrize("has_metadata", [True, False])
+def test_identity_follows_what_the_videos_show(tmp_path, has_metadata, change):
+    folder = tmp_path / "d"
+    path = folder / "deep" / "a.mp4"
+    for file in (path, folder / "b.mp4"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(bytes(100_000))
+        file.with_suffix(".txt").write_text("one")
+    if has_metadata:
+        names = ("deep/a.mp4", "b.mp4")
+        lines = [json.dumps({"file_name": name, "text": "one"}) for name in names]
+        (folder / "metadata.jsonl").write_text("\n".join(lines))
+    before = FolderSource(folder).identity()
+    shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert FolderSource(tmp_path / "copy").identity() == before
+    content = {"longer": bytes(100_001), "start": b"x" + bytes(99_999), "end": bytes(99_999) + b"x"}
+    path.write_bytes(content[change]) if change in content else path.unlink()
+    assert FolderSource(folder).identity() != before
 
 
 def test_world():

@@ -161,6 +161,16 @@ def test_a_folder_goes_on_with_the_same_request_alone(encoded, pipeline, videos,
         encode(FolderSource(videos), pipeline, tmp_path, EncodeRequest())
 
 
+def test_a_replaced_video_is_another_source(pipeline, tmp_path):
+    path = tmp_path / "in" / "a.mp4"
+    write_video(noise(5, 16, 16), path, 8)
+    path.with_suffix(".txt").write_text("a square")
+    encode(FolderSource(path.parent), pipeline, tmp_path / "out", EncodeRequest())
+    write_video(255 - noise(5, 16, 16), path, 8)
+    with pytest.raises(ValueError, match="another source"):
+        encode(FolderSource(path.parent), pipeline, tmp_path / "out", EncodeRequest())
+
+
 def test_another_model_does_not_go_on(encoded, videos, tiny_wan):
     other = load_pipeline(tiny_wan, device="cpu", dtype="float32")
     next(other.vae.parameters()).data.mul_(2)

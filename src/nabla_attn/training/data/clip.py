@@ -64,6 +64,7 @@ def refuse(kind: str, detail: str = "") -> Callable[[], Footage]:
 
 
 def pick_caption(values: dict[str, object]) -> str | None:
-    """The caption in a row or JSON object, under any of the usual names."""
+    """The first caption in a row or JSON object that is not empty, under any of the usual names."""
     found = (values.get(name) for name in CAPTION_NAMES)
-    return next((" ".join(text.split()) for text in found if isinstance(text, str)), None)
+    captions = (" ".join(text.split()) for text in found if isinstance(text, str))
+    return next(filter(None, captions), None)

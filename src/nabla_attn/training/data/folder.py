@@ -16,6 +16,8 @@ from nabla_attn.training.data.clip import (
 )
 
 METADATA = ("metadata.jsonl", "metadata.csv")
+# Files keep their tables at one end, so a video that was replaced differs there.
+_END_BYTES = 4096
 
 
 class FolderSource:
@@ -36,6 +38,7 @@ class FolderSource:
         if not folder.is_dir():
             raise ValueError(f"no folder of videos at {folder}.")
         metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+        self._folder = folder
         self._clips = _from_metadata(metadata) if metadata else _from_sidecars(folder)
 
     def __len__(self) -> int:
@@ -43,13 +46,31 @@ class FolderSource:
         return len(self._clips)
 
     def identity(self) -> str:
-        """Digest of names and captions."""
-        text = json.dumps([(clip.name, clip.caption) for clip in self._clips])
-        return hashlib.sha256(text.encode()).hexdigest()
+        """Digest of names, captions, and sizes and both ends of the videos."""
+        clips = [
+            (clip.name, clip.caption, _fingerprint(self._folder / clip.name))
+            for clip in self._clips
+        ]
+        return hashlib.sha256(json.dumps(clips).encode()).hexdigest()
 
     def read(self, start: int, stop: int) -> Iterator[Clip]:
         """The clips from start to stop."""
         yield from self._clips[start:stop]
+
+
+def _fingerprint(path: Path) -> str:
+    """Size and hash of both ends of a file; empty where there is none to read."""
+    try:
+        if not path.is_file():
+            return ""
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            ends = file.read(_END_BYTES)
+            file.seek(max(0, size - _END_BYTES))
+            ends += file.read(_END_BYTES)
+    except OSError:
+        return ""
+    return f"{size} {hashlib.sha256(ends).hexdigest()}"
 
 
 def _from_sidecars(folder: Path) -> list[Clip]:
@@ -66,7 +87,9 @@ def _from_sidecars(folder: Path) -> list[Clip]:
         text = path.with_suffix(".txt")
         try:
             caption = " ".join(text.read_text(encoding="utf-8-sig").split())
-            clips.append(Clip(name, caption, lambda path=path: path))  # type: ignore[misc]
+            blank = refuse("no caption", f"{text.name} is empty")
+            footage = (lambda path=path: path) if caption else blank
+            clips.append(Clip(name, caption, footage))
         except FileNotFoundError:
             clips.append(Clip(name, "", refuse("no caption", f"{text.name} is missing")))
         except (OSError, UnicodeDecodeError) as error:
@@ -132,6 +155,8 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _read_lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines(keepends=True)
+        # str.splitlines would also split at characters that captions may have, such as U+2028.
+        with path.open(encoding="utf-8-sig") as file:
+            return file.readlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {error}.") from error

@@ -116,7 +116,7 @@ def _to_clip(path: Path, sample: dict[str, Any], suffix: str) -> Clip:
 
 
 def _caption(sample: dict[str, Any]) -> str | None:
-    if "txt" in sample:
-        return " ".join(sample["txt"].decode("utf-8-sig").split())
+    if text := " ".join(sample.get("txt", b"").decode("utf-8-sig").split()):
+        return text
     values = json.loads(sample["json"]) if "json" in sample else {}
     return pick_caption(values) if isinstance(values, dict) else None
