@@ -21,7 +21,8 @@ from nabla_attn.generation.pipeline import load_pipeline, model_directory
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults
 from nabla_attn.record import RunRecord, collect_versions, describe_device
 from nabla_attn.schedule import Schedule
-from nabla_attn.training.builtin import build_pipeline, save_model
+from nabla_attn.training.builtin.recipe import builtin
+from nabla_attn.training.builtin.train import build_pipeline, save_model
 from nabla_attn.training.config import (
     CheckpointConfig,
     DataConfig,
@@ -34,7 +35,6 @@ from nabla_attn.training.config import (
 )
 from nabla_attn.training.data import WorldSet
 from nabla_attn.training.model import load_parts, save_pipeline
-from nabla_attn.training.recipes import builtin
 from nabla_attn.training.setup import prepare
 from nabla_attn.training.state import whole_weights
 from nabla_attn.training.trainer import Trainer

@@ -11,7 +11,7 @@ from nabla_attn.training.overrides import (
     read_yaml,
     to_plain,
 )
-from nabla_attn.training.recipe_book import RECIPES, distill, find_recipe, pretrain
+from nabla_attn.training.recipes import RECIPES, distill, find_recipe, pretrain
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from nabla_attn.training.loop import Progress
+    from nabla_attn.training.builtin.loop import Progress
 
 
 def train(
@@ -65,14 +65,14 @@ def train(
 def _train_builtin(folder: Path, threads: int) -> None:
     import torch
 
-    from nabla_attn.training.builtin import train_builtin
-    from nabla_attn.training.recipes import recipe
+    from nabla_attn.training.builtin.recipe import builtin
+    from nabla_attn.training.builtin.train import train_builtin
 
     # Products in bfloat16 where the processor has them: twice as fast, and enough for training.
     torch.set_float32_matmul_precision("medium")
     _set_threads(threads)
     with _stage_bars() as report:
-        pipeline = train_builtin(recipe("builtin"), folder, report)
+        pipeline = train_builtin(builtin(), folder, report)
     typer.echo(f"{pipeline}: done. Try: nabla generate --model {pipeline} --prompt ...")
 
 

@@ -87,7 +87,7 @@ def _train(
 def read_config(recipe: str, values: list[str], config_file: Path | None) -> "TrainConfig":
     """A recipe with the overrides of a YAML file and then those of the command line."""
     from nabla_attn.training.overrides import override, read_override, read_yaml
-    from nabla_attn.training.recipe_book import find_recipe
+    from nabla_attn.training.recipes import find_recipe
 
     config = find_recipe(recipe)
     if config_file is not None:

@@ -1,1 +1,1 @@
-"""Training: recipes, the loop that runs them, and the stages of the built-in model."""
+"""Training: one trainer for any supported pipeline, and the making of the built-in model."""

@@ -1,289 +1,61 @@
-"""Recipes: short functions that return everything a training run is made of."""
+"""The recipes of `nabla train` for any model: pretrain, finetune, distill."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import difflib
 
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """Optimiser and schedule of one stage.
-
-    Attributes:
-        muon_lr: Learning rate of hidden weights.
-        adamw_lr: Learning rate of everything else.
-        muon_weight_decay: Decoupled weight decay of hidden weights.
-        warmup: Steps of linear warm-up.
-        flat: Share of the steps after which the learning rate decays linearly.
-        final: Learning rate at the end, as a share of the full one.
-        average: Decay of the running average of the weights.
-        clip: Largest gradient norm.
-    """
-
-    muon_lr: float
-    adamw_lr: float
-    muon_weight_decay: float = 0.0
-    warmup: int = 20
-    flat: float = 0.4
-    final: float = 0.0
-    average: float = 0.99
-    clip: float = 1.0
-
-
-@dataclass(frozen=True)
-class VaePhase:
-    """Part of the VAE's training: steps on crops of one size.
-
-    Attributes:
-        steps: Number of steps.
-        batch: Clips a step.
-        frames: Frames of a clip, 4 n + 1.
-        size: Height and width of a crop in pixels.
-        largest: Height of the largest frame that crops are cut from.
-    """
-
-    steps: int
-    batch: int
-    frames: int
-    size: int
-    largest: int
-
-
-@dataclass(frozen=True)
-class VaeConfig:
-    """Training of the VAE."""
-
-    phases: tuple[VaePhase, ...]
-    optim: OptimConfig = OptimConfig(muon_lr=0.015, adamw_lr=2e-3)
-    foreground_weight: float = 4.0
-    latent_noise: float = 0.1
-    latent_penalty: float = 1e-4
-
-    @property
-    def steps(self) -> int:
-        """Steps of all phases."""
-        return sum(phase.steps for phase in self.phases)
-
-
-BUILTIN_VAE = VaeConfig(
-    phases=(
-        VaePhase(steps=600, batch=48, frames=1, size=32, largest=128),
-        VaePhase(steps=350, batch=16, frames=5, size=32, largest=128),
-        VaePhase(steps=600, batch=8, frames=13, size=32, largest=128),
-        VaePhase(steps=300, batch=2, frames=13, size=64, largest=256),
-        VaePhase(steps=60, batch=2, frames=1, size=256, largest=256),
-        VaePhase(steps=100, batch=1, frames=13, size=128, largest=256),
-        VaePhase(steps=40, batch=1, frames=5, size=256, largest=256),
-    )
+from nabla_attn.training.config import (
+    CheckpointConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    SparsityConfig,
+    TrainConfig,
 )
 
 
-@dataclass(frozen=True)
-class TransformerPhase:
-    """One stage of the transformer's training: clips of one size, from the stage before.
-
-    Attributes:
-        name: Names the stage.
-        size: Height and width in pixels.
-        frames: Frames of a clip, 4 n + 1.
-        steps: Number of steps.
-        batch: Clips a step; of images, as many as have the same number of tokens.
-        clips: Number of distinct clips.
-        shift: Shift of the noise levels; larger frames need more noise.
-        optim: Optimiser settings.
-        image_share: Share of the steps that see first latent frames only: more scenes for the same
-            number of tokens, which is how shapes are learnt.
-        images: Number of distinct images; 0 takes the first latent frames of the clips.
-        image_shift: Shift of the noise levels of images; None is that of the clips.
-        thresholds: NABLA thresholds to draw from, (lowest, highest); None is dense attention.
-        windows: Windows that NABLA is joined with, one drawn a sparse step, "" for none of them.
-        dense_share: Share of the steps that stay dense where thresholds are given.
-        pull: Weight of a sparse step's squared distance to the velocity that dense attention gives
-            with the same weights, a target without the noise of the data.
-        padding: Weight of the text padding at the stage's start and end, 0 to 1.
-    """
-
-    name: str
-    size: int
-    frames: int
-    steps: int
-    batch: int
-    clips: int
-    shift: float
-    optim: OptimConfig
-    image_share: float = 0.0
-    images: int = 0
-    image_shift: float | None = None
-    thresholds: tuple[float, float] | None = None
-    windows: tuple[str, ...] = ()
-    dense_share: float = 0.25
-    pull: float = 0.0
-    padding: tuple[float, float] = (1.0, 1.0)
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """How the finished model is used unless asked otherwise."""
-
-    height: int
-    width: int
-    frames: int
-    steps: int
-    guidance: float
-    fps: int
-    sparse_algo: str
-
-
-@dataclass(frozen=True)
-class BuiltinConfig:
-    """Everything the built-in model is made of."""
-
-    seed: int
-    text_tokens: int
-    vae: VaeConfig
-    phases: tuple[TransformerPhase, ...]
-    flow_shift: float
-    defaults: Defaults
-
-
-def _optim(rate: float, warmup: int, average: float) -> OptimConfig:
-    """Muon at `rate` and AdamW at a tenth of it."""
-    return OptimConfig(
-        muon_lr=rate,
-        adamw_lr=rate / 10,
-        muon_weight_decay=0.01,
-        warmup=warmup,
-        final=0.1,
-        average=average,
+def pretrain() -> TrainConfig:
+    """A stage of pretraining with sparse attention, as the paper's last one (section 4.3)."""
+    return TrainConfig(
+        recipe="pretrain",
+        objective=ObjectiveConfig(kind="flow", times="logit-normal"),
+        sparsity=SparsityConfig(algorithm="nabla-0.8"),
+        optim=OptimConfig(lr=3e-5, weight_decay=1e-3, max_norm=1.0, warmup=500),
+        steps=10_000,
+        ema=0.999,
+        checkpoint=CheckpointConfig(every=500),
     )
 
 
-def builtin() -> BuiltinConfig:
-    """The model that ships with the package: 128x128, 61 frames, 4,096 tokens; some three hours."""
-    return BuiltinConfig(
-        seed=0,
-        text_tokens=14,
-        vae=BUILTIN_VAE,
-        phases=(
-            TransformerPhase(
-                "images-32",
-                size=32,
-                frames=13,
-                steps=300,
-                batch=32,
-                clips=4096,
-                shift=3.0,
-                optim=_optim(0.02, warmup=100, average=0.99),
-                image_share=1.0,
-                padding=(0.0, 0.2),
-            ),
-            TransformerPhase(
-                "clips-32",
-                size=32,
-                frames=13,
-                steps=900,
-                batch=32,
-                clips=4096,
-                shift=3.0,
-                optim=_optim(0.02, warmup=50, average=0.998),
-                padding=(0.2, 1.0),
-            ),
-            TransformerPhase(
-                "clips-64",
-                size=64,
-                frames=13,
-                steps=1200,
-                batch=12,
-                clips=1536,
-                shift=4.0,
-                optim=_optim(0.015, warmup=50, average=0.995),
-            ),
-            TransformerPhase(
-                "clips-128",
-                size=128,
-                frames=13,
-                steps=500,
-                batch=3,
-                clips=512,
-                shift=5.0,
-                optim=_optim(0.01, warmup=50, average=0.995),
-                image_share=0.5,
-            ),
-            TransformerPhase(
-                "long-128",
-                size=128,
-                frames=61,
-                steps=650,
-                batch=1,
-                clips=256,
-                shift=10.0,
-                optim=_optim(0.008, warmup=20, average=0.99),
-                image_share=0.2,
-                thresholds=(0.25, 0.7),
-                dense_share=0.1,
-            ),
-            TransformerPhase(
-                "long-128-fine",
-                size=128,
-                frames=61,
-                steps=850,
-                batch=1,
-                clips=256,
-                shift=10.0,
-                optim=OptimConfig(
-                    muon_lr=0.006,
-                    adamw_lr=6e-4,
-                    muon_weight_decay=0.01,
-                    flat=0.1,
-                    average=0.99,
-                ),
-                image_share=0.2,
-                thresholds=(0.25, 0.7),
-                dense_share=0.2,
-            ),
-            TransformerPhase(
-                "images-128-a",
-                size=128,
-                frames=1,
-                steps=500,
-                batch=24,
-                clips=4096,
-                shift=3.0,
-                optim=OptimConfig(
-                    muon_lr=0.012, adamw_lr=1.2e-3, muon_weight_decay=0.01, average=0.98
-                ),
-            ),
-            TransformerPhase(
-                "joint-128",
-                size=128,
-                frames=61,
-                steps=2200,
-                batch=1,
-                clips=512,
-                shift=10.0,
-                optim=OptimConfig(
-                    muon_lr=0.008, adamw_lr=8e-4, muon_weight_decay=0.01, flat=0.3, average=0.99
-                ),
-                image_share=0.4,
-                images=4096,
-                image_shift=3.0,
-                thresholds=(0.3, 0.8),
-                dense_share=0.2,
-            ),
-        ),
-        flow_shift=12.0,
-        defaults=Defaults(128, 128, 61, 6, 3.0, 15, "nabla-0.2_sta-3-3-3"),
+def finetune() -> TrainConfig:
+    """Fine-tune on one's own videos, with the attention that will be used."""
+    return TrainConfig(
+        recipe="finetune",
+        objective=ObjectiveConfig(kind="flow", times="uniform"),
+        optim=OptimConfig(lr=1e-5, max_norm=1.0, warmup=50, decay="cosine"),
+        steps=2_000,
     )
 
 
-RECIPES: dict[str, Callable[[], BuiltinConfig]] = {"builtin": builtin}
+def distill() -> TrainConfig:
+    """Teach sparse attention what the dense model predicts, with the paper's numbers (4.1, A)."""
+    return TrainConfig(
+        recipe="distill",
+        objective=ObjectiveConfig(kind="distill"),
+        optim=OptimConfig(),
+        steps=1_600,
+    )
 
 
-def recipe(name: str) -> BuiltinConfig:
-    """Look a recipe up by name.
+RECIPES = {recipe.__name__: recipe for recipe in (pretrain, finetune, distill)}
+
+
+def find_recipe(name: str) -> TrainConfig:
+    """The configuration of a recipe.
 
     Raises:
-        ValueError: There is no such recipe.
+        ValueError: No recipe has that name.
     """
     if name not in RECIPES:
-        raise ValueError(f"unknown recipe {name!r}. Known recipes: {', '.join(RECIPES)}.")
+        known = ["builtin", *RECIPES]
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ValueError(f"unknown recipe {name!r}.{hint} Known: {', '.join(known)}.")
     return RECIPES[name]()

@@ -15,9 +15,9 @@ from nabla_attn.training.checkpoint import Checkpoints, SaveFailed, read_state
 from nabla_attn.training.config import OptimConfig
 from nabla_attn.training.feed import to_device
 from nabla_attn.training.logbook import Entry, Logbook
-from nabla_attn.training.loop import stop_signals
 from nabla_attn.training.overrides import differences, to_plain
 from nabla_attn.training.setup import Run
+from nabla_attn.training.signals import stop_signals
 from nabla_attn.training.state import collect, restore, whole_tensor
 
 # (steps done, the transformer with the weights that would be saved) -> numbers for the log.

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from nabla_attn.training.loop import Stage, rate_scale, run_stage, step_at
-from nabla_attn.training.recipes import OptimConfig
+from nabla_attn.training.builtin.loop import Stage, rate_scale, run_stage, step_at
+from nabla_attn.training.builtin.recipe import OptimConfig
 
 OPTIM = OptimConfig(muon_lr=0.02, adamw_lr=0.01, warmup=2, average=0.9)
 

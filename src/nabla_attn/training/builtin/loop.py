@@ -6,11 +6,9 @@ no random state to save and a resumed run takes exactly the steps of an uninterr
 
 import json
 import random
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from nabla_attn.files import whole_file
-from nabla_attn.training.muon import MuonWithAdamW
-from nabla_attn.training.recipes import OptimConfig
+from nabla_attn.training.builtin.muon import MuonWithAdamW
+from nabla_attn.training.builtin.recipe import OptimConfig
+from nabla_attn.training.signals import stop_signals
 
 
 @dataclass(frozen=True)
@@ -92,22 +91,6 @@ def rate_scale(config: OptimConfig, step: int, steps: int) -> float:
     if done <= config.flat:
         return warm
     return warm * (1 - (1 - config.final) * (done - config.flat) / (1 - config.flat))
-
-
-@contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """Turn Ctrl-C and SIGTERM into an event, so that a step is never cut in half."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    previous = {kind: signal.signal(kind, lambda *_: stop.set()) for kind in kinds}
-    try:
-        yield stop
-    finally:
-        for kind, handler in previous.items():
-            signal.signal(kind, handler)
 
 
 class _Run:

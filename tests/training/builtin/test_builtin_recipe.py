@@ -6,24 +6,23 @@ import pytest
 
 from nabla_attn.config import parse
 from nabla_attn.record import RunRecord
-from nabla_attn.training.recipes import RECIPES, recipe
+from nabla_attn.training.builtin.recipe import builtin
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 
 
 def test_builtin_is_what_made_the_shipped_model():
     record = RunRecord.load(RESULTS / "builtin_training.json")
     # How it is sampled was chosen after training.
     same = {"defaults": record.config["defaults"]}
-    assert record.config == json.loads(json.dumps(dataclasses.asdict(recipe("builtin")) | same))
+    assert record.config == json.loads(json.dumps(dataclasses.asdict(builtin()) | same))
     stages = [(stage["stage"], stage["steps"]) for stage in record.numbers["stages"]]
-    config = recipe("builtin")
+    config = builtin()
     assert stages == [("vae", config.vae.steps), *((p.name, p.steps) for p in config.phases)]
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipes_make_sense(name):
-    config = recipe(name)
+def test_the_recipe_makes_sense():
+    config = builtin()
     names = [phase.name for phase in config.phases]
     assert len(set(names)) == len(names)
     sizes = [phase.size for phase in config.phases]
@@ -39,8 +38,3 @@ def test_recipes_make_sense(name):
     parse(config.defaults.sparse_algo)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.seed = 1
-
-
-def test_unknown_recipe_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown recipe 'bultin'. Known recipes: builtin"):
-        recipe("bultin")

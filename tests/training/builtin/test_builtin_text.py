@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from nabla_attn.training.text import (
+from nabla_attn.training.builtin.text import (
     PIPELINE_TOKENS,
     CaptionEncoder,
     build_text_encoder,
     build_tokenizer,
 )
-from nabla_attn.training.transformer import PadWeight, build_transformer
+from nabla_attn.training.builtin.transformer import PadWeight, build_transformer
 from nabla_attn.world import describe, sample_scene
 
 

@@ -3,9 +3,9 @@ import random
 import pytest
 import torch
 
-from nabla_attn.training.loop import step_at
-from nabla_attn.training.recipes import VaeConfig, VaePhase
-from nabla_attn.training.vae import (
+from nabla_attn.training.builtin.loop import step_at
+from nabla_attn.training.builtin.recipe import VaeConfig, VaePhase
+from nabla_attn.training.builtin.vae import (
     build_vae,
     decode_open,
     draw_crops,

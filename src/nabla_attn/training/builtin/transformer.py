@@ -10,16 +10,16 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from nabla_attn import apply
+from nabla_attn.training.builtin.latents import LatentSet
+from nabla_attn.training.builtin.loop import Step
+from nabla_attn.training.builtin.recipe import TransformerPhase
+from nabla_attn.training.builtin.text import PIPELINE_TOKENS, CaptionEncoder
 from nabla_attn.training.flow import (
     NUM_TRAIN_TIMESTEPS,
     add_noise,
     flow_target,
     spread_times,
 )
-from nabla_attn.training.latents import LatentSet
-from nabla_attn.training.loop import Step
-from nabla_attn.training.recipes import TransformerPhase
-from nabla_attn.training.text import PIPELINE_TOKENS, CaptionEncoder
 from nabla_attn.world.caption import describe
 
 

@@ -12,18 +12,18 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 
 from nabla_attn.files import write_text
 from nabla_attn.record import RunRecord, collect_versions, describe_device
-from nabla_attn.training.latents import LatentSet, encode_scenes
-from nabla_attn.training.loop import Progress, Stage, Step, run_stage
-from nabla_attn.training.recipes import BuiltinConfig, TransformerPhase
-from nabla_attn.training.text import CaptionEncoder, build_text_encoder, build_tokenizer
-from nabla_attn.training.transformer import (
+from nabla_attn.training.builtin.latents import LatentSet, encode_scenes
+from nabla_attn.training.builtin.loop import Progress, Stage, Step, run_stage
+from nabla_attn.training.builtin.recipe import BuiltinConfig, TransformerPhase
+from nabla_attn.training.builtin.text import CaptionEncoder, build_text_encoder, build_tokenizer
+from nabla_attn.training.builtin.transformer import (
     PadWeight,
     build_transformer,
     flow_loss,
     is_hidden_matrix,
     is_image_step,
 )
-from nabla_attn.training.vae import (
+from nabla_attn.training.builtin.vae import (
     build_vae,
     encode_mean,
     is_hidden_convolution,

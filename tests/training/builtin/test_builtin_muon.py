@@ -1,8 +1,8 @@
 import torch
 from torch import nn
 
-from nabla_attn.training.muon import MuonWithAdamW
-from nabla_attn.training.recipes import OptimConfig
+from nabla_attn.training.builtin.muon import MuonWithAdamW
+from nabla_attn.training.builtin.recipe import OptimConfig
 
 CONFIG = OptimConfig(muon_lr=0.1, adamw_lr=0.01)
 

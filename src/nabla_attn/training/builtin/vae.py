@@ -10,8 +10,8 @@ from diffusers import AutoencoderKLWan
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nabla_attn.training.loop import Step
-from nabla_attn.training.recipes import VaeConfig, VaePhase
+from nabla_attn.training.builtin.loop import Step
+from nabla_attn.training.builtin.recipe import VaeConfig, VaePhase
 from nabla_attn.world.render import Window, render
 from nabla_attn.world.scene import BACKGROUNDS, Scene, sample_scene
 

@@ -10,12 +10,18 @@ from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import load_pipeline
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults
 from nabla_attn.record import RunRecord
-from nabla_attn.training.builtin import draw_algorithm, train_builtin
-from nabla_attn.training.latents import LatentSet
-from nabla_attn.training.loop import Stage, run_stage, step_at
-from nabla_attn.training.recipes import OptimConfig, TransformerPhase, VaeConfig, VaePhase, builtin
-from nabla_attn.training.text import CaptionEncoder, build_text_encoder, build_tokenizer
-from nabla_attn.training.transformer import (
+from nabla_attn.training.builtin.latents import LatentSet
+from nabla_attn.training.builtin.loop import Stage, run_stage, step_at
+from nabla_attn.training.builtin.recipe import (
+    OptimConfig,
+    TransformerPhase,
+    VaeConfig,
+    VaePhase,
+    builtin,
+)
+from nabla_attn.training.builtin.text import CaptionEncoder, build_text_encoder, build_tokenizer
+from nabla_attn.training.builtin.train import draw_algorithm, train_builtin
+from nabla_attn.training.builtin.transformer import (
     build_transformer,
     flow_loss,
     is_hidden_matrix,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nabla_attn.files import whole_file
-from nabla_attn.training.vae import encode_mean, to_model_range
+from nabla_attn.training.builtin.vae import encode_mean, to_model_range
 from nabla_attn.world.render import render
 from nabla_attn.world.scene import Scene, sample_scene
 

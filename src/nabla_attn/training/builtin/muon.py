@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nabla_attn.training.recipes import OptimConfig
+from nabla_attn.training.builtin.recipe import OptimConfig
 
 
 class MuonWithAdamW:
