@@ -4,6 +4,7 @@ SCREENSHOTS=docs/images writes the pictures of the docs.
 """
 
 import json
+import math
 import random
 import re
 import urllib.request
@@ -47,6 +48,7 @@ def folder(tmp_path_factory):
 
 
 def judge_pair(page, keys):
+    page.wait_for_selector("#pair:not([hidden], [aria-busy])")
     trial_videos = [page.locator("#first"), page.locator("#second")]
     for video in trial_videos:
         page.wait_for_function("video => video.currentTime > 0", arg=video.element_handle())
@@ -64,11 +66,11 @@ def test_two_raters_vote_and_the_results_add_up(folder):
     with running(folder) as (_, base, link, admin), chromium() as browser:
         first, errors = open_page(browser, f"{base}/s/{link}")
         first.get_by_role("button", name="Begin").click()
-        first.wait_for_selector("#pair:not([aria-busy])")
+        first.wait_for_selector("#pair:not([hidden], [aria-busy])")
         assert first.locator("#count").inner_text() == f"0 of {NUM_PAIRS + 2}"
         judge_pair(first, "1234")
         first.reload()
-        first.wait_for_selector("#pair:not([hidden])")
+        first.wait_for_selector("#pair:not([hidden], [aria-busy])")
         assert first.locator("#count").inner_text() == f"1 of {NUM_PAIRS + 2}"
         first.keyboard.press("2")
         first.wait_for_timeout(400)
@@ -107,7 +109,7 @@ def test_playback_is_together_and_by_frame(folder):
     with running(folder) as (_, base, link, _), chromium() as browser:
         page, errors = open_page(browser, f"{base}/s/{link}")
         page.get_by_role("button", name="Begin").click()
-        page.wait_for_selector("#pair:not([aria-busy])")
+        page.wait_for_selector("#pair:not([hidden], [aria-busy])")
         times = "() => ['first', 'second'].map((id) => document.getElementById(id).currentTime)"
         page.wait_for_function("() => document.getElementById('first').currentTime > 0.5")
         one, two = page.evaluate(times)
@@ -123,7 +125,7 @@ def test_playback_is_together_and_by_frame(folder):
             )
             one, two = page.evaluate(times)
             assert one == two
-            step = round((one - before) * 12)
+            step = math.floor(one * 12) - math.floor(before * 12)
             assert step == (1 if key == "ArrowRight" else -1), (before, one, frame)
         assert errors == []
 
@@ -132,7 +134,7 @@ def test_the_page_is_labelled(folder):
     with running(folder) as (_, base, link, _), chromium() as browser:
         page, _ = open_page(browser, f"{base}/s/{link}")
         page.get_by_role("button", name="Begin").click()
-        page.wait_for_selector("#pair:not([aria-busy])")
+        page.wait_for_selector("#pair:not([hidden], [aria-busy])")
         for name in ("One frame back", "One frame on", "Pause", "Restart", "Next pair"):
             assert page.get_by_role("button", name=name).count() == 1, name
         for question in ("prompt", "frame by frame", "moves", "overall"):
@@ -141,3 +143,167 @@ def test_the_page_is_labelled(folder):
         stored = json.loads(page.evaluate("() => JSON.stringify(Object.keys(localStorage))"))
         assert stored == [f"rater-{link}"]
         assert page.context.cookies() == []
+
+
+def wait_until(page, condition):
+    for _ in range(500):
+        if condition():
+            return
+        page.wait_for_timeout(20)
+    raise AssertionError("what was waited for did not come")
+
+
+def bodies_sent(page, path):
+    """What the page posts to a path, as it goes on."""
+    sent = []
+    page.on("request", lambda asked: asked.url.endswith(path) and sent.append(asked.post_data_json))
+    return sent
+
+
+def test_a_pair_is_judged_only_once_both_its_videos_are_shown(folder):
+    with running(folder) as (_, base, link, _), chromium() as browser:
+        page, errors = open_page(browser, f"{base}/s/{link}")
+        page.clock.install()
+        votes, held = bodies_sent(page, "/api/votes"), []
+        page.route("**/api/video/*/second", lambda route: held.append(route))
+        page.get_by_role("button", name="Begin").click()
+        for index in range(2):
+            wait_until(page, lambda: held)
+            for key in ("1", "1", "1", "1", "ArrowRight", " ", "r", "Enter"):
+                page.keyboard.press(key)
+            page.locator("#ballot label").first.click(force=True)
+            page.locator("#send").click(force=True)
+            page.clock.fast_forward("01:00:00")
+            assert page.locator("#ballot :checked").count() == 0
+            # The videos of the pair before are gone, so they cannot stand under this prompt.
+            shown = (
+                "() => [...document.querySelectorAll('video')].some((video) => video.videoWidth)"
+            )
+            assert not page.evaluate(shown)
+            assert len(votes) == index
+            held.pop().continue_()
+            page.wait_for_selector("#pair:not([hidden], [aria-busy])")
+            assert page.evaluate(shown)
+            assert page.locator("#ballot :checked").count() == 0
+            for key in "1234":
+                page.keyboard.press(key)
+            with page.expect_response("**/api/votes"):
+                page.keyboard.press("Enter")
+        # The hours of loading are not counted as time to judge.
+        assert all(vote["seconds"] < 1800 for vote in votes)
+        assert len({vote["trial"] for vote in votes}) == 2
+        assert errors == []
+
+
+def test_late_videos_of_another_pair_are_not_shown(folder, tmp_path):
+    write_video(render(sample_scene(9, 2), 5, 64, 64), tmp_path / "small.mp4", fps=12)
+    with running(folder) as (_, base, link, _), chromium() as browser:
+        page, errors = open_page(browser, f"{base}/s/{link}")
+        held = []
+        page.route("**/api/video/**", lambda route: held.append(route))
+        page.get_by_role("button", name="Begin").click()
+        wait_until(page, lambda: len(held) == 2)
+        other = {"title": "", "done": 1, "total": 2, "fps": 12, "trial": "0" * 32}
+        small = (tmp_path / "small.mp4").read_bytes()
+        answer = {"body": small, "content_type": "video/mp4"}
+        page.route(f"**/api/video/{'0' * 32}/*", lambda route: route.fulfill(**answer))
+        page.evaluate("turn => { present(turn); }", other | {"prompt": "another"})
+        page.wait_for_selector("#pair:not([hidden], [aria-busy])")
+        for route in held:
+            with page.expect_event("requestfinished"):
+                route.continue_()
+        page.wait_for_timeout(300)
+        widths = "() => [...document.querySelectorAll('video')].map((video) => video.videoWidth)"
+        assert page.evaluate(widths) == [64, 64]
+        assert page.locator("#prompt").inner_text() == "another"
+        assert errors == []
+
+
+def test_a_refused_vote_can_be_changed_and_sent_again(folder):
+    with running(folder) as (_, base, link, _), chromium() as browser:
+        page, _ = open_page(browser, f"{base}/s/{link}")
+        page.get_by_role("button", name="Begin").click()
+        page.wait_for_selector("#pair:not([hidden], [aria-busy])")
+        votes = bodies_sent(page, "/api/votes")
+        refused = {"status": 403, "json": {"detail": "not now."}}
+        page.route("**/api/votes", lambda route: route.fulfill(**refused), times=1)
+        for key in ("1", "2", "3", "4", "Enter"):
+            page.keyboard.press(key)
+        wait_until(page, lambda: page.locator("#message").inner_text() == "not now.")
+        for key in ("Backspace", "1", "Enter"):
+            page.keyboard.press(key)
+        wait_until(page, lambda: page.locator("#count").inner_text().startswith("1 "))
+        assert [vote["overall"] for vote in votes] == ["both_bad", "first"]
+        assert {vote["motion"] for vote in votes} == {"both_good"}
+        assert page.locator("#message").inner_text() == ""
+
+
+def test_begin_pressed_twice_admits_one_rater(folder):
+    with running(folder) as (_, base, link, _), chromium() as browser:
+        page, errors = open_page(browser, f"{base}/s/{link}")
+        joined = bodies_sent(page, "/raters")
+        page.get_by_role("button", name="Begin").dblclick()
+        page.wait_for_selector("#pair:not([hidden], [aria-busy])")
+        assert len(joined) == 1
+        assert errors == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ({"status": 404, "json": {"detail": "the video is gone."}}, "the video is gone"),
+        ({"status": 403, "body": "<html>", "content_type": "text/html"}, "did not understand"),
+        ({"body": b"not a video", "content_type": "video/mp4"}, "cannot play"),
+    ],
+)
+def test_a_video_that_cannot_be_shown_is_said_so_and_not_fetched_for_ever(folder, answer, said):
+    with running(folder) as (_, base, link, _), chromium() as browser:
+        page, errors = open_page(browser, f"{base}/s/{link}")
+        page.clock.install()
+        fetched, votes = [], bodies_sent(page, "/api/votes")
+        page.on("request", lambda asked: "/api/video/" in asked.url and fetched.append(asked.url))
+        page.route("**/api/video/*/second", lambda route: route.fulfill(**answer))
+        page.get_by_role("button", name="Begin").click()
+        message = page.locator("#message")
+        for times in (1, 2):
+            wait_until(page, message.inner_text)
+            assert said in message.inner_text()
+            assert "whoever sent you the link" in message.inner_text()
+            page.clock.run_for(60_000)
+            assert len(fetched) == len(set(fetched)) * times == 2 * times
+            for key in "1111":
+                page.keyboard.press(key)
+            page.keyboard.press("Enter")
+            assert page.locator("#ballot :checked").count() == 0
+            assert said in message.inner_text()
+            assert page.locator("#pair").is_visible()
+            if times == 1:
+                page.reload()
+                page.clock.install()
+        assert votes == []
+        assert all("Failed to load resource" in error for error in errors), errors
+
+
+def test_only_the_video_that_failed_is_fetched_again(folder):
+    with running(folder) as (_, base, link, _), chromium() as browser:
+        page, _ = open_page(browser, f"{base}/s/{link}")
+        fetched = []
+
+        def fail_twice(route):
+            fetched.append(route.request.url.split("/")[-1])
+            again = fetched.count("second")
+            if fetched[-1] == "first" or again > 2:
+                route.continue_()
+            elif again == 1:
+                route.fulfill(status=503)
+            else:
+                route.abort()
+
+        page.route("**/api/video/**", fail_twice)
+        page.get_by_role("button", name="Begin").click()
+        page.wait_for_selector("#pair:not([hidden], [aria-busy])")
+        assert sorted(fetched) == ["first", "second", "second", "second"]
+        assert page.locator("#message").inner_text() == ""
+        for key in "1111":
+            page.keyboard.press(key)
+        assert page.locator("#send").is_enabled()

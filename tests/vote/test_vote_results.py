@@ -1,5 +1,6 @@
 import csv
 import random
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ from nabla_attn.vote.export import draw_chart, results_page, votes_csv
 from nabla_attn.vote.make import damage, make_study
 from nabla_attn.vote.order import draw_showings
 from nabla_attn.vote.results import Exclusion, Judgement, count_votes, measure_agreement
-from nabla_attn.vote.study import QUESTIONS, Pair, Study, videos_folder
+from nabla_attn.vote.study import QUESTIONS, Pair, Study, database_path, videos_folder
 
 
 def study_of(num_pairs=4):
@@ -131,6 +132,25 @@ def test_a_study_is_made_from_a_run(tmp_path):
         make_study(tmp_path / "other", run, title="is nabla-0.7 good?")
     with pytest.raises(ValueError, match="not found"):
         make_study(tmp_path / "other", tmp_path / "nowhere")
+
+
+def test_every_method_asked_for_is_in_the_study_or_named_as_missing(tmp_path):
+    run = write_run(tmp_path / "run", num_prompts=2)
+    with pytest.raises(ValueError, match=r"with nabla-0\.2: it has videos of dense, nabla-0\.7\."):
+        make_study(tmp_path / "study", run, methods=["nabla-0.7", "nabla-0.2"])
+    assert not (tmp_path / "study").exists()
+    assert make_study(tmp_path / "study", run, methods=["nabla-0.7"]).methods == ["nabla-0.7"]
+
+
+def test_no_study_is_made_beside_the_votes_of_another(tmp_path):
+    run = write_run(tmp_path / "run", num_prompts=1)
+    votes = database_path(tmp_path / "study")
+    votes.parent.mkdir()
+    votes.write_bytes(b"of another study")
+    with pytest.raises(ValueError, match=re.escape(str(votes))):
+        make_study(tmp_path / "study", run)
+    assert list(votes.parent.iterdir()) == [votes]
+    assert votes.read_bytes() == b"of another study"
 
 
 def test_exports(tmp_path):

@@ -1,4 +1,7 @@
 import json
+import re
+import shutil
+import sqlite3
 import stat
 from collections import Counter
 
@@ -11,7 +14,7 @@ from fastapi.testclient import TestClient
 from tests.vote.study_helpers import ballot, make_small_study
 
 from nabla_attn.vote.server import create_app
-from nabla_attn.vote.study import Study, videos_folder
+from nabla_attn.vote.study import Study, database_path, videos_folder
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)> {}"
 
@@ -301,6 +304,108 @@ def test_the_study_fills_up(tmp_path):
         full = client.post(f"/api/s/{study.link_token}/raters", json={})
         assert full.status_code == 409
         assert "all its raters" in full.json()["detail"]
+
+
+WRONG = {
+    "pairs": [{}, "pairs", None, []],
+    "fps": ["abc", None, True, 0, -8, float("nan"), float("inf")],
+    "title": [5, None, ["Which?"]],
+    "baseline": [1],
+    "pairs_per_rater": ["3", 2.5, -1, True],
+    "link_token": [0],
+}
+WRONG_IN_A_PAIR = {"id": [1], "method_video": [7, None], "is_control": ["no", 1]}
+
+
+def wrong_studies(values):
+    """(the place that the message must name, a study with one fault there)."""
+    yield "the whole", 3
+    yield "admin", values | {"admin": 1}
+    yield "schema", values | {"schema": 2}
+    for name in ("title", "baseline", "pairs", "fps"):
+        yield name, without(values, name)
+    for name, wrongs in WRONG.items():
+        for wrong in wrongs:
+            yield name, values | {name: wrong}
+    first, *others = values["pairs"]
+    where = f"pairs.{len(others)}"
+    yield where, values | {"pairs": [*others, None]}
+    yield f"{where}.id", values | {"pairs": [*others, without(first, "id")]}
+    yield f"{where}.more", values | {"pairs": [*others, first | {"more": 1}]}
+    for name, wrongs in WRONG_IN_A_PAIR.items():
+        for wrong in wrongs:
+            yield f"{where}.{name}", values | {"pairs": [*others, first | {name: wrong}]}
+
+
+def without(values, name):
+    return {key: value for key, value in values.items() if key != name}
+
+
+def test_a_study_file_with_a_fault_is_refused_in_one_clear_line(folder):
+    path = folder / "study.json"
+    for place, values in wrong_studies(json.loads(path.read_text())):
+        path.write_text(json.dumps(values))
+        with pytest.raises(ValueError, match=re.escape(f"{path}: {place}: ")) as caught:
+            Study.load(folder)
+        assert "\n" not in str(caught.value)
+
+
+def test_whole_numbers_and_missing_options_are_fine(folder, study):
+    path = folder / "study.json"
+    values = json.loads(path.read_text()) | {"fps": 8}
+    del values["notice"], values["pairs"][0]["is_control"]
+    path.write_text(json.dumps(values))
+    assert Study.load(folder).fps == 8
+
+
+def test_a_video_that_is_gone_is_said_so(client, study, folder):
+    rater = join(client, study)
+    trial = client.get("/api/next", headers=rater).json()["trial"]
+    for path in videos_folder(folder).iterdir():
+        path.unlink()
+    answer = client.get(f"/api/video/{trial}/first", headers=rater)
+    assert answer.status_code == 404
+    assert "gone" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("name", ["what?x", "50%20x", "a#b", "mode=ro&x", "ü ö:@"])
+def test_a_folder_may_have_any_name(tmp_path, name):
+    make_small_study(tmp_path / name)
+    folder = tmp_path / name / "study"
+    with TestClient(create_app(folder)) as client:
+        vote_all(client, join(client, Study.load(folder)))
+        assert votes_of(client)
+    assert (folder / "votes.sqlite3").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_damaged_database_is_refused_in_one_clear_line(folder, study):
+    with TestClient(create_app(folder)) as client:
+        vote_all(client, join(client, study))
+    path = database_path(folder)
+    whole = path.read_bytes()
+    with sqlite3.connect(path) as database:
+        (size,) = database.execute("PRAGMA page_size").fetchone()
+        query = "SELECT rootpage FROM sqlite_master WHERE name = 'votes'"
+        (page,) = database.execute(query).fetchone()
+    no_votes = whole[: (page - 1) * size] + b"x" * size + whole[page * size :]
+    for damaged in (b"not a database" * 1000, whole[: len(whole) // 2], no_votes):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+            create_app(folder)
+        assert "\n" not in str(caught.value)
+        assert path.read_bytes() == damaged
+    path.write_bytes(whole)
+    create_app(folder)
+
+
+def test_votes_of_another_study_are_refused(folder, study, tmp_path):
+    with TestClient(create_app(folder)) as client:
+        vote_all(client, join(client, study))
+    make_small_study(tmp_path / "other")
+    shutil.copyfile(database_path(folder), database_path(tmp_path / "other" / "study"))
+    with pytest.raises(ValueError, match="votes of another study"):
+        create_app(tmp_path / "other" / "study")
 
 
 def test_the_study_file_is_private_and_checked(folder, study):

@@ -45,6 +45,7 @@ def make(
     num_controls: Annotated[int, typer.Option(min=0, help="Pairs with a damaged video.")] = 1,
 ) -> None:
     """Make a study from videos of two or more algorithms."""
+    _import_server()
     from nabla_attn.vote.make import make_study
 
     made = make_study(

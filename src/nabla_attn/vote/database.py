@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
+    URL,
     CheckConstraint,
     Engine,
     ForeignKey,
@@ -21,6 +22,7 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from nabla_attn.vote.order import draw_showings
@@ -97,15 +99,18 @@ class VoteStore:
     Args:
         path: the SQLite file; made when missing.
         study: the study whose votes it holds.
+
+    Raises:
+        ValueError: the file is damaged, cannot be opened, or holds the votes of another study.
     """
 
     def __init__(self, path: str | Path, study: Study) -> None:
         self._study = study
-        self._engine = _open_engine(path)
+        path = Path(path).resolve()
+        self._engine = _make_engine(path)
         # SQLite lets one writer in; waiting here is cheaper than in its busy loop.
         self._writing = threading.Lock()
-        with self._engine.begin() as connection:
-            Base.metadata.create_all(connection)
+        _prepare(self._engine, study)
         self._log = SharedSync(f"{path}-wal")
 
     def close(self) -> None:
@@ -206,8 +211,10 @@ _WAY = (
 _CAST = sqlite_insert(Vote).on_conflict_do_nothing()
 
 
-def _open_engine(path: str | Path) -> Engine:
-    engine = create_engine(f"sqlite:///{Path(path).resolve()}", pool_size=8, max_overflow=40)
+def _make_engine(path: Path) -> Engine:
+    # From its parts: in one string, signs of the path would be read as signs of an address.
+    address = URL.create("sqlite", database=str(path))
+    engine = create_engine(address, pool_size=8, max_overflow=40)
 
     @event.listens_for(engine, "connect")
     def _set_up(connection: Any, _: Any) -> None:
@@ -217,6 +224,28 @@ def _open_engine(path: str | Path) -> Engine:
         connection.execute("PRAGMA busy_timeout=5000")
 
     return engine
+
+
+def _prepare(engine: Engine, study: Study) -> None:
+    """Make missing tables, and see that the file is whole and of this study."""
+    path = engine.url.database
+    try:
+        with engine.begin() as connection:
+            fault = str(connection.exec_driver_sql("PRAGMA quick_check(1)").scalar())
+            Base.metadata.create_all(connection)
+            shown = set(connection.scalars(select(Trial.pair_id).distinct()))
+    except DatabaseError as error:
+        fault = str(error.orig)
+    if fault != "ok":
+        raise ValueError(
+            f"the votes in {path} cannot be opened: {' '.join(fault.split())}. Check that the file "
+            "may be written, or restore it from a copy."
+        )
+    if not shown <= {pair.id for pair in study.pairs}:
+        raise ValueError(
+            f"{path} holds the votes of another study. Put that study's study.json back, or move "
+            "the file away."
+        )
 
 
 def _now() -> str:

@@ -12,10 +12,13 @@ import numpy as np
 from nabla_attn.config import parse
 from nabla_attn.generation.video import read_video, write_video
 from nabla_attn.record import RunRecord
-from nabla_attn.vote.study import Pair, Study, new_token, videos_folder
+from nabla_attn.vote.study import Pair, Study, database_path, new_token, videos_folder
 
 Videos = dict[tuple[str, int], dict[str, Path]]
 """(prompt, seed) -> algorithm -> video."""
+
+Chosen = list[tuple[str, str, Path, Path]]
+"""Prompt, algorithm, the baseline's video, and the algorithm's."""
 
 
 def make_study(
@@ -34,7 +37,7 @@ def make_study(
     """Copy the videos of a run under meaningless names and write the study.
 
     Args:
-        folder: where the study goes; must not hold one.
+        folder: where the study goes; must hold neither a study nor votes.
         run: folder of records, each with its mp4 of the same name beside it.
         methods: algorithms to compare with the baseline; none means all.
         baseline: the algorithm they are compared with.
@@ -46,28 +49,13 @@ def make_study(
         notice: shown with every result.
 
     Raises:
-        ValueError: the folder holds a study, or the run has no pairs of these algorithms.
+        ValueError: the folder is taken, or the run has no pairs of one of these algorithms.
     """
     folder = Path(folder)
-    if (folder / "study.json").exists():
-        raise ValueError(f"{folder} already holds a study. Choose another folder.")
+    _check_free(folder)
     base = str(parse(baseline))
-    names = [str(parse(method)) for method in methods]
-    found = _find_videos(Path(run))
-    wanted = names or sorted({algo for group in found.values() for algo in group} - {base})
-    chosen = [
-        (prompt, method, group[base], group[method])
-        for (prompt, _), group in found.items()
-        for method in wanted
-        if base in group and method in group
-    ]
-    if not chosen:
-        known = sorted({algo for group in found.values() for algo in group})
-        raise ValueError(
-            f"{run} has no pairs of {base} with {', '.join(wanted) or 'another algorithm'}: it "
-            f"has videos of {', '.join(known) or 'none'}."
-        )
-    if any(name in title for name in (base, *wanted)):
+    chosen = _choose_pairs(Path(run), base, [str(parse(method)) for method in methods])
+    if any(name in title for name in (base, *(method for _, method, _, _ in chosen))):
         raise ValueError(f"the title {title!r} names an algorithm, and raters read it.")
     videos_folder(folder).mkdir(parents=True, exist_ok=True)
     fps = _frames_per_second(chosen[0][2])
@@ -105,6 +93,37 @@ def damage(frames: np.ndarray) -> np.ndarray:
     return coarse
 
 
+def _check_free(folder: Path) -> None:
+    if (folder / "study.json").exists():
+        raise ValueError(f"{folder} already holds a study. Choose another folder.")
+    if database_path(folder).exists():
+        raise ValueError(
+            f"{database_path(folder)} holds the votes of another study. Choose another folder, "
+            "or move that file away."
+        )
+
+
+def _choose_pairs(run: Path, base: str, names: Sequence[str]) -> Chosen:
+    """The pairs of the named algorithms, or of all where none is named."""
+    found = _find_videos(run)
+    known = sorted({algo for group in found.values() for algo in group})
+    wanted = names or [algo for algo in known if algo != base]
+    chosen = [
+        (prompt, method, group[base], group[method])
+        for (prompt, _), group in found.items()
+        for method in wanted
+        if base in group and method in group
+    ]
+    missing = [name for name in names if all(name != method for _, method, _, _ in chosen)]
+    if missing or not chosen:
+        raise ValueError(
+            f"{run} has no pairs of {base} with {', '.join(missing) or 'another algorithm'}: it "
+            f"has videos of {', '.join(known) or 'none'}. Choose from these, or make "
+            "the others with `nabla evaluate`."
+        )
+    return chosen
+
+
 def _find_videos(run: Path) -> Videos:
     if not run.is_dir():
         raise ValueError(f"run folder not found: {run}. Pass what `nabla evaluate` wrote.")
@@ -119,9 +138,7 @@ def _find_videos(run: Path) -> Videos:
     return dict(found)
 
 
-def _make_controls(
-    folder: Path, chosen: list[tuple[str, str, Path, Path]], count: int, fps: float, seed: int
-) -> list[Pair]:
+def _make_controls(folder: Path, chosen: Chosen, count: int, fps: float, seed: int) -> list[Pair]:
     originals = list(dict.fromkeys((prompt, theirs) for prompt, _, theirs, _ in chosen))
     picked = random.Random(seed).sample(originals, min(count, len(originals)))
     pairs = []

@@ -97,8 +97,10 @@ def _add_voting(app: FastAPI, study: Study, store: VoteStore, folder: Path) -> N
             raise HTTPException(404, "not found.")
         pair = study.pair(found.pair_id)
         is_method = (side == "first") == found.is_swapped
-        name = pair.method_video if is_method else pair.baseline_video
-        return FileResponse(videos_folder(folder) / name, media_type="video/mp4")
+        path = videos_folder(folder) / (pair.method_video if is_method else pair.baseline_video)
+        if not path.is_file():
+            raise HTTPException(404, "the video is gone.")
+        return FileResponse(path, media_type="video/mp4")
 
     @app.post("/api/votes")
     def vote(ballot: Ballot, rater: RaterToken) -> dict[str, Any]:

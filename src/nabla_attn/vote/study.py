@@ -6,13 +6,16 @@ The folder holds ``study.json``, ``videos/`` under meaningless names, and the da
 import json
 import secrets
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from nabla_attn.files import whole_file
 
-SCHEMA = 1
+SCHEMA: Literal[1] = 1
+Count = Annotated[int, Field(ge=0)]
 QUESTIONS = ("semantic", "visual", "motion", "overall")
 """What raters are asked, as in the paper's Table 3 (arXiv:2507.13546)."""
 
@@ -37,6 +40,8 @@ class Pair:
         method_video: file name in ``videos/``; of a control pair, the damaged one.
         is_control: whether the answer is known: the method's video is the baseline's, damaged.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
     id: str
     prompt: str
@@ -64,17 +69,19 @@ class Study:
         schema: format of this file.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
     title: str
     baseline: str
-    pairs: tuple[Pair, ...]
-    fps: float
-    pairs_per_rater: int = 20
-    num_repeats: int = 2
-    max_raters: int = 1000
+    pairs: Annotated[tuple[Pair, ...], Field(min_length=1)]
+    fps: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    pairs_per_rater: Count = 20
+    num_repeats: Count = 2
+    max_raters: Count = 1000
     notice: str = ""
     link_token: str = ""
     admin_token: str = ""
-    schema: int = SCHEMA
+    schema: Literal[1] = SCHEMA
 
     @property
     def methods(self) -> list[str]:
@@ -105,12 +112,8 @@ class Study:
                 "`nabla vote make STUDY --run RUN`."
             )
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            _check_fields(cls, values)
-            for pair in values["pairs"]:
-                _check_fields(Pair, pair)
-            study = cls(**values | {"pairs": tuple(Pair(**pair) for pair in values["pairs"])})
-        except (ValueError, TypeError, RecursionError) as error:
+            study = _read(path.read_bytes())
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         _check_videos(Path(folder), study.pairs)
         return study
@@ -126,12 +129,18 @@ def database_path(folder: str | Path) -> Path:
     return Path(folder) / "votes.sqlite3"
 
 
-def _check_fields(kind: Any, values: Any) -> None:
-    known = {entry.name for entry in fields(kind)}
-    if not isinstance(values, dict) or set(values) - known:
-        raise ValueError(f"expected an object with {', '.join(sorted(known))}.")
-    if kind is Study and values.get("schema") != SCHEMA:
-        raise ValueError(f"schema {values.get('schema')} is not known here, only {SCHEMA}.")
+def _read(text: bytes) -> Study:
+    """The study in a file's text.
+
+    Raises:
+        ValueError: one line with the first thing that is wrong.
+    """
+    try:
+        return TypeAdapter(Study).validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        raise ValueError(f"{where}: {first['msg']}, got {first['input']!r:.80}.") from error
 
 
 def _check_videos(folder: Path, pairs: Sequence[Pair]) -> None:

@@ -13,25 +13,27 @@ const LINK = location.pathname.split("/").pop();
 const STORED = "rater-" + LINK;
 const $ = (id) => document.getElementById(id);
 const videos = [$("first"), $("second")];
+const WHOM_TO_ASK = "Please tell whoever sent you the link. Your votes so far are stored.";
 
 let rater = localStorage.getItem(STORED);
 let turn = null;
 let shownAt = 0;
-let isSending = false;
+let isReady = false;
 
-async function call(path, body) {
+async function request(path, body) {
   const headers = {"Content-Type": "application/json"};
   if (rater) headers["X-Rater"] = rater;
   const options = body === undefined ? {headers} : {method: "POST", headers, body: JSON.stringify(body)};
   const response = await fetch(path, options);
-  const answer = await response.json();
-  if (!response.ok) {
-    const error = new Error(answer.detail || "The server did not understand.");
-    error.status = response.status;
-    throw error;
-  }
-  return answer;
+  if (response.ok) return response;
+  // What stands between page and server may refuse in words of its own.
+  const answer = await response.json().catch(() => ({}));
+  const error = new Error(answer.detail || "The server did not understand.");
+  error.status = response.status;
+  throw error;
 }
+
+async function call(path, body) { return (await request(path, body)).json(); }
 
 async function retry(work) {
   for (let wait = 500; ; wait = Math.min(wait * 2, 8000)) {
@@ -51,15 +53,49 @@ function show(section) {
   for (const id of ["welcome", "pair", "end"]) $(id).hidden = id !== section;
 }
 
-async function loadVideo(video, side) {
-  const response = await fetch(`/api/video/${turn.trial}/${side}`, {headers: {"X-Rater": rater}});
-  if (!response.ok) throw new Error("A video could not be loaded.");
-  if (video.src) URL.revokeObjectURL(video.src);
-  video.src = URL.createObjectURL(await response.blob());
-  await new Promise((resolve, reject) => {
-    video.oncanplaythrough = resolve;
-    video.onerror = () => reject(new Error("This browser cannot play the video."));
+async function fetchVideos(trial) {
+  const blobs = {};
+  const fetchMissing = async (side) => {
+    blobs[side] ??= await (await request(`/api/video/${trial}/${side}`)).blob();
+  };
+  await retry(async () => {
+    const results = await Promise.allSettled(videos.map((video) => fetchMissing(video.id)));
+    const failed = results.find((result) => result.status === "rejected");
+    if (failed) throw failed.reason;
   });
+  return blobs;
+}
+
+function clear(video) {
+  if (!video.src) return;
+  URL.revokeObjectURL(video.src);
+  video.removeAttribute("src");
+  video.load();
+}
+
+function showVideo(video, blob) {
+  return new Promise((resolve, reject) => {
+    video.oncanplaythrough = resolve;
+    video.onerror = () => reject(new Error("This browser cannot play it."));
+    video.src = URL.createObjectURL(blob);
+  });
+}
+
+async function load(trial) {
+  $("pair").setAttribute("aria-busy", "true");
+  videos.forEach(clear);
+  try {
+    const blobs = await fetchVideos(trial);
+    // Another pair may have come meanwhile; under its prompt stand its own videos only.
+    if (turn.trial !== trial) return;
+    await Promise.all(videos.map((video) => showVideo(video, blobs[video.id])));
+    shownAt = performance.now();
+    setReady(true);
+    restart();
+  } catch (error) {
+    fail(new Error(`A video of this pair cannot be shown: ${error.message} ${WHOM_TO_ASK}`));
+  }
+  $("pair").removeAttribute("aria-busy");
 }
 
 async function present(next) {
@@ -71,13 +107,16 @@ async function present(next) {
   if (!turn.trial) return show("end");
   $("prompt").textContent = turn.prompt;
   $("ballot").reset();
-  update();
+  setReady(false);
   show("pair");
-  $("pair").setAttribute("aria-busy", "true");
-  await retry(() => Promise.all([loadVideo(videos[0], "first"), loadVideo(videos[1], "second")]));
-  $("pair").removeAttribute("aria-busy");
-  shownAt = performance.now();
-  restart();
+  await load(turn.trial);
+}
+
+function setReady(ready) {
+  isReady = ready;
+  const parts = document.querySelectorAll("#ballot fieldset, .player button");
+  for (const part of parts) part.disabled = !ready;
+  update();
 }
 
 function isPaused() { return $("play").textContent === "Play"; }
@@ -124,8 +163,10 @@ function current() { return Object.keys(QUESTIONS).find((question) => !answers()
 
 function update() {
   const open = current();
-  for (const field of $("ballot").children) field.classList.toggle("current", field.name === open);
-  $("send").disabled = open !== undefined || isSending;
+  for (const field of $("ballot").children) {
+    field.classList.toggle("current", isReady && field.name === open);
+  }
+  $("send").disabled = !isReady || open !== undefined;
 }
 
 function answer(number) {
@@ -144,20 +185,16 @@ function undo() {
 }
 
 async function send() {
-  if (current() || isSending) return;
-  isSending = true;
-  update();
+  if (current()) return;
   const seconds = (performance.now() - shownAt) / 1000;
   const ballot = {trial: turn.trial, ...answers(), seconds: Math.min(seconds, 86400)};
+  setReady(false);
   try {
-    const next = await retry(() => call("/api/votes", ballot));
-    isSending = false;
-    await present(next);
+    await present(await retry(() => call("/api/votes", ballot)));
   } catch (error) {
-    isSending = false;
+    setReady(true);
     fail(error);
   }
-  update();
 }
 
 function fail(error) { $("message").textContent = error.message; }
@@ -200,16 +237,18 @@ function onKey(event) {
   const action = actions[event.key];
   if (!action) return;
   event.preventDefault();
-  action();
+  if (isReady) action();
 }
 
 async function begin() {
+  $("begin").disabled = true;
   try {
     const joined = await call(`/api/s/${LINK}/raters`, {});
     rater = joined.rater;
     localStorage.setItem(STORED, rater);
     await present(await retry(() => call("/api/next")));
   } catch (error) {
+    $("begin").disabled = false;
     fail(error);
   }
 }
