@@ -96,6 +96,30 @@ def test_every_sample_has_its_own_map():
         torch.testing.assert_close(together[part], alone, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("algorithm", ["nabla-0.5", "topk-0.3"])
+def test_what_is_not_a_number_shows_in_the_output(algorithm):
+    grid = ODD_GRIDS["exact"]
+    q, k, v = random_qkv(grid)
+    poisoned = q.clone()
+    poisoned[0, 0, 5] = float("nan")
+    out = na.nabla_attention(poisoned, k, v, grid, algorithm)
+    assert out[0, 0, 5].isnan().all() and not out[0, 1].isnan().any()
+    k[0, 0, 7] = float("inf")
+    assert na.nabla_attention(q, k, v, grid, algorithm)[0, 0].isnan().any()
+
+
+@pytest.mark.parametrize("algorithm", ["dense", "nabla-0.5"])
+def test_no_samples_and_wrong_grids(algorithm):
+    grid = ODD_GRIDS["exact"]
+    q, k, v = random_qkv(grid)
+    none = [x[:0] for x in (q, k, v)]
+    assert na.nabla_attention(*none, grid, algorithm).shape == none[0].shape
+    with pytest.raises(ValueError, match="tokens for 9x9x9"):
+        na.nabla_attention(q, k, v, na.TokenGrid(9, 9, 9), algorithm)
+    with pytest.raises(ValueError, match="is not an algorithm"):
+        na.nabla_attention(q, k, v, grid, "fast")
+
+
 def test_first_frame_can_be_kept():
     grid = na.TokenGrid(3, 8, 16)
     q, k, _ = random_qkv(grid)

@@ -1,5 +1,6 @@
 import dataclasses
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -78,6 +79,12 @@ def test_errors_name_the_part_at_fault(text, part):
 def test_configs_check_themselves(fields):
     with pytest.raises(ValueError, match="must be"):
         na.SparseConfig(**fields)
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = na.SparseConfig(threshold=np.float32(0.75), window=(1, 3, 3))
+    assert config == na.parse("nabla-0.75_sta-1-3-3") and type(config.threshold) is float
+    assert na.TokenGrid(np.int64(2), 8, 8) == na.TokenGrid(2, 8, 8)
 
 
 def test_configs_are_frozen_and_hashable():

@@ -63,6 +63,9 @@ def test_json_round_trip():
         ('{"algorithm": "dense", "dense_layers": "0"}', "list of whole numbers"),
         ('{"algorithm": "dense", "layer_overrides": {"x": "dense"}}', "layer_overrides"),
         ('{"algorithm": "dense", "step_overrides": [1]}', "step_overrides must map"),
+        ('{"algorithm": "dense", "layer_overrides": {"1": "dense", "01": "dense"}}', "'01' is not"),
+        ('{"algorithm": "dense", "step_overrides": {"-1": "dense"}}', "steps count from 0: got -1"),
+        ('{"algorithm": ' + "[" * 100_000, "must be JSON"),
     ],
 )
 def test_hostile_json_is_named(text, message):
@@ -70,8 +73,35 @@ def test_hostile_json_is_named(text, message):
         na.Schedule.from_json(text)
 
 
+def test_overrides_count_layers_from_the_end_too():
+    rules = na.Schedule(algorithm=NABLA, layer_overrides={-1: DENSE, 0: na.parse("nabla-0.9")})
+    found = [str(rules.config_for(0, layer, num_layers=3)) for layer in range(3)]
+    assert found == ["nabla-0.9", "nabla-0.7", "dense"]
+
+
 @pytest.mark.parametrize(
-    "rule", [{"dense_last_steps": 1}, {"dense_layers": (-1,)}, {"min_tokens": 5}], ids=str
+    ("rule", "message"),
+    [
+        ({"algorithm": "nabla-0.5"}, "what `parse` makes"),
+        ({"layer_overrides": {1: "dense"}}, "what `parse` makes"),
+        ({"layer_overrides": {"1": DENSE}}, "whole numbers: got '1'"),
+        ({"dense_layers": (0.5,)}, "whole numbers: got 0.5"),
+    ],
+)
+def test_values_of_another_type_are_refused(rule, message):
+    with pytest.raises(ValueError, match=message):
+        na.Schedule(**{"algorithm": NABLA} | rule)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"dense_last_steps": 1},
+        {"dense_layers": (-1,)},
+        {"layer_overrides": {-1: DENSE}},
+        {"min_tokens": 5},
+    ],
+    ids=str,
 )
 def test_a_rule_that_needs_an_unknown_number_says_so(rule):
     schedule = na.Schedule(algorithm=NABLA, **rule)

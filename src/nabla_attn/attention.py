@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nabla_attn import backends
-from nabla_attn.config import SparseConfig
+from nabla_attn.config import SparseConfig, as_config
 from nabla_attn.core.block_map import BlockMap
 from nabla_attn.core.grid import TokenGrid
-from nabla_attn.core.order import TokenLayout, to_blocks, to_raster
+from nabla_attn.core.order import TokenLayout, check_tokens, to_blocks, to_raster
 from nabla_attn.mapping import map_blocks
 from nabla_attn.shapes import Bool, Float
 
@@ -20,7 +20,7 @@ def nabla_attention(
     k: Float[Tensor, "batch heads tokens dim"],
     v: Float[Tensor, "batch heads tokens dim"],
     grid: TokenGrid,
-    config: SparseConfig,
+    config: SparseConfig | str,
     *,
     backend: str = "auto",
     scale: float | None = None,
@@ -39,7 +39,7 @@ def nabla_attention(
         k: keys, like q.
         v: values.
         grid: the video's token grid.
-        config: which blocks are kept; `parse` makes one.
+        config: which blocks are kept; a string such as "nabla-0.7" is parsed.
         backend: "auto" or one of `backends.NAMES`.
         scale: factor on q.k, in the map too; None is 1/sqrt(dim).
         text_before: text tokens in front of the video; text attends and is attended by all.
@@ -53,9 +53,11 @@ def nabla_attention(
         ValueError: shapes do not fit the grid, or an unknown backend.
         RuntimeError: the backend asked for cannot run here; says why.
     """
-    layout = TokenLayout(grid, text_before, text_after)
+    layout, config = TokenLayout(grid, text_before, text_after), as_config(config)
     attend = backends.resolve(backend, q, k, v)
-    if backend == "auto" and config.is_dense and grid.segments is None and text_valid is None:
+    check_tokens(q, layout)
+    is_plain = config.is_dense and grid.segments is None and text_valid is None
+    if len(q) == 0 or (backend == "auto" and is_plain):
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     q_blocks, k_blocks, v_blocks = (to_blocks(x, layout) for x in (q, k, v))
     block_map = map_blocks(
@@ -76,7 +78,7 @@ def build_block_map(
     q: Float[Tensor, "batch heads tokens dim"],
     k: Float[Tensor, "batch heads tokens dim"],
     grid: TokenGrid,
-    config: SparseConfig,
+    config: SparseConfig | str,
     *,
     scale: float | None = None,
     text_before: int = 0,
@@ -91,7 +93,7 @@ def build_block_map(
         q,
         k,
         layout,
-        config,
+        as_config(config),
         scale=scale,
         text_valid=text_valid,
         keep_first_frame=keep_first_frame,

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from numbers import Real
 
 GRAMMAR = (
     "nabla-THRESHOLD, topk-SHARE, sta-FRAMES-HEIGHT-WIDTH, two of them joined by '_', or dense"
@@ -32,8 +33,12 @@ class SparseConfig:
     def __post_init__(self) -> None:
         if self.threshold is not None and self.topk is not None:
             raise ValueError("give either a threshold (nabla) or a share (topk), not both.")
-        _check_share("nabla threshold", self.threshold, "the kept probability mass")
-        _check_share("topk share", self.topk, "kept blocks / all blocks")
+        for field, name, meaning in (
+            ("threshold", "nabla threshold", "the kept probability mass"),
+            ("topk", "topk share", "kept blocks / all blocks"),
+        ):
+            # Plain numbers, since they end in JSON and in strings.
+            object.__setattr__(self, field, _checked_share(name, getattr(self, field), meaning))
         if self.window is not None:
             object.__setattr__(self, "window", _checked_window(self.window))
 
@@ -84,6 +89,15 @@ def parse(text: str) -> SparseConfig:
         raise ValueError(f"'{text}': {error}") from None
 
 
+def as_config(algorithm: SparseConfig | str) -> SparseConfig:
+    """An algorithm as it is, or parsed.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    return algorithm if isinstance(algorithm, SparseConfig) else parse(algorithm)
+
+
 def _parse_part(part: str, text: str) -> tuple[str, float | tuple[int, int, int]]:
     name, *numbers = part.split("-")
     where = f"'{part}'" if part == text else f"'{part}' in '{text}'"
@@ -101,11 +115,12 @@ def _parse_part(part: str, text: str) -> tuple[str, float | tuple[int, int, int]
     raise ValueError(f"{where} is not an algorithm. Expected {forms.get(name, GRAMMAR)}.")
 
 
-def _check_share(name: str, value: float | None, meaning: str) -> None:
+def _checked_share(name: str, value: float | None, meaning: str) -> float | None:
     if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
         raise ValueError(f"{name} must be in (0, 1], {meaning}: got {value}.")
+    return float(value)
 
 
 def _checked_window(window: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -49,15 +49,24 @@ def load_min_tokens(path: str | Path) -> int:
         ) from error
 
 
-@lru_cache(maxsize=32)
 def min_tokens_here(device: torch.device, default: int) -> int:
     """`load_min_tokens` of this machine's record; without one `default`, and one warning."""
     path = crossover_file(device)
     if path.is_file():
-        return load_min_tokens(path)
+        return _load_once(path, path.stat().st_mtime_ns)
+    _warn_once(path, default)
+    return default
+
+
+@lru_cache(maxsize=32)
+def _warn_once(path: Path, default: int) -> None:
     warnings.warn(
         f"min_tokens='auto' finds no record of this machine at {path}, so {default} stays. Measure "
         "once with `nabla bench --crossover`.",
-        stacklevel=2,
+        stacklevel=3,
     )
-    return default
+
+
+@lru_cache(maxsize=32)
+def _load_once(path: Path, changed: int) -> int:
+    return load_min_tokens(path)

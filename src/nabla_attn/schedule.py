@@ -1,10 +1,11 @@
 """Schedules: (step, layer) -> SparseConfig, readable as JSON."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from nabla_attn.config import DENSE, SparseConfig, parse
+from nabla_attn.config import DENSE, SparseConfig, as_config, parse
 
 # The reference runs window-only algorithms dense for steps 0 to 11 (wan/text2video.py:247-254).
 WINDOW_ONLY_DENSE_STEPS = 12
@@ -22,7 +23,7 @@ class Schedule:
         dense_first_steps: steps at the start that stay dense.
         dense_last_steps: steps at the end that stay dense; needs the number of steps.
         dense_layers: layers that stay dense; negative ones count from the end.
-        layer_overrides: layer -> algorithm.
+        layer_overrides: layer -> algorithm; negative layers count from the end.
         step_overrides: step -> algorithm.
         min_tokens: below this many video tokens attention stays dense, because it is faster.
         reuse_steps: steps that one map serves: those with the same `step // reuse_steps`. 1 builds
@@ -32,7 +33,7 @@ class Schedule:
             docs/benchmarks.md states, and is for inference: with gradients maps are fresh.
 
     Raises:
-        ValueError: a count is negative, or an algorithm is not one.
+        ValueError: a count or step is negative, or a value is of another type.
     """
 
     algorithm: SparseConfig
@@ -53,11 +54,22 @@ class Schedule:
         if type(self.reuse_guidance) is not bool:
             raise ValueError(f"reuse_guidance must be true or false: got {self.reuse_guidance!r}.")
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        configs = (self.algorithm, *self.layer_overrides.values(), *self.step_overrides.values())
+        for config in configs:
+            if not isinstance(config, SparseConfig):
+                raise ValueError(
+                    f"a schedule holds what `parse` makes of a string: got {config!r}."
+                )
+        for number in (*self.dense_layers, *self.layer_overrides, *self.step_overrides):
+            if type(number) is not int:
+                raise ValueError(f"layers and steps must be whole numbers: got {number!r}.")
+        if any(step < 0 for step in self.step_overrides):
+            raise ValueError(f"steps count from 0: got {min(self.step_overrides)}.")
 
     @classmethod
     def default(cls, algorithm: SparseConfig | str) -> "Schedule":
         """The reference's schedule: all steps sparse; a window alone starts with 12 dense steps."""
-        config = parse(algorithm) if isinstance(algorithm, str) else algorithm
+        config = as_config(algorithm)
         window_only = config.window is not None and not config.is_adaptive
         return cls(
             algorithm=config, dense_first_steps=WINDOW_ONLY_DENSE_STEPS if window_only else 0
@@ -93,15 +105,14 @@ class Schedule:
             return DENSE
         if self._is_dense_layer(layer, num_layers):
             return DENSE
-        override = self.layer_overrides.get(layer, self.step_overrides.get(step))
-        return self.algorithm if override is None else override
+        for name in _names_of_layer(layer, self.layer_overrides, num_layers):
+            if name in self.layer_overrides:
+                return self.layer_overrides[name]
+        return self.step_overrides.get(step, self.algorithm)
 
     def _is_dense_layer(self, layer: int, num_layers: int | None) -> bool:
-        if layer in self.dense_layers:
-            return True
-        if not any(dense < 0 for dense in self.dense_layers):
-            return False
-        return layer - _need(num_layers, "num_layers", "negative dense_layers") in self.dense_layers
+        names = _names_of_layer(layer, self.dense_layers, num_layers)
+        return any(name in self.dense_layers for name in names)
 
     @property
     def reuses_maps(self) -> bool:
@@ -143,7 +154,7 @@ class Schedule:
         """
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"a schedule must be JSON: {error}.") from None
         return cls.from_dict(values)
 
@@ -169,11 +180,21 @@ def _need(value: int | None, name: str, rule: str) -> int:
     return value
 
 
+def _names_of_layer(layer: int, used: Iterable[int], num_layers: int | None) -> tuple[int, ...]:
+    """A layer's number, and its number from the end where such ones are used."""
+    if not any(name < 0 for name in used):
+        return (layer,)
+    return layer, layer - _need(num_layers, "num_layers", "a negative layer")
+
+
 def _read_overrides(name: str, values: Any) -> dict[int, SparseConfig]:
     if not isinstance(values, dict):
         raise ValueError(f"{name} must map numbers to algorithms: got {values!r}.")
     try:
-        return {int(key): parse(algorithm) for key, algorithm in values.items()}
+        numbers = {key: int(key) for key in values}
+        if odd := [key for key, number in numbers.items() if str(number) != key]:
+            raise ValueError(f"{odd[0]!r} is not how that number is written.")
+        return {numbers[key]: parse(algorithm) for key, algorithm in values.items()}
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 

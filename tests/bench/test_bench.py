@@ -84,6 +84,12 @@ def test_a_wrong_output_is_never_timed(no_compiler, monkeypatch):
     assert "seconds" not in ours
 
 
+def test_an_output_that_is_not_finite_fails_and_can_be_saved():
+    q, k, v = (torch.randn(1, 1, 128, 8) for _ in range(3))
+    found = gate.check_output(torch.full_like(q, torch.nan), q, k, v, gate.sample_rows(128), None)
+    assert found["error"] is None and not found["passed"]
+
+
 def test_gate_rows_are_the_map():
     inputs = make_inputs(SMALL, 0.4, CPU)
     out = na.nabla_attention(inputs.q, inputs.k, inputs.v, SMALL.grid, inputs.config)

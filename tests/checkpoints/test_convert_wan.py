@@ -99,6 +99,19 @@ def test_other_targets_are_left_alone(tmp_path, monkeypatch):
         convert_wan(source, tmp_path / "full")
 
 
+def test_room_is_asked_for_in_the_dtype_that_is_written(tmp_path, monkeypatch):
+    source = tiny_wan.write_checkpoint(tmp_path / "src", "t2v", num_layers=2)
+    wide = convert_wan(source, tmp_path / "wide", dtype=torch.float32)
+    narrow = convert_wan(source, tmp_path / "narrow", dtype=torch.bfloat16)
+    sizes = [sum(p.stat().st_size for p in at.rglob("*.safetensors")) for at in (wide, narrow)]
+    assert sizes[1] < sizes[0]
+    usage = type("Usage", (), {"free": sum(sizes) // 2})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    convert_wan(source, tmp_path / "again", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="the disk has"):
+        convert_wan(source, tmp_path / "full", dtype=torch.float32)
+
+
 MEASURE = """
 import sys, threading
 import diffusers, transformers

@@ -19,9 +19,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("NABLA_ATTN_CACHE", str(tmp_path / "cache"))
-    crossover.min_tokens_here.cache_clear()
-    yield
-    crossover.min_tokens_here.cache_clear()
 
 
 def make_record(path, *, win_from):
@@ -55,6 +52,13 @@ def test_auto_without_a_record_warns_once_and_keeps_the_default():
     rules = na.Schedule(algorithm=na.parse("nabla-0.5"), min_tokens=430)
     with pytest.warns(UserWarning, match="so 430 stays"):
         assert density(min_tokens="auto", schedule=rules) == 1
+
+
+@pytest.mark.filterwarnings("ignore:min_tokens")
+def test_a_record_made_later_in_the_same_process_counts():
+    assert density(min_tokens="auto") < 1
+    make_record(crossover.crossover_file(CPU), win_from=512)
+    assert density(min_tokens="auto") == 1
 
 
 def test_numbers_and_paths(tmp_path):

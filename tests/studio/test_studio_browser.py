@@ -22,7 +22,7 @@ def address(tiny_wan, tmp_path_factory):
     (model / "defaults.json").write_text(json.dumps(sizes))
     pipeline = load_pipeline(model, device="cpu", dtype="float32")
     page = build_studio([str(model)], lambda name: pipeline)
-    yield launch(page, "127.0.0.1", 0, wait=False)
+    yield launch(page, "127.0.0.1", 0)
     page.close()
 
 
@@ -30,7 +30,7 @@ def address(tiny_wan, tmp_path_factory):
 def builtin_address():
     pytest.importorskip("gradio", reason="gradio is not installed: pip install 'nabla-attn[ui]'")
     page = build_studio(["builtin"], load_pipeline)
-    yield launch(page, "127.0.0.1", 0, wait=False)
+    yield launch(page, "127.0.0.1", 0)
     page.close()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,8 @@ def convert_wan(
     check_parts(layout)
     target = Path(target)
     _claim(layout, target, dtype)
-    sizes = _check_space(target)
-    max_shard_bytes = max_shard_bytes or min(MAX_SHARD_BYTES, max(sizes) // 3)
+    _check_space(layout, target, dtype)
+    max_shard_bytes = max_shard_bytes or min(MAX_SHARD_BYTES, _largest_source(target) // 3)
     parts: dict[str, Any] = {}
     for component, opened, kept in _parts(layout, dtype):
         with opened as plan:
@@ -87,9 +88,10 @@ def _claim(layout: WanLayout, target: Path, dtype: torch.dtype | None) -> None:
     """Mark ``target`` as the conversion of this source, or refuse."""
     files = [path for part in layout.transformers for path in part.paths]
     files += [p for p in (layout.vae, layout.text_encoder, layout.image_encoder) if p is not None]
+    folder = layout.root if layout.root.is_dir() else layout.root.parent
     record = {
         "files": {
-            str(path.relative_to(layout.root)): [path.stat().st_size, path.stat().st_mtime_ns]
+            str(path.relative_to(folder)): [path.stat().st_size, path.stat().st_mtime_ns]
             for path in files
         },
         "dtype": str(dtype),
@@ -105,10 +107,18 @@ def _claim(layout: WanLayout, target: Path, dtype: torch.dtype | None) -> None:
     write_text(target / RECORD, json.dumps(record, indent=1) + "\n")
 
 
-def _check_space(target: Path) -> list[int]:
-    """Sizes of the source files in bytes, if the disk has room for what is not written yet."""
-    sizes = [size for size, _ in read_json(target / RECORD)["files"].values()]
-    needed = sum(sizes)
+def _largest_source(target: Path) -> int:
+    """Bytes of the largest source file."""
+    return max(size for size, _ in read_json(target / RECORD)["files"].values())
+
+
+def _check_space(layout: WanLayout, target: Path, dtype: torch.dtype | None) -> None:
+    """See that the disk has room for what is not written yet."""
+    needed = 0
+    for _, opened, kept in _parts(layout, dtype):
+        with opened as plan:
+            (shard,) = shards_of(plan, kept, sys.maxsize)
+            needed += sum(info.num_bytes for info in shard.infos.values())
     present = sum(path.stat().st_size for path in target.rglob("*.safetensors"))
     free = shutil.disk_usage(target).free
     if needed - present > free:
@@ -116,7 +126,6 @@ def _check_space(target: Path) -> list[int]:
             f"{target}: needs about {(needed - present) / 2**30:.1f} GiB more, the disk has "
             f"{free / 2**30:.1f} GiB free."
         )
-    return sizes
 
 
 def _write_part(

@@ -36,11 +36,10 @@ def bench(
     ] = None,
 ) -> None:
     """Benchmark attention and maps: outputs are checked before anything is timed."""
-    import torch
-
     from nabla_attn.bench.suite import default_suite, make_record, run_suite
+    from nabla_attn.generation.pipeline import resolve_device
 
-    where = torch.device(_device(device))
+    where = resolve_device(device)
     names = tuple(workload or default_suite(where))
     if dry_run:
         _list_contenders(names, where)
@@ -68,10 +67,11 @@ def bench(
                 output,
             )
     elif docs is None or workload:
-        for path in run_suite(names, where, output, rounds=rounds, on_job=_say):
+        paths = run_suite(names, where, output, rounds=rounds, on_job=_say)
+        for path in paths:
             _print_record(path)
         if base is not None:
-            _compare_with(base, names, device, rounds, output)
+            _compare_with(base, dict(zip(names, paths, strict=True)), str(where), rounds)
     if docs is not None:
         from nabla_attn.bench import correctness_page, training_page
         from nabla_attn.bench.tables import build_docs
@@ -80,14 +80,6 @@ def bench(
         write_text(docs / "benchmarks.md", build_docs(output, docs))
         write_text(docs / "correctness.md", correctness_page.build_page(output))
         write_text(docs / "training_study.md", training_page.build_page(output))
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _say(title: str) -> None:
@@ -125,15 +117,13 @@ def _list_contenders(names: tuple[str, ...], where: "torch.device") -> None:
     Console().print(table)
 
 
-def _compare_with(
-    base: str, names: tuple[str, ...], device: str, rounds: int, output: Path
-) -> None:
+def _compare_with(base: str, records: dict[str, Path], device: str, rounds: int) -> None:
     from nabla_attn.bench.revisions import measure_revision, ratios
     from nabla_attn.record import RunRecord
 
-    for name in names:
-        ours = RunRecord.load(next(output.glob(f"bench_{name}_*.json")))
-        for row in ratios(ours, measure_revision(base, name, _device(device), rounds)):
+    for name, path in records.items():
+        theirs = measure_revision(base, name, device, rounds)
+        for row in ratios(RunRecord.load(path), theirs):
             typer.echo(
                 f"{row['workload']} {row['dtype']} {row['density']:.3f} {row['direction']} "
                 f"{row['contender']}: {row['ratio']:.2f}x the share of ideal at {base}"

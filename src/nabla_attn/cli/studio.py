@@ -27,5 +27,5 @@ def studio(
 
     models = model or ["builtin"]
     page = build_studio(models, lambda name: opt.load_quietly(name, device, dtype))
-    typer.echo(f"Studio: http://{host}:{port or 7860}   (Ctrl-C stops)")
-    launch(page, host, port)
+    typer.echo(f"Studio: {launch(page, host, port)}   (Ctrl-C stops)")
+    page.block_thread()

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass, field
 from math import prod
+from numbers import Integral
 
 
-def _check_positive(what: str, **sizes: int) -> None:
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{what} {name} must be a positive integer: got {size!r}.")
+def _positive(what: str, size: int) -> int:
+    if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
+        raise ValueError(f"{what} must be a positive integer: got {size!r}.")
+    # Only where needed: under a compiler it would fix a size that may vary.
+    return size if type(size) is int else int(size)
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class BlockShape:
     width: int = 8
 
     def __post_init__(self) -> None:
-        _check_positive("block", frames=self.frames, height=self.height, width=self.width)
+        for name in ("frames", "height", "width"):
+            object.__setattr__(self, name, _positive(f"block {name}", getattr(self, name)))
 
     @property
     def tokens(self) -> int:
@@ -59,12 +62,12 @@ class TokenGrid:
     block: BlockShape = field(default_factory=BlockShape)
 
     def __post_init__(self) -> None:
-        _check_positive("grid", frames=self.frames, height=self.height, width=self.width)
+        for name in ("frames", "height", "width"):
+            object.__setattr__(self, name, _positive(f"grid {name}", getattr(self, name)))
         if self.segments is None:
             return
-        object.__setattr__(self, "segments", tuple(self.segments))
-        for frames in self.segments:
-            _check_positive("segment", frames=frames)
+        segments = tuple(_positive("segment frames", frames) for frames in self.segments)
+        object.__setattr__(self, "segments", segments)
         if sum(self.segments) != self.frames:
             raise ValueError(
                 f"segments must sum to the frames: got {self.segments} = {sum(self.segments)} "

@@ -129,6 +129,11 @@ def _text_slots(layout: TokenLayout) -> Int[Tensor, "blocks block_tokens"]:
     return slots.view(-1, block_tokens)
 
 
+def check_tokens(x: Tensor, layout: TokenLayout, dim: int = 2) -> None:
+    """Raise ValueError unless `x` holds the layout's tokens along `dim`."""
+    _check_length(x, dim, layout.num_tokens, layout, "tokens")
+
+
 def to_blocks(x: Tensor, grid: TokenGrid | TokenLayout, dim: int = 2) -> Tensor:
     """Bring the token axis `dim` from raster order into block order; empty slots become zero.
 
@@ -144,7 +149,7 @@ def to_blocks(x: Tensor, grid: TokenGrid | TokenLayout, dim: int = 2) -> Tensor:
         ValueError: the axis does not hold the grid's tokens.
     """
     layout = _as_layout(grid)
-    _check_length(x, dim, layout.num_tokens, layout, "tokens")
+    check_tokens(x, layout, dim)
     order = block_order(layout, x.device)
     blocks = x.index_select(dim, order.to_blocks)
     return blocks.index_fill_(dim, order.empty_slots, 0) if layout.is_ragged else blocks

@@ -41,8 +41,8 @@ def select_by_mass(
         threshold = torch.tensor(threshold, dtype=probs.dtype, device=probs.device)
     zero = probs.new_zeros(())
     kept = _keep_until(probs, lambda above: torch.where(above, probs, zero), threshold)
-    # Rounding must not let a row fall short of 1, nor hide a row that is not a number.
-    return kept | (threshold >= 1) | probs[..., :1].isnan()
+    # Rounding must not let a row fall short of 1.
+    return kept | (threshold >= 1)
 
 
 def select_top_share(
@@ -96,7 +96,8 @@ def _keep_until(values: Tensor, weigh: Callable[[Tensor], Tensor], target: Tenso
     num_ties = (missing / weight).ceil().clamp_min(1)
     # Counted in floats, which are written without a detour over bools where this is compiled.
     rank = torch.where(ties, 1.0, 0.0).to(values.dtype).cumsum(dim=-1)
-    return above | (ties & (rank <= num_ties))
+    # A row that is not a number keeps all, so that the output tells.
+    return above | (ties & (rank <= num_ties)) | values[..., :1].isnan()
 
 
 def _crossing_value(values: Tensor, weigh: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:

@@ -83,8 +83,8 @@ def build_studio(models: Sequence[str], load: Callable[[str], Any]) -> Any:
     return page
 
 
-def launch(page: Any, host: str, port: int, *, wait: bool = True) -> str:
-    """Serve the page, with `wait` until Ctrl-C; returns its address."""
+def launch(page: Any, host: str, port: int) -> str:
+    """Serve the page from threads of its own and return its address; port 0 takes a free one."""
     import gradio
 
     theme = gradio.themes.Base(font=list(FONTS), font_mono=["ui-monospace", "monospace"])
@@ -95,7 +95,7 @@ def launch(page: Any, host: str, port: int, *, wait: bool = True) -> str:
         share=False,
         quiet=True,
         allowed_paths=[],
-        prevent_thread_lock=not wait,
+        prevent_thread_lock=True,
     )
     return str(address)
 
