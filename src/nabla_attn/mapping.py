@@ -76,18 +76,8 @@ def map_blocks(
         (*shape[:2], layout.num_blocks, layout.num_blocks), dtype=torch.bool, device=device
     )
     kept = whole[:, :, : grid.num_blocks, : grid.num_blocks].flatten(0, 1)
-    mass = q_pooled.new_empty(q_pooled.shape[:2])
-    run = fused(_select_panel, kept.numel() * NUM_PASSES, device)
-    # A compiled kernel on a CPU reads and writes bytes ten times as fast as bools.
-    fixed = None if fixed is None else fixed.byte()
-    target = _targets(layout, config).to(mass)
-    for heads, rows in _panels(*kept.shape):
-        always, allowed = (None if x is None else x[rows] for x in (fixed, segments))
-        probs = score_blocks(q_pooled[heads, rows], k_pooled[heads], scale=scale, allowed=allowed)
-        if run is not _select_panel:
-            take_any_length(probs)
-        kept_bytes, mass[heads, rows] = run(probs, target[rows], always, allowed, _rule(config))
-        kept[heads, rows] = kept_bytes.view(torch.bool)
+    target = _targets(layout, config)
+    mass = _select_(kept, q_pooled, k_pooled, target, _rule(config), fixed, segments, scale)
     if pair_queries is not None:
         share_pairs_(kept)
         if segments is not None:
@@ -176,6 +166,31 @@ def _equal_slices(total: int, most: int) -> Iterator[slice]:
     for index in range(count):
         start = min(index * length, total - length)
         yield slice(start, start + length)
+
+
+def _select_(
+    kept: Tensor,
+    q_pooled: Tensor,
+    k_pooled: Tensor,
+    target: Tensor,
+    rule: str,
+    fixed: Tensor | None,
+    segments: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """Fill kept [heads, rows, blocks] panel by panel; returns the mass that each row holds."""
+    mass = q_pooled.new_empty(q_pooled.shape[:2])
+    run = fused(_select_panel, kept.numel() * NUM_PASSES, kept.device)
+    # A compiled kernel on a CPU reads and writes bytes ten times as fast as bools.
+    fixed, target = None if fixed is None else fixed.byte(), target.to(mass)
+    for heads, rows in _panels(*kept.shape):
+        always, allowed = (None if x is None else x[rows] for x in (fixed, segments))
+        probs = score_blocks(q_pooled[heads, rows], k_pooled[heads], scale=scale, allowed=allowed)
+        if run is not _select_panel:
+            take_any_length(probs)
+        kept_bytes, mass[heads, rows] = run(probs, target[rows], always, allowed, rule)
+        kept[heads, rows] = kept_bytes.view(torch.bool)
+    return mass
 
 
 def _select_panel(
