@@ -20,7 +20,7 @@ from nabla_attn.training.builtin.recipe import (
     builtin,
 )
 from nabla_attn.training.builtin.text import CaptionEncoder, build_text_encoder, build_tokenizer
-from nabla_attn.training.builtin.train import draw_algorithm, train_builtin
+from nabla_attn.training.builtin.train import train_builtin
 from nabla_attn.training.builtin.transformer import (
     build_transformer,
     flow_loss,
@@ -46,7 +46,6 @@ def tiny_recipe():
         phases=(
             phase("images", image_share=1.0, padding=(0.0, 0.5)),
             phase("sparse", thresholds=(0.3, 0.8), dense_share=0.0, image_share=0.5, images=4),
-            phase("pull", thresholds=(0.3, 0.8), windows=("sta-1-1-1",), dense_share=0.0, pull=1.0),
         ),
     )
 
@@ -62,7 +61,7 @@ def run(tmp_path_factory):
 def test_every_stage_is_run_and_recorded(run):
     folder, _, seen = run
     record = RunRecord.load(folder / "training.json")
-    stages = ["vae", "images", "sparse", "pull"]
+    stages = ["vae", "images", "sparse"]
     assert [stage["stage"] for stage in record.numbers["stages"]] == stages
     assert record.config == json.loads(json.dumps(dataclasses.asdict(tiny_recipe())))
     assert {p.stage for p in seen} == {*stages, "encode-5x16", "encode-1x16"}
@@ -97,9 +96,9 @@ def test_a_lost_stage_is_made_again_the_same(run, tmp_path):
     folder, pipeline, _ = run
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    for name in ("pull", "pipeline"):
+    for name in ("sparse", "pipeline"):
         shutil.rmtree(copy / name)
-    (copy / "pull.checkpoint").unlink()
+    (copy / "sparse.checkpoint").unlink()
     train_builtin(tiny_recipe(), copy)
     name = "transformer/diffusion_pytorch_model.safetensors"
     first, second = load_file(pipeline / name), load_file(copy / "pipeline" / name)
@@ -171,42 +170,6 @@ def test_image_steps_have_their_own_images_and_noise(monkeypatch):
         flow_loss(model, clips, text, mixed, step_at(0, "mixed", number, 2), images=images)
     assert [shape for shape, _ in calls] == [[3, 16, 2, 4, 4], [6, 16, 1, 4, 4]]
     assert calls[0][1] > 900 and calls[1][1] < 100
-
-
-def test_a_pulled_step_adds_its_distance_to_dense_attention():
-    torch.manual_seed(0)
-    model = build_transformer(0)
-    torch.nn.init.normal_(model.proj_out.weight)
-    clips = LatentSet(torch.randn(1, 16, 2, 16, 16).half(), [sample_scene(0)])
-    text = CaptionEncoder(build_tokenizer(), build_text_encoder(0), num_tokens=14)
-    seen = []
-    model.register_forward_hook(lambda module, args, output: seen.append(output[0].float()))
-
-    def loss(**settings):
-        seen.clear()
-        one = dataclasses.replace(phase("one"), batch=1, **settings)
-        return flow_loss(model, clips, text, one, step_at(0, "one", 0, 2), algorithm="nabla-0.1")
-
-    plain = loss()
-    assert len(seen) == 1
-    pulled = loss(pull=3.0)
-    sparse, dense = seen
-    assert sparse.requires_grad and not dense.requires_grad
-    distance = (sparse - dense).square().mean()
-    assert distance > 1e-4
-    torch.testing.assert_close(pulled, plain + 3 * distance)
-
-
-def test_sparse_steps_draw_their_windows():
-    sparse = phase("s", thresholds=(0.3, 0.8), windows=("", "sta-3-3-3"), dense_share=0.25)
-    names = [draw_algorithm(sparse, step_at(0, "s", number, 200)) for number in range(200)]
-    dense = [name for name in names if name == "dense"]
-    joined = [name for name in names if name.endswith("_sta-3-3-3")]
-    assert 30 < len(dense) < 70 and 50 < len(joined) < 100
-    thresholds = [float(name.split("_")[0][6:]) for name in names if name != "dense"]
-    assert 0.3 <= min(thresholds) < 0.4 and 0.7 < max(thresholds) <= 0.8
-    plain = dataclasses.replace(sparse, windows=())
-    assert not any("_" in draw_algorithm(plain, step_at(0, "s", n, 9)) for n in range(9))
 
 
 @pytest.mark.parametrize(("share", "images"), [(0.0, 0), (0.25, 25), (0.5, 50), (1.0, 100)])

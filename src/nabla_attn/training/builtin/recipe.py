@@ -94,10 +94,7 @@ class TransformerPhase:
         images: Number of distinct images; 0 takes the first latent frames of the clips.
         image_shift: Shift of the noise levels of images; None is that of the clips.
         thresholds: NABLA thresholds to draw from, (lowest, highest); None is dense attention.
-        windows: Windows that NABLA is joined with, one drawn a sparse step, "" for none of them.
         dense_share: Share of the steps that stay dense where thresholds are given.
-        pull: Weight of a sparse step's squared distance to the velocity that dense attention gives
-            with the same weights, a target without the noise of the data.
         padding: Weight of the text padding at the stage's start and end, 0 to 1.
     """
 
@@ -113,9 +110,7 @@ class TransformerPhase:
     images: int = 0
     image_shift: float | None = None
     thresholds: tuple[float, float] | None = None
-    windows: tuple[str, ...] = ()
     dense_share: float = 0.25
-    pull: float = 0.0
     padding: tuple[float, float] = (1.0, 1.0)
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
+from nabla_attn import apply
 from nabla_attn.files import write_text
 from nabla_attn.record import RunRecord, collect_versions, describe_device
 from nabla_attn.training.builtin.latents import LatentSet, encode_scenes
@@ -85,15 +87,14 @@ def train_vae(config: BuiltinConfig, folder: Path, report: Report) -> dict[str, 
     return record
 
 
-def draw_algorithm(phase: TransformerPhase, step: Step) -> str:
+def _sparse_step(model: WanTransformer3DModel, phase: TransformerPhase, step: Step) -> Any:
     """Attention of one step: NABLA with a random threshold, or dense; images are always dense."""
     if phase.thresholds is None or is_image_step(phase, step.number):
-        return "dense"
+        return nullcontext()
     if step.rng.random() < phase.dense_share:
-        return "dense"
-    name = f"nabla-{round(step.rng.uniform(*phase.thresholds), 3)}"
-    window = step.rng.choice(phase.windows) if phase.windows else ""
-    return f"{name}_{window}" if window else name
+        return nullcontext()
+    threshold = round(step.rng.uniform(*phase.thresholds), 3)
+    return apply(model, f"nabla-{threshold}")
 
 
 def train_phase(
@@ -135,9 +136,8 @@ def train_phase(
     def loss_at(step: Step) -> torch.Tensor:
         low, high = phase.padding
         padding.set(low + (high - low) * step.progress)
-        algorithm = draw_algorithm(phase, step)
-        with padding.applied(model):
-            return flow_loss(model, clips, text, phase, step, images=images, algorithm=algorithm)
+        with padding.applied(model), _sparse_step(model, phase, step):
+            return flow_loss(model, clips, text, phase, step, images=images)
 
     record = run_stage(
         Stage(

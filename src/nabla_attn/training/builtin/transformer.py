@@ -9,7 +9,6 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from nabla_attn import apply
 from nabla_attn.training.builtin.latents import LatentSet
 from nabla_attn.training.builtin.loop import Step
 from nabla_attn.training.builtin.recipe import TransformerPhase
@@ -103,24 +102,17 @@ def _draw(
     return (latents[:, :, :1] if is_image else latents), captions, shift
 
 
-def _mean_square(error: Tensor) -> Tensor:
-    return error.square().mean()
-
-
 def flow_loss(
-    model: WanTransformer3DModel,
+    model: nn.Module,
     clips: LatentSet,
     text: CaptionEncoder,
     phase: TransformerPhase,
     step: Step,
     *,
     images: LatentSet | None = None,
-    algorithm: str = "dense",
     drop: float = 0.1,
 ) -> Tensor:
     """Mean squared error of the predicted velocity, in bfloat16 autocast.
-
-    A sparse step of a phase with `pull` adds its distance to dense attention.
 
     Args:
         model: The transformer.
@@ -129,33 +121,19 @@ def flow_loss(
         phase: The stage.
         step: The step, with all that is random about it.
         images: What image steps draw from; None is the clips.
-        algorithm: Attention of this step.
         drop: Share of the captions left empty, for guidance.
     """
     latents, captions, shift = _draw(clips, images or clips, phase, step, drop)
     noise = torch.randn(latents.shape, generator=step.generator)
     sigma = spread_times(step.number, len(latents), shift)
-    noisy, target = add_noise(latents, noise, sigma), flow_target(latents, noise)
-
-    def velocity() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return model(
-                noisy,
-                timestep=sigma * NUM_TRAIN_TIMESTEPS,
-                encoder_hidden_states=text(captions),
-                return_dict=False,
-            )[0].float()
-
-    if algorithm == "dense":
-        return _mean_square(velocity() - target)
-    with apply(model, algorithm):
-        sparse = velocity()
-    loss = _mean_square(sparse - target)
-    if not phase.pull:
-        return loss
-    with torch.no_grad():
-        dense = velocity()
-    return loss + phase.pull * _mean_square(sparse - dense)
+    with torch.autocast("cpu", torch.bfloat16):
+        predicted = model(
+            add_noise(latents, noise, sigma),
+            timestep=sigma * NUM_TRAIN_TIMESTEPS,
+            encoder_hidden_states=text(captions),
+            return_dict=False,
+        )[0]
+    return (predicted.float() - flow_target(latents, noise)).square().mean()
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
