@@ -61,6 +61,19 @@ def test_bad_values_get_one_line(good, change, words):
     one_line(run("generate", **(good | change)), *words)
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--device", "abacus"], ["abacus"]),
+        (["--scaling", "--base", "HEAD"], ["--scaling", "drop --workload, --base"]),
+        (["--crossover", "--workload", "map-36k"], ["--crossover", "drop --workload"]),
+        (["--layers", "2"], ["--layers", "--model"]),
+    ],
+)
+def test_a_benchmark_ignores_nothing(flags, words, tmp_path):
+    one_line(CliRunner().invoke(app, ["bench", "--output", str(tmp_path), *flags]), *words)
+
+
 def test_a_missing_prompt_and_an_unknown_verb(good):
     del good["--prompt"]
     one_line(run("generate", **good), "--prompt")

@@ -39,11 +39,27 @@ def bench(
     from nabla_attn.bench.suite import default_suite, make_record, run_suite
     from nabla_attn.generation.pipeline import resolve_device
 
+    shapes = [
+        name
+        for name, is_on in {
+            "--scaling": scaling,
+            "--crossover": crossover,
+            "--model": model,
+        }.items()
+        if is_on
+    ]
+    if shapes and (workload or base or dry_run):
+        raise ValueError(
+            f"{' and '.join(shapes)} measure shapes of their own: drop --workload, --base and "
+            "--dry-run."
+        )
+    if layers and not model:
+        raise ValueError("--layers is the depth of --model: add --model, or drop it.")
     where = resolve_device(device)
     names = tuple(workload or default_suite(where))
     if dry_run:
         _list_contenders(names, where)
-    elif scaling or crossover or model:
+    elif shapes:
         from nabla_attn.bench.scaling import measure_crossover, measure_scaling
         from nabla_attn.bench.whole_model import measure_model
         from nabla_attn.crossover import crossover_file
