@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from nabla_attn import apply
 from nabla_attn.generation.generate import generate, warm_up
 from nabla_attn.generation.pipeline import load_pipeline
 from nabla_attn.generation.request import GenerationRequest
@@ -59,6 +60,17 @@ def test_the_record_holds_what_was_run(pipeline, tiny_wan):
 def test_dense_is_not_hooked(pipeline):
     _, record = generate(pipeline, REQUEST)
     assert record.numbers["attention"]["density"] == 1.0
+
+
+def test_what_a_pipeline_was_loaded_with_comes_back(pipeline):
+    dense, _ = generate(pipeline, REQUEST.with_algo("dense"))
+    sparse, _ = generate(pipeline, REQUEST.with_algo("nabla-0.3"))
+    with apply(pipeline, "topk-0.9") as handle:
+        again, record = generate(pipeline, REQUEST.with_algo("dense"))
+        assert np.array_equal(again, dense) and record.numbers["attention"]["density"] == 1
+        assert np.array_equal(generate(pipeline, REQUEST.with_algo("nabla-0.3"))[0], sparse)
+        state = pipeline.transformer._nabla_attn
+        assert (pipeline.transformer, state) in handle.models
 
 
 def test_nothing_stays_behind(pipeline):

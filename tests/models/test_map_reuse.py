@@ -200,6 +200,49 @@ def test_a_pipeline_without_guidance_shares_nothing_in_a_batch(built):
 
 
 @torch.no_grad()
+def test_videos_of_one_step_have_maps_of_their_own(model, built):
+    na.apply(model, schedule=schedule(reuse_guidance=True))
+    for video in range(3):
+        built.clear()
+        for branch in range(2):
+            run(model, at(1000, seed=10 * video + branch))
+        assert built == [2, 2]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rules", [{"reuse_steps": 9}, {"reuse_guidance": True}], ids=str)
+def test_calls_that_may_be_of_another_video_reuse_nothing(model, built, rules):
+    handle = na.apply(model, schedule=schedule(**rules))
+    for time in (1000, 500):
+        run(model, at(time))
+    counts = []
+    for seed in range(5):
+        built.clear()
+        run(model, at(500, seed=seed))
+        counts.append(len(built))
+    kept = [layer.memory._kept for layer in handle.models[0][1].layers]
+    assert counts[1:] == [2] * 4 and not any(kept)
+    run(model, at(1000))
+    built.clear()
+    run(model, at(1000 if rules.get("reuse_guidance") else 900))
+    assert not built and all(kept)
+
+
+@torch.no_grad()
+def test_other_pipelines_do_not_pile_up_maps(model, built):
+    timesteps = torch.arange(4)
+    scheduler = SimpleNamespace(step_index=4, timesteps=timesteps)
+    pipeline = type(
+        "Pipeline", (), {"components": {"transformer": model}, "scheduler": scheduler}
+    )()
+    handle = na.apply(pipeline, schedule=schedule(reuse_steps=2))
+    for time in (900, 900, 800, 800, 700, 700, 600, 600):
+        run(model, at(time))
+    assert len(built) == 8
+    assert all(len(layer.memory._kept) == 2 for layer in handle.models[0][1].layers)
+
+
+@torch.no_grad()
 def test_copies_have_memories_of_their_own_and_removal_empties(model, built):
     handle = na.apply(model, schedule=schedule(reuse_steps=9, reuse_guidance=True))
     inputs = at(800)

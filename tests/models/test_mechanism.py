@@ -2,13 +2,15 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
 from tests.models.tiny_models import TINY, relative_error, run
 
 import nabla_attn as na
-from nabla_attn.models import register_model, remove
+from nabla_attn.models import register_model, remove, replaced
+from nabla_attn.models.telemetry import Forward, Telemetry
 
 WAN = TINY["wan"]
 GRID, OTHER_GRID = (3, 11, 13), (2, 16, 9)
@@ -84,6 +86,60 @@ def test_applying_again_replaces(model, inputs):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_the_end_of_a_block_brings_back_what_was_applied(model, inputs, is_compiled):
+    torch._dynamo.reset()
+    target = torch.compile(model, backend="eager") if is_compiled else model
+
+    def hooks():
+        return [len(module._forward_pre_hooks) for module in (model, target)]
+
+    dense = run(model, inputs)
+    with na.apply(target, "nabla-0.3") as outer:
+        sparse, outer_hooks = run(target, inputs), hooks()
+        with na.apply(model, "nabla-0.6") as inner:
+            assert relative_error(run(model, inputs), sparse) > 1e-3
+        inner.remove()
+        assert torch.equal(run(target, inputs), sparse) and hooks() == outer_hooks
+        assert outer.report().density.isfinite().all()
+        with replaced(model, None) as handle:
+            assert handle is None and relative_error(run(target, inputs), dense) < 3e-6
+            na.apply(model, "nabla-0.9")
+        assert torch.equal(run(target, inputs), sparse) and hooks() == outer_hooks
+    assert torch.equal(run(model, inputs), dense) and hooks() == [0, 0]
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_another_algorithm_for_the_time_of_a_block(model, inputs):
+    parts = {"components": {"transformer": model, "tokenizer": None}, "scheduler": None}
+    pipeline = type("Pipeline", (), parts)()
+    dense = run(model, inputs)
+    with replaced(pipeline, None):
+        assert torch.equal(run(model, inputs), dense)
+    na.apply(pipeline, "nabla-0.3")
+    sparse = run(model, inputs)
+    rules = na.Schedule(algorithm=na.parse("nabla-1"))
+    for request in ({"algorithm": "nabla-1"}, {"algorithm": None, "schedule": rules}):
+        with replaced(pipeline, telemetry=False, **request) as handle:
+            assert relative_error(run(model, inputs), dense) < 3e-6
+            assert str(handle.models[0][1].settings.schedule) == "nabla-1"
+        assert torch.equal(run(model, inputs), sparse)
+    with pytest.raises(RuntimeError, match="stop"), replaced(pipeline, None):
+        raise RuntimeError("stop")
+    with (
+        pytest.raises(ValueError, match="unknown backend"),
+        replaced(pipeline, "nabla-1", backend="fast"),
+    ):
+        pass
+    assert torch.equal(run(model, inputs), sparse)
+    # What was applied in the block stays: it is not the block's.
+    with replaced(pipeline, "nabla-1"):
+        na.apply(pipeline, "nabla-0.9")
+    assert str(model._nabla_attn.settings.schedule) == "nabla-0.9"
+
+
+@torch.no_grad()
 def test_context_manager_and_keep_first_frame(model, inputs):
     dense = run(model, inputs)
     with na.apply(model, "nabla-0.3") as handle:
@@ -155,6 +211,64 @@ def test_checkpointing_with_another_grid_in_between(model, inputs):
             assert torch.equal(got, expected)
     remove(model)
     assert type(model._gradient_checkpointing_func).__name__ == "function"
+
+
+@pytest.mark.parametrize("then", ["nothing", "another"])
+def test_the_backward_may_come_after_removal(model, inputs, then):
+    model.train()
+
+    def gradients(is_late):
+        model.zero_grad()
+        with na.apply(model, "nabla-0.3"):
+            loss = run(model, inputs).square().mean()
+            if not is_late:
+                loss.backward()
+        if then == "another":
+            na.apply(model, "nabla-0.9")
+        if is_late:
+            loss.backward()
+        remove(model)
+        return [p.grad.clone() for p in model.blocks.parameters()]
+
+    plain = gradients(is_late=False)
+    model.enable_gradient_checkpointing()
+    for got, expected in zip(gradients(is_late=True), plain, strict=True):
+        assert torch.equal(got, expected)
+    assert type(model.blocks[0].attn1.processor).__name__ == "WanAttnProcessor"
+
+
+def steps_at(model, inputs, times):
+    layer, dense = model._nabla_attn.layers[0], []
+    for time in times:
+        run(model, inputs | {"timestep": torch.full((2,), float(time))})
+        dense.append(layer.is_dense)
+    return dense
+
+
+def test_rules_about_steps_are_for_generation(model, inputs):
+    schedule = na.Schedule(algorithm=na.parse("sta-1-1-1"), dense_first_steps=1)
+    na.apply(model, schedule=schedule)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad():
+            assert steps_at(model, inputs, (900, 800, 700)) == [True, False, False]
+            assert steps_at(model, inputs, (900, 800)) == [True, False]
+        model.train()
+        assert steps_at(model, inputs, (500, 900, 20)) == [False] * 3
+    model.eval()
+    with pytest.warns(UserWarning, match=r"with gradients they do not apply. Use torch.no_grad"):
+        assert steps_at(model, inputs, (500, 900, 20)) == [False] * 3
+
+
+@torch.no_grad()
+def test_random_timesteps_that_stay_dense_are_named(model, inputs):
+    na.apply(model, "sta-1-1-1")
+    with pytest.warns(UserWarning, match=r"first 12 steps.*parse\('sta-1-1-1'\)"):
+        assert steps_at(model, inputs, (500, 900, 20)) == [True] * 3
+    na.apply(model, schedule=na.Schedule(algorithm=na.parse("sta-1-1-1")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert steps_at(model, inputs, (500, 900, 20)) == [False] * 3
 
 
 @torch.no_grad()
@@ -248,7 +362,7 @@ def test_wrong_requests(model):
         na.apply(model, "nabla-0.5", schedule=na.Schedule.default("nabla-0.6"))
     with pytest.raises(ValueError, match="nothing was measured"):
         na.apply(model, "nabla-0.5", telemetry=False).report()
-    with pytest.raises(ValueError, match="dense_last_steps needs num_steps"):
+    with torch.no_grad(), pytest.raises(ValueError, match="dense_last_steps needs num_steps"):
         schedule = na.Schedule(algorithm=na.parse("nabla-0.5"), dense_last_steps=1)
         na.apply(model.eval(), schedule=schedule)
         run(model, WAN.inputs(*GRID))
@@ -291,3 +405,15 @@ def test_old_plans_are_forgotten_and_used_ones_kept(monkeypatch):
         assert plans.plan_key(used) is key
     assert plans.plan_of(key) == used
     assert len(plans._PLANS) == len(plans._KEYS)
+
+
+def test_reports_keep_every_step_of_long_generations():
+    telemetry = Telemetry()
+    for step in range(1500):
+        for _ in range(2):
+            density = torch.full((2, 1), step / 2000)
+            telemetry.record(Forward("transformer", step, (1, 1, 1), [density]), 1)
+    assert torch.equal(telemetry.report().density[:, 0, 0], torch.arange(1500) / 2000)
+    for _ in range(3000):
+        telemetry.record(Forward("transformer", None, (1, 1, 1), [None]), -1)
+    assert len(telemetry.forwards) == 1024 and telemetry.report().density.shape == (1, 1, 1)

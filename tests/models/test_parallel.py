@@ -10,6 +10,7 @@ from tests.models.tiny_models import TINY, randn, relative_error, run
 
 import nabla_attn as na
 from nabla_attn.core.grid import TokenGrid
+from nabla_attn.models.attend import _attend_op
 from nabla_attn.models.parallel import (
     Ranks,
     balanced_order,
@@ -20,6 +21,7 @@ from nabla_attn.models.parallel import (
     to_heads,
     to_tokens,
 )
+from nabla_attn.models.plan import Plan, plan_key
 from nabla_attn.models.telemetry import Report
 
 # One without text, one with text behind the video, one with text before it and a port.
@@ -70,6 +72,22 @@ def test_a_group_of_one(group, name):
         with na.apply(model, algorithm, telemetry=False):
             for _ in range(2):
                 assert relative_error(run(model, inputs), out) < 3e-6
+
+
+@pytest.mark.parametrize("algorithm", ["nabla-0.5", "dense"])
+@pytest.mark.parametrize("ranks", [False, True])
+def test_the_operator_keeps_its_contract(group, ranks, algorithm):
+    if algorithm == "dense" and not ranks:
+        pytest.skip("dense layers run the model's own attention")
+    plan = Plan(
+        grid=TokenGrid(2, 8, 9),
+        config=na.parse(algorithm),
+        text="after",
+        telemetry=True,
+        ranks=Ranks(group) if ranks else None,
+    )
+    q, k, v = (randn(1, 150, 2, 16).requires_grad_() for _ in range(3))
+    torch.library.opcheck(_attend_op, (q, k, v, None, plan_key(plan), None, None))
 
 
 def test_reordered_heads_come_back(group):

@@ -4,6 +4,7 @@ import copy
 import pickle
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from nabla_attn.models.steps import StepCounter
@@ -11,7 +12,7 @@ from nabla_attn.models.steps import StepCounter
 
 class Pipeline:
     def __init__(self, step_index=None):
-        self.scheduler = SimpleNamespace(step_index=step_index, timesteps=torch.arange(4))
+        self.scheduler = SimpleNamespace(step_index=step_index, timesteps=torch.arange(20))
 
 
 def test_scheduler_index_counts_and_restarts():
@@ -24,7 +25,7 @@ def test_scheduler_index_counts_and_restarts():
             seen.append(counter.observe(torch.full((2,), float(time))))
         assert seen == [0, 0, 1, 1, 2]
         assert counter.generation == generation
-    assert counter.num_steps == 4
+    assert counter.num_steps == 20
 
 
 def test_runs_that_begin_inside_the_schedule_start_at_zero():
@@ -61,3 +62,79 @@ def test_copies_leave_the_pipeline():
     for other in (copy.deepcopy(counter), pickle.loads(pickle.dumps(counter))):
         assert other.observe(500.0) == 0
     assert counter.observe(500.0) == 3
+
+
+def observe_run(counter, times, calls=2):
+    return [counter.observe(float(time)) for time in times for _ in range(calls)]
+
+
+def test_a_scheduler_at_its_end_does_not_count_for_others():
+    pipeline = Pipeline()
+    counter = StepCounter(pipeline)
+    pipeline.scheduler.timesteps = torch.arange(3)
+    for index in (None, 1, 2):
+        pipeline.scheduler.step_index = index
+        counter.observe(900.0 if index is None else 0.0)
+    pipeline.scheduler.step_index, pipeline.do_classifier_free_guidance = 3, True
+    for generation in (2, 3):
+        assert observe_run(counter, (900, 600, 300)) == [0, 0, 1, 1, 2, 2]
+        assert counter.generation == generation
+        assert counter.num_steps is None and counter.is_guided is None
+    pipeline.scheduler.step_index = None
+    assert counter.observe(900.0) == 0
+    assert counter.generation == 4 and counter.num_steps == 3 and counter.is_guided
+
+
+def test_a_scheduler_left_in_the_middle_does_not_count_for_others():
+    pipeline = Pipeline(step_index=5)
+    counter = StepCounter(pipeline)
+    assert counter.observe(700.0) == counter.observe(700.0) == 5
+    assert observe_run(counter, (900, 600, 300)) == [0, 0, 1, 1, 2, 2]
+    assert counter.generation == 2 and counter.num_steps is None
+    # Its next run passes the same place.
+    for step, index in enumerate((None, *range(1, 8))):
+        pipeline.scheduler.step_index = index
+        assert observe_run(counter, [900 - step]) == [step, step]
+    assert counter.generation == 3
+
+
+def test_a_device_is_not_read_while_the_scheduler_can_be_trusted(monkeypatch):
+    from nabla_attn.models import steps
+
+    read = []
+    monkeypatch.setattr(steps, "_value", lambda time: read.append(time) or float(len(time)))
+    pipeline = Pipeline(step_index=5)
+    counter = StepCounter(pipeline)
+    for length in (1, 1, 1, 2):
+        assert counter.observe(torch.empty(length, device="meta")) == 5
+    assert not read
+    assert counter.observe(torch.empty(2, device="meta")) == 0
+
+
+def test_more_kinds_of_guidance_stay_one_step():
+    pipeline = Pipeline()
+    counter = StepCounter(pipeline)
+    for step, index in enumerate((None, 1, 2)):
+        pipeline.scheduler.step_index = index
+        assert observe_run(counter, [900 - step], calls=6) == [step] * 6
+    assert counter.generation == 1
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_new_timesteps_are_a_new_generation_of_one_step(has_index):
+    pipeline = Pipeline()
+    if not has_index:
+        del pipeline.scheduler.step_index
+    counter = StepCounter(pipeline)
+    for generation in (1, 2, 3):
+        pipeline.scheduler.timesteps = torch.tensor([999])
+        assert observe_run(counter, [999]) == [0, 0]
+        assert counter.generation == generation
+
+
+def test_without_a_pipeline_the_third_call_of_one_step_is_a_new_generation():
+    counter = StepCounter()
+    seen = [(counter.observe(1000.0), counter.generation) for _ in range(6)]
+    assert seen == [(0, 1), (0, 1), (0, 2), (0, 2), (0, 3), (0, 3)]
+    assert observe_run(counter, [500], calls=4) == [1] * 4
+    assert counter.generation == 3

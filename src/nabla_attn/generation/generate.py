@@ -1,8 +1,8 @@
 """One video from one request: apply the algorithm, sample, measure, restore."""
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -49,7 +49,7 @@ def generate(
     # With offloading the pipeline rests on the CPU and works elsewhere.
     device = getattr(pipeline, "_execution_device", pipeline.device)
     clock = StageClock(device, request.steps, progress)
-    with _sparse(pipeline, request) as handle, clock.watch(pipeline):
+    with _attending(pipeline, request) as handle, clock.watch(pipeline):
         if on_apply is not None and handle is not None:
             on_apply(handle)
         video = sample(pipeline, request, callback_on_step_end=clock.on_step_end, **(inputs or {}))
@@ -81,23 +81,20 @@ def warm_up(pipeline: Any, request: GenerationRequest) -> None:
     # Without dense first steps, or the one step would not touch the algorithm.
     schedule = None if config.is_dense else Schedule(algorithm=config)
     short = replace(request, steps=1, schedule=schedule)
-    with _sparse(pipeline, short):
+    with _attending(pipeline, short):
         sample(pipeline, short, output_type="latent")
 
 
-@contextmanager
-def _sparse(pipeline: Any, request: GenerationRequest) -> Iterator[Any]:
-    """The algorithm's handle for the time of the block, or None where all is dense."""
-    if request.is_dense:
-        yield None
-        return
-    from nabla_attn.models import apply
+def _attending(pipeline: Any, request: GenerationRequest) -> AbstractContextManager[Any]:
+    """The request's attention for the time of a block: its handle, or None where all is dense.
 
-    handle = apply(pipeline, request.sparse_algo, schedule=request.schedule)
-    try:
-        yield handle
-    finally:
-        handle.remove()
+    A pipeline that was loaded with an algorithm of its own has it back at the end.
+    """
+    from nabla_attn.models import replaced
+
+    if request.is_dense:
+        return replaced(pipeline, None)
+    return replaced(pipeline, request.sparse_algo, schedule=request.schedule)
 
 
 def sample(pipeline: Any, request: GenerationRequest, **options: Any) -> Any:

@@ -4,9 +4,18 @@
 the processors of its video self-attention; everything else of the model stays diffusers' own.
 """
 
-from nabla_attn.models.handle import Handle, apply, remove
+from nabla_attn.models.handle import Handle, apply, remove, replaced
 from nabla_attn.models.row import ModelRow
 from nabla_attn.models.table import model_rows, register_model
 from nabla_attn.models.telemetry import Report
 
-__all__ = ["Handle", "ModelRow", "Report", "apply", "model_rows", "register_model", "remove"]
+__all__ = [
+    "Handle",
+    "ModelRow",
+    "Report",
+    "apply",
+    "model_rows",
+    "register_model",
+    "remove",
+    "replaced",
+]

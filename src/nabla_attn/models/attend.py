@@ -148,13 +148,25 @@ def _stats(block_map: BlockMap) -> Tensor:
     return torch.stack([density, kept])
 
 
-_attend_op = torch.library.custom_op("nabla_attn::attend", _attend, mutates_args=())
+@torch.library.custom_op("nabla_attn::attend", mutates_args=())
+def _attend_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_valid: Tensor | None,
+    key: Tensor,
+    order: Tensor | None,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    out, stats = _attend(q, k, v, text_valid, key, order, scale)
+    # One layout for every plan; models join the heads next, which would copy anyway.
+    return out.contiguous(), stats
 
 
 @_attend_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = q.shape
-    out = q.new_empty(batch, heads, tokens, v.shape[-1]).transpose(1, 2)
+    out = q.new_empty(batch, tokens, heads, v.shape[-1])
     return out, q.new_empty((2, heads), dtype=torch.float32)
 
 

@@ -1,5 +1,7 @@
 """`apply`: put NABLA into a diffusers pipeline or model; the handle takes it out again."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,8 @@ def apply(
             `nabla_attention`.
 
     Returns:
-        A handle; also a context manager that removes NABLA at its end.
+        A handle; also a context manager, at whose end the models are as they were before: with
+        what was applied then, or without NABLA.
 
     Raises:
         ValueError: unknown or refused model class, no algorithm or two different ones, an
@@ -77,35 +80,70 @@ def apply(
         model = unwrap(hooked)
         state = ModelState(name, model, row_of(model), settings, steps, collector)
         handle.models.append((model, state))
+    handle.before = _applied(target)
     for (model, state), hooked in zip(handle.models, models.values(), strict=True):
         remove(model)
         state.install(model, hooked if hasattr(hooked, "_orig_mod") else model)
     return handle
 
 
+@contextmanager
+def replaced(
+    target: Any, algorithm: SparseConfig | str | None, **options: Any
+) -> Iterator["Handle | None"]:
+    """Run a pipeline or model with another algorithm for the time of the block.
+
+    Unlike `with apply(...)`, it can ask for the model's own dense attention.
+
+    Args:
+        target: as in `apply`; for dense attention any pipeline.
+        algorithm: as in `apply`; None without a `schedule=` is dense: NABLA is taken out.
+        options: the other arguments of `apply`.
+
+    Yields:
+        The handle of `apply`; None for dense attention.
+
+    Raises:
+        ValueError: as in `apply`.
+    """
+    if algorithm is not None or options.get("schedule") is not None:
+        with apply(target, algorithm, **options) as handle:
+            yield handle
+        return
+    before = _applied(target)
+    for model, _ in before:
+        remove(model)
+    try:
+        yield None
+    finally:
+        _apply_again(before)
+
+
 def remove(model: nn.Module) -> None:
     """Take NABLA out of a model; also out of a copy, which has no handle. No effect without it."""
     model = unwrap(model)
-    state = model.__dict__.get(STATE_NAME)
+    state = _state_of(model)
     if state is not None:
         state.uninstall(model)
 
 
 class Handle:
-    """What `apply` did. Leaving it as a context manager removes NABLA.
+    """What `apply` did. Leaving it as a context manager brings back what was applied before it.
 
     Attributes:
         models: the models, each with its state.
+        before: the models that had NABLA before, with their states then.
     """
 
     def __init__(self, telemetry: Telemetry) -> None:
         self.models: list[tuple[nn.Module, ModelState]] = []
+        self.before: list[tuple[nn.Module, ModelState]] = []
         self.telemetry = telemetry
 
     def remove(self) -> None:
         """Restore the models bit for bit. No effect on what was applied after this handle."""
         for model, state in self.models:
-            if model.__dict__.get(STATE_NAME) is state:
+            if _state_of(model) is state:
                 state.uninstall(model)
 
     def report(self) -> Report:
@@ -122,7 +160,9 @@ class Handle:
         return self
 
     def __exit__(self, *_: object) -> None:
+        ours = {id(model) for model, state in self.models if _state_of(model) is state}
         self.remove()
+        _apply_again([pair for pair in self.before if id(pair[0]) in ours])
 
 
 def unwrap(model: Any) -> Any:
@@ -136,6 +176,26 @@ def unwrap(model: Any) -> Any:
             model = model.module
         else:
             return model
+
+
+def _applied(target: Any) -> list[tuple[nn.Module, ModelState]]:
+    """The models of a pipeline, or the one model, that carry NABLA, with their states."""
+    is_model = isinstance(target, nn.Module)
+    parts = [target] if is_model else (getattr(target, "components", None) or {}).values()
+    models = [unwrap(part) for part in parts if isinstance(part, nn.Module)]
+    states = [(model, _state_of(model)) for model in models]
+    return [(model, state) for model, state in states if state is not None]
+
+
+def _state_of(model: nn.Module) -> ModelState | None:
+    return model.__dict__.get(STATE_NAME)
+
+
+def _apply_again(before: list[tuple[nn.Module, ModelState]]) -> None:
+    """Put back what was there, instead of what is there now."""
+    for model, state in before:
+        remove(model)
+        state.install_again(model)
 
 
 def _trained_algorithm(models: dict[str, nn.Module]) -> SparseConfig:

@@ -73,14 +73,26 @@ class Reuse:
         self.is_fresh = True
         self._moment: tuple[int, int] | None = None
         self._call = 0
+        self._is_mixed = False
 
-    def begin(self, step: int | None, generation: int, memories: Iterable[MapMemory]) -> int | None:
+    def begin(
+        self,
+        step: int | None,
+        generation: int,
+        memories: Iterable[MapMemory],
+        *,
+        max_branches: int,
+    ) -> int | None:
         """The branch that a forward's maps belong to; None where each map is built anew.
 
+        More calls of a step than branches may be those of another video: from there on the period
+        keeps no maps.
+
         Args:
-            step: denoising step; None in training.
+            step: denoising step; None with gradients.
             generation: number of the generation.
             memories: of the model's layers.
+            max_branches: calls that a step of one video has at most.
         """
         if not self.schedule.reuses_maps:
             return None
@@ -89,10 +101,14 @@ class Reuse:
             return None
         before, self._moment = self._moment, (generation, step)
         self._call = self._call + 1 if before == self._moment else 0
-        self.is_fresh = before is None or self._period(before) != self._period(self._moment)
+        is_new = before is None or self._period(before) != self._period(self._moment)
+        self._is_mixed = self._call >= max_branches or (self._is_mixed and not is_new)
+        self.is_fresh = is_new or self._is_mixed
         if self.is_fresh:
             for memory in memories:
                 memory.forget()
+        if self._is_mixed:
+            return None
         return 0 if self.schedule.reuse_guidance else self._call
 
     def _period(self, moment: tuple[int, int]) -> tuple[int, int]:

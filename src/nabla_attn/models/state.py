@@ -1,5 +1,6 @@
 """The state of one model instance: it plans each forward."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -74,6 +75,11 @@ class ModelState:
         self.reuse = Reuse(settings.schedule)
         self.hook: Any = None
         self.has_own_plan = False
+        self._hooked: ref[nn.Module] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy does not belong to the original's wrapper.
+        return self.__dict__ | {"_hooked": None}
 
     def install(self, model: nn.Module, hooked: nn.Module) -> None:
         """Put the processors in place and hook the forward of `hooked`, `model` or its wrapper.
@@ -82,6 +88,7 @@ class ModelState:
             ValueError: a processor cannot be replaced; the model is left as it was.
         """
         setattr(model, STATE_NAME, self)
+        self._hooked = ref(hooked)
         self.hook = hooked.register_forward_pre_hook(PlanForward(), with_kwargs=True)
         try:
             self._place_processors()
@@ -94,6 +101,11 @@ class ModelState:
             cast(Any, model)._cp_plan = plan
             self.has_own_plan = True
 
+    def install_again(self, model: nn.Module) -> None:
+        """Put back what `uninstall` took, where it was."""
+        hooked = self._hooked() if self._hooked is not None else None
+        self.install(model, model if hooked is None else hooked)
+
     def uninstall(self, model: nn.Module) -> None:
         """Take everything back."""
         self.hook.remove()
@@ -104,6 +116,7 @@ class ModelState:
         unwrap_checkpoint(model)
         if self.has_own_plan:
             delattr(model, "_cp_plan")
+            self.has_own_plan = False
         delattr(model, STATE_NAME)
 
     def _place_processors(self) -> None:
@@ -119,14 +132,18 @@ class ModelState:
         """Decide for every layer what it does in this forward."""
         self._place_processors()
         if torch.is_grad_enabled():
-            wrap_checkpoint(model, self.layers)
-        is_training = model.training and torch.is_grad_enabled()
-        step = None if is_training else self.steps.observe(arguments.get("timestep"))
+            wrap_checkpoint(model, self.layers, list(self.modules.values()))
+        step = self._step(model, arguments.get("timestep"))
         device = arguments["hidden_states"].device
-        branch = self.reuse.begin(step, self.steps.generation, (x.memory for x in self.layers))
+        branch = self.reuse.begin(
+            step,
+            self.steps.generation,
+            (layer.memory for layer in self.layers),
+            max_branches=self.steps.max_branches,
+        )
         plan = self._common_plan(model, arguments)
         if plan.ranks is not None:
-            self._prepare_ranks(model, plan.ranks, device, is_training)
+            self._prepare_ranks(model, plan.ranks, device)
         schedule = self._schedule(step, device)
         for index, layer in enumerate(self.layers):
             config = self._config(schedule, step, index, plan.grid)
@@ -134,7 +151,19 @@ class ModelState:
         if self.settings.telemetry:
             grid = (plan.grid.frames, plan.grid.height, plan.grid.width)
             forward = Forward(self.name, step, grid, [layer.stats for layer in self.layers])
-            self.telemetry.record(forward, -1 if is_training else self.steps.generation)
+            self.telemetry.record(forward, -1 if step is None else self.steps.generation)
+
+    def _step(self, model: nn.Module, timestep: Any) -> int | None:
+        """The denoising step of this forward; None with gradients, where timesteps are random."""
+        schedule = self.settings.schedule
+        if torch.is_grad_enabled():
+            if not model.training and schedule != _without_steps(schedule):
+                _warn_about_gradients()
+            return None
+        step = self.steps.observe(timestep)
+        if step == 0 and 0 < self.steps.turned_after <= schedule.dense_first_steps:
+            _warn_about_random_steps(schedule)
+        return step
 
     def _common_plan(self, model: nn.Module, arguments: Mapping[str, Any]) -> Plan:
         """What is the same for all layers of this forward."""
@@ -202,14 +231,12 @@ class ModelState:
             heads = num_heads(self.modules[layer.name])
             layer.stats = torch.full((2, heads), float("nan"), device=device)
 
-    def _prepare_ranks(
-        self, model: nn.Module, ranks: Ranks, device: torch.device, is_training: bool
-    ) -> None:
+    def _prepare_ranks(self, model: nn.Module, ranks: Ranks, device: torch.device) -> None:
         if self.row.no_ranks is not None:
             raise ValueError(
                 f"{self.row.name} cannot share one video over processes: {self.row.no_ranks}"
             )
-        if is_training and not self.row.cp_trains:
+        if model.training and torch.is_grad_enabled() and not self.row.cp_trains:
             raise ValueError(
                 f"{self.row.name} cannot train with context parallelism: its last layers would get "
                 "whole gradients where all others get partial ones. Use model.eval() or no_grad()."
@@ -241,3 +268,22 @@ class ModelState:
 def _without_steps(schedule: Schedule) -> Schedule:
     """Training sees random timesteps, so rules about steps do not apply."""
     return replace(schedule, dense_first_steps=0, dense_last_steps=0, step_overrides={})
+
+
+def _warn_about_gradients() -> None:
+    # Python shows one place's warning once.
+    warnings.warn(
+        "the schedule has rules about steps, which are for generation: with gradients they do not "
+        "apply. Use torch.no_grad().",
+        stacklevel=2,
+    )
+
+
+def _warn_about_random_steps(schedule: Schedule) -> None:
+    warnings.warn(
+        "a generation was dense throughout: its timesteps turned back within the first "
+        f"{schedule.dense_first_steps} steps, which the schedule keeps dense. If timesteps are "
+        "random (validation), pass a schedule without dense_first_steps: schedule="
+        f"nabla_attn.Schedule(algorithm=nabla_attn.parse('{schedule.algorithm}')).",
+        stacklevel=2,
+    )

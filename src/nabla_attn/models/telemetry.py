@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nabla_attn.models.parallel import balanced_order, imbalance
 
-# Forwards remembered; a generation has fewer, and training must not fill memory.
+# Forwards remembered of one step; training, which has no steps, must not fill memory.
 MAX_FORWARDS = 1024
 
 
@@ -19,7 +19,7 @@ class Forward:
 
     Attributes:
         model: the transformer's name in the pipeline.
-        step: denoising step; None in training.
+        step: denoising step; None with gradients.
         tokens: video tokens along (frames, height, width).
         stats: per layer fp32 [2, heads]; NaN where a layer did not run, None where it is dense.
     """
@@ -95,34 +95,32 @@ class Telemetry:
     """Collects the forwards of the running generation; shared by the transformers of a pipeline."""
 
     def __init__(self) -> None:
-        self._forwards: deque[Forward] = deque(maxlen=MAX_FORWARDS)
+        self._steps: dict[int | None, deque[Forward]] = {}
         self._generation: int | None = None
 
     def record(self, forward: Forward, generation: int) -> None:
         """Remember a forward; those of an earlier generation are dropped."""
         if generation != self._generation:
-            self._forwards.clear()
+            self._steps.clear()
             self._generation = generation
-        self._forwards.append(forward)
+        self._steps.setdefault(forward.step, deque(maxlen=MAX_FORWARDS)).append(forward)
 
     @property
     def forwards(self) -> list[Forward]:
         """The forwards of the running generation, oldest first."""
-        return list(self._forwards)
+        return [forward for calls in self._steps.values() for forward in calls]
 
     def report(self) -> Report:
         """Read the statistics; waits for the device."""
-        by_step: dict[int, list[Forward]] = {}
-        for forward in self._forwards:
-            by_step.setdefault(-1 if forward.step is None else forward.step, []).append(forward)
-        num_layers = max((len(f.stats) for f in self._forwards), default=0)
-        tensors = [stats for f in self._forwards for stats in f.stats if stats is not None]
+        forwards = self.forwards
+        num_layers = max((len(f.stats) for f in forwards), default=0)
+        tensors = [stats for f in forwards for stats in f.stats if stats is not None]
         num_heads = max((stats.shape[1] for stats in tensors), default=1)
-        values = torch.full((len(by_step), num_layers, 2, num_heads), float("nan"))
-        for row, step in enumerate(sorted(by_step)):
-            calls = [_stack(f, num_layers, num_heads) for f in by_step[step]]
-            values[row] = torch.stack(calls).nanmean(dim=0)
-        models = [by_step[step][-1].model for step in sorted(by_step)]
+        values = torch.full((len(self._steps), num_layers, 2, num_heads), float("nan"))
+        for row, calls in enumerate(self._steps.values()):
+            stacked = [_stack(call, num_layers, num_heads) for call in calls]
+            values[row] = torch.stack(stacked).nanmean(dim=0)
+        models = [calls[-1].model for calls in self._steps.values()]
         return Report(values[:, :, 0].clone(), values[:, :, 1].clone(), models)
 
 
