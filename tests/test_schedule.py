@@ -79,6 +79,14 @@ def test_overrides_count_layers_from_the_end_too():
     assert found == ["nabla-0.9", "nabla-0.7", "dense"]
 
 
+@pytest.mark.parametrize("rule", [{"dense_layers": (30,)}, {"layer_overrides": {-31: DENSE}}])
+def test_layers_that_a_model_lacks_are_refused(rule):
+    rules = na.Schedule(algorithm=NABLA, **rule)
+    rules.check_layers(31)
+    with pytest.raises(ValueError, match=r"layer -?3[01], and the model has 30"):
+        rules.check_layers(30)
+
+
 @pytest.mark.parametrize(
     ("rule", "message"),
     [

@@ -110,6 +110,15 @@ class Schedule:
                 return self.layer_overrides[name]
         return self.step_overrides.get(step, self.algorithm)
 
+    def check_layers(self, num_layers: int) -> None:
+        """Raise ValueError if a rule names a layer that a model of so many does not have."""
+        for layer in (*self.dense_layers, *self.layer_overrides):
+            if not -num_layers <= layer < num_layers:
+                raise ValueError(
+                    f"the schedule names layer {layer}, and the model has {num_layers}: 0 to "
+                    f"{num_layers - 1}, or -1 to {-num_layers} from the end."
+                )
+
     def _is_dense_layer(self, layer: int, num_layers: int | None) -> bool:
         names = _names_of_layer(layer, self.dense_layers, num_layers)
         return any(name in self.dense_layers for name in names)

@@ -72,6 +72,7 @@ class ModelState:
         self.telemetry = telemetry
         self.modules = attention_modules(model, row)
         self.layers = [Layer(path, module.processor) for path, module in self.modules.items()]
+        settings.schedule.check_layers(len(self.layers))
         self.reuse = Reuse(settings.schedule)
         self.hook: Any = None
         self.has_own_plan = False
