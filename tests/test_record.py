@@ -1,4 +1,5 @@
 import json
+import stat
 from dataclasses import replace
 
 import pytest
@@ -71,6 +72,18 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
         raise KeyboardInterrupt
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_are_as_readable_as_others(tmp_path):
+    from safetensors.torch import save_file
+
+    (tmp_path / "other").touch()
+    with whole_file(tmp_path / "a.safetensors") as temporary:
+        save_file({}, temporary)
+    with whole_file(tmp_path / "secret", private=True) as temporary:
+        temporary.write_text("token")
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes["a.safetensors"] == modes["other"] and modes["secret"] == 0o600
 
 
 def test_two_writers_of_one_name_do_not_meet(tmp_path):

@@ -11,13 +11,14 @@ MAX_NAME_BYTES = 200
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def whole_file(path: str | Path, *, private: bool = False) -> Iterator[Path]:
     """Yield a temporary name in the folder of ``path``; it becomes ``path`` if the block succeeds.
 
     An exception, Ctrl-C included, removes the temporary file and leaves an earlier ``path`` alone.
 
     Args:
         path: the final name. Missing parent folders are made.
+        private: only its owner may read it.
 
     Raises:
         OSError: the folder cannot be made or written.
@@ -26,7 +27,11 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
+        temporary.touch(mode=0o600 if private else 0o666)
+        mode = temporary.stat().st_mode
         yield temporary
+        # Some libraries write a new file of theirs, which only its owner may read.
+        temporary.chmod(mode)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -188,10 +188,12 @@ def test_guidance_in_one_batch_uses_the_conditional_half(name, built):
 def test_a_pipeline_without_guidance_shares_nothing_in_a_batch(built):
     tiny = TINY["cogvideox"]
     model = tiny.build()
-    handle = na.apply(model, schedule=schedule(reuse_guidance=True))
     scheduler = SimpleNamespace(step_index=None, timesteps=[0])
-    pipeline = SimpleNamespace(do_classifier_free_guidance=False, scheduler=scheduler)
-    handle.models[0][1].steps._pipeline = lambda: pipeline
+    pipeline = type(
+        "Pipeline", (), {"components": {"transformer": model}, "scheduler": scheduler}
+    )()
+    pipeline.do_classifier_free_guidance = False
+    na.apply(pipeline, schedule=schedule(reuse_guidance=True))
     run(model, at(900, tiny))
     assert built == [2, 2]
     pipeline.do_classifier_free_guidance = True

@@ -72,6 +72,17 @@ def test_the_same_records_give_the_same_bytes(tmp_path):
         assert word in text, word
 
 
+def test_a_number_in_the_name_is_no_ending(tmp_path):
+    write_run(tmp_path / "run", 2)
+    for name in ("report-nabla-0.7", "report-nabla-0.5.md"):
+        asked = ["report", str(tmp_path / "run"), "--output", str(tmp_path / "pages" / name)]
+        result = CliRunner().invoke(app, asked)
+        assert result.exit_code == 0, result.output
+    assert {path.name for path in (tmp_path / "pages").iterdir()} == {
+        f"report-nabla-0.{n}{end}" for n in (5, 7) for end in (".md", ".html", "-images")
+    }
+
+
 def test_each_run_has_its_own_pictures(tmp_path):
     write_run(tmp_path / "a", 2)
     write_run(tmp_path / "b", 3)
@@ -110,6 +121,15 @@ def test_votes_in_a_report(tmp_path):
     assert isinstance(section.blocks[0], Text)
     assert "synthetic raters" in section.blocks[0].text
     assert section.blocks[1].rows[0][2] == "25.0% [10.0%, 50.0%]"
+
+
+def test_what_is_no_run_leaves_nothing_behind(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name, message in (("nowhere", "there is no folder"), ("empty", "no records of")):
+        asked = ["report", str(tmp_path / name), "--output", str(tmp_path / "new" / "page")]
+        result = CliRunner().invoke(app, asked)
+        assert result.exit_code == 2 and message in result.output
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_without_records_is_named(tmp_path):

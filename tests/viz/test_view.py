@@ -61,7 +61,10 @@ def test_the_command(tmp_path):
     write_video(make_frames(), tmp_path / "v.mp4", 8)
     make_maps().save(tmp_path / "v.maps.safetensors")
     make_record().save(tmp_path / "v.json")
-    for target in (tmp_path / "v.mp4", tmp_path):
+    for target in (
+        *(tmp_path / f"v{end}" for end in (".mp4", ".json", ".maps.safetensors")),
+        tmp_path,
+    ):
         result = CliRunner().invoke(app, ["view", str(target)])
         assert result.exit_code == 0, result.output
     assert "red circle" in (tmp_path / "v.html").read_text()
@@ -97,3 +100,9 @@ def test_from_prompt_to_page(tiny_wan, tmp_path):
         result = CliRunner().invoke(app, [*arguments, *wrong])
         assert result.exit_code == 2
         assert message in result.output
+    again = [word for word in arguments if word != "--record-maps"]
+    result = CliRunner().invoke(app, [*again, "--map-steps", "1"])
+    assert result.exit_code == 2 and "--record-maps" in result.output
+    assert CliRunner().invoke(app, again).exit_code == 0
+    # Maps of the run before would be drawn over this one's video.
+    assert not (tmp_path / "v.maps.safetensors").exists()

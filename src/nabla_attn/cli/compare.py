@@ -64,7 +64,8 @@ def _print_table(runs: Sequence["Run"], output: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("algorithm")
+    table = Table()
+    table.add_column("algorithm", no_wrap=True, min_width=max(len(run.algo) for run in runs))
     for column in ("pairs kept", "transformer", "speed-up", "PSNR", "SSIM"):
         table.add_column(column, justify="right")
     for run in runs:

@@ -154,6 +154,9 @@ def _bar(total: int) -> Iterator[Callable[[int], None]]:
 
     columns = ("encoding", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # Transient, so that an error stays the one line on stderr.
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bars:
         task = bars.add_task("encoding", total=total)
         yield lambda count: bars.advance(task, count)

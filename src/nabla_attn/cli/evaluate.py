@@ -83,7 +83,7 @@ def run(
     pipeline = video.load()
     algos = _match(pipeline, request, sparse_algo, items, match)
     evaluation = Evaluation(pipeline, request, output, fps=rate, measures=measures)
-    with generation_bars() as start:
+    with generation_bars(in_logs=True) as start:
         evaluation.run(
             algos,
             items,
@@ -204,7 +204,9 @@ def _print(algorithms: dict[str, Any]) -> None:
         "best_mass": ("at best", "{:.1%}"),
     }
     shown = [name for name in columns if any(name in entry for entry in algorithms.values())]
-    table = Table()
+    console, table = Console(highlight=False), Table()
+    # Elsewhere cells would be cut; the report and summary.json have them all.
+    has_room = console.width >= 60 + 20 * len(shown)
     table.add_column("algorithm", no_wrap=True, min_width=max(map(len, algorithms)))
     for heading in (*(columns[name][0] for name in shown), "videos"):
         table.add_column(heading, justify="right")
@@ -215,11 +217,11 @@ def _print(algorithms: dict[str, Any]) -> None:
             interval = [entry.get(name, {}).get(side) for side in ("low", "high")]
             form = columns[name][1]
             text = "" if value is None else form.format(value)
-            if value is not None and None not in interval:
+            if has_room and value is not None and None not in interval:
                 text += f" [{form.format(interval[0])}, {form.format(interval[1])}]"
             cells.append(text)
         table.add_row(algo, *cells, str(entry["ssim"]["count"]))
-    Console(highlight=False).print(table)
+    console.print(table)
 
 
 def _read_shard(text: str) -> tuple[int, int]:

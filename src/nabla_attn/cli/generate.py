@@ -66,6 +66,10 @@ def generate(
         make_list(prompts, request, output or FOLDER, rate, video)
         return
     maps = None
+    if not record_maps and (map_steps or map_layers or map_heads):
+        raise ValueError(
+            "--map-steps, --map-layers and --map-heads choose maps: add --record-maps."
+        )
     if record_maps:
         if request.is_dense:
             raise ValueError("dense attention has no maps to record. Pass --sparse-algo nabla-0.7.")
@@ -108,8 +112,11 @@ def _make_one(
     if rank() != 0:
         return
     write_video(video, output, fps)
+    maps_file = output.with_suffix(".maps.safetensors")
+    # Those of an earlier run under this name would pass for this one's.
+    maps_file.unlink(missing_ok=True)
     if recorder:
-        recorder.result().save(output.with_suffix(".maps.safetensors"))
+        recorder.result().save(maps_file)
         record = recorder.note_in(record)
     record.save(output.with_suffix(".json"))
     _summarise(output, record)

@@ -12,8 +12,12 @@ STAGES = {"warm-up": "warming up", "text": "reading the prompt", "decode": "deco
 
 
 @contextmanager
-def generation_bars() -> Iterator[Callable[[str], "Progress"]]:
-    """Yield a function from a label to the progress callback of its own bar."""
+def generation_bars(*, in_logs: bool = False) -> Iterator[Callable[[str], "Progress"]]:
+    """Yield a function from a label to the progress callback of its own bar.
+
+    Args:
+        in_logs: a line per label where stderr is no terminal; nothing otherwise.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
@@ -25,9 +29,12 @@ def generation_bars() -> Iterator[Callable[[str], "Progress"]]:
         TimeElapsedColumn(),
     )
     # Transient, so that an error stays the one line on stderr.
-    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
 
         def start(label: str) -> "Progress":
+            if in_logs and not console.is_terminal:
+                console.print(label, highlight=False)
             task = bars.add_task(label, total=None, stage="")
             began = time.perf_counter()
 

@@ -20,9 +20,11 @@ def report(
     from nabla_attn.viz.document import write_html, write_markdown
     from nabla_attn.viz.report import build_report
 
+    # Appended: a name such as report-nabla-0.7 has no ending to replace.
     stem = output.with_suffix("") if output.suffix in (".md", ".html") else output
-    check_writable(stem.with_suffix(".html"))
+    markdown, html = (stem.with_name(stem.name + ending) for ending in (".md", ".html"))
     sections = build_report(runs)
-    write_markdown(title, sections, stem.with_suffix(".md"))
-    write_html(title, sections, stem.with_suffix(".html"))
-    typer.echo(f"{stem.with_suffix('.md')} and {stem.with_suffix('.html')}")
+    check_writable(html)
+    write_markdown(title, sections, markdown)
+    write_html(title, sections, html)
+    typer.echo(f"{markdown} and {html}")

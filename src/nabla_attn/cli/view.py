@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+MAPS = ".maps.safetensors"
+
 
 def view(
     run: Annotated[
@@ -26,7 +28,7 @@ def view(
     target = output or video.with_suffix(".html")
     found = RunRecord.load(record) if record.is_file() else None
     write_view(target, read_video(video), maps, found)
-    typer.echo(f"{target}: {target.stat().st_size / 1e6:.1f} MB. Open it in a browser.")
+    typer.echo(f"{target}: {target.stat().st_size / 1e3:,.0f} kB. Open it in a browser.")
 
 
 def _find_video(run: Path) -> Path:
@@ -41,7 +43,10 @@ def _find_video(run: Path) -> Path:
             names = ", ".join(str(path) for path in videos[:8])
             raise ValueError(f"{run} has {len(videos)} recorded runs: {names}. Pass one of them.")
     else:
-        videos = [path for path in [run.with_suffix(".mp4")] if _maps_of(path).is_file()]
+        stem = run.name
+        for ending in (MAPS, ".mp4", ".json", ".html"):
+            stem = stem.removesuffix(ending)
+        videos = [path for path in [run.with_name(f"{stem}.mp4")] if _maps_of(path).is_file()]
     if not videos:
         raise ValueError(
             f"{run}: no recorded maps there. Make them: nabla generate --record-maps --output "
@@ -51,4 +56,4 @@ def _find_video(run: Path) -> Path:
 
 
 def _maps_of(video: Path) -> Path:
-    return video.with_suffix(".maps.safetensors")
+    return video.with_suffix(MAPS)

@@ -74,13 +74,18 @@ def read_records(run: str | Path) -> Records:
         ValueError: no such records; a broken one is named.
     """
     run = Path(run)
+    if not run.is_dir():
+        raise ValueError(f"there is no folder {run}. Pass one of `nabla evaluate`.")
     found: Records = defaultdict(dict)
     for record in _load_all(run):
         if record.kind == "evaluate":
             algo, item = _place(record, run)
             found[algo][item.name] = record
     if "dense" not in found:
-        raise ValueError(f"{run} has no records of dense attention. Run `nabla evaluate` first.")
+        raise ValueError(
+            f"{run} has no records of `nabla evaluate` with dense attention (those of compare and "
+            "generate do not count). Run it first."
+        )
     every = set.union(*(set(records) for records in found.values()))
     common = set.intersection(*(set(records) for records in found.values()))
     if not common:

@@ -94,8 +94,7 @@ class Study:
 
     def save(self, folder: str | Path) -> None:
         """Write ``study.json``, readable by its owner only: it holds the tokens."""
-        with whole_file(Path(folder) / "study.json") as temporary:
-            temporary.touch(mode=0o600)
+        with whole_file(Path(folder) / "study.json", private=True) as temporary:
             temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod

@@ -208,7 +208,7 @@ function label(name) {
   const values = AXES[name];
   const total = data.counts[["step", "layer", "head"].indexOf(name)];
   if (name === "head" && state.head === values.length) return `all ${values.length}`;
-  return `${values[state[name]]} of ${total}`;
+  return `${values[state[name]]} of 0–${total - 1}`;
 }
 
 function update() {
