@@ -5,6 +5,7 @@ silently computes dense attention.
 """
 
 from contextlib import AbstractContextManager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -149,16 +150,9 @@ def _stats(block_map: BlockMap) -> Tensor:
 
 
 @torch.library.custom_op("nabla_attn::attend", mutates_args=())
-def _attend_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text_valid: Tensor | None,
-    key: Tensor,
-    order: Tensor | None,
-    scale: float | None,
-) -> tuple[Tensor, Tensor]:
-    out, stats = _attend(q, k, v, text_valid, key, order, scale)
+@wraps(_attend)
+def _attend_op(*args: Any, **kwargs: Any) -> Any:
+    out, stats = _attend(*args, **kwargs)
     # One layout for every plan; models join the heads next, which would copy anyway.
     return out.contiguous(), stats
 

@@ -13,14 +13,9 @@ MAX_BRANCHES = 4
 class StepCounter:
     """Counts the steps of generations over all transformers of a pipeline.
 
-    With a pipeline, its scheduler's `step_index` is the truth: classifier-free guidance's second
-    call is the same step, Wan 2.2's two transformers share the count, and a new generation starts
-    at 0. Schedulers of second order (Heun) take two indices for a step. Before the scheduler's
-    first step, distinct timesteps are counted, and new `timesteps` are a new generation.
-
-    Without a pipeline, and while its scheduler rests (at its end, or where others call the model),
-    distinct timesteps are counted. A timestep against the running direction is a new generation,
-    and so is the third call with the only one so far.
+    While the pipeline's scheduler has an index, that is the truth: classifier-free guidance's
+    second call is the same step, and Wan 2.2's two transformers share the count. Before its first
+    index, while it rests, and without a pipeline, distinct timesteps are counted.
 
     Args:
         pipeline: a diffusers pipeline; held weakly, and not by copies of the counter.
@@ -31,65 +26,38 @@ class StepCounter:
     """
 
     def __init__(self, pipeline: Any = None) -> None:
-        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
-        self._timesteps: Any = None
-        self._time: float | None = None
-        self._direction = 0
+        self._scheduler = _Scheduler(pipeline)
+        self._times: _Times | None = None
+        self._offset = 0
         self._step = 0
-        self._offset: int | None = None
-        self._index: int | None = None
-        self._stale_index: int | None = None
-        self._first: Tensor | float | None = None
-        self._calls = 0
         self.generation = 0
         self.turned_after = 0
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied model (EMA) or one in another process no longer belongs to the pipeline.
-        return self.__dict__ | {"_pipeline": None, "_timesteps": None, "_first": None}
-
-    @property
-    def _running(self) -> Any:
-        """The pipeline; None without one, and while its scheduler rests."""
-        pipeline: Any = self._pipeline() if self._pipeline else None
-        index = _index_of(pipeline)
-        if index is None:
-            return pipeline
-        timesteps = getattr(pipeline.scheduler, "timesteps", None)
-        is_over = timesteps is not None and index >= len(timesteps)
-        return None if is_over or index == self._stale_index else pipeline
+        return self.__dict__ | {"_scheduler": _Scheduler(None)}
 
     @property
     def num_steps(self) -> int | None:
         """Steps of the running generation, where a pipeline says so."""
-        pipeline = self._running
-        if pipeline is None:
+        count = getattr(self._scheduler.running, "_num_timesteps", None)
+        timesteps = self._scheduler.timesteps
+        if not count and timesteps is None:
             return None
-        count = getattr(pipeline, "_num_timesteps", None)
-        if not count:
-            timesteps = getattr(pipeline.scheduler, "timesteps", None)
-            if timesteps is None:
-                return None
-            count = len(timesteps)
-        return -(-count // self._calls_per_step)
-
-    @property
-    def _calls_per_step(self) -> int:
-        """Indices of the scheduler's that make one step; its last step may have fewer."""
-        return getattr(getattr(self._running, "scheduler", None), "order", 1)
+        return -(-(count or len(timesteps)) // self._scheduler.order)
 
     @property
     def is_guided(self) -> bool | None:
         """Whether the pipeline runs classifier-free guidance; None where nothing says so."""
         try:
-            return bool(self._running.do_classifier_free_guidance)
+            return bool(self._scheduler.running.do_classifier_free_guidance)
         except (AttributeError, TypeError):
             return None
 
     @property
     def max_branches(self) -> int:
         """Calls that surely belong to one generation while its step is the same."""
-        return BRANCHES if self._running is None else MAX_BRANCHES
+        return BRANCHES if self._scheduler.running is None else MAX_BRANCHES
 
     def observe(self, timestep: Tensor | float | None) -> int:
         """The step of a forward that was given `timestep`.
@@ -97,71 +65,130 @@ class StepCounter:
         Reads the timestep's value, which waits for the device, only where the scheduler does not
         know the step: once per generation with most schedulers.
         """
-        if self._pipeline and _index_of(self._pipeline()) != self._stale_index:
-            self._stale_index = None
-        pipeline, timesteps = self._running, self._timesteps
-        self._timesteps = getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
-        index = _index_of(pipeline)
-        if index is not None:
-            self._follow(index, timestep)
-        elif self._timesteps is not timesteps or self._offset is not None or self._time is None:
-            self._start(timestep)
-        else:
-            self._count(timestep)
+        index = self._scheduler.index_at(timestep)
+        self._step = self._count(_value(timestep)) if index is None else self._follow(index)
         return self._step
 
-    def _follow(self, index: int, timestep: Tensor | float | None) -> None:
+    def _follow(self, index: int) -> int:
+        order = self._scheduler.order
+        if self._times is not None:
+            # Runs that begin inside the schedule (image to video with a strength) are at their
+            # second index too when the scheduler first knows it.
+            self._offset, self._times = index - 1 - self._step * order, None
+        step = (index - self._offset) // order
+        self.generation = max(self.generation + (step < self._step), 1)
+        return step
+
+    def _count(self, time: float) -> int:
+        times = self._times
+        if times is None or self._scheduler.has_new_timesteps:
+            return self._begin(time)
+        if times.turn_back_at(time):
+            return self._begin(time, turned_after=times.step + 1)
+        if self._scheduler.running is None and times.begin_again_at(time):
+            return self._begin(time)
+        return times.add(time)
+
+    def _begin(self, time: float, turned_after: int = 0) -> int:
+        self._times, self.turned_after = _Times(time), turned_after
+        self.generation += 1
+        return 0
+
+
+class _Scheduler:
+    """Follows a pipeline's scheduler.
+
+    It rests at its end, and where it was left: others call the model, and timesteps move on while
+    its index does not.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        self._reference = None if pipeline is None else weakref.ref(pipeline)
+        self._index: int | None = None
+        self._first: Tensor | float | None = None
+        self._calls = 0
+        self._left_at: int | None = None
+        self._timesteps: Any = None
+        self.has_new_timesteps = False
+
+    @property
+    def _pipeline(self) -> Any:
+        return self._reference() if self._reference else None
+
+    @property
+    def running(self) -> Any:
+        """The pipeline; None without one, and while its scheduler rests."""
+        pipeline = self._pipeline
+        index, timesteps = _ask(pipeline, "step_index"), _ask(pipeline, "timesteps")
+        if index is None:
+            return pipeline
+        is_over = timesteps is not None and index >= len(timesteps)
+        return None if is_over or index == self._left_at else pipeline
+
+    @property
+    def timesteps(self) -> Any:
+        """Timesteps of the run; None while it rests."""
+        return _ask(self.running, "timesteps")
+
+    @property
+    def order(self) -> int:
+        """Indices that make one step (Heun: two); the last step may have fewer."""
+        return _ask(self.running, "order", 1)
+
+    def index_at(self, timestep: Tensor | float | None) -> int | None:
+        """The index at a forward; None before the first, and while the scheduler rests."""
+        # The next run passes the same place.
+        if _ask(self._pipeline, "step_index") != self._left_at:
+            self._left_at = None
+        index = _ask(self.running, "step_index")
         if index != self._index:
             self._index, self._first, self._calls = index, timestep, 0
         self._calls += 1
-        if self._has_left(timestep):
-            self._stale_index, self._timesteps = index, None
-            self._start(timestep)
-            return
-        calls = self._calls_per_step
-        if self._offset is None:
-            # Runs that begin inside the schedule (image to video with a strength) are at their
-            # second index too when the scheduler first knows it.
-            self._offset = index - 1 - self._step * calls if self.generation else 0
-            self.generation = max(self.generation, 1)
-        step = (index - self._offset) // calls
-        self.generation += step < self._step
-        self._step = step
+        if index is not None and self._is_left_by(timestep):
+            self._left_at, index = index, None
+        before, self._timesteps = self._timesteps, self.timesteps
+        self.has_new_timesteps = self._timesteps is not before
+        return index
 
-    def _has_left(self, timestep: Tensor | float | None) -> bool:
-        """Whether timesteps move on while the scheduler does not: an interrupted run's stays."""
+    def _is_left_by(self, timestep: Tensor | float | None) -> bool:
         # Reading a device waits for it, so it takes more calls there than any guidance makes.
         is_free = not isinstance(timestep, Tensor) or timestep.device.type == "cpu"
         if self._calls <= (BRANCHES if is_free else MAX_BRANCHES):
             return False
         return _value(timestep) != _value(self._first)
 
-    def _count(self, timestep: Tensor | float | None) -> None:
-        time, previous = _value(timestep), self._time
-        assert previous is not None
-        if time == previous:
-            self._calls += 1
-            # One-step models give every video the same timestep.
-            if self._step == 0 and self._calls > BRANCHES and self._running is None:
-                self._start(timestep)
-            return
-        direction = 1 if time > previous else -1
-        if self._direction and direction != self._direction:
-            num_steps = self._step + 1
-            self._start(timestep)
-            self.turned_after = num_steps
-        else:
-            self._direction, self._step, self._time = direction, self._step + 1, time
-            self._calls = 1
 
-    def _start(self, timestep: Tensor | float | None) -> None:
-        self._time, self._direction, self._step, self._offset = _value(timestep), 0, 0, None
-        self._index, self._calls, self.turned_after = None, 1, 0
-        self.generation += 1
+class _Times:
+    """Counts the distinct timesteps of one generation.
+
+    A timestep against the running direction is a new one, and so is, where no scheduler runs, the
+    third call with the only timestep so far.
+    """
+
+    def __init__(self, time: float) -> None:
+        self.step = 0
+        self._time, self._direction, self._calls = time, 0, 1
+
+    def turn_back_at(self, time: float) -> bool:
+        return time != self._time and self._direction == -self._direction_to(time)
+
+    def begin_again_at(self, time: float) -> bool:
+        # One-step models give every video the same timestep.
+        return time == self._time and self.step == 0 and self._calls >= BRANCHES
+
+    def add(self, time: float) -> int:
+        self._calls += 1
+        if time != self._time:
+            self._direction, self._time = self._direction_to(time), time
+            self.step += 1
+        return self.step
+
+    def _direction_to(self, time: float) -> int:
+        return 1 if time > self._time else -1
 
 
-def _index_of(pipeline: Any) -> int | None:
-    return getattr(getattr(pipeline, "scheduler", None), "step_index", None)
+def _ask(pipeline: Any, name: str, default: Any = None) -> Any:
+    return getattr(getattr(pipeline, "scheduler", None), name, default)
 
 
 def _value(timestep: Tensor | float | None) -> float:
