@@ -78,7 +78,9 @@ def build_studio(models: Sequence[str], load: Callable[[str], Any]) -> Any:
         gradio.Examples([list(row) for row in EXAMPLES], [prompt, family, number])
         running = start.click(studio.run, inputs, outputs, concurrency_limit=1)
         model.change(studio.sizes_of, model, [height, width, frames, steps])
-        cancel.click(lambda: "Cancelled.", None, facts, cancels=[running], queue=False)
+        # Said after the run has ended, or its last progress would stand over it.
+        stopped = cancel.click(None, None, None, cancels=[running], queue=False)
+        stopped.then(lambda: "Cancelled.", None, facts, queue=False)
     page.queue(max_size=MAX_WAITING)
     return page
 
