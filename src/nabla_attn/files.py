@@ -43,6 +43,14 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{name}.{secrets.token_hex(8)}.tmp")
 
 
+def read_ends(path: Path, count: int) -> bytes:
+    """The first and the last ``count`` bytes of a file, where one that was replaced differs."""
+    with path.open("rb") as file:
+        first = file.read(count)
+        file.seek(max(0, path.stat().st_size - count))
+        return first + file.read(count)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write ``text`` as UTF-8, whole or not at all."""
     with whole_file(path) as temporary:

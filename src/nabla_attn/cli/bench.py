@@ -56,6 +56,9 @@ def bench(
     if layers and not model:
         raise ValueError("--layers is the depth of --model: add --model, or drop it.")
     where = resolve_device(device)
+    if device == "auto" and where.type != "cuda":
+        # Only these two have workloads of their own; others must be asked for.
+        where = resolve_device("cpu")
     names = tuple(workload or default_suite(where))
     if dry_run:
         _list_contenders(names, where)

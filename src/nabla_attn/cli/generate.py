@@ -58,6 +58,10 @@ def generate(
 
     if (prompt is None) == (prompts is None):
         raise ValueError("pass either --prompt TEXT or --prompts FILE.")
+    if not record_maps and (map_steps or map_layers or map_heads):
+        raise ValueError(
+            "--map-steps, --map-layers and --map-heads choose maps: add --record-maps."
+        )
     if prompts is not None and record_maps:
         raise ValueError("--record-maps is for one video. Pass --prompt.")
     request = video.request(prompt=prompt or "", seed=seed, sparse_algo=sparse_algo)
@@ -66,10 +70,6 @@ def generate(
         make_list(prompts, request, output or FOLDER, rate, video)
         return
     maps = None
-    if not record_maps and (map_steps or map_layers or map_heads):
-        raise ValueError(
-            "--map-steps, --map-layers and --map-heads choose maps: add --record-maps."
-        )
     if record_maps:
         if request.is_dense:
             raise ValueError("dense attention has no maps to record. Pass --sparse-algo nabla-0.7.")

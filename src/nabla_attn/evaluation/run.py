@@ -74,6 +74,8 @@ class Evaluation:
         self._fps = fps
         self._measures = measures or Measures()
         self._warm: set[str] = set()
+        # Once: it reads files of the model, and every record is held against it.
+        self._identity = model_identity(pipeline)
         check_request(pipeline, request)
 
     def run(
@@ -172,8 +174,8 @@ class Evaluation:
         path = self._path(name, item)
         if not path.is_file():
             return False
-        asked = self._asked(name, item).to_dict() | model_identity(self._pipeline)
-        numbers = check_settings(path, asked | {"fps": self._fps}).numbers
+        asked = self._asked(name, item).to_dict() | self._identity | {"fps": self._fps}
+        numbers = check_settings(path, asked).numbers
         measures = self._measures
         wanted = {
             "lpips": measures.lpips is not None,

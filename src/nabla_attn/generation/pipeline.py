@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from nabla_attn.files import read_ends
 from nabla_attn.generation.request import denoisers
 
 BUILTIN = "builtin"
@@ -115,12 +116,8 @@ def fingerprint(model: Path) -> str:
     for path in [model / "model_index.json", *sorted(model.glob("*/[!.]*"))]:
         if not path.is_file():
             continue
-        size = path.stat().st_size
-        total.update(f"{path.relative_to(model).as_posix()} {size}\n".encode())
-        with path.open("rb") as file:
-            total.update(file.read(65536))
-            file.seek(max(0, size - 65536))
-            total.update(file.read())
+        total.update(f"{path.relative_to(model).as_posix()} {path.stat().st_size}\n".encode())
+        total.update(read_ends(path, 65536))
     return total.hexdigest()
 
 

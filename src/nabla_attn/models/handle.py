@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from nabla_attn.config import SparseConfig, parse
+from nabla_attn.config import SparseConfig, as_config
 from nabla_attn.crossover import load_min_tokens
 from nabla_attn.mapping import check_pairing
 from nabla_attn.models.hook import STATE_NAME
@@ -212,7 +212,7 @@ def _schedule(algorithm: SparseConfig | str | None, schedule: Schedule | None) -
     if schedule is not None and algorithm is None:
         return schedule
     assert algorithm is not None
-    config = parse(algorithm) if isinstance(algorithm, str) else algorithm
+    config = as_config(algorithm)
     if schedule is None:
         return Schedule.default(config)
     if schedule.algorithm != config:

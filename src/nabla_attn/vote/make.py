@@ -165,5 +165,5 @@ def _forget_time(path: Path) -> None:
 def _frames_per_second(path: Path) -> float:
     import av
 
-    with av.open(str(path)) as container:
+    with av.open(str(path.absolute())) as container:
         return float(container.streams.video[0].average_rate or 16)

@@ -34,7 +34,9 @@ def read_clip(clip: Clip, frames: int | None, fps: float | None) -> np.ndarray:
     limit = MAX_FRAMES + 1 if frames is None else frames
     pictures: list[np.ndarray] = []
     try:
-        with av.open(str(footage) if not hasattr(footage, "read") else footage) as container:
+        # Absolute: a relative name with a colon would be the address of something elsewhere.
+        source = footage if hasattr(footage, "read") else str(footage.absolute())
+        with av.open(source) as container:
             if not container.streams.video:
                 raise Skipped("unreadable", "it has no video stream")
             for picture in _at_rate(_decode(container), fps):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nabla_attn.files import read_ends
 from nabla_attn.training.data.clip import (
     CAPTION_NAMES,
     VIDEO_SUFFIXES,
@@ -63,14 +64,10 @@ def _fingerprint(path: Path) -> str:
     try:
         if not path.is_file():
             return ""
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            ends = file.read(_END_BYTES)
-            file.seek(max(0, size - _END_BYTES))
-            ends += file.read(_END_BYTES)
+        ends = hashlib.sha256(read_ends(path, _END_BYTES)).hexdigest()
+        return f"{path.stat().st_size} {ends}"
     except OSError:
         return ""
-    return f"{size} {hashlib.sha256(ends).hexdigest()}"
 
 
 def _from_sidecars(folder: Path) -> list[Clip]:
