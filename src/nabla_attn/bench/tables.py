@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from nabla_attn.bench.calibration_table import calibration_table
 from nabla_attn.bench.markdown import table
 from nabla_attn.bench.reuse_table import reuse_table
 from nabla_attn.crossover import min_tokens
@@ -22,6 +23,7 @@ map are included; where maps alone are timed, ours starts from raster order and 
 """
 
 
+KINDS = ("bench", "map_reuse", "calibrate")
 TITLES = {
     "bench-scaling": "Time against tokens",
     "bench-crossover": "From which length on sparse wins",
@@ -33,10 +35,10 @@ def build_docs(records: Path, docs: Path) -> str:
     """The page as text; charts are drawn beside it.
 
     Args:
-        records: folder of `bench*.json` and `map_reuse*.json` records.
+        records: folder of the records whose names start with one of `KINDS`.
         docs: folder of the page; charts go to its `images/`.
     """
-    found = (*sorted(records.glob("bench*.json")), *sorted(records.glob("map_reuse*.json")))
+    found = [path for kind in KINDS for path in sorted(records.glob(f"{kind}*.json"))]
     loaded = [RunRecord.load(path) for path in found]
     # Attention and maps come first.
     loaded.sort(key=lambda record: record.kind != "bench")
@@ -71,6 +73,8 @@ def section(record: RunRecord) -> str:
         lines += _model_table(results)
     elif record.kind == "map_reuse":
         lines += reuse_table(record)
+    elif record.kind == "calibrate":
+        lines += calibration_table(record)
     return "\n".join(lines) + "\n"
 
 

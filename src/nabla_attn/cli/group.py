@@ -15,6 +15,7 @@ VERBS = (
     "generate",
     "compare",
     "evaluate",
+    "calibrate",
     "encode",
     "train",
     "bench",

@@ -1,11 +1,12 @@
 """What block-sparse attention loses, from exact attention on sampled query tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nabla_attn.config import SparseConfig
 from nabla_attn.core.block_map import BlockMap
 from nabla_attn.core.order import TokenLayout, block_order, to_blocks
 from nabla_attn.core.scores import score_blocks
@@ -45,14 +46,21 @@ def block_call(
     v: Tensor,
     text_valid: Tensor | None,
     scale: float | None,
+    *,
+    config: SparseConfig | None = None,
 ) -> BlockCall:
     """Find the map of a call that a layer's observer saw; arguments as the observer's.
 
     Only the last sample of the batch is kept: under classifier-free guidance in one batch, it is
     the one with the prompt.
+
+    Args:
+        config: find the map that another algorithm would use.
     """
     assert layer.key is not None
     plan = plan_of(layer.key)
+    if config is not None:
+        plan = replace(plan, config=config, memory=None)
     layout = TokenLayout(plan.grid, *plan.text_tokens(q.shape[1]))
     batch = q.shape[0]
     q, k, v = (x[-1:].detach().transpose(1, 2) for x in (q, k, v))

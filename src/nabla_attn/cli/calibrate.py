@@ -1,0 +1,94 @@
+"""``nabla calibrate``: an algorithm for each layer, within a budget of density or error."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nabla_attn.cli import options as opt
+
+if TYPE_CHECKING:
+    from nabla_attn.calibrate.choose import Choice
+
+
+@opt.with_video_options
+def calibrate(
+    video: opt.VideoOptions,
+    density: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Keep at most this share of token pairs.")
+    ] = None,
+    error: Annotated[
+        float | None,
+        typer.Option(min=0, help="Or: mean relative error of attention's output at most this."),
+    ] = None,
+    sparse_algo: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What layers may use; * stands for a range of numbers. Repeat for more.",
+            show_default="nabla-*, topk-*, nabla-*_sta-3-3-3",
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text file, one prompt a line, or JSON.", show_default="the built-in world's"
+        ),
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts taken, from the first.")] = 2,
+    seed: opt.Seed = 0,
+    num_rows: Annotated[
+        int, typer.Option(min=1, help="Query tokens sampled in each attention call.")
+    ] = 16,
+    output: Annotated[
+        Path, typer.Option(help="Folder of measurements, which are kept, and schedule.json.")
+    ] = Path("out/calibrate"),
+) -> None:
+    """Measure what layers lose, and write the schedule that loses least within a budget.
+
+    Another budget for the same folder measures nothing again.
+    """
+    from nabla_attn.calibrate.candidates import DEFAULT, read_candidates
+    from nabla_attn.calibrate.choose import choose_within, one_for_all
+    from nabla_attn.calibrate.run import Calibration
+    from nabla_attn.cli.progress import generation_bars
+    from nabla_attn.evaluation.prompts import read_prompts, world_prompts
+    from nabla_attn.files import check_writable, write_text
+
+    if (density is None) == (error is None):
+        raise ValueError("calibration takes one budget: --density 0.2, or --error 0.1.")
+    candidates = read_candidates(sparse_algo or DEFAULT)
+    texts = read_prompts(prompts)[:num_prompts] if prompts else world_prompts(num_prompts)
+    if not texts:
+        raise ValueError(f"{prompts} holds no prompt.")
+    algo = None if video.schedule else "dense"
+    request = video.request(prompt=texts[0], seed=seed, sparse_algo=algo)
+    target = check_writable(output / "schedule.json")
+    calibration = Calibration(video.load(), request, candidates, output, num_rows)
+    with generation_bars(in_logs=True) as start:
+        losses = calibration.measure(texts, progress=start)
+    choice = choose_within(losses, candidates, density=density, error=error)
+    write_text(target, calibration.schedule(choice).to_json() + "\n")
+    _print(choice, one_for_all(losses, candidates))
+    typer.echo(f"Use it: nabla generate --schedule {target}")
+
+
+def _print(choice: "Choice", singles: "list[Choice]") -> None:
+    """The choice by layer, between the nearest algorithms that are one for all layers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("algorithm", "pairs kept", "error of attention's output")
+    fewer = [single for single in singles if single.density <= choice.density]
+    closer = [single for single in singles if single.error <= choice.error]
+    rows = {"this schedule": choice}
+    if fewer:
+        best = min(fewer, key=lambda single: single.error)
+        rows[f"{best.layers[0]} in all layers"] = best
+    best = min(closer, key=lambda single: single.density)
+    rows[f"{best.layers[0]} in all layers"] = best
+    for name, row in rows.items():
+        table.add_row(name, f"{row.density:.1%}", f"{row.error:.4f}")
+    console = Console(highlight=False)
+    for layer, config in enumerate(choice.layers):
+        console.print(f"layer {layer}: {config}")
+    console.print(table)
