@@ -44,6 +44,8 @@ def _has_cpp_compiler() -> bool:
 
 def why_not_compile(device: torch.device) -> str | None:
     """The reason why torch.compile cannot make kernels for `device`, or None."""
+    if torch._dynamo.config.disable:
+        return "torch.compile is switched off (TORCHDYNAMO_DISABLE)"
     if device.type == "cuda":
         return None if has_triton() else "Triton is not installed"
     if device.type == "cpu":

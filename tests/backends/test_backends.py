@@ -5,10 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.oracle import ODD_GRIDS, masked_attention, random_qkv, token_mask
+from torch.nn.attention.flex_attention import flex_attention
 
 import nabla_attn as na
 from nabla_attn import backends, fusion
-from nabla_attn.backends import flex, gather
+from nabla_attn.backends import gather
 from nabla_attn.core.order import TokenLayout
 
 grids = pytest.mark.parametrize("grid", ODD_GRIDS.values(), ids=ODD_GRIDS.keys())
@@ -138,10 +139,20 @@ def test_uncompiled_flex_would_be_dense_attention():
     q, k, v = random_qkv(grid, batch=1)
     bmap = na.build_block_map(q, k, grid, na.parse("nabla-0.3"))
     blocks = [na.to_blocks(x, grid) for x in (q, k, v)]
-    tables = bmap.flex_tables()
-    out = flex._attend(*blocks, *tables, None, bmap.block_tokens, 1, {}, None, False)
+    out = flex_attention(*blocks, block_mask=bmap.to_block_mask())
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(na.to_raster(out, grid), dense, atol=1e-5, rtol=0)
+
+
+def test_flex_never_runs_uncompiled():
+    grid = ODD_GRIDS["one-block"]
+    with (
+        torch.compiler.set_stance("force_eager"),
+        pytest.raises(RuntimeError, match=r"switched off here.*Use backend='gather'"),
+    ):
+        run(grid, "flex", torch.float32)
+    with torch._dynamo.config.patch(disable=True):
+        assert "switched off (TORCHDYNAMO_DISABLE)" in backends.available()["flex"]
 
 
 def test_flex_refuses_devices_without_a_kernel():

@@ -61,6 +61,11 @@ def _attend(
     scale: float | None,
     needs_backward: bool,
 ) -> Tensor:
+    if not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "FlexAttention must be compiled, and torch.compile is switched off here, by "
+            "torch.compiler.set_stance or a mode that watches operations. Use backend='gather'."
+        )
     # The mask is built inside the compiled function so that its tensors are inputs, not guards.
     block_mask = build_block_mask(
         partial_counts,
