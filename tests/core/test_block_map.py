@@ -61,3 +61,13 @@ def test_text_valid_must_fit():
     mask = torch.ones(2, 1, 1, 1, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"\[batch, text tokens\] = \(2, 4\): got \(2, 3\)"):
         block_map_of(mask, layout, torch.ones(2, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_density_under_autocast_is_the_density(dtype):
+    # One query block that keeps 1,029 of 1,100 key blocks: more tokens than fp16 can count.
+    mask = torch.ones(1, 1, 1, 1100, dtype=torch.bool)
+    mask[..., :71] = False
+    bmap = na.BlockMap(mask, torch.tensor([64]), None, 64)
+    with torch.autocast("cpu", dtype=dtype):
+        assert bmap.density == pytest.approx(1029 / 1100, abs=1e-6)

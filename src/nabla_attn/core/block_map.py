@@ -48,7 +48,9 @@ class BlockMap:
         weights = kv_counts.to(torch.float32)[:, None, :, None]
         # As floats the mask is four times as large: a few heads at a time.
         heads = max(1, PANEL_PAIRS // self.mask[:, 0].numel())
-        parts = [part.to(torch.float32) @ weights for part in self.mask.split(heads, dim=1)]
+        # Counts do not fit the dtypes of autocast: fp16 ends at 65,504.
+        with torch.autocast(weights.device.type, enabled=False):
+            parts = [part.to(torch.float32) @ weights for part in self.mask.split(heads, dim=1)]
         kept = (torch.cat(parts, dim=1).squeeze(-1) * self.q_counts).sum(-1, dtype=torch.float64)
         return (kept / (self.q_counts.sum() * kv_counts.sum(dim=1, keepdim=True))).float()
 
