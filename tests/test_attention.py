@@ -128,6 +128,16 @@ def test_first_frame_can_be_kept():
     assert not na.build_block_map(q, k, grid, na.parse("nabla-0.1")).mask[..., :2].all()
 
 
+@pytest.mark.parametrize("algorithm", ["sta-1-1-1", "nabla-0.2_sta-1-1-1"])
+def test_writing_in_a_map_changes_no_other(algorithm):
+    grid = na.TokenGrid(2, 16, 16)
+    q, k, _ = random_qkv(grid)
+    first = na.build_block_map(q, k, grid, algorithm).mask
+    before = first.clone()
+    first[0, 0, 0] = True
+    assert torch.equal(na.build_block_map(q, k, grid, algorithm).mask, before)
+
+
 def test_scale_reaches_map_and_output():
     grid = ODD_GRIDS["exact"]
     q, k, v = random_qkv(grid)

@@ -62,9 +62,9 @@ def map_blocks(
     segments = None if grid.segments is None else build_segment_map(grid, device)
     shape = (*q.shape[:2], grid.num_blocks, grid.num_blocks)
     if not config.is_adaptive and not measure:
-        kept = torch.ones(shape, dtype=torch.bool, device=device) if fixed is None else fixed
+        # The window's map is cached, and a caller may write in what it is given.
+        kept = torch.ones(shape, dtype=torch.bool, device=device) if fixed is None else fixed.clone()
         if pair_queries is not None:
-            kept = kept.clone()
             share_pairs_(kept.view(-1, *shape[2:]))
         kept = kept if segments is None else kept & segments
         return block_map_of(kept.expand(shape), layout, text_valid)
