@@ -70,7 +70,8 @@ def map_blocks(
         return block_map_of(kept.expand(shape), layout, text_valid)
     q_pooled, k_pooled = (pool_video(x, layout, is_raster=is_raster).flatten(0, 1) for x in (q, k))
     if pair_queries == "pool":
-        q_pooled = mean_of_pairs(q_pooled, block_order(layout, device).counts[: grid.num_blocks])
+        counts = block_order(layout, device).counts[: grid.num_blocks]
+        q_pooled = mean_of_pairs(q_pooled, counts, segments)
     # The strips of text stay as they are: kept.
     whole = torch.ones(
         (*shape[:2], layout.num_blocks, layout.num_blocks), dtype=torch.bool, device=device

@@ -109,6 +109,20 @@ def test_pooled_pairs_are_maps_of_taller_blocks():
     assert torch.equal(pooled[:, :, ::2], expected)
 
 
+@pytest.mark.parametrize("pair", ["union", "pool"])
+def test_pairs_do_not_span_clips(pair):
+    # Three blocks a clip: the third of the first stands beside the first of the second.
+    grid = na.TokenGrid(2, 8, 24, segments=(1, 1))
+    q, k = 2 * torch.randn(2, 1, 8, grid.num_tokens, 16)
+    other = q.clone()
+    other[:, :, 192:] = 30 * torch.randn(1, 8, 192, 16)
+    first, second = (
+        na.build_block_map(x, k, grid, "nabla-0.3", pair_queries=pair).mask[:, :, :3]
+        for x in (q, other)
+    )
+    assert torch.equal(first, second)
+
+
 def test_unknown_pairing_is_named():
     q, k, _ = random_qkv(ODD_GRIDS["exact"])
     with pytest.raises(ValueError, match="unknown pair_queries 'both'; expected None or one of"):

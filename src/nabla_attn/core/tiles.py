@@ -32,14 +32,25 @@ def share_pairs_(kept: Bool[Tensor, "heads q_blocks kv_blocks"]) -> None:
 
 
 def mean_of_pairs(
-    pooled: Float[Tensor, "heads q_blocks dim"], counts: Int[Tensor, " q_blocks"]
+    pooled: Float[Tensor, "heads q_blocks dim"],
+    counts: Int[Tensor, " q_blocks"],
+    segments: Bool[Tensor, "q_blocks q_blocks"] | None = None,
 ) -> Float[Tensor, "heads q_blocks dim"]:
     """Pool two neighbouring query blocks into one mean over their tokens; both rows get it.
 
     A pair stands side by side in a frame: with blocks of 8x8, 8x16 tokens.
+
+    Args:
+        pooled: means of the blocks.
+        counts: their tokens.
+        segments: which blocks are of one packed clip; others stay as they are.
     """
     last = pooled.shape[1] // 2 * 2
     weights = counts[:last].to(pooled.dtype)[:, None]
     pairs = (pooled[:, :last] * weights).unflatten(1, (-1, 2)).sum(dim=2)
     means = pairs / weights.unflatten(0, (-1, 2)).sum(dim=1)
-    return torch.cat([means.repeat_interleave(2, dim=1), pooled[:, last:]], dim=1)
+    means = means.repeat_interleave(2, dim=1)
+    if segments is not None:
+        is_pair = segments.diagonal(1)[::2].repeat_interleave(2)[:, None]
+        means = torch.where(is_pair, means, pooled[:, :last])
+    return torch.cat([means, pooled[:, last:]], dim=1)
