@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.oracle import ODD_GRIDS, random_qkv
 
 import nabla_attn as na
-from nabla_attn import mapping
+from nabla_attn import backends, mapping
 from nabla_attn.core.order import TokenLayout
 from nabla_attn.core.scores import pool_blocks, score_blocks
 
@@ -118,6 +118,23 @@ def test_no_samples_and_wrong_grids(algorithm):
         na.nabla_attention(q, k, v, na.TokenGrid(9, 9, 9), algorithm)
     with pytest.raises(ValueError, match="is not an algorithm"):
         na.nabla_attention(q, k, v, grid, "fast")
+
+
+@pytest.mark.parametrize("algorithm", ["dense", "sta-1-1-1", "nabla-0.5"])
+def test_maps_of_what_does_not_fit_are_refused(algorithm):
+    grid = ODD_GRIDS["exact"]
+    q, k, _ = random_qkv(grid, heads=4)
+    with pytest.raises(ValueError, match="tokens for 9x9x9"):
+        na.build_block_map(q, k, na.TokenGrid(9, 9, 9), algorithm)
+    with pytest.raises(ValueError, match="q, k must share one floating dtype"):
+        na.build_block_map(q, k.double(), grid, algorithm)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2)])
+def test_keys_of_other_heads_are_refused(shape):
+    q, k = torch.zeros(1, 4, 64, 8), torch.zeros(*shape, 64, 8)
+    with pytest.raises(ValueError, match=r"q, k must share one shape .* got \[\(1, 4, 64, 8\)"):
+        backends.check_inputs(q=q, k=k)
 
 
 def test_first_frame_can_be_kept():

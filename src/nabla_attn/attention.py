@@ -87,8 +87,14 @@ def build_block_map(
     keep_first_frame: bool = False,
     pair_queries: str | None = None,
 ) -> BlockMap:
-    """The map that `nabla_attention` would use for these queries and keys; same arguments."""
+    """The map that `nabla_attention` would use for these queries and keys; same arguments.
+
+    Raises:
+        ValueError: shapes do not fit each other or the grid.
+    """
     layout = TokenLayout(grid, text_before, text_after)
+    backends.check_inputs(q=q, k=k)
+    check_tokens(q, layout)
     return map_blocks(
         q,
         k,

@@ -63,7 +63,9 @@ def map_blocks(
     shape = (*q.shape[:2], grid.num_blocks, grid.num_blocks)
     if not config.is_adaptive and not measure:
         # The window's map is cached, and a caller may write in what it is given.
-        kept = torch.ones(shape, dtype=torch.bool, device=device) if fixed is None else fixed.clone()
+        kept = (
+            torch.ones(shape, dtype=torch.bool, device=device) if fixed is None else fixed.clone()
+        )
         if pair_queries is not None:
             share_pairs_(kept.view(-1, *shape[2:]))
         kept = kept if segments is None else kept & segments

@@ -20,7 +20,7 @@ def resolve(name: str, q: Tensor, k: Tensor, v: Tensor) -> Callable[..., Tensor]
         ValueError: unknown name, or q, k, v that no backend takes.
         RuntimeError: the backend cannot run on these inputs; says why and what can.
     """
-    _check_inputs(q, k, v)
+    check_inputs(q=q, k=k, v=v)
     if name == "auto":
         is_flex = q.device.type == "cuda" and why_not("flex", q.device) is None
         name = "flex" if is_flex else "gather"
@@ -47,10 +47,12 @@ def available(device: torch.device | str = "cpu") -> dict[str, str | None]:
     return {name: why_not(name, torch.device(device)) for name in NAMES}
 
 
-def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.dim() != 4 or k.shape != q.shape or v.shape != q.shape:
-        shapes = [tuple(x.shape) for x in (q, k, v)]
-        raise ValueError(f"q, k, v must share one shape [batch, heads, tokens, dim]: got {shapes}.")
-    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
-        dtypes = [x.dtype for x in (q, k, v)]
-        raise ValueError(f"q, k, v must share one floating dtype: got {dtypes}. Cast them first.")
+def check_inputs(**inputs: Tensor) -> None:
+    """Raise ValueError unless the named tensors share one shape of four axes and one dtype."""
+    names, first = ", ".join(inputs), next(iter(inputs.values()))
+    if first.dim() != 4 or any(x.shape != first.shape for x in inputs.values()):
+        shapes = [tuple(x.shape) for x in inputs.values()]
+        raise ValueError(f"{names} must share one shape [batch, heads, tokens, dim]: got {shapes}.")
+    dtypes = [x.dtype for x in inputs.values()]
+    if len(set(dtypes)) > 1 or not first.is_floating_point():
+        raise ValueError(f"{names} must share one floating dtype: got {dtypes}. Cast them first.")
