@@ -52,10 +52,13 @@ def load_min_tokens(path: str | Path) -> int:
 def min_tokens_here(device: torch.device, default: int) -> int:
     """`load_min_tokens` of this machine's record; without one `default`, and one warning."""
     path = crossover_file(device)
-    if path.is_file():
-        return _load_once(path, path.stat().st_mtime_ns)
-    _warn_once(path, default)
-    return default
+    try:
+        changed = path.stat().st_mtime_ns
+    except OSError:
+        # No file, or one of another user's home: containers keep the home of root.
+        _warn_once(path, default)
+        return default
+    return _load_once(path, changed)
 
 
 @lru_cache(maxsize=32)

@@ -152,6 +152,12 @@ def test_options_come_from_override_then_machine_then_package(monkeypatch, tmp_p
     assert choose_options(q, 64, needs_backward=False).tile_rows == 2
 
 
+def test_a_cache_that_cannot_be_reached_has_no_table(monkeypatch):
+    # As in the home of another user: not a missing file, but an error of the system.
+    monkeypatch.setenv("NABLA_ATTN_CACHE", "/" + "x" * 5000)
+    assert choose_options(torch.zeros(1, 1, 1, 16), 64, needs_backward=False) == FlexOptions()
+
+
 def test_on_a_gpu_nothing_tuned_still_fits_the_blocks():
     cuda = torch.device("cuda")
     fitted = flex_options._fitted(FlexOptions(), cuda, 64)

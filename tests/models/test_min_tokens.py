@@ -61,6 +61,13 @@ def test_a_record_made_later_in_the_same_process_counts():
     assert density(min_tokens="auto") == 1
 
 
+@pytest.mark.filterwarnings("ignore:min_tokens")
+def test_a_cache_that_cannot_be_reached_has_no_record(monkeypatch):
+    # As in the home of another user: not a missing file, but an error of the system.
+    monkeypatch.setenv("NABLA_ATTN_CACHE", "/" + "x" * 5000)
+    assert density(min_tokens="auto") < 1
+
+
 def test_numbers_and_paths(tmp_path):
     assert density(min_tokens=430) == 1 and density(min_tokens=429) < 1
     make_record(tmp_path / "mine.json", win_from=512)

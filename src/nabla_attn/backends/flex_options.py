@@ -144,13 +144,14 @@ def _fitted(options: FlexOptions, device: torch.device, block_tokens: int) -> Fl
 
 @lru_cache(maxsize=8)
 def _rows(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         for row in rows:
             FlexOptions(row["tile_rows"], dict(row["kernel_options"]))
         return list(rows)
+    except OSError:
+        # No file, or one of another user's home: containers keep the home of root.
+        return []
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no table of flex options ({error}). Delete it.") from error
 
