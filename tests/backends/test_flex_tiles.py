@@ -165,6 +165,10 @@ def test_on_a_gpu_nothing_tuned_still_fits_the_blocks():
     fitted = flex_options._fitted(FlexOptions(2, {"num_warps": 8}), cuda, 64)
     assert fitted.kernel == {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8}
     assert flex_options._fitted(FlexOptions(), cuda, 128).kernel == {}
+    # Three frames of 8x8.
+    assert flex_options._fitted(FlexOptions(), cuda, 192).kernel == {"BLOCK_M": 64, "BLOCK_N": 64}
+    fitted = flex_options._fitted(FlexOptions(3), cuda, 64)
+    assert fitted.kernel == {"BLOCK_M": 64, "BLOCK_N": 64}
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

@@ -131,8 +131,9 @@ def _fitted(options: FlexOptions, device: torch.device, block_tokens: int) -> Fl
             raise ValueError(f"BACKEND='FLASH' cannot run: {reason}. Choose other options.")
         return options
     height, kernel = options.tile_rows * block_tokens, dict(options.kernel)
-    if device.type == "cuda" and block_tokens < FLASH_BLOCK:
-        kernel = {"BLOCK_M": min(height, FLASH_BLOCK), "BLOCK_N": block_tokens} | kernel
+    if device.type == "cuda" and block_tokens % FLASH_BLOCK:
+        # Triton's tiles are powers of two, and those of torch's choice are 128 at most.
+        kernel = {"BLOCK_M": _power_in(height), "BLOCK_N": _power_in(block_tokens)} | kernel
     for name, size in (("BLOCK_M", height), ("BLOCK_N", block_tokens)):
         if size % kernel.get(name, size):
             raise ValueError(
@@ -140,6 +141,11 @@ def _fitted(options: FlexOptions, device: torch.device, block_tokens: int) -> Fl
                 f"query blocks of {block_tokens} tokens. Choose a divisor."
             )
     return FlexOptions(options.tile_rows, kernel)
+
+
+def _power_in(tokens: int) -> int:
+    """The largest power of two that divides a number of tokens, at most FLASH_BLOCK."""
+    return min(tokens & -tokens, FLASH_BLOCK)
 
 
 @lru_cache(maxsize=8)
