@@ -182,6 +182,18 @@ def test_suite_writes_records_and_the_page_comes_from_them(no_compiler, tmp_path
     assert page == tables.build_docs(tmp_path / "results", tmp_path / "docs")
 
 
+def test_a_table_of_contenders_that_failed_is_made():
+    seconds, gate = {"median": 1.0, "min": 1.0, "max": 1.0}, {"error": 1.0, "budget": 2.0}
+    broken = {"is_dense": True, "gate": {"error": None, "budget": 2.0, "passed": False}}
+    ours = {"is_dense": False, "gate": gate, "seconds": seconds, "share_of_matmul": 0.5}
+    result = {"dtype": "float32", "direction": "forward", "density": 0.2}
+    result["contenders"] = {"dense (flash)": broken, "ours (gather)": ours}
+    numbers = {"results": [result]}
+    text = tables.section(RunRecord("bench", {"workload": "w"}, 0, {}, "cpu", numbers))
+    assert "- dense (flash): not run, output is not finite." in text
+    assert "| ours (gather) | 1.000 (1.000 to 1.000) | – | – | 0.50 | 0.50 |" in text
+
+
 def test_revisions_are_compared_by_share_of_ideal():
     def record(share):
         result = {"workload": "w", "dtype": "float32", "density": 0.2, "direction": "forward"}
@@ -207,6 +219,7 @@ def test_dry_listing_gives_reasons():
 def test_the_benchmark_needs_only_torch(tmp_path):
     # A GPU machine without a network: none of these can be imported there.
     absent = ["jaxtyping", "diffusers", "transformers", "typer", "rich", "scipy", "matplotlib"]
+    absent.append("psutil")
     code = (
         f"import sys, runpy; sys.modules.update(dict.fromkeys({absent}));"
         f"sys.argv = ['bench', '--device', 'cpu', '--rounds', '1', '--output', {str(tmp_path)!r}];"

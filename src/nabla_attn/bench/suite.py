@@ -136,8 +136,11 @@ def _check_memory(work: Workload, device: torch.device) -> None:
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        import psutil
-
+        try:
+            import psutil
+        except ModuleNotFoundError:
+            # Where only PyTorch is, nothing says how much is free.
+            return
         free = psutil.virtual_memory().available
     # A CPU measures fp32 too.
     widening = 4 // work.dtype.itemsize if device.type == "cpu" else 1

@@ -90,7 +90,9 @@ def _attention_table(results: list[dict[str, Any]]) -> list[str]:
             if "why_not" in numbers:
                 absent[f"{name}, {result['direction']}"] = numbers["why_not"]
             elif "seconds" not in numbers:
-                absent[name] = f"output off by {numbers['gate']['error']:.2g}"
+                error = numbers["gate"]["error"]
+                off = "is not finite" if error is None else f"off by {error:.2g}"
+                absent[name] = f"output {off}"
             else:
                 rows.append(_attention_row(result, name, numbers))
     lines = table([*head, "of matmul", "error / budget"], rows)
@@ -121,8 +123,12 @@ def _attention_row(result: dict[str, Any], name: str, numbers: dict[str, Any]) -
         "1" if numbers["is_dense"] else f"{own:.3f}",
         name,
         f"{seconds['median']:.3f} ({seconds['min']:.3f} to {seconds['max']:.3f})",
-        f"{numbers['speed_up']:.2f}x",
-        f"{numbers['share_of_ideal']:.2f}",
+        *(
+            # Without a dense contender that ran there is nothing to compare with.
+            [f"{numbers['speed_up']:.2f}x", f"{numbers['share_of_ideal']:.2f}"]
+            if "speed_up" in numbers
+            else ["–", "–"]
+        ),
         f"{numbers['share_of_matmul']:.2f}",
         f"{gate['error'] / gate['budget']:.2f}" if gate["budget"] else "0",
     ]
