@@ -73,6 +73,7 @@ def test_errors_name_the_part_at_fault(text, part):
         {"threshold": "0.5"},
         {"topk": 0},
         {"window": (1, 2)},
+        {"window": 3},
         {"threshold": True},
     ],
 )
@@ -85,6 +86,11 @@ def test_numbers_of_numpy_are_numbers():
     config = na.SparseConfig(threshold=np.float32(0.75), window=(1, 3, 3))
     assert config == na.parse("nabla-0.75_sta-1-3-3") and type(config.threshold) is float
     assert na.TokenGrid(np.int64(2), 8, 8) == na.TokenGrid(2, 8, 8)
+
+
+def test_a_block_is_a_block_shape():
+    with pytest.raises(ValueError, match=r"must be a BlockShape: got \(1, 8, 8\)"):
+        na.TokenGrid(2, 8, 8, block=(1, 8, 8))
 
 
 def test_configs_are_frozen_and_hashable():

@@ -94,6 +94,7 @@ def test_layers_that_a_model_lacks_are_refused(rule):
         ({"layer_overrides": {1: "dense"}}, "what `parse` makes"),
         ({"layer_overrides": {"1": DENSE}}, "whole numbers: got '1'"),
         ({"dense_layers": (0.5,)}, "whole numbers: got 0.5"),
+        ({"dense_layers": 3}, "must be a list: got 3"),
     ],
 )
 def test_values_of_another_type_are_refused(rule, message):

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Real
 
@@ -124,7 +125,7 @@ def _checked_share(name: str, value: float | None, meaning: str) -> float | None
 
 
 def _checked_window(window: tuple[int, int, int]) -> tuple[int, int, int]:
-    sides = tuple(window)
+    sides = tuple(window) if isinstance(window, Iterable) else ()
     valid = len(sides) == 3 and all(type(side) is int and side >= 1 for side in sides)
     if not valid:
         raise ValueError(

@@ -24,5 +24,9 @@ def machine_file(kind: str, device: torch.device) -> Path:
 
     A CPU's name has its number of threads, because measurements depend on it.
     """
-    name = re.sub(r"[^a-z0-9.]+", "-", describe_device(device).lower()).strip("-")
-    return cache_folder() / f"{kind}_{name}_torch-{torch.__version__}.json"
+    return cache_folder() / f"{kind}_{device_slug(device)}_torch-{torch.__version__}.json"
+
+
+def device_slug(device: torch.device) -> str:
+    """A device's name in file names."""
+    return re.sub(r"[^a-z0-9.]+", "-", describe_device(device).lower()).strip("-")

@@ -53,6 +53,8 @@ class Schedule:
                 raise ValueError(f"{name} must be a whole number, {least} or more: got {value!r}.")
         if type(self.reuse_guidance) is not bool:
             raise ValueError(f"reuse_guidance must be true or false: got {self.reuse_guidance!r}.")
+        if not isinstance(self.dense_layers, Iterable):
+            raise ValueError(f"dense_layers must be a list: got {self.dense_layers!r}.")
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         configs = (self.algorithm, *self.layer_overrides.values(), *self.step_overrides.values())
         for config in configs:

@@ -11,6 +11,7 @@ import torch
 from nabla_attn.bench.attention import measure_attention
 from nabla_attn.bench.maps import measure_map_share, measure_maps
 from nabla_attn.bench.workloads import Workload, workload
+from nabla_attn.machine import device_slug
 from nabla_attn.record import RunRecord, collect_versions, describe_device
 
 # The most telling first: a budget may end before the last.
@@ -106,7 +107,8 @@ def run_suite(
             results.append(job.run())
         config = {"workload": name, "rounds": rounds, "left_out": left_out}
         record = make_record("bench", config, results, device)
-        paths.append(output / f"bench_{name}_{device_slug(device)}.json")
+        machine = "cpu" if device.type == "cpu" else device_slug(device)
+        paths.append(output / f"bench_{name}_{machine}.json")
         record.save(paths[-1])
     return paths
 
@@ -123,13 +125,6 @@ def make_record(
         device=describe_device(device),
         numbers={"results": results},
     )
-
-
-def device_slug(device: torch.device) -> str:
-    """The device's name for file names."""
-    if device.type == "cpu":
-        return "cpu"
-    return describe_device(device).lower().replace(" ", "-")
 
 
 def _check_memory(work: Workload, device: torch.device) -> None:

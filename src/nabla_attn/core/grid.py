@@ -52,7 +52,8 @@ class TokenGrid:
         block: tokens of one block.
 
     Raises:
-        ValueError: a size is not a positive integer, or the segments do not sum to `frames`.
+        ValueError: a size is not a positive integer, the segments do not sum to `frames`, or the
+            block is not a `BlockShape`.
     """
 
     frames: int
@@ -64,6 +65,8 @@ class TokenGrid:
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width"):
             object.__setattr__(self, name, _positive(f"grid {name}", getattr(self, name)))
+        if not isinstance(self.block, BlockShape):
+            raise ValueError(f"the block must be a BlockShape: got {self.block!r}.")
         if self.segments is None:
             return
         segments = tuple(_positive("segment frames", frames) for frames in self.segments)
