@@ -12,6 +12,7 @@ from nabla_attn.config import SparseConfig, as_config
 from nabla_attn.crossover import load_min_tokens
 from nabla_attn.mapping import check_pairing
 from nabla_attn.models.hook import STATE_NAME
+from nabla_attn.models.modules import unwrap
 from nabla_attn.models.state import ModelState, Settings
 from nabla_attn.models.steps import StepCounter
 from nabla_attn.models.table import find_row, row_of
@@ -163,19 +164,6 @@ class Handle:
         ours = {id(model) for model, state in self.models if _state_of(model) is state}
         self.remove()
         _apply_again([pair for pair in self.before if id(pair[0]) in ours])
-
-
-def unwrap(model: Any) -> Any:
-    """The diffusers model inside torch.compile, PEFT and data-parallel wrappers."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
-            model = model.module
-        else:
-            return model
 
 
 def _applied(target: Any) -> list[tuple[nn.Module, ModelState]]:

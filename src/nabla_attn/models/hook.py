@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from nabla_attn.models.modules import unwrap
+
 if TYPE_CHECKING:
     from nabla_attn.models.state import ModelState
 
@@ -22,7 +24,8 @@ class PlanForward:
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
         """Plan the forward; drop arguments of the model's own sparsity."""
-        model = getattr(module, "_orig_mod", module)
+        # Wrappers pass their arguments on.
+        model = unwrap(module)
         state: "ModelState" = getattr(model, STATE_NAME)
         signature = inspect.signature(type(model).forward)
         arguments = signature.bind_partial(model, *args, **kwargs).arguments

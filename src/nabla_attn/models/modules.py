@@ -1,4 +1,4 @@
-"""The attention modules of a model."""
+"""The model inside wrappers, and its attention modules."""
 
 import re
 from typing import Any
@@ -6,6 +6,19 @@ from typing import Any
 from torch import nn
 
 from nabla_attn.models.row import ModelRow
+
+
+def unwrap(model: Any) -> Any:
+    """The diffusers model inside torch.compile, PEFT and data-parallel wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+            model = model.module
+        else:
+            return model
 
 
 def num_heads(module: nn.Module) -> int:
