@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.models.tiny_models import TINY
+from tests.models.tiny_models import TINY, relative_error
 
 import nabla_attn as na
 from nabla_attn.models import catalogue, register_model, table
@@ -53,6 +53,38 @@ def test_the_documented_example_runs(capsys):
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
     exec(compile(code, "docs/diffusers.md", "exec"), {})
     assert "over 1 steps, 2 layers, 2 heads" in capsys.readouterr().out
+
+
+class OtherNames(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = TINY["wan"].build()
+        self.config = self.inner.config
+
+    def forward(self, latents, time, text):
+        return self.inner(latents, time, text).sample
+
+
+class AnyNames(OtherNames):
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs).sample
+
+
+@torch.no_grad()
+def test_forwards_with_other_arguments(monkeypatch):
+    monkeypatch.setattr(table, "_TABLE", dict(table._TABLE))
+    path, inputs = r"inner\.blocks\.\d+\.attn1", TINY["wan"].inputs(2, 8, 9)
+    model = OtherNames()
+    register_model("OtherNames", attention=path, grid=lambda model, names: (2, 8, 9))
+    dense = model(*inputs.values())
+    with na.apply(model, "nabla-1"):
+        assert relative_error(model(*inputs.values()), dense) < 3e-6
+    model = AnyNames()
+    register_model("AnyNames", attention=path)
+    with na.apply(model, "nabla-1"):
+        assert relative_error(model(**inputs), dense) < 3e-6
+        with pytest.raises(ValueError, match="no hidden_states, so the token grid is not known"):
+            model(*inputs.values())
 
 
 def test_rows_are_checked():

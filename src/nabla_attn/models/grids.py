@@ -12,19 +12,19 @@ def latent_grid(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, in
 
     Cells that do not fill a patch are dropped by the models themselves, so they are here.
     """
-    return _patches(model, arguments["hidden_states"].shape[2:5])
+    return _patches(model, _latents(model, arguments).shape[2:5])
 
 
 def frames_first_grid(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
     """Latents [batch, frames, channels, height, width]; a last patch of few frames counts."""
-    _, frames, _, height, width = arguments["hidden_states"].shape
+    _, frames, _, height, width = _latents(model, arguments).shape
     patch_frames, patch_height, patch_width = patch_size(model)
     return -(-frames // patch_frames), height // patch_height, width // patch_width
 
 
 def channels_last_grid(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
     """Latents [batch, frames, height, width, channels]."""
-    return _patches(model, arguments["hidden_states"].shape[1:4])
+    return _patches(model, _latents(model, arguments).shape[1:4])
 
 
 def named_grid(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -86,6 +86,15 @@ def patch_size(model: nn.Module) -> tuple[int, int, int]:
         return getattr(config, "patch_size_t", None) or 1, size, size
     frames, height, width = size
     return frames, height, width
+
+
+def _latents(model: nn.Module, arguments: Mapping[str, Any]) -> Any:
+    if "hidden_states" not in arguments:
+        raise ValueError(
+            f"{type(model).__name__} was called with {list(arguments)} and no hidden_states, so "
+            "the token grid is not known. Register the model with a grid= of its own arguments."
+        )
+    return arguments["hidden_states"]
 
 
 def _patches(model: nn.Module, cells: Any) -> tuple[int, int, int]:

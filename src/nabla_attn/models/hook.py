@@ -27,12 +27,21 @@ class PlanForward:
         # Wrappers pass their arguments on.
         model = unwrap(module)
         state: "ModelState" = getattr(model, STATE_NAME)
-        signature = inspect.signature(type(model).forward)
-        arguments = signature.bind_partial(model, *args, **kwargs).arguments
+        arguments = _by_name(model, args, kwargs)
         state.plan(model, arguments)
         without = [name for name in state.row.without if arguments.get(name) is not None]
         if not without:
             return None
         # A positional argument cannot be left out, so all are passed by name.
-        named = dict(list(arguments.items())[1:])
-        return (), named | dict.fromkeys(without)
+        return (), arguments | dict.fromkeys(without)
+
+
+def _by_name(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a model's forward by name, those of its `**kwargs` included."""
+    signature = inspect.signature(type(model).forward)
+    bound = signature.bind_partial(model, *args, **kwargs).arguments
+    arguments = dict(list(bound.items())[1:])
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name, {})
+    return arguments

@@ -135,7 +135,8 @@ class ModelState:
         if torch.is_grad_enabled():
             wrap_checkpoint(model, self.layers, list(self.modules.values()))
         step = self._step(model, arguments.get("timestep"))
-        device = arguments["hidden_states"].device
+        tensors = (value for value in arguments.values() if isinstance(value, torch.Tensor))
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         branch = self.reuse.begin(
             step,
             self.steps.generation,
