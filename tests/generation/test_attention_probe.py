@@ -111,7 +111,7 @@ def test_text_that_is_padding_takes_no_mass():
 
 
 def test_the_call_is_the_layers_own_map_of_the_prompted_sample():
-    layer = Layer("a", None)
+    layer = Layer("a")
     layer.key = plan_key(Plan(grid=GRID, config=parse("nabla-0.4")))
     q, k, v = (torch.randn(2, GRID.num_tokens, 3, 8) for _ in range(3))
     call = block_call(layer, q, k, v, None, None)

@@ -20,7 +20,7 @@ GRID = na.TokenGrid(2, 11, 9)
 
 
 def layer_with(text=None, **changes):
-    layer = Layer("blocks.0.attn1", None)
+    layer = Layer("blocks.0.attn1")
     layer.key = plan_key(Plan(grid=GRID, config=na.parse("nabla-0.5"), text=text, **changes))
     return layer
 
@@ -123,7 +123,7 @@ def test_modules_that_do_not_say_their_heads_are_named():
 
 def test_processors_without_a_door_are_refused():
     with pytest.raises(ValueError, match="object does not go through diffusers' attention"):
-        make_processor(Layer("attn", object()))
+        make_processor(object(), Layer("attn"))
 
 
 @torch.no_grad()

@@ -191,6 +191,34 @@ def test_new_processors_are_taken_over():
     assert relative_error(run(model, inputs), dense) < 1e-5
 
 
+@pytest.mark.parametrize("removed", [True, False])
+@torch.no_grad()
+def test_processors_that_are_put_back(removed):
+    tiny = TINY["cogvideox"]
+    model, inputs = tiny.build(), tiny.inputs(*GRID)
+    attention = model.transformer_blocks[0].attn1
+    plain = attention.processor
+    handle = na.apply(model, "nabla-0.5")
+    model.fuse_qkv_projections()
+    run(model, inputs)
+    if removed:
+        handle.remove()
+    # Keeps the fused weights, and puts back the processors of that time.
+    model.unfuse_qkv_projections()
+    attention.to_q.weight.mul_(-3)
+    sparse = run(model, inputs)
+    handle.remove()
+    dense = run(model, inputs)
+    assert removed == (relative_error(sparse, dense) < 1e-5)
+    with na.apply(model, "nabla-1"):
+        assert relative_error(run(model, inputs), dense) < 3e-6
+    with na.apply(model, "nabla-0.5"):
+        again = run(model, inputs)
+        assert relative_error(again, dense) > 1e-3
+    assert removed or relative_error(again, sparse) < 1e-5
+    assert attention.processor is plain
+
+
 def test_checkpointing_with_another_grid_in_between(model, inputs):
     model.train()
     na.apply(model, "nabla-0.5")

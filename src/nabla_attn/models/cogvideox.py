@@ -27,7 +27,10 @@ class CogVideoXPort(LayerPort):
         """Attend, and return (video, text)."""
         self.refuse(attention_mask=attention_mask)
         num_text = encoder_hidden_states.shape[1]
-        q, k, v = project(attn, torch.cat([encoder_hidden_states, hidden_states], dim=1))
+        # The module says it is fused even after unfuse_qkv_projections.
+        is_fused = type(self.original).__name__.startswith("Fused")
+        tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        q, k, v = project(attn, tokens, is_fused=is_fused)
         if image_rotary_emb is not None:
             q, k = (rotate_video(x, image_rotary_emb, num_text) for x in (q, k))
         out = project_out(attn, attend(self.layer, q, k, v).flatten(2))

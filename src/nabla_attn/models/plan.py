@@ -4,7 +4,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
 from weakref import ReferenceType
 
 import torch
@@ -107,11 +106,10 @@ Snapshot = tuple[bool, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Layer:
-    """The state of one attention module: its own processor and what to do in this forward.
+    """The state of one attention module: what to do in this forward.
 
     Attributes:
         name: the module's path in the model.
-        original: the processor that NABLA stands in for; it runs when the layer is dense.
         is_dense: whether this forward is dense here.
         key: the plan of this forward.
         stats: fp32 [2, heads], density and kept mass of this forward; None when not measured.
@@ -121,9 +119,8 @@ class Layer:
             arguments of `attend`; for measuring and recording.
     """
 
-    def __init__(self, name: str, original: Any) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self.original = original
         self.is_dense = True
         self.key: Tensor | None = None
         self.stats: Tensor | None = None

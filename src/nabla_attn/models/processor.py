@@ -2,7 +2,7 @@
 
 Its class is a subclass of the module's own processor class, made once per class and holding
 nothing, so that type checks and signatures of diffusers keep working; what belongs to one module
-sits in the instance's `Layer`.
+sits in the instance.
 """
 
 import copy
@@ -59,14 +59,10 @@ class NablaProcessor:
     original, where dense layers use them and `remove` leaves them.
     """
 
+    original: Any
     layer: Layer
     port: Port
     sparse: Callable[..., Any]
-
-    @property
-    def original(self) -> Any:
-        """The processor this one stands in for."""
-        return self.layer.original
 
     @property
     def _attention_backend(self) -> Any:
@@ -86,10 +82,10 @@ class NablaProcessor:
 
     def __reduce__(self) -> tuple:
         # The class itself cannot be pickled; it is made again from the original's.
-        return _blank, (type(self.original),), (self.layer, self.port)
+        return _blank, (type(self.original),), (self.original, self.layer, self.port)
 
-    def __setstate__(self, state: tuple[Layer, Port]) -> None:
-        self.layer, self.port = state
+    def __setstate__(self, state: tuple[Any, Layer, Port]) -> None:
+        self.original, self.layer, self.port = state
         self.sparse = self.port(self.original, self.layer)
 
 
@@ -101,13 +97,12 @@ def open_door(original: Any, layer: Layer) -> Any:
     return sparse
 
 
-def make_processor(layer: Layer, port: Port = open_door) -> Any:
-    """The stand-in for `layer.original`.
+def make_processor(original: Any, layer: Layer, port: Port = open_door) -> Any:
+    """The stand-in for a layer's original processor.
 
     Raises:
         ValueError: the original holds weights, or no port fits and it has no door.
     """
-    original = layer.original
     if isinstance(original, torch.nn.Module):
         raise ValueError(
             f"{layer.name}: processors with weights of their own cannot be replaced: got "
@@ -121,7 +116,7 @@ def make_processor(layer: Layer, port: Port = open_door) -> Any:
             "dispatcher. Give its row a port (nabla_attn.register_model(..., ports=...))."
         )
     processor = _blank(type(original))
-    processor.__setstate__((layer, port))
+    processor.__setstate__((original, layer, port))
     return processor
 
 
@@ -136,7 +131,7 @@ def _class_for(base: type) -> type:
     @functools.wraps(base.__call__)  # type: ignore[operator]
     def call(self: Any, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         is_original = self.layer.is_dense and not getattr(self.sparse, "runs_dense", False)
-        run = self.layer.original if is_original else self.sparse
+        run = self.original if is_original else self.sparse
         return run(attn, *args, **kwargs)
 
     return type(f"Nabla{base.__name__}", (NablaProcessor, base), {"__call__": call})

@@ -71,7 +71,7 @@ class ModelState:
         self.steps = steps
         self.telemetry = telemetry
         self.modules = attention_modules(model, row)
-        self.layers = [Layer(path, module.processor) for path, module in self.modules.items()]
+        self.layers = [Layer(path) for path in self.modules]
         settings.schedule.check_layers(len(self.layers))
         self.reuse = Reuse(settings.schedule)
         self.hook: Any = None
@@ -112,8 +112,10 @@ class ModelState:
         self.hook.remove()
         for layer, module in zip(self.layers, self.modules.values(), strict=True):
             layer.memory.forget()
+            # Who kept the processor may put it back.
+            layer.is_dense = True
             if isinstance(module.processor, NablaProcessor):
-                set_processor(module, layer.original)
+                set_processor(module, module.processor.original)
         unwrap_checkpoint(model)
         if self.has_own_plan:
             delattr(model, "_cp_plan")
@@ -123,11 +125,14 @@ class ModelState:
     def _place_processors(self) -> None:
         """Stand in for every processor that is not ours (users and fused QKV set new ones)."""
         for layer, module in zip(self.layers, self.modules.values(), strict=True):
-            if isinstance(module.processor, NablaProcessor):
-                continue
-            layer.original = module.processor
-            port = self.row.ports.get(type(layer.original).__name__, open_door)
-            set_processor(module, make_processor(layer, port))
+            original = module.processor
+            if isinstance(original, NablaProcessor):
+                if original.layer is layer:
+                    continue
+                # Of an earlier `apply`, put back by who kept it (unfused QKV).
+                original = original.original
+            port = self.row.ports.get(type(original).__name__, open_door)
+            set_processor(module, make_processor(original, layer, port))
 
     def plan(self, model: nn.Module, arguments: Mapping[str, Any]) -> None:
         """Decide for every layer what it does in this forward."""
