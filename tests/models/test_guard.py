@@ -87,8 +87,10 @@ def test_private_names_of_pipelines_and_schedulers():
     import diffusers
 
     assert "_num_timesteps" in inspect.getsource(diffusers.WanPipeline.__call__)
+    assert isinstance(diffusers.WanPipeline.current_timestep, property)
     for name in ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"):
         assert isinstance(getattr(diffusers, name).step_index, property)
+        assert isinstance(getattr(diffusers, name).begin_index, property)
     assert diffusers.FlowMatchEulerDiscreteScheduler.order == 1
     assert diffusers.FlowMatchHeunDiscreteScheduler.order == 2
 

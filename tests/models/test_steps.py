@@ -12,7 +12,9 @@ from nabla_attn.models.steps import StepCounter
 
 class Pipeline:
     def __init__(self, step_index=None):
-        self.scheduler = SimpleNamespace(step_index=step_index, timesteps=torch.arange(20))
+        self.scheduler = SimpleNamespace(
+            step_index=step_index, timesteps=torch.arange(20), num_inference_steps=20
+        )
 
 
 def test_scheduler_index_counts_and_restarts():
@@ -118,6 +120,29 @@ def test_more_kinds_of_guidance_stay_one_step():
         pipeline.scheduler.step_index = index
         assert observe_run(counter, [900 - step], calls=6) == [step] * 6
     assert counter.generation == 1
+
+
+class IdlePipeline(Pipeline):
+    current_timestep = None
+    do_classifier_free_guidance = True
+    _num_timesteps = 50
+
+
+def test_another_pipeline_with_the_same_scheduler_has_its_own_number_of_steps():
+    pipeline = IdlePipeline()
+    counter = StepCounter(pipeline)
+    counter.observe(900.0)
+    assert counter.num_steps == 20 and counter.is_guided is None
+    # A video to start from, with a strength.
+    pipeline.scheduler.begin_index = 12
+    assert counter.num_steps == 8
+    pipeline.scheduler.begin_index, pipeline.scheduler.step_index = None, 13
+    assert counter.observe(600.0) == 1 and counter.num_steps == 8
+    # A scheduler that never ran has the training's timesteps.
+    pipeline.scheduler.num_inference_steps = None
+    assert counter.num_steps is None
+    pipeline.current_timestep = 900
+    assert counter.num_steps == 50 and counter.is_guided
 
 
 @pytest.mark.parametrize("has_index", [True, False])

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-def project(
-    attn: Any, tokens: Tensor, *, is_fused: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+def project(attn: Any, tokens: Tensor, *, is_fused: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens [batch, tokens, channels] to normalised q, k and v [batch, tokens, heads, dim]."""
     if is_fused:
         q, k, v = attn.to_qkv(tokens).chunk(3, dim=-1)

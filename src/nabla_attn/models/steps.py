@@ -39,18 +39,21 @@ class StepCounter:
 
     @property
     def num_steps(self) -> int | None:
-        """Steps of the running generation, where a pipeline says so."""
-        count = getattr(self._scheduler.running, "_num_timesteps", None)
-        timesteps = self._scheduler.timesteps
-        if not count and timesteps is None:
-            return None
-        return -(-(count or len(timesteps)) // self._scheduler.order)
+        """Steps of the running generation, where a pipeline or its scheduler says so."""
+        count = getattr(self._scheduler.caller, "_num_timesteps", None)
+        if not count:
+            if self._scheduler.length is None:
+                return None
+            # Not all pipelines tell the scheduler where they begin; its second index does.
+            begin = self._offset if self._times is None else self._scheduler.begin
+            count = self._scheduler.length - begin
+        return -(-count // self._scheduler.order)
 
     @property
     def is_guided(self) -> bool | None:
         """Whether the pipeline runs classifier-free guidance; None where nothing says so."""
         try:
-            return bool(self._scheduler.running.do_classifier_free_guidance)
+            return bool(self._scheduler.caller.do_classifier_free_guidance)
         except (AttributeError, TypeError):
             return None
 
@@ -126,9 +129,32 @@ class _Scheduler:
         return None if is_over or index == self._left_at else pipeline
 
     @property
+    def caller(self) -> Any:
+        """The pipeline; None where it says that it does not run: another one shares its scheduler.
+
+        What is left on it is of its own last run.
+        """
+        pipeline = self.running
+        has_time = hasattr(type(pipeline), "current_timestep")
+        is_idle = has_time and getattr(pipeline, "current_timestep", None) is None
+        return None if is_idle else pipeline
+
+    @property
     def timesteps(self) -> Any:
         """Timesteps of the run; None while it rests."""
         return _ask(self.running, "timesteps")
+
+    @property
+    def length(self) -> int | None:
+        """Number of timesteps; None while it rests, and before it was ever started."""
+        if self.timesteps is None or _ask(self.running, "num_inference_steps") is None:
+            return None
+        return len(self.timesteps)
+
+    @property
+    def begin(self) -> int:
+        """Index at which the run begins, as far as the scheduler was told."""
+        return _ask(self.running, "begin_index") or 0
 
     @property
     def order(self) -> int:
