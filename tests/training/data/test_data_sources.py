@@ -3,6 +3,7 @@ import json
 import shutil
 import tarfile
 
+import av
 import numpy as np
 import pytest
 
@@ -255,6 +256,18 @@ def test_no_more_frames_than_needed_and_other_rates(tmp_path):
     assert levels(read_clip(clip, 5, 16.0)) == [0, 0, 1, 1, 2]
     assert levels(read_clip(clip, None, 6.0)) == [0, 1, 2, 4, 5]
     assert levels(read_clip(clip_of(video(1), tmp_path, 8), None, 24.0)) == [0]
+
+
+def test_titles_may_be_in_any_encoding(tmp_path):
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "Cafe01"
+        stream = container.add_stream("mpeg4", rate=8, width=32, height=16)
+        for picture in video():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    path.write_bytes(path.read_bytes().replace(b"Cafe01", "Café01".encode("latin-1")))
+    assert len(read_clip(Clip("a", "b", lambda: path), None, None)) == 5
 
 
 def test_upright(tmp_path):

@@ -36,7 +36,8 @@ def read_clip(clip: Clip, frames: int | None, fps: float | None) -> np.ndarray:
     try:
         # Absolute: a relative name with a colon would be the address of something elsewhere.
         source = footage if hasattr(footage, "read") else str(footage.absolute())
-        with av.open(source) as container:
+        # Titles and the like may be in any encoding, and nobody reads them.
+        with av.open(source, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise Skipped("unreadable", "it has no video stream")
             for picture in _at_rate(_decode(container), fps):
