@@ -106,7 +106,8 @@ def test_packs_hold_every_clip_and_no_more_than_fits():
         for one in packs:
             assert sum(SHAPES[index][1] for index in one) <= 8
             assert len({SHAPES[index][2:] for index in one}) == 1
-    assert sum(SHAPES[index][1] for index in sampler.largest()) == 8
+    # Six frames of 6x2 are more than eight of 2x2.
+    assert {SHAPES[index] for index in sampler.largest()} == {(4, 3, 6, 2)}
     again = PackSampler(SHAPES, 8, 2, seed=3)
     first = iter(again)
     assert [next(first), next(first)] == epochs[0][:2]
@@ -130,6 +131,20 @@ def test_a_run_on_packed_clips_learns(tiny_wan, tmp_path):
     place = rows[0].split(",").index("loss")
     losses = [float(row.split(",")[place]) for row in rows[1:]]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_a_check_shows_the_largest_pack(tiny_wan, tmp_path):
+    from tests.training.clips import Clips, small_config
+
+    from nabla_attn.training.check import check
+    from nabla_attn.training.model import load_parts
+    from nabla_attn.training.setup import prepare
+
+    config = small_config(data__pack=6, data__validation=0)
+    run = prepare(config, load_parts(tiny_wan), Clips(((4, 2, 16, 16),) * 3))
+    shown = check(run, tmp_path)
+    assert shown["largest"] == "384 tokens, latents 4x6x16x16"
+    assert shown["steps"].endswith("1 pack each")
 
 
 @pytest.mark.parametrize(

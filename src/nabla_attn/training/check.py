@@ -60,23 +60,24 @@ def check(run: Run, folder: Path) -> dict[str, str]:
     loss = float(terms["loss"].detach())
     if not (torch.isfinite(torch.tensor([loss, norm])).all()):
         raise ValueError(f"the first batch gives loss {loss} and gradient norm {norm}.")
-    shapes = feed.shapes()
+    shapes, largest = feed.shapes(), tuple(batch["latents"].shape[1:])
     layers = run.sparsity.densities()
     trained = sum(p.numel() for p in run.trained())
     total = sum(p.numel() for p in run.bare.parameters())
     clips = config.data.batch * config.accumulation * feed.replicas
+    unit = "pack" if config.data.pack else "clip"
     result = "LoRA weights" if config.lora.rank else "a pipeline"
     shown = {
         "model": f"{type(run.bare).__name__}, {trained:,} of {total:,} weights trained",
         "data": f"{len(feed.trained_on)} clips of {_count(len(shapes), 'grid')}, "
         f"{len(feed.held_out)} held out",
-        "largest": f"{run.tokens(shapes[-1]):,} tokens, latents {'x'.join(map(str, shapes[-1]))}",
+        "largest": f"{run.tokens(largest):,} tokens, latents {'x'.join(map(str, largest))}",
         "attention": _describe_attention(str(run.sparsity.schedule.algorithm), layers),
         "objective": ", ".join(
             f"{name} {float(term.detach()):.4g}" for name, term in terms.items()
         ),
         "gradient": f"norm {norm:.4g}, clipped to {config.optim.max_norm or 'nothing'}",
-        "steps": f"{config.steps:,}, of {_count(clips, 'clip')} each",
+        "steps": f"{config.steps:,}, of {_count(clips, unit)} each",
         "time": f"{seconds:.2f} s for a batch of {len(batch['latents'])}, first call",
         "writes": f"checkpoints every {config.checkpoint.every} steps, then {result}, to {folder}",
     }

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class PackSampler(BucketSampler):
         super().__init__([(shape[0], *shape[2:]) for shape in shapes], packs, seed)
         self._frames = frames
         self._lengths = [shape[1] for shape in shapes]
+        self._latents = [prod(shape) for shape in shapes]
         if max(self._lengths) > frames:
             raise ValueError(
                 f"a clip of {max(self._lengths)} latent frames does not fit data.pack={frames}."
@@ -43,7 +45,7 @@ class PackSampler(BucketSampler):
     def largest(self) -> list[int]:
         """The pack of the first epoch with the most latents."""
         packs = [pack for batch in self._batches(0) for pack in batch]
-        return max(packs, key=lambda pack: sum(self._lengths[index] for index in pack))
+        return max(packs, key=lambda pack: sum(self._latents[index] for index in pack))
 
     def _batches(self, epoch: int) -> list[list[Any]]:
         rng = random.Random(f"{self._seed} epoch {epoch}")
