@@ -72,6 +72,8 @@ def train_clips(model, folder, values, options, **environment):
     if values.get("context_parallel", 1) > 1:
         # diffusers counts GPUs to name a device; processes of a CPU have none.
         torch.accelerator.device_count = lambda: 1
+    if values.pop("sampled", False) and os.environ["RANK"] == "0":
+        options = options | {"sample": lambda step, transformer: {"right": 1.0}}
     dataset = make_clips(odd=values.pop("odd", True))
     return train(small_config(**values), model, folder, dataset=dataset, **options)
 

@@ -1,6 +1,7 @@
 import shutil
 import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,7 +40,10 @@ def train_on(processes, model, folder, values):
     ranks = start_ranks(processes, model, folder, values)
     for rank in ranks:
         rank.join(120)
-    assert [rank.exitcode for rank in ranks] == [0] * processes
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+    assert codes == [0] * processes
 
 
 def result(folder):
@@ -69,13 +73,25 @@ def test_two_processes_equal_one_that_accumulates(tiny_wan, tmp_path, recipe):
     )
 
 
-def test_two_processes_that_share_a_sequence_equal_one(tiny_wan, tmp_path):
-    values = VALUES | {"odd": False}
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"recipe": "finetune"},
+        {"recipe": "distill", "objective__layer_weight": 1.0, "sparsity__algorithm": "nabla-0.4"},
+    ],
+)
+def test_two_processes_that_share_a_sequence_equal_one(tiny_wan, tmp_path, values):
+    values = VALUES | {"odd": False} | values
     train_clips(tiny_wan, tmp_path / "one", values, {})
     train_on(2, tiny_wan, tmp_path / "two", values | {"context_parallel": 2})
     torch.testing.assert_close(
         losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4, atol=0
     )
+
+
+def test_samples_of_the_first_process_hold_up_no_other(tiny_wan, tmp_path):
+    train_on(2, tiny_wan, tmp_path, VALUES | {"sampled": True, "watch__sample": 1})
+    assert "right" in (tmp_path / "log.csv").read_text().splitlines()[0]
 
 
 @pytest.mark.slow
@@ -121,6 +137,20 @@ def test_more_processes_than_clips_are_refused():
     config = small_config(data__validation=2)
     with pytest.raises(ValueError, match="more processes than clips: 7 for 6"):
         Feed(make_clips(8), config, replica=0, replicas=7)
+
+
+def test_clips_of_validation_must_divide_over_processes_too():
+    from tests.training.clips import Clips, small_config
+
+    from nabla_attn.training.feed import Feed
+    from nabla_attn.training.setup import _check_sharing
+
+    config = small_config(data__validation=1, context_parallel=2)
+    # The first clip is held out.
+    feed = Feed(Clips(((4, 3, 6, 6), (4, 2, 6, 6))), config, replica=0, replicas=1)
+    run = SimpleNamespace(config=config, feed=feed, tokens=lambda shape: shape[1] * 9)
+    with pytest.raises(ValueError, match=r"27 tokens .* do not divide"):
+        _check_sharing(run)
 
 
 def test_shares_of_a_step_are_those_of_one_process():

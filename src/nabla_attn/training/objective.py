@@ -69,6 +69,8 @@ class Distillation:
         layer_weight: Weight of the attention outputs' error, the mean over layers.
         layers: Paths of the attention modules, the same in teacher and student.
         student: The module that has `layers`, inside any wrapper; needed with a layer weight.
+        parts: Processes that share a sequence. Each sees its part of an attention output, while
+            predictions are whole.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Distillation:
         layer_weight: float = 0.0,
         layers: Sequence[str] = (),
         student: nn.Module | None = None,
+        parts: int = 1,
     ) -> None:
         self.path = path
         self.inputs = inputs
@@ -89,6 +92,7 @@ class Distillation:
         self.layer_weight = layer_weight
         self.layers = tuple(layers)
         self.student = student
+        self.parts = parts
 
     def __call__(
         self, module: nn.Module, batch: dict[str, Any], generator: torch.Generator
@@ -108,7 +112,9 @@ class Distillation:
         if self.layer_weight:
             errors = [squared_error(a, b) for a, b in zip(layers, wanted_layers, strict=True)]
             terms["layers"] = torch.stack(errors).mean()
-            loss = loss + self.layer_weight * terms["layers"]
+            # The gradients of the parts are summed, so each counts as its share of the mean.
+            share = terms["layers"] / self.parts
+            loss = loss + self.layer_weight * (share + (terms["layers"] - share).detach())
         return {"loss": loss} | terms
 
     def _predict(
@@ -147,6 +153,7 @@ def make_objective(
     *,
     layers: Sequence[str] = (),
     student: nn.Module | None = None,
+    parts: int = 1,
 ) -> Objective:
     """The objective of a configuration.
 
@@ -157,6 +164,7 @@ def make_objective(
         teacher: Of distillation.
         layers: As of `Distillation`.
         student: As of `Distillation`.
+        parts: As of `Distillation`.
     """
     if config.kind == "flow":
         return FlowMatching(path, inputs)
@@ -169,4 +177,5 @@ def make_objective(
         layer_weight=config.layer_weight,
         layers=layers,
         student=student,
+        parts=parts,
     )

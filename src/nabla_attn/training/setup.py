@@ -108,7 +108,13 @@ def prepare(config: TrainConfig, parts: Parts, dataset: Any = None) -> Run:
     sparsity, teacher = _prepare_module(config, parts, accelerator.device)
     bare = parts.transformer
     objective = make_objective(
-        config.objective, path, family.inputs, teacher, layers=sparsity.layers, student=bare
+        config.objective,
+        path,
+        family.inputs,
+        teacher,
+        layers=sparsity.layers,
+        student=bare,
+        parts=config.context_parallel,
     )
     trained = [p for p in bare.parameters() if p.requires_grad]
     module, optimizer = accelerator.prepare(bare, _make_optimizer(config, trained))
@@ -125,7 +131,7 @@ def prepare(config: TrainConfig, parts: Parts, dataset: Any = None) -> Run:
 
 def _check_sharing(run: Run) -> None:
     count = run.config.context_parallel
-    for shape in run.feed.shapes():
+    for shape in sorted(set(map(tuple, run.feed.dataset.grids))):
         if run.tokens(shape) % count:
             raise ValueError(
                 f"{run.tokens(shape)} tokens of latents {shape} do not divide over "

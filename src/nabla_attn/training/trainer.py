@@ -162,8 +162,8 @@ class Trainer:
         is_best = self.measured is not None and self.measured < self.best
         if self.measured is not None:
             self.best = min(self.best, self.measured)
-        if self.sample is not None and self._is_due(self.config.watch.sample):
-            numbers |= self._take_sample()
+        if self.is_main and self.sample and self._is_due(self.config.watch.sample):
+            numbers |= self._take_sample(self.sample)
         numbers |= {"seconds": self.seconds, "skipped": float(self.skipped)}
         if self._is_due(self.config.watch.log) or "validation" in numbers:
             self._log(logbook, Entry(self.step, self.config.steps, numbers, layers))
@@ -251,12 +251,14 @@ class Trainer:
             if not has_changes:
                 raise
 
-    def _take_sample(self) -> dict[str, float]:
-        assert self.sample is not None
-        with self.run.averaged():
-            numbers = self.sample(self.step, self.run.bare) if self.is_main else {}
-        self.run.accelerator.wait_for_everyone()
-        return numbers
+    def _take_sample(self, sample: Sample) -> dict[str, float]:
+        """The first process alone is here: the others wait where they meet it next."""
+        try:
+            with self.run.averaged():
+                return sample(self.step, self.run.bare)
+        except OSError as error:
+            warnings.warn(f"sample of step {self.step} not written: {error}.", stacklevel=2)
+            return {}
 
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.steps
