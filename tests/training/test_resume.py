@@ -11,6 +11,8 @@ from tests.training.clips import make_clips, small_config, start_process, train_
 
 from nabla_attn.training import checkpoint as checkpoint_module
 from nabla_attn.training.checkpoint import Checkpoints, SaveFailed, read_state
+from nabla_attn.training.model import load_parts
+from nabla_attn.training.setup import prepare
 from nabla_attn.training.train import train
 from nabla_attn.training.trainer import Trainer
 
@@ -110,6 +112,43 @@ def test_changes_are_named_and_refused_unless_allowed(tiny_wan, tmp_path):
     assert read_state(Checkpoints(tmp_path / "checkpoints").latest())["step"] == 3
 
 
+def test_settings_of_the_optimiser_may_change(tiny_wan, tmp_path):
+    run(small_config(steps=2), tiny_wan, tmp_path)
+    values = {"weight_decay": 0.5, "betas": (0.5, 0.6), "eps": 1e-3}
+    config = small_config(steps=3, **{f"optim__{name}": value for name, value in values.items()})
+    prepared = prepare(config, load_parts(tiny_wan), make_clips(odd=True))
+    assert Trainer(prepared, tmp_path).resume(allow_changes=True) == 2
+    (group,) = prepared.optimizer.param_groups
+    assert {name: tuple(v) if name == "betas" else v for name, v in group.items()}.items() >= (
+        values.items()
+    )
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0), (2, 4)])
+def test_weights_of_another_kind_are_refused(tiny_wan, tmp_path, before, after):
+    run(small_config(steps=1, lora__rank=before), tiny_wan, tmp_path)
+    with pytest.raises(ValueError, match=r"holds other weights .*lora settings"):
+        run(
+            small_config(steps=2, lora__rank=after),
+            tiny_wan,
+            tmp_path,
+            resume=True,
+            allow_changes=True,
+        )
+
+
+def test_a_checkpoint_before_the_first_update_is_no_update(tiny_wan, tmp_path):
+    config = small_config()
+    trainer = Trainer(prepare(config, load_parts(tiny_wan), make_clips()), tmp_path)
+    trainer._update(False)
+    trainer.step = 1
+    trainer._save()
+    assert not trainer.run.optimizer.state
+    again = Trainer(prepare(config, load_parts(tiny_wan), make_clips()), tmp_path)
+    assert again.resume() == 1 and again.skipped == 1
+    assert not again.run.optimizer.state
+
+
 def test_an_average_that_is_newly_wanted_starts_from_the_weights(tiny_wan, tmp_path):
     run(small_config(steps=2), tiny_wan, tmp_path)
     reached = weights(tmp_path)
@@ -137,6 +176,14 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
     for step, loss in enumerate([3.0, 1.0, 2.0, None, 4.0], start=1):
         checkpoints.save(step, {"validation": loss}, lambda folder: None)
     assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["2", "4", "5"]
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    for name in (".step-00000001.old", ".step-00000002.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    Checkpoints(tmp_path).save(3, {"validation": None}, lambda folder: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
 
 
 def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path):
@@ -189,6 +236,57 @@ def test_a_failed_write_at_the_end_is_an_error(tiny_wan, tmp_path, monkeypatch):
         with pytest.raises(SaveFailed, match="there is none yet"):
             run(small_config(steps=2), tiny_wan, tmp_path)
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_result_that_cannot_be_written_loses_nothing(tiny_wan, tmp_path, monkeypatch, whole):
+    from safetensors import SafetensorError
+
+    def fail(self, folder):
+        folder.mkdir()
+        raise SafetensorError("Error while serializing: No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("diffusers.WanTransformer3DModel.save_pretrained", fail)
+        with pytest.raises(SaveFailed, match=r"No space left.*step-00000006 has .*--resume"):
+            run(small_config(**FULL), tiny_wan, tmp_path)
+    assert not [path for path in tmp_path.iterdir() if "pipeline" in path.name]
+    run(small_config(**FULL), tiny_wan, tmp_path, resume=True)
+    assert same(tmp_path, whole)
+
+
+def test_a_full_disk_ends_no_log_and_no_sample(tiny_wan, tmp_path, monkeypatch):
+    from nabla_attn.training import logbook
+
+    class Full:
+        def add_scalar(self, *_):
+            raise OSError(28, "No space left on device")
+
+        close = add_scalar
+
+    def sample(step, transformer):
+        raise OSError(28, "No space left on device")
+
+    append, failures = logbook.Logbook._append, []
+
+    def fail_once(self, row):
+        if not failures:
+            failures.append(row)
+            # What a full disk takes of a row.
+            with self._path.open("a") as file:
+                file.write("step,lo")
+            raise OSError(28, "No space left on device")
+        append(self, row)
+
+    monkeypatch.setattr(logbook, "_summary_writer", lambda *_: Full())
+    monkeypatch.setattr(logbook.Logbook, "_append", fail_once)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        config = small_config(steps=3, watch__tensorboard=True)
+        run(config, tiny_wan, tmp_path, sample=sample)
+    messages = " ".join(str(warning.message) for warning in said)
+    assert "tensorboard's log ends: No space left" in messages
+    assert "sample of step 3 not written" in messages
+    assert [row["step"] for row in logbook.read_log(tmp_path)] == ["1", "2", "3"]
 
 
 def test_steps_without_a_finite_loss_change_nothing(tiny_wan, tmp_path, monkeypatch):

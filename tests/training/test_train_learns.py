@@ -91,6 +91,20 @@ def test_the_result_is_a_pipeline_that_generates(tiny_wan, tmp_path):
     assert video.shape == (5, 32, 32, 3)
 
 
+def test_a_model_in_a_download_cache_gives_whole_results(tiny_wan, tmp_path):
+    # Such a cache holds relative links to files elsewhere.
+    (tmp_path / "blobs").mkdir()
+    model = tmp_path / "snapshots" / "model"
+    shutil.copytree(tiny_wan, model)
+    for number, path in enumerate(sorted(p for p in model.rglob("*") if p.is_file())):
+        path.rename(tmp_path / "blobs" / str(number))
+        up = "../" * len(path.relative_to(tmp_path).parts[:-1])
+        path.symlink_to(f"{up}blobs/{number}")
+    result = train(small_config(steps=1), model, tmp_path / "run", dataset=make_clips(4))
+    found = [path for path in result.rglob("*") if not path.is_dir()]
+    assert found and all(path.is_file() and not path.is_symlink() for path in found)
+
+
 @pytest.mark.parametrize("place", [".", "runs/finetune"])
 def test_an_output_inside_the_model_is_refused_before_training(
     tiny_wan, tmp_path, monkeypatch, place

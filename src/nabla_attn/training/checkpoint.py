@@ -67,6 +67,9 @@ class Checkpoints:
         path = self.folder / f"step-{step:08d}"
         if path.exists():
             return
+        # What killed processes were writing or removing.
+        for leftover in self.folder.glob(".step-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         try:
             with whole_folder(path) as temporary:
                 write(temporary)

@@ -2,6 +2,8 @@
 
 import csv
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,8 @@ class Logbook:
         self._path = folder / _NAME
         self._rows = [row for row in read_log(folder) if int(row["step"]) <= step]
         self._columns = list(self._rows[0]) if self._rows else []
+        # After a failure the file may end within a row.
+        self._is_whole = True
         self._writer = _summary_writer(folder / "tensorboard", step) if tensorboard else None
         if self._path.exists():
             self._rewrite()
@@ -57,20 +61,32 @@ class Logbook:
         self._rows.append(row)
         try:
             self._append(row)
+            self._is_whole = True
         except OSError as error:
+            self._is_whole = False
             warnings.warn(f"{self._path} not written: {error.strerror}.", stacklevel=2)
-        if self._writer is not None:
-            for name, number in entry.row().items():
+        with self._without_writer_on_failure():
+            for name, number in entry.row().items() if self._writer else ():
                 self._writer.add_scalar(name, number, entry.step)
 
     def close(self) -> None:
         """Finish the tensorboard file."""
-        if self._writer:
-            self._writer.close()
+        with self._without_writer_on_failure():
+            if self._writer:
+                self._writer.close()
+
+    @contextmanager
+    def _without_writer_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # It never recovers: what it has failed to write it raises again and again.
+            self._writer = None
+            warnings.warn(f"tensorboard's log ends: {error.strerror}.", stacklevel=4)
 
     def _append(self, row: dict[str, str]) -> None:
         new = [name for name in row if name not in self._columns]
-        if new:
+        if new or not self._is_whole:
             self._columns += new
             self._rewrite()
             return

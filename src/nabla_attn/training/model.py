@@ -4,6 +4,8 @@ import importlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,19 +99,18 @@ def save_pipeline(
         folder: The directory to write; an earlier one is replaced.
         sparse_algo: Kept in `defaults.json`, so that generation uses what was trained.
     """
-    temporary = _fresh(folder)
-    skipped = shutil.ignore_patterns(parts.name, "defaults.json")
-    shutil.copytree(parts.directory, temporary, copy_function=_link, ignore=skipped)
     with torch.device("meta"):
         transformer = type(parts.transformer).from_config(parts.transformer.config)
     transformer.load_state_dict(weights, assign=True)
     transformer.register_to_config(_name_or_path="")
-    transformer.save_pretrained(temporary / parts.name)
     source = parts.directory / "defaults.json"
     defaults = json.loads(source.read_text(encoding="utf-8")) if source.is_file() else {}
     text = json.dumps(defaults | {"sparse_algo": sparse_algo}, indent=2) + "\n"
-    write_text(temporary / "defaults.json", text)
-    _put(temporary, folder)
+    skipped = shutil.ignore_patterns(parts.name, "defaults.json")
+    with _whole_result(folder) as temporary:
+        shutil.copytree(parts.directory, temporary, copy_function=_link, ignore=skipped)
+        transformer.save_pretrained(temporary / parts.name)
+        write_text(temporary / "defaults.json", text)
 
 
 def save_lora(parts: Parts, weights: dict[str, torch.Tensor], folder: Path) -> None:
@@ -120,16 +121,15 @@ def save_lora(parts: Parts, weights: dict[str, torch.Tensor], folder: Path) -> N
         weights: Of the adapters, as PEFT names them.
         folder: The directory to write; an earlier one is replaced.
     """
-    temporary = _fresh(folder)
     (settings,) = parts.transformer.peft_config.values()
-    parts.pipeline_class.save_lora_weights(
-        temporary,
-        transformer_lora_layers=weights,
-        # Without it, loading takes the rank for alpha.
-        transformer_lora_adapter_metadata=settings.to_dict(),
-        weight_name=_WEIGHTS,
-    )
-    _put(temporary, folder)
+    with _whole_result(folder) as temporary:
+        parts.pipeline_class.save_lora_weights(
+            temporary,
+            transformer_lora_layers=weights,
+            # Without it, loading takes the rank for alpha.
+            transformer_lora_adapter_metadata=settings.to_dict(),
+            weight_name=_WEIGHTS,
+        )
 
 
 def _entry(index: dict[str, Any], name: str) -> bool:
@@ -146,18 +146,21 @@ def _diffusers_class(name: Any, directory: Path) -> Any:
 
 def _link(source: str, target: str) -> None:
     try:
-        os.link(source, target)
+        # Of the file itself: a link to a link of a download cache would point nowhere.
+        os.link(os.path.realpath(source), target)
     except OSError:
         shutil.copy2(source, target)
 
 
-def _fresh(folder: Path) -> Path:
+@contextmanager
+def _whole_result(folder: Path) -> Iterator[Path]:
+    """Yield the name of a new folder that takes the place of `folder` if the block succeeds."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    return temporary
-
-
-def _put(temporary: Path, folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
+    try:
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -35,7 +35,11 @@ def collect(run: Run) -> Callable[[Path], None]:
     options = _options()
     reshard(run.module)
     model: dict[str, Any] = get_model_state_dict(run.module, options=options)
-    optimizer = get_optimizer_state_dict(run.module, _inner(run.optimizer), options=options)
+    inner = _inner(run.optimizer)
+    # Before the first update there is nothing to keep, and torch would make an update up.
+    optimizer: dict[str, Any] = {}
+    if inner.state:
+        optimizer = get_optimizer_state_dict(run.module, inner, options=options)
     average = _average_tensors(run)
     randoms = gather_object([_random_state()])
 
@@ -53,12 +57,9 @@ def restore(run: Run, folder: Path) -> None:
     """Bring a run back to a checkpoint, on every process.
 
     Raises:
-        ValueError: A file is missing or damaged.
+        ValueError: A file is missing or damaged, or holds other weights than the run trains.
     """
-    from torch.distributed.checkpoint.state_dict import (
-        set_model_state_dict,
-        set_optimizer_state_dict,
-    )
+    from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
     options = _options()
     try:
@@ -68,14 +69,39 @@ def restore(run: Run, folder: Path) -> None:
         average = load_file(folder / _AVERAGE) if _has_average(run, folder) else None
     except Exception as error:
         raise ValueError(f"{folder}: damaged checkpoint ({error}). Remove it.") from error
+    _check_names(run, model, folder)
     reshard(run.module)
     set_model_state_dict(run.module, model, options=options)
-    set_optimizer_state_dict(run.module, _inner(run.optimizer), optimizer, options=options)
+    if optimizer:
+        _restore_optimizer(run, optimizer)
     if average is not None:
         _restore_average(run, average)
     elif run.average is not None:
         _start_average(run)
     _restore_random(randoms[run.accelerator.process_index % len(randoms)])
+
+
+def _check_names(run: Run, model: dict[str, Tensor], folder: Path) -> None:
+    """See that a checkpoint has the weights that are trained, which loading would not say."""
+    found = {name: tuple(value.shape) for name, value in model.items()}
+    for name, parameter in run.bare.named_parameters():
+        if parameter.requires_grad and found.get(name) != tuple(parameter.shape):
+            raise ValueError(
+                f"{folder} holds other weights than are trained now: {name} is "
+                f"{found.get(name, 'not there')}, not {tuple(parameter.shape)}. Go on with the "
+                "same model and lora settings, or choose another --output."
+            )
+
+
+def _restore_optimizer(run: Run, state: dict[str, Any]) -> None:
+    """Bring back the running averages; the settings are those of the configuration."""
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+    inner = _inner(run.optimizer)
+    (settings,) = ({k: v for k, v in g.items() if k != "params"} for g in inner.param_groups)
+    set_optimizer_state_dict(run.module, inner, state, options=_options())
+    for group in inner.param_groups:
+        group.update(settings)
 
 
 def whole_weights(run: Run) -> dict[str, Tensor]:

@@ -6,10 +6,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from nabla_attn.files import write_text
 from nabla_attn.record import RunRecord, collect_versions, describe_device
 from nabla_attn.training.chart import draw_losses
 from nabla_attn.training.check import probe
+from nabla_attn.training.checkpoint import SaveFailed
 from nabla_attn.training.config import TrainConfig
 from nabla_attn.training.logbook import curve, read_log
 from nabla_attn.training.model import load_parts, save_lora, save_pipeline
@@ -47,6 +50,7 @@ def train(
 
     Raises:
         ValueError: Something does not fit, before any step; or training had to stop.
+        SaveFailed: The last checkpoint or the result could not be written.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the checkpoint is saved first.
     """
     refuse_begun(folder, resume)
@@ -93,23 +97,38 @@ def finish(run: Run, trainer: Trainer) -> Path:
 
     Returns:
         The result's folder.
+
+    Raises:
+        SaveFailed: The result could not be written.
     """
     folder = trainer.folder
-    is_lora = bool(run.config.lora.rank)
-    result = folder / ("lora" if is_lora else "pipeline")
+    result = folder / ("lora" if run.config.lora.rank else "pipeline")
     # On a CPU the weights are not copied: they are the averaged ones inside the block alone.
     with run.averaged():
         weights = whole_weights(run)
-        if trainer.is_main and is_lora:
-            save_lora(run.parts, weights, result)
-        elif trainer.is_main:
-            save_pipeline(run.parts, weights, result, str(run.sparsity.schedule.algorithm))
+        if trainer.is_main:
+            _save_result(run, trainer, weights, result)
     if trainer.is_main:
         rows = read_log(folder)
         draw_losses(curve(rows, "loss"), curve(rows, "validation"), folder / "loss.png")
         _record(run, trainer, rows).save(folder / "training.json")
     run.accelerator.wait_for_everyone()
     return result
+
+
+def _save_result(run: Run, trainer: Trainer, weights: dict[str, Tensor], result: Path) -> None:
+    try:
+        if run.config.lora.rank:
+            save_lora(run.parts, weights, result)
+        else:
+            save_pipeline(run.parts, weights, result, str(run.sparsity.schedule.algorithm))
+    # As in `Checkpoints.save`: a full disk has many types.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SaveFailed(
+            f"{result} not written ({reason}). Nothing is lost: {trainer.checkpoints.latest()} has "
+            "what was trained. Make room and run the same command with --resume."
+        ) from error
 
 
 def _record(run: Run, trainer: Trainer, rows: list[dict[str, str]]) -> RunRecord:
