@@ -2,9 +2,13 @@ import json
 import shutil
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from nabla_attn.cli import app
+from nabla_attn.cli.train_model import _sampler, read_config
+from nabla_attn.config import parse
+from nabla_attn.schedule import Schedule
 from nabla_attn.training.logbook import read_log
 
 WORLD = ("data.folder=world", "data.clips=3", "data.validation=1", "data.frames=5")
@@ -115,6 +119,44 @@ def test_what_does_not_fit_the_model_is_one_line(tiny_wan, tmp_path, overrides, 
     arguments = ("finetune", f"model={tiny_wan}", *SMALL, *overrides)
     one_line(nabla_train(*arguments, "--output", tmp_path / "run"), *words)
     assert not (tmp_path / "run" / "log.csv").exists()
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_what_was_not_saved_is_not_said_to_be(tiny_wan, tmp_path, monkeypatch, is_saved):
+    def stop(config, model, folder, **options):
+        if is_saved:
+            (folder / "checkpoints" / "step-00000001").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nabla_attn.training.train.train", stop)
+    result = nabla_train("finetune", f"model={tiny_wan}", *SMALL, "--output", tmp_path / "run")
+    assert result.exit_code == 130 and ("saved" in result.stderr) == is_saved
+
+
+def test_too_little_memory_is_one_line(tiny_wan, tmp_path, monkeypatch):
+    def fill(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nSee ...")
+
+    monkeypatch.setattr("nabla_attn.training.train.train", fill)
+    result = nabla_train("finetune", f"model={tiny_wan}", *SMALL, "--output", tmp_path / "run")
+    one_line(result, "9 GiB", "gradient_checkpointing=true")
+
+
+def test_samples_follow_the_schedule(tiny_wan, tmp_path, monkeypatch):
+    path = tmp_path / "schedule.json"
+    schedule = Schedule(algorithm=parse("nabla-0.3"), dense_first_steps=1, dense_layers=(0,))
+    path.write_text(schedule.to_json())
+    requests = []
+    monkeypatch.setattr(
+        "nabla_attn.evaluation.samples.SampleMaker",
+        lambda pipeline, request, *_: requests.append(request),
+    )
+    config = read_config("finetune", [*WORLD, f"sparsity.schedule={path}"], None)
+    _sampler(config, tiny_wan, tmp_path, None, (5, 32, 32))
+    assert [request.schedule for request in requests] == [schedule]
+    shared = read_config("finetune", [*WORLD, "context_parallel=2"], None)
+    with pytest.warns(UserWarning, match="no samples"):
+        assert _sampler(shared, tiny_wan, tmp_path, None, (5, 32, 32)) is None
 
 
 def test_other_models_need_data_of_their_own(tiny_wan, tmp_path):

@@ -52,12 +52,13 @@ def test_dense_steps_are_spread_evenly():
 
 def test_rules_about_denoising_steps_do_not_apply(tmp_path):
     path = tmp_path / "schedule.json"
-    schedule = Schedule(algorithm=parse("nabla-0.5"), dense_first_steps=3, dense_layers=(-1,))
+    rules = {"dense_first_steps": 3, "reuse_steps": 4, "reuse_guidance": True}
+    schedule = Schedule(algorithm=parse("nabla-0.5"), dense_layers=(-1,), **rules)
     path.write_text(schedule.to_json())
-    read = read_schedule(SparsityConfig(schedule=str(path)))
-    assert read.dense_first_steps == 0 and read.dense_layers == (-1,)
+    assert read_schedule(SparsityConfig(schedule=str(path))) == schedule
     model = tiny_wan_transformer()
     sparsity = Sparsity(model, SparsityConfig(schedule=str(path)))
+    assert sparsity.schedule == Schedule(algorithm=parse("nabla-0.5"), dense_layers=(-1,))
     sparsity.set_target()
     forward(model)
     first, last = sparsity.densities()

@@ -1,5 +1,6 @@
 """``nabla train`` for any model: read the configuration, load, check or train, show."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -49,20 +50,36 @@ def train_model(
     quiet_libraries()
     for place, stage in stages:
         if check:
-            _show_check(stage, model, place)
+            with _within_memory():
+                _show_check(stage, model, place)
             continue
         done = finished_stage(place, to_plain(stage), allow_changes=allow_changes)
         if done is None or len(stages) == 1:
-            done = _train(stage, model, place, resume=resume, allow_changes=allow_changes)
+            with _within_memory():
+                done = _train(stage, model, place, resume=resume, allow_changes=allow_changes)
         model = done
     if not check and _is_main():
         use = "load it with load_lora_weights" if config.lora.rank else f"--model {model}"
         typer.echo(f"{model}: done. Use it: {use}.")
 
 
+@contextmanager
+def _within_memory() -> Iterator[None]:
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{str(error).splitlines()[0]} Use gradient_checkpointing=true, precision=bfloat16, "
+            "lora.rank=16, a smaller data.batch with accumulation, or smaller clips."
+        ) from error
+
+
 def _train(
     config: "TrainConfig", model: Path, folder: Path, *, resume: bool, allow_changes: bool
 ) -> Path:
+    from nabla_attn.training.checkpoint import Checkpoints
     from nabla_attn.training.train import train
 
     dataset, sample = _world(config, model, folder)
@@ -79,7 +96,7 @@ def _train(
                 sample=sample,
             )
     except KeyboardInterrupt:
-        if _is_main():
+        if _is_main() and Checkpoints(folder / "checkpoints").latest():
             typer.echo(f"{folder}: saved. The same command with --resume goes on.", err=True)
         raise
 
@@ -149,8 +166,14 @@ def _sampler(
         return None
     from nabla_attn.evaluation.samples import SampleMaker
     from nabla_attn.generation.request import GenerationRequest, ModelDefaults
+    from nabla_attn.training.sparsity import read_schedule
 
+    if config.sharding == "fsdp" or config.context_parallel > 1:
+        # One process generates, and of such a model it has a part.
+        warnings.warn("no samples are made with sharding or context_parallel.", stacklevel=2)
+        return None
     defaults = ModelDefaults.load(model)
+    schedule = read_schedule(config.sparsity) if config.sparsity.schedule else None
     frames, height, width = size
     request = GenerationRequest(
         prompt="",
@@ -159,7 +182,8 @@ def _sampler(
         width=width,
         steps=defaults.steps,
         guidance=defaults.guidance,
-        sparse_algo=config.sparsity.algorithm,
+        sparse_algo=str(schedule.algorithm) if schedule else config.sparsity.algorithm,
+        schedule=schedule,
     )
     samples = folder / "samples"
     return SampleMaker(pipeline, request, config.watch.prompts, samples, config.part)

@@ -27,7 +27,15 @@ class Sparsity:
 
     def __init__(self, module: nn.Module, config: SparsityConfig) -> None:
         self.config = config
-        self.schedule = read_schedule(config)
+        # Rules about denoising steps do not apply to training.
+        self.schedule = replace(
+            read_schedule(config),
+            dense_first_steps=0,
+            dense_last_steps=0,
+            step_overrides={},
+            reuse_steps=1,
+            reuse_guidance=False,
+        )
         self._state: Any = None
         is_dense = self.schedule.algorithm.is_dense and not self.schedule.layer_overrides
         if not is_dense:
@@ -87,7 +95,7 @@ class Sparsity:
 
 
 def read_schedule(config: SparsityConfig) -> Schedule:
-    """The schedule of a configuration; rules about denoising steps do not apply to training.
+    """The schedule of a configuration.
 
     Raises:
         ValueError: The schedule file cannot be read.
@@ -95,11 +103,10 @@ def read_schedule(config: SparsityConfig) -> Schedule:
     if config.schedule is None:
         return Schedule(algorithm=parse(config.algorithm))
     try:
-        schedule = Schedule.from_json(Path(config.schedule).read_text(encoding="utf-8"))
+        return Schedule.from_json(Path(config.schedule).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"sparsity.schedule {config.schedule}: {reason}") from None
-    return replace(schedule, dense_first_steps=0, dense_last_steps=0, step_overrides={})
 
 
 def ramped(schedule: Schedule, progress: float) -> Schedule:
