@@ -50,11 +50,14 @@ def behind_template(count):
         if max_length is not None:
             options["max_length"] = max_length - count
         found = words(text, **options)
+        if "return_tensors" not in options:
+            return found
         for name in ("input_ids", "attention_mask"):
             start = torch.ones(len(text), count, dtype=torch.long)
             found[name] = torch.cat([start, found[name]], 1)
         return found
 
+    tokenize.unk_token_id = words.unk_token_id
     return tokenize
 
 

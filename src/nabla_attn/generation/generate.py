@@ -1,6 +1,7 @@
 """One video from one request: apply the algorithm, sample, measure, restore."""
 
 import hashlib
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -80,9 +81,15 @@ def warm_up(pipeline: Any, request: GenerationRequest) -> None:
     config = parse(request.sparse_algo)
     # Without dense first steps, or the one step would not touch the algorithm.
     schedule = None if config.is_dense else Schedule(algorithm=config)
-    short = replace(request, steps=1, schedule=schedule)
+    # Mochi's times need two steps; the second is not run.
+    short = replace(request, steps=2, schedule=schedule)
     with _attending(pipeline, short):
-        sample(pipeline, short, output_type="latent")
+        sample(pipeline, short, output_type="latent", callback_on_step_end=_stop)
+
+
+def _stop(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    pipeline._interrupt = True
+    return tensors
 
 
 def _attending(pipeline: Any, request: GenerationRequest) -> AbstractContextManager[Any]:
@@ -98,7 +105,11 @@ def _attending(pipeline: Any, request: GenerationRequest) -> AbstractContextMana
 
 
 def sample(pipeline: Any, request: GenerationRequest, **options: Any) -> Any:
-    """The request's frames, as the pipeline gives them; options replace arguments of its call."""
+    """The request's frames, as the pipeline gives them; options replace arguments of its call.
+
+    Raises:
+        ValueError: the pipeline does not take one of them.
+    """
     pipeline.set_progress_bar_config(disable=True)
     call = {
         "prompt": request.prompt,
@@ -112,7 +123,14 @@ def sample(pipeline: Any, request: GenerationRequest, **options: Any) -> Any:
         "generator": torch.Generator("cpu").manual_seed(request.seed),
         "output_type": "np",
     }
-    return pipeline(**(call | options)).frames
+    call |= options
+    unknown = call.keys() - inspect.signature(pipeline.__call__).parameters
+    if unknown:
+        raise ValueError(
+            f"{type(pipeline).__name__} takes no {', '.join(sorted(unknown))}, so it cannot be run "
+            "from here. Use nabla_attn.apply(pipeline, ...) and call it in your own code."
+        )
+    return pipeline(**call).frames
 
 
 def _to_uint8(video: np.ndarray) -> np.ndarray:

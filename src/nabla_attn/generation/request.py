@@ -9,6 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from nabla_attn.config import parse
+from nabla_attn.models.sizes import (
+    denoisers,
+    fits_frames,
+    side_multiple,
+    token_grid,
+    vae_strides,
+)
 from nabla_attn.schedule import Schedule
 
 
@@ -136,10 +143,7 @@ def check_request(pipeline: Any, request: GenerationRequest) -> None:
 
 def video_tokens(pipeline: Any, request: GenerationRequest) -> tuple[int, int, int]:
     """The transformer's token grid (frames, height, width) for a request."""
-    steps = _token_steps(pipeline)
-    latent_frames = (request.frames - 1) // pipeline.vae_scale_factor_temporal + 1
-    patch_frames = steps[0] // pipeline.vae_scale_factor_temporal
-    return latent_frames // patch_frames, request.height // steps[1], request.width // steps[2]
+    return token_grid(pipeline, request.frames, request.height, request.width)
 
 
 def check_seed(seed: int) -> int:
@@ -153,24 +157,8 @@ def check_seed(seed: int) -> int:
     return seed
 
 
-def denoisers(pipeline: Any) -> list[Any]:
-    """The pipeline's video transformers: one, or two for Wan 2.2."""
-    parts = (getattr(pipeline, name, None) for name in ("transformer", "transformer_2"))
-    return [part for part in parts if part is not None]
-
-
-def _token_steps(pipeline: Any) -> tuple[int, int, int]:
-    """Video frames, pixel rows and pixel columns that one token stands for."""
-    patch = denoisers(pipeline)[0].config.patch_size
-    patch = (1, patch, patch) if isinstance(patch, int) else tuple(patch)
-    spatial, temporal = pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal
-    return patch[0] * temporal, patch[1] * spatial, patch[2] * spatial
-
-
 def _check_size(pipeline: Any, request: GenerationRequest) -> None:
-    step_frames, step_height, step_width = _token_steps(pipeline)
-    # diffusers' Wan pipelines refuse sizes off a grid of 16 whatever the patch size.
-    for name, step in (("height", math.lcm(16, step_height)), ("width", math.lcm(16, step_width))):
+    for name, step in zip(("height", "width"), side_multiple(pipeline), strict=True):
         value = getattr(request, name)
         if value % step:
             below, above = value // step * step, (value // step + 1) * step
@@ -178,12 +166,12 @@ def _check_size(pipeline: Any, request: GenerationRequest) -> None:
                 f"{name} {value} does not fit this model: it takes multiples of {step}. "
                 f"Nearest: {f'{below} or {above}' if below else above}."
             )
-    excess = (request.frames - 1) % step_frames
-    if excess:
-        below = request.frames - excess
+    if not fits_frames(pipeline, request.frames):
+        step, _ = vae_strides(pipeline)
+        below = (request.frames - 1) // step * step + 1
         raise ValueError(
-            f"frames {request.frames} does not fit this model: it takes {step_frames}n+1. "
-            f"Nearest: {below} or {below + step_frames}."
+            f"frames {request.frames} does not fit this model: it takes {step}n+1. "
+            f"Nearest: {below} or {below + step}."
         )
     limit = getattr(denoisers(pipeline)[0].config, "rope_max_seq_len", None)
     grid = video_tokens(pipeline, request)

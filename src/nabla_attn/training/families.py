@@ -5,12 +5,14 @@ pipeline itself runs until its transformer is called (`training.encoders`), so t
 generation would use.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from nabla_attn.models.grids import patch_size
+from nabla_attn.models.sizes import side_multiple, vae_strides
 
 EXTRA_CHANNELS = "extra_channels"
 """Condition: zero channels that the transformer expects after those of the latents."""
@@ -129,8 +131,9 @@ def family_of(pipeline: Any) -> Family:
                 f"this {family.pipeline} has no {meaning}. Training needs the whole pipeline: "
                 f"load a directory whose model_index.json names {name}."
             )
-    if family.layout == "tokens c" and _patch(pipeline) != (1, 1, 1):
-        raise ValueError(f"{family.pipeline} with patches of {_patch(pipeline)} cannot be trained.")
+    patch = patch_size(pipeline.transformer)
+    if family.layout == "tokens c" and patch != (1, 1, 1):
+        raise ValueError(f"{family.pipeline} with patches of {patch} cannot be trained.")
     return family
 
 
@@ -156,12 +159,11 @@ def size_steps(pipeline: Any) -> tuple[int, int, int]:
     Returns:
         (fewest frames, step of frames, step of height and width).
     """
-    temporal, spatial = _strides(pipeline)
-    patch_frames, patch, _ = _patch(pipeline)
+    temporal, _ = vae_strides(pipeline)
+    patch_frames, _, _ = patch_size(pipeline.transformer)
     # The latent frames, 1 + (frames - 1) / temporal, are cut into patches.
     fewest = 1 + (patch_frames - 1) * temporal
-    # diffusers' pipelines refuse sizes off a grid of 16 whatever their patches.
-    return fewest, patch_frames * temporal, math.lcm(16, spatial * patch)
+    return fewest, patch_frames * temporal, side_multiple(pipeline)[0]
 
 
 def check_size(pipeline: Any, frames: int, height: int, width: int) -> None:
@@ -188,26 +190,3 @@ def is_by_grid(family: Family, name: str) -> bool:
 def _first(value: Tensor) -> Any:
     """One of equal entries; numbers as numbers."""
     return value[0].item() if value.ndim == 1 else value[0]
-
-
-def _strides(pipeline: Any) -> tuple[int, int]:
-    """Video frames of a latent frame, and pixels along a side of a latent pixel."""
-    found = []
-    for axis in ("temporal", "spatial"):
-        names = (
-            f"vae_scale_factor_{axis}",
-            f"vae_{axis}_scale_factor",
-            f"vae_{axis}_compression_ratio",
-        )
-        name = next(name for name in names if hasattr(pipeline, name))
-        found.append(int(getattr(pipeline, name)))
-    return found[0], found[1]
-
-
-def _patch(pipeline: Any) -> tuple[int, int, int]:
-    """Latent frames, rows and columns of a token."""
-    config = pipeline.transformer.config
-    patch = config.patch_size
-    if isinstance(patch, int):
-        return (config.get("patch_size_t") or 1, patch, patch)
-    return tuple(patch)
