@@ -1,5 +1,7 @@
 """LPIPS, CLIP, motion, and the judge of prompts."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -112,6 +114,20 @@ def test_clip_score(clip_directory, monkeypatch):
     assert prepared[0, 0, 3, 3].item() == pytest.approx((1 - 0.48145466) / 0.26862954, rel=1e-4)
     with pytest.raises(ValueError, match="cannot load a CLIP"):
         ClipScore(clip_directory / "nothing")
+
+
+def test_clip_computes_in_fp32_whatever_its_weights_are_stored_in(
+    clip_directory, tmp_path, monkeypatch
+):
+    import transformers
+
+    monkeypatch.setattr(transformers, "CLIPTokenizerFast", transformers.PreTrainedTokenizerFast)
+    short, long = (shutil.copytree(clip_directory, tmp_path / name) for name in ("short", "long"))
+    model = transformers.CLIPModel.from_pretrained(clip_directory).bfloat16()
+    model.save_pretrained(short)
+    model.float().save_pretrained(long)
+    frames = noise(3, 48, 64, 3)
+    assert ClipScore(short)(frames, "a red circle") == ClipScore(long)(frames, "a red circle")
 
 
 def test_motion_of_a_still_error_is_perfect():

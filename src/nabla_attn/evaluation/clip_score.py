@@ -32,7 +32,7 @@ class ClipScore:
 
         try:
             self._model = CLIPModel.from_pretrained(
-                directory, local_files_only=True, use_safetensors=True
+                directory, local_files_only=True, use_safetensors=True, dtype=torch.float32
             ).eval()
             self._tokenizer = CLIPTokenizerFast.from_pretrained(directory, local_files_only=True)
         except Exception as error:
