@@ -253,6 +253,31 @@ def synthetic(values, algo="nabla-0.5", prompts=None, **numbers):
     }  # fmt: skip
 
 
+def test_what_only_some_videos_were_measured_for_is_over_the_same_videos():
+    # An algorithm that came later was probed on fewer prompts.
+    def probes(*masses):
+        cells = [mass and [[mass]] for mass in masses]
+        return [
+            mass and {"true_mass": mass, "true_mass_per_step_and_layer": cell}
+            for mass, cell in zip(masses, cells, strict=True)
+        ]
+
+    records = {"dense": synthetic([None] * 3, "dense")}
+    for algo, masses in (("nabla-0.5", (0.9, 0.1, 0.2)), ("topk-0.2", (0.8, None, None))):
+        items = synthetic([20.0] * 3, algo, probe=probes(*masses))
+        for record in items.values():
+            if record.numbers["probe"] is None:
+                del record.numbers["probe"]
+        records[algo] = items
+    summary = summarise(records)
+    for algo, mass in (("nabla-0.5", 0.9), ("topk-0.2", 0.8)):
+        assert summary[algo]["true_mass"]["value"] == mass
+        assert summary[algo]["true_mass"]["count"] == 1
+        assert summary[algo]["ssim"]["count"] == 3
+    assert mean_maps(records, "true_mass") == {"nabla-0.5": [[0.9]], "topk-0.2": [[0.8]]}
+    assert "true_mass" not in summary["dense"]
+
+
 def test_one_run_that_was_held_up_does_not_move_the_seconds():
     times = [[{"transformer": s} for s in row] for row in ((5.0, 5.0, 5.0), (2.0, 900.0, 2.0))]
     records = {

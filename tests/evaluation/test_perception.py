@@ -164,9 +164,10 @@ def test_prompts(tmp_path):
     assert read_prompts(tmp_path / "a.txt") == ["one", "two"]
     (tmp_path / "a.json").write_text('[{"prompt_en": "one", "dimension": []}, "two"]')
     assert read_prompts(tmp_path / "a.json") == ["one", "two"]
-    (tmp_path / "b.json").write_text('{"a": 1}')
-    with pytest.raises(ValueError, match=r"b\.json"):
-        read_prompts(tmp_path / "b.json")
+    for wrong in ('{"a": 1}', '[{"prompt_en": ["one"]}]', '[{"prompt_en": 5}]', "[[]]"):
+        (tmp_path / "b.json").write_text(wrong)
+        with pytest.raises(ValueError, match=r"b\.json"):
+            read_prompts(tmp_path / "b.json")
     (tmp_path / "c.txt").write_text('\ufeffone\n# a remark\n{"prompt": "two"}\n')
     assert read_prompts(tmp_path / "c.txt") == ["one", "two"]
     (tmp_path / "d.txt").write_text('{"prompt": "two", "seed": 1}\n')

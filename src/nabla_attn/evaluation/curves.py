@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nabla_attn.config import parse
-from nabla_attn.evaluation.summary import Records
+from nabla_attn.evaluation.summary import Records, measured_items
 from nabla_attn.files import whole_file
 
 INK, MUTED, RULE = "#1b1f24", "#667080", "#d8dee6"
@@ -105,13 +105,14 @@ def draw_true_mass(records: Records, path: str | Path) -> None:
 
 
 def mean_maps(records: Records, measure: str) -> dict[str, list[list[float]]]:
-    """Mean over probed items of a measure: algorithm -> [steps][layers]."""
+    """Mean of a measure over the items that all probed algorithms have: [steps][layers] of each."""
     result = {}
+    probed = measured_items(records, lambda record: record.numbers.get("probe"))
     for algo, items in sorted(records.items()):
         found = [
-            record.numbers["probe"][f"{measure}_per_step_and_layer"]
-            for record in items.values()
-            if "probe" in record.numbers
+            items[name].numbers["probe"][f"{measure}_per_step_and_layer"]
+            for name in probed
+            if "probe" in items[name].numbers
         ]
         if found:
             result[algo] = [

@@ -84,6 +84,8 @@ def read_prompts(path: str | Path) -> list[str]:
         if not isinstance(entries, list):
             raise ValueError("expected a list")
         prompts = [entry if isinstance(entry, str) else entry["prompt_en"] for entry in entries]
+        if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+            raise ValueError(f"{wrong[0]!r} is not a text")
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"cannot read prompts from {path}: {reason}.") from error

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,8 @@ def _place(record: RunRecord, run: Path) -> tuple[str, Item]:
 def summarise(records: Records) -> dict[str, dict[str, Any]]:
     """Mean, 95 % interval and difference to dense of every metric of every algorithm.
 
-    Of `MEDIANS` it is the median, and that of the differences.
+    Of `MEDIANS` it is the median, and that of the differences. Each metric is over the items of
+    `measured_items`.
 
     Intervals resample prompts (all seeds of a prompt go together), the same draws for all
     algorithms; differences are taken pair by pair within each draw.
@@ -136,14 +137,24 @@ def summarise(records: Records) -> dict[str, dict[str, Any]]:
     """
     dense = records["dense"]
     order = ["dense", *sorted(algo for algo in records if algo != "dense")]
+    items = {name: measured_items(records, read) for name, read in METRICS.items()}
     return {
         algo: {
-            name: entry
+            name: _summarise_metric(name, items[name], records[algo], dense)
             for name, read in METRICS.items()
-            if (entry := _summarise_metric(name, read, records[algo], dense)) is not None
+            if any(read(records[algo][item]) is not None for item in items[name])
         }
         for algo in order
     }
+
+
+def measured_items(records: Records, read: Callable[[RunRecord], Any]) -> list[str]:
+    """The items with a value in every algorithm that has any value: those compare."""
+    found = [
+        {item for item, record in items.items() if read(record) is not None}
+        for items in records.values()
+    ]
+    return sorted(set.intersection(*filter(None, found))) if any(found) else []
 
 
 def summary_record(records: Records) -> RunRecord:
@@ -175,14 +186,9 @@ def resample(groups: Mapping[str, list[int]]) -> list[np.ndarray]:
 
 
 def _summarise_metric(
-    name: str,
-    read: Callable[[RunRecord], float | None],
-    ours: dict[str, RunRecord],
-    dense: dict[str, RunRecord],
-) -> dict[str, Any] | None:
-    items = [item for item in sorted(ours) if read(ours[item]) is not None]
-    if not items:
-        return None
+    name: str, items: Sequence[str], ours: dict[str, RunRecord], dense: dict[str, RunRecord]
+) -> dict[str, Any]:
+    read = METRICS[name]
     values = np.array([read(ours[item]) for item in items], dtype=float)
     base = [read(dense[item]) for item in items]
     is_paired = all(value is not None for value in base) and name not in DECIBELS
