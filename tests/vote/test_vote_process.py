@@ -16,6 +16,7 @@ pytest.importorskip("sqlalchemy")
 from tests.vote.study_helpers import ballot, fetch, make_small_study, running
 
 from nabla_attn.vote.database import VoteStore
+from nabla_attn.vote.server import listen
 from nabla_attn.vote.study import QUESTIONS, Study, database_path
 
 NUM_RATERS = 200
@@ -181,9 +182,10 @@ def test_results_come_from_a_second_process_while_serving(tmp_path):
             _, turn = fetch(f"{base}/api/votes", vote, X_Rater=joined["rater"])
         output = tmp_path / "out"
         asked = ["vote", "results", str(folder), "--output", str(output), "--min-controls", "0"]
-        result = CliRunner().invoke(app, asked)
+        result = CliRunner().invoke(app, asked, env={"COLUMNS": "80"})
     assert result.exit_code == 0, result.output
     assert "synthetic raters" in result.output
+    assert "…" not in result.output
     assert {path.name for path in output.iterdir()} == {"results.json", "votes.csv", "chart.png"}
     assert Study.load(folder).admin_token == admin
 
@@ -215,3 +217,27 @@ def test_asking_for_what_is_not_there(tmp_path):
         assert result.exit_code == 2
         assert "nabla vote make" in result.output
     assert CliRunner().invoke(app, ["vote", "--help"]).exit_code == 0
+
+
+def test_results_before_any_vote_are_written_without_a_chart(tmp_path):
+    from typer.testing import CliRunner
+
+    from nabla_attn.cli import app
+
+    study = make_small_study(tmp_path)
+    VoteStore(database_path(tmp_path / "study"), study).close()
+    output = tmp_path / "out"
+    asked = ["vote", "results", str(tmp_path / "study"), "--output", str(output)]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0, result.output
+    assert "without a chart" in result.output
+    assert {path.name for path in output.iterdir()} == {"results.json", "votes.csv"}
+
+
+def test_a_taken_port_and_a_foreign_host_are_named_with_a_remedy():
+    taken = listen("127.0.0.1", 0)
+    taken.listen()
+    for host, port in (("127.0.0.1", taken.getsockname()[1]), ("192.0.2.1", 0)):
+        with pytest.raises(ValueError, match=rf"{host}, port {port}: .*--host and --port"):
+            listen(host, port)
+    taken.close()

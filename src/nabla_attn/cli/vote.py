@@ -120,8 +120,11 @@ def results(
     record = RunRecord("vote", {"title": found.title}, 0, collect_versions(), "raters", counted)
     record.save(output / "results.json")
     write_text(output / "votes.csv", votes_csv(found, rows))
-    draw_chart(counted, output / "chart.png")
-    typer.echo(f"Written: {output}")
+    if counted["votes_counted"]:
+        draw_chart(counted, output / "chart.png")
+        typer.echo(f"Written: {output}")
+    else:
+        typer.echo(f"Written: {output}, without a chart: no vote counts yet.")
 
 
 def _host_of_links(host: str) -> str:
@@ -135,11 +138,13 @@ def _print(counted: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("method", "question")
-    for name in (f"{counted['baseline']} better", "method better", "both good", "both bad"):
-        table.add_column(name, justify="right")
-    for column in ("method - baseline, 95 %", "votes", "agreement"):
-        table.add_column(column, justify="right")
+    table = Table()
+    # Folded where a terminal is narrow: nothing is cut.
+    for name in ("method", "question"):
+        table.add_column(name, overflow="fold")
+    headings = (f"{counted['baseline']} better", "method better", "both good", "both bad")
+    for name in (*headings, "method - baseline, 95 %", "votes", "agreement"):
+        table.add_column(name, justify="right", overflow="fold")
     for method, questions in counted["methods"].items():
         for question, shares in questions.items():
             if not shares["votes"]:

@@ -157,10 +157,10 @@ def measure_agreement(judgements: Sequence[Judgement], question: str) -> float |
 
 def _shares(judgements: Sequence[Judgement], question: str) -> dict[str, Any]:
     """Share of every outcome, and method minus baseline, each as [value, low, high]."""
-    raters = sorted({item.rater for item in judgements})
+    raters = {rater: row for row, rater in enumerate(sorted({item.rater for item in judgements}))}
     counts = np.zeros((len(raters), len(OUTCOMES)))
     for item in judgements:
-        counts[raters.index(item.rater), OUTCOMES.index(item.outcomes[question])] += 1
+        counts[raters[item.rater], OUTCOMES.index(item.outcomes[question])] += 1
     if not raters:
         return {"votes": 0}
     rng = np.random.default_rng(0)
@@ -187,8 +187,10 @@ def _is_right(item: Judgement) -> bool:
 
 def _excluded_raters(judgements: Sequence[Judgement], rule: Exclusion) -> dict[int, str]:
     excluded = {}
-    for rater in {item.rater for item in judgements}:
-        mine = [item for item in judgements if item.rater == rater]
+    by_rater: dict[int, list[Judgement]] = defaultdict(list)
+    for item in judgements:
+        by_rater[item.rater].append(item)
+    for rater, mine in by_rater.items():
         controls = [_is_right(item) for item in mine if item.is_control]
         if len(mine) < rule.min_votes:
             excluded[rater] = f"judged {len(mine)} pairs"

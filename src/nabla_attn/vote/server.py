@@ -154,12 +154,19 @@ def listen(host: str, port: int) -> socket.socket:
     """A bound socket; port 0 takes a free one.
 
     Raises:
-        OSError: the port is taken, or the host is not of this machine.
+        ValueError: the port is taken, or the host is not of this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.bind((host, port))
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        reason = (error.strerror or str(error)).lower()
+        raise ValueError(
+            f"cannot listen on {host}, port {port}: {reason}. Choose others with --host and --port."
+        ) from error
     return bound
 
 
