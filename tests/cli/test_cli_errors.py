@@ -68,6 +68,7 @@ def test_bad_values_get_one_line(good, change, words):
         (["--scaling", "--base", "HEAD"], ["--scaling", "drop --workload, --base"]),
         (["--crossover", "--workload", "map-36k"], ["--crossover", "drop --workload"]),
         (["--layers", "2"], ["--layers", "--model"]),
+        (["--docs", "docs", "--base", "HEAD"], ["--docs", "--workload", "drop --base"]),
     ],
 )
 def test_a_benchmark_ignores_nothing(flags, words, tmp_path):

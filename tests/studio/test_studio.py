@@ -65,6 +65,8 @@ def test_the_page(tiny_wan, pipeline):
     assert "of the token pairs" in facts
     assert 'sandbox="allow-scripts"' in viewer
     assert any("step 1 of 2" in answer[2] for answer in answers)
+    whole = list(studio.run("red circle", str(tiny_wan), "top-k", 1.0, 64, 64, 5, 2, 0))[-1]
+    assert "Identical to dense." in whole[2]
     assert studio.sizes_of(str(tiny_wan))[:2] == (480, 832)
     for wrong in (
         ("x", "elsewhere", "NABLA", 0.4, 64, 64, 5, 2, 0),
@@ -78,6 +80,23 @@ def test_the_page(tiny_wan, pipeline):
         list(studio.run("x", str(tiny_wan), "NABLA", 0.4, None, 64, 5, 2, 0))
     with pytest.raises(ValueError, match="model directory not found"):
         build_studio([str(tiny_wan), "nowhere"], lambda name: pipeline)
+
+
+def test_any_error_is_said_on_the_page(tiny_wan):
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    from gradio_client import Client
+    from gradio_client.exceptions import AppError
+
+    from nabla_attn.studio.page import build_studio, launch
+
+    def load(name):
+        raise RuntimeError("out of memory")
+
+    page = build_studio([str(tiny_wan)], load)
+    client = Client(launch(page, "127.0.0.1", 0), verbose=False)
+    with pytest.raises(AppError, match="out of memory"):
+        client.predict("x", str(tiny_wan), "NABLA", 0.4, 64, 64, 5, 2, 0, api_name="/run")
+    page.close()
 
 
 def test_videos_are_those_of_generate(pipeline, tiny_wan, tmp_path, monkeypatch):

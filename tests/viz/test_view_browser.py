@@ -1,6 +1,7 @@
 """The viewer in real Chromium. SCREENSHOTS=docs/images writes the pictures of the docs."""
 
 import random
+import re
 
 import pytest
 from tests.browser import chromium, open_page, save_screenshot
@@ -118,6 +119,14 @@ def test_all_of_it_works_by_keyboard(maps, address):
         page.keyboard.press("h")
         assert page.evaluate("() => [state.step, state.layer, state.head]") == [1, 2, 1]
         assert page.evaluate(LIT) == maps.mask(1, 2, 1)[start].nonzero()[0].tolist()
+        page.keyboard.press("Shift+ArrowRight")
+        page.keyboard.press("Shift+PageDown")
+        assert page.evaluate("() => state.block") == start
+        text = page.locator("#status").inner_text()
+        mask, scores = maps.mask(1, 2, 1)[start], maps.scores[1, 2, 1, start]
+        rank = int((scores > scores[start + 13]).sum()) + 1
+        assert f"rank {rank} of {maps.num_blocks}" in text
+        assert ("kept" if mask[start + 13] else "dropped") in text
         page.keyboard.press("Shift+H")
         page.keyboard.press("Shift+H")
         assert page.locator("#head-value").inner_text() == "all 4"
@@ -138,6 +147,15 @@ def test_labels_for_screen_readers(address):
         assert all(labels)
         assert sum("by step and layer" in label for label in labels) == 2
         assert any(label.startswith("Kept blocks per row") for label in labels)
+
+
+def test_the_histogram_says_what_it_counted(maps, address):
+    with chromium() as browser:
+        page, _ = ready(browser, address)
+        kept = maps.mask(0, 0, 0).sum(axis=1)
+        for text in page.locator("#histogram title").all_text_contents():
+            low, high, rows = map(int, re.findall(r"\d+", text))
+            assert ((low <= kept) & (kept <= high)).sum() == rows, text
 
 
 def test_the_heat_map_leads_to_its_map(address):

@@ -238,6 +238,33 @@ def test_a_refused_vote_can_be_changed_and_sent_again(folder):
         assert page.locator("#message").inner_text() == ""
 
 
+def test_a_held_key_answers_one_question(folder):
+    with running(folder) as (_, base, link, _), chromium() as browser:
+        page, _ = open_page(browser, f"{base}/s/{link}")
+        page.get_by_role("button", name="Begin").click()
+        page.wait_for_selector("#pair:not([hidden], [aria-busy])")
+        for _ in range(3):
+            page.keyboard.down("2")  # the second and third repeat it
+        page.keyboard.up("2")
+        assert page.locator("#ballot :checked").count() == 1
+
+
+def test_a_pair_judged_in_another_window_is_passed_over(folder):
+    with running(folder) as (_, base, link, _), chromium() as browser:
+        first, _ = open_page(browser, f"{base}/s/{link}")
+        first.get_by_role("button", name="Begin").click()
+        first.wait_for_selector("#pair:not([hidden], [aria-busy])")
+        second = first.context.new_page()
+        second.goto(f"{base}/s/{link}")
+        judge_pair(second, "1111")
+        for key in ("2", "2", "2", "2", "Enter"):
+            first.keyboard.press(key)
+        wait_until(first, lambda: first.locator("#count").inner_text().startswith("1 "))
+        first.wait_for_selector("#pair:not([hidden], [aria-busy])")
+        assert first.locator("#ballot :checked").count() == 0
+        assert first.locator("#message").inner_text() == ""
+
+
 def test_begin_pressed_twice_admits_one_rater(folder):
     with running(folder) as (_, base, link, _), chromium() as browser:
         page, errors = open_page(browser, f"{base}/s/{link}")

@@ -53,6 +53,8 @@ def bench(
             f"{' and '.join(shapes)} measure shapes of their own: drop --workload, --base and "
             "--dry-run."
         )
+    if docs and base and not workload:
+        raise ValueError("--docs alone measures nothing: add --workload, or drop --base.")
     if layers and not model:
         raise ValueError("--layers is the depth of --model: add --model, or drop it.")
     where = resolve_device(device)

@@ -152,7 +152,7 @@ def _match(pipeline: Any, request: Any, algos: list[str], items: Any, match: str
         parse(algo.replace("*", "0.5"))
     by, _, target = match.partition("=")
     try:
-        wanted = float(target or 0)
+        wanted = float(target) if match else 0.0
     except ValueError:
         raise ValueError(f"--match takes NAME=NUMBER such as density=0.3: got {match!r}.") from None
 

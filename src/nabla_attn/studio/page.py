@@ -5,6 +5,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ def launch(page: Any, host: str, port: int) -> str:
         server_port=port or None,
         theme=theme,
         share=False,
+        show_error=True,
         quiet=True,
         allowed_paths=[],
         prevent_thread_lock=True,
@@ -216,10 +218,10 @@ def describe_pair(dense: Made, sparse: Made) -> str:
     ours, theirs = (net_seconds(made.record) for made in (sparse, dense))
     kept = sparse.record.numbers["attention"]["density"]
     psnr = measure_fidelity(sparse.frames, dense.frames).psnr
+    closeness = f"PSNR to dense {psnr:.1f} dB." if isfinite(psnr) else "Identical to dense."
     return (
         f"**{sparse.record.config['sparse_algo']}** kept **{kept:.1%}** of the token pairs: "
-        f"{ours:.2f} s in the transformer against {theirs:.2f} s dense. "
-        f"PSNR to dense {psnr:.1f} dB."
+        f"{ours:.2f} s in the transformer against {theirs:.2f} s dense. {closeness}"
     )
 
 

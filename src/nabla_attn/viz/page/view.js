@@ -183,7 +183,7 @@ function drawHistogram() {
     }
   }
   const numBins = Math.min(24, COUNT), bins = new Array(numBins).fill(0);
-  for (const kept of counts) bins[Math.min(numBins - 1, Math.floor((kept - 1) / COUNT * numBins))]++;
+  for (const kept of counts) bins[Math.ceil(kept * numBins / COUNT) - 1]++;
   const width = 320, height = 90, most = Math.max(...bins);
   const svg = document.createElementNS(SVG, "svg");
   svg.setAttribute("viewBox", `0 0 ${width} ${height + 18}`);
@@ -231,9 +231,15 @@ function set(name, value) {
 }
 
 function choose(block, isHeld) {
-  state.block = block;
+  state.block = state.pointed = block;
   state.isHeld = isHeld;
   describe(draw());
+}
+
+// Tells the score of another block; the chosen one stays.
+function point(block) {
+  state.pointed = block;
+  describe(shares(), block);
 }
 
 function blockAt(event, time) {
@@ -262,7 +268,7 @@ function buildFrames() {
     canvas.setAttribute("aria-hidden", "true");
     canvas.addEventListener("pointermove", (event) => {
       const pointed = blockAt(event, time);
-      if (state.isHeld) describe(shares(), pointed);
+      if (state.isHeld) point(pointed);
       else if (pointed !== state.block) choose(pointed, false);
     });
     canvas.addEventListener("click", (event) => choose(blockAt(event, time), true));
@@ -278,10 +284,12 @@ function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const isRange = event.target.type === "range" || event.target.type === "radio";
   const back = event.shiftKey ? -1 : 1;
-  const [time, row, column] = place(state.block);
+  const [time, row, column] = place(event.shiftKey ? state.pointed : state.block);
   const go = (t, r, c) => {
     const inside = t >= 0 && t < TIME && r >= 0 && r < ROWS && c >= 0 && c < COLUMNS;
-    if (inside) choose((t * ROWS + r) * COLUMNS + c, true);
+    const block = (t * ROWS + r) * COLUMNS + c;
+    if (inside && event.shiftKey) point(block);
+    else if (inside) choose(block, true);
   };
   const actions = {
     s: () => set("step", state.step + back), l: () => set("layer", state.layer + back),
@@ -316,7 +324,7 @@ async function start() {
     radio.addEventListener("change", () => { state.direction = radio.value; update(); });
   }
   buildFrames();
-  state.block = (Math.floor(TIME / 2) * ROWS + Math.floor(ROWS / 2)) * COLUMNS + Math.floor(COLUMNS / 2);
+  state.block = state.pointed = (Math.floor(TIME / 2) * ROWS + Math.floor(ROWS / 2)) * COLUMNS + Math.floor(COLUMNS / 2);
   document.addEventListener("keydown", onKey);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", update);
   update();

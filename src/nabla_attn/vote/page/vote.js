@@ -192,6 +192,7 @@ async function send() {
   try {
     await present(await retry(() => call("/api/votes", ballot)));
   } catch (error) {
+    if (error.status === 409) return goOn();  // judged in another window
     setReady(true);
     fail(error);
   }
@@ -237,7 +238,17 @@ function onKey(event) {
   const action = actions[event.key];
   if (!action) return;
   event.preventDefault();
-  if (isReady) action();
+  // A key held a moment too long must not answer the next question too.
+  if (isReady && (!event.repeat || event.key.startsWith("Arrow"))) action();
+}
+
+async function goOn() {
+  try {
+    await present(await retry(() => call("/api/next")));
+  } catch (error) {
+    if (error.status === 404) show("welcome");
+    else fail(error);
+  }
 }
 
 async function begin() {
@@ -264,12 +275,7 @@ async function start() {
   document.addEventListener("keydown", onKey);
   requestAnimationFrame(watch);
   if (!rater) return show("welcome");
-  try {
-    await present(await retry(() => call("/api/next")));
-  } catch (error) {
-    if (error.status === 404) show("welcome");
-    else fail(error);
-  }
+  await goOn();
 }
 
 start();
