@@ -258,7 +258,7 @@ def test_what_only_some_videos_were_measured_for_is_over_the_same_videos():
     def probes(*masses):
         cells = [mass and [[mass]] for mass in masses]
         return [
-            mass and {"true_mass": mass, "true_mass_per_step_and_layer": cell}
+            mass and {"true_mass": mass, "true_mass_per_step_and_layer": cell, "density": mass / 2}
             for mass, cell in zip(masses, cells, strict=True)
         ]
 
@@ -273,6 +273,7 @@ def test_what_only_some_videos_were_measured_for_is_over_the_same_videos():
     for algo, mass in (("nabla-0.5", 0.9), ("topk-0.2", 0.8)):
         assert summary[algo]["true_mass"]["value"] == mass
         assert summary[algo]["true_mass"]["count"] == 1
+        assert summary[algo]["probe_density"]["value"] == mass / 2
         assert summary[algo]["ssim"]["count"] == 3
     assert mean_maps(records, "true_mass") == {"nabla-0.5": [[0.9]], "topk-0.2": [[0.8]]}
     assert "true_mass" not in summary["dense"]

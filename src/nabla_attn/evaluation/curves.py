@@ -126,10 +126,13 @@ def _draw_panel(
     axes: Any, summary: Mapping[str, Mapping[str, Any]], quality: str, cost: str
 ) -> None:
     groups: dict[str, list[tuple[float, Any, str]]] = {}
+    along = "probe_density" if (quality, cost) == ("true_mass", "density") else cost
     for algo, metrics in summary.items():
-        if quality not in metrics or cost not in metrics or metrics[quality]["value"] is None:
+        if quality not in metrics or along not in metrics or metrics[quality]["value"] is None:
             continue
-        groups.setdefault(family(algo), []).append((metrics[cost]["value"], metrics[quality], algo))
+        groups.setdefault(family(algo), []).append(
+            (metrics[along]["value"], metrics[quality], algo)
+        )
     for name, points in groups.items():
         colour, marker = FAMILIES[name]
         points.sort(key=lambda point: point[0])

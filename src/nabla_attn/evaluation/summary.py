@@ -53,6 +53,8 @@ METRICS: dict[str, Callable[[RunRecord], float | None]] = {
     "density": lambda record: _dig(record, ("attention", "density")),
     "seconds": lambda record: _dig(record, ("seconds", "transformer")),
     "memory_bytes": lambda record: _dig(record, ("memory_bytes",)),
+    # Not "density": the probed items are fewer.
+    "probe_density": lambda record: _dig(record, ("probe", "density")),
     **{
         name: partial(_dig, keys=("probe", name))
         for name in ("kept_mass", "true_mass", "best_mass", "output_error")

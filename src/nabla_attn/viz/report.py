@@ -29,7 +29,7 @@ JUDGE: dict[str, tuple[str, str]] = {
     for name in ("all", "number", "colour", "shape", "direction", "size", "background")
 }
 LOSSES: dict[str, tuple[str, str]] = {
-    "density": ("pairs kept", "{:.1%}"),
+    "probe_density": ("pairs kept", "{:.1%}"),
     "kept_mass": ("mass in the pooled map", "{:.1%}"),
     "true_mass": ("true mass", "{:.1%}"),
     "best_mass": ("best possible", "{:.1%}"),
