@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from tests.training.clips import make_clips, small_config, start_process, train_clips
 
@@ -101,6 +102,15 @@ def test_signals_save_and_stop(tiny_wan, tmp_path, whole, kind):
 def test_a_begun_run_is_not_overwritten(tiny_wan, whole):
     with pytest.raises(ValueError, match="--resume"):
         run(small_config(**FULL), tiny_wan, whole)
+
+
+def test_a_run_that_goes_on_elsewhere_keeps_its_folder(tiny_wan, tmp_path):
+    with (
+        FileLock(tmp_path / ".lock"),
+        pytest.raises(ValueError, match="another run writes to"),
+    ):
+        run(small_config(), tiny_wan, tmp_path)
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_changes_are_named_and_refused_unless_allowed(tiny_wan, tmp_path):

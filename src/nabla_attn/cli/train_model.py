@@ -59,8 +59,16 @@ def train_model(
                 done = _train(stage, model, place, resume=resume, allow_changes=allow_changes)
         model = done
     if not check and _is_main():
-        use = "load it with load_lora_weights" if config.lora.rank else f"--model {model}"
-        typer.echo(f"{model}: done. Use it: {use}.")
+        typer.echo(f"{model}: done. Use it: {_use(config, model)}.")
+
+
+def _use(config: "TrainConfig", result: Path) -> str:
+    """How a result is loaded."""
+    if not config.lora.rank:
+        return f"--model {result}"
+    # diffusers puts adapters into the first transformer unless it is told.
+    second = ", load_into_transformer_2=True" if config.part == "transformer_2" else ""
+    return f'pipeline.load_lora_weights("{result}"{second})'
 
 
 @contextmanager

@@ -3,9 +3,12 @@
 import json
 import math
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from nabla_attn.files import write_text
@@ -58,12 +61,25 @@ def train(
     run = prepare(config, load_parts(model, config.part), dataset)
     probe(run)
     trainer = Trainer(run, folder, report=report, sample=sample)
-    if resume:
-        trainer.resume(allow_changes=allow_changes)
-    if trainer.is_main:
-        write_text(folder / "config.json", json.dumps(to_plain(config), indent=2) + "\n")
-    trainer.fit()
-    return finish(run, trainer)
+    with _alone(folder) if trainer.is_main else nullcontext():
+        if resume:
+            trainer.resume(allow_changes=allow_changes)
+        if trainer.is_main:
+            write_text(folder / "config.json", json.dumps(to_plain(config), indent=2) + "\n")
+        trainer.fit()
+        return finish(run, trainer)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; the system lets go when the process ends, however."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(folder / ".lock", blocking=False).acquire()
+    except Timeout:
+        raise ValueError(f"another run writes to {folder} now. Choose another --output.") from None
+    with lock:
+        yield
 
 
 def refuse_begun(folder: Path, resume: bool) -> None:
