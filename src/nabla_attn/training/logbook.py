@@ -66,8 +66,9 @@ class Logbook:
             self._is_whole = False
             warnings.warn(f"{self._path} not written: {error.strerror}.", stacklevel=2)
         with self._without_writer_on_failure():
-            for name, number in entry.row().items() if self._writer else ():
-                self._writer.add_scalar(name, number, entry.step)
+            for name, number in entry.row().items():
+                if self._writer is not None:
+                    self._writer.add_scalar(name, number, entry.step)
 
     def close(self) -> None:
         """Finish the tensorboard file."""
