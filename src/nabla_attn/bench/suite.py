@@ -107,8 +107,7 @@ def run_suite(
             results.append(job.run())
         config = {"workload": name, "rounds": rounds, "left_out": left_out}
         record = make_record("bench", config, results, device)
-        machine = "cpu" if device.type == "cpu" else device_slug(device)
-        paths.append(output / f"bench_{name}_{machine}.json")
+        paths.append(output / f"bench_{name}_{device_name(device)}.json")
         record.save(paths[-1])
     return paths
 
@@ -125,6 +124,11 @@ def make_record(
         device=describe_device(device),
         numbers={"results": results},
     )
+
+
+def device_name(device: torch.device) -> str:
+    """The device in the names of records, where one CPU takes the place of another."""
+    return "cpu" if device.type == "cpu" else device_slug(device)
 
 
 def _check_memory(work: Workload, device: torch.device) -> None:

@@ -29,11 +29,10 @@ from nabla_attn.backends.flex_options import (
 from nabla_attn.bench.gate import check_output, sample_rows, token_rows
 from nabla_attn.bench.inputs import make_inputs
 from nabla_attn.bench.measure import time_in_turn
-from nabla_attn.bench.suite import make_record
+from nabla_attn.bench.suite import device_name, make_record
 from nabla_attn.bench.workloads import Workload, workload
 from nabla_attn.core.order import to_blocks, to_raster
 from nabla_attn.files import write_text
-from nabla_attn.machine import device_slug
 
 # Head dims of 128 and 64.
 WORKLOADS = ("wan14b-720p", "kandinsky5-10s")
@@ -141,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
         ]
     except ValueError as error:
         parser.error(str(error))
-    path = options.output / f"tune_{device_slug(device)}.json"
+    path = options.output / f"tune_{device_name(device)}.json"
     make_record("tune", {"density": DENSITY}, results, device).save(path)
     save_table(results, tuned_file(device), path)
     for result in results:
