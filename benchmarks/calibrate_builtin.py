@@ -1,4 +1,4 @@
-"""Calibrated schedules of the built-in model against one algorithm in all layers, equal density.
+"""Calibrated schedules of the built-in model against one algorithm in all layers, same budgets.
 
 Calibrated on the last held-out prompts, compared with dense attention on the first ones.
 
