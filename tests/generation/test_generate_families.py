@@ -7,6 +7,7 @@ import pytest
 from tests.training import tiny_pipelines
 
 from nabla_attn.generation.generate import generate, sample, warm_up
+from nabla_attn.generation.pipeline import load_pipeline
 from nabla_attn.generation.request import GenerationRequest, check_request, video_tokens
 from nabla_attn.models.plan import plan_of
 from nabla_attn.models.sizes import fits_frames, vae_strides
@@ -49,6 +50,14 @@ def test_a_request_makes_its_video(name, frames, height, width, tokens):
     step, _ = vae_strides(pipeline)
     with pytest.raises(ValueError, match=f"takes {step}n\\+1. Nearest: {frames} or"):
         check_request(pipeline, replace(wanted, frames=frames + 1))
+
+
+@pytest.mark.parametrize(("name", "frames", "height", "width", "tokens"), FAMILIES[:2])
+def test_a_directory_in_bfloat16(name, frames, height, width, tokens, tmp_path):
+    getattr(tiny_pipelines, name)().save_pretrained(tmp_path)
+    pipeline = load_pipeline(tmp_path, device="cpu", dtype="bfloat16")
+    video, _ = generate(pipeline, request(frames, height, width))
+    assert video.shape == (frames, height, width, 3)
 
 
 def test_allegro_takes_even_numbers_of_frames():

@@ -16,6 +16,8 @@ BUILTIN = "builtin"
 BUILTIN_DIRECTORY = Path(__file__).parents[1] / "builtin"
 # Only these may be named in model_index.json: other libraries could run code of the directory.
 LIBRARIES = ("diffusers", "transformers")
+# These hand latents to their VAE in the transformer's dtype.
+ONE_DTYPE = ("CogVideoX", "ConsisID", "EasyAnimate", "Mochi")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -28,7 +30,7 @@ def load_pipeline(
         source: ``"builtin"`` or a directory with a ``model_index.json``.
         device: ``"auto"`` (a GPU if there is one), or a torch device such as ``"cuda:0"``.
         dtype: of transformer and text encoder: a name of :data:`DTYPES`, or ``"auto"``. The VAE
-            stays in float32, where its decoder is exact.
+            stays in float32, where its decoder is exact, unless its pipeline wants one dtype.
 
     Returns:
         The diffusers pipeline, on the device.
@@ -42,8 +44,9 @@ def load_pipeline(
     kind = resolve_dtype(dtype, place)
     index = _read_index(directory)
     pipeline_class = _find_class("diffusers", index["_class_name"], directory)
+    vae_kind = kind if index["_class_name"].startswith(ONE_DTYPE) else torch.float32
     parts = {
-        name: _load_part(directory / name, entry, torch.float32 if name == "vae" else kind)
+        name: _load_part(directory / name, entry, vae_kind if name == "vae" else kind)
         for name, entry in _parts(index)
         if entry[0] is not None
     }
