@@ -7,7 +7,12 @@ from typing import Any
 import numpy as np
 
 from nabla_attn.config import SparseConfig
-from nabla_attn.generation.attention_probe import block_call, measure_losses
+from nabla_attn.generation.attention_probe import (
+    block_call,
+    layers_and_heads,
+    measure_losses,
+    observe_layers,
+)
 
 
 @dataclass(frozen=True)
@@ -46,13 +51,10 @@ class CandidateProbe:
 
     def attach(self, handle: Any) -> None:
         """Observe all layers of a handle."""
-        states = [state for _, state in handle.models]
-        layers = max(len(state.layers) for state in states)
+        layers, _ = layers_and_heads(handle)
         self._sums = np.zeros((2, self._num_steps, layers, len(self._candidates)))
         self._calls = np.zeros((self._num_steps, layers, 1))
-        for state in states:
-            for index, layer in enumerate(state.layers):
-                layer.observer = self._observer(handle, index)
+        observe_layers(handle, self._observe)
 
     def losses(self) -> Losses:
         """The means of the run."""
@@ -61,17 +63,13 @@ class CandidateProbe:
             mean[self._calls[..., 0] == 0] = dense
         return Losses(*means.mean(axis=1))
 
-    def _observer(self, handle: Any, index: int) -> Any:
-        def observe(layer: Any, *arguments: Any) -> None:
-            step = handle.telemetry.forwards[-1].step
-            for number, config in enumerate(self._candidates):
-                density, error = 1.0, 0.0
-                if not config.is_dense:
-                    call = block_call(layer, *arguments, config=config)
-                    # The same tokens for all candidates, so that they differ in nothing else.
-                    lost = measure_losses(call, num_rows=self._num_rows, seed=step * 1000 + index)
-                    density, error = call.block_map.density, lost.output_error.mean().item()
-                self._sums[:, step, index, number] += density, error
-            self._calls[step, index] += 1
-
-        return observe
+    def _observe(self, step: int, index: int, layer: Any, *arguments: Any) -> None:
+        for number, config in enumerate(self._candidates):
+            density, error = 1.0, 0.0
+            if not config.is_dense:
+                call = block_call(layer, *arguments, config=config)
+                # The same tokens for all candidates, so that they differ in nothing else.
+                lost = measure_losses(call, num_rows=self._num_rows, seed=step * 1000 + index)
+                density, error = call.block_map.density, lost.output_error.mean().item()
+            self._sums[:, step, index, number] += density, error
+        self._calls[step, index] += 1

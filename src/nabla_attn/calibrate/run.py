@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ class Calibration:
         if rules is not None and (rules.layer_overrides or rules.step_overrides):
             raise ValueError("the schedule has overrides, which calibration is to find: drop them.")
 
+    @cached_property
+    def _identity(self) -> dict[str, str | None]:
+        # Once: it reads files of the model, and every record is held against it.
+        return model_identity(self.pipeline)
+
     def measure(
         self,
         prompts: Sequence[str],
@@ -84,7 +90,7 @@ class Calibration:
             sparse_algo=EVERYTHING,
             schedule=self._rules(parse(EVERYTHING)),
         )
-        settings = run.to_dict() | model_identity(self.pipeline)
+        settings = run.to_dict() | self._identity
         settings |= {"candidates": list(map(str, self.candidates)), "num_rows": self.num_rows}
         if path.is_file():
             return check_settings(path, settings)

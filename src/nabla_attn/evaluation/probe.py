@@ -8,8 +8,13 @@ import torch
 from torch import Tensor
 
 from nabla_attn.files import whole_file
-from nabla_attn.generation.attention_probe import block_call, measure_losses, pooled_mass
-from nabla_attn.models.modules import num_heads
+from nabla_attn.generation.attention_probe import (
+    block_call,
+    layers_and_heads,
+    measure_losses,
+    observe_layers,
+    pooled_mass,
+)
 
 MEASURES = ("density", "kept_mass", "true_mass", "best_mass", "output_error")
 DENSE = {"density": 1.0, "kept_mass": 1.0, "true_mass": 1.0, "best_mass": 1.0, "output_error": 0.0}
@@ -63,14 +68,10 @@ class AttentionProbe:
 
     def attach(self, handle: Any) -> None:
         """Observe all layers of a handle."""
-        states = [state for _, state in handle.models]
-        layers = max(len(state.layers) for state in states)
-        heads = max(num_heads(module) for state in states for module in state.modules.values())
+        layers, heads = layers_and_heads(handle)
         self._sums = torch.zeros(len(MEASURES), self._num_steps, layers, heads)
         self._calls = torch.zeros(self._num_steps, layers, 1)
-        for state in states:
-            for index, layer in enumerate(state.layers):
-                layer.observer = self._observer(handle, index)
+        observe_layers(handle, self._observe)
 
     def result(self) -> ProbeResult:
         """The measures; what did not run sparse counts as dense."""
@@ -81,20 +82,16 @@ class AttentionProbe:
             values[name] = means.contiguous()
         return ProbeResult(values)
 
-    def _observer(self, handle: Any, index: int) -> Any:
-        def observe(layer: Any, *arguments: Any) -> None:
-            step = handle.telemetry.forwards[-1].step
-            assert self._sums is not None and step is not None
-            call = block_call(layer, *arguments)
-            losses = measure_losses(call, num_rows=self._num_rows, seed=step * 1000 + index)
-            parts = (
-                call.block_map.head_density[0].cpu(),
-                pooled_mass(call).cpu(),
-                losses.true_mass,
-                losses.best_mass,
-                losses.output_error,
-            )
-            self._sums[:, step, index] += torch.stack([part.float() for part in parts])
-            self._calls[step, index] += 1
-
-        return observe
+    def _observe(self, step: int, index: int, layer: Any, *arguments: Any) -> None:
+        assert self._sums is not None
+        call = block_call(layer, *arguments)
+        losses = measure_losses(call, num_rows=self._num_rows, seed=step * 1000 + index)
+        parts = (
+            call.block_map.head_density[0].cpu(),
+            pooled_mass(call).cpu(),
+            losses.true_mass,
+            losses.best_mass,
+            losses.output_error,
+        )
+        self._sums[:, step, index] += torch.stack([part.float() for part in parts])
+        self._calls[step, index] += 1

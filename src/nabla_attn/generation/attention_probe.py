@@ -1,5 +1,6 @@
 """What block-sparse attention loses, from exact attention on sampled query tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from nabla_attn.core.order import TokenLayout, block_order, to_blocks
 from nabla_attn.core.scores import score_blocks
 from nabla_attn.mapping import pool_video
 from nabla_attn.models.maps import map_of_last_sample
+from nabla_attn.models.modules import num_heads
 from nabla_attn.models.plan import Layer, plan_of
 
 MAX_SCORES = 2**26  # exact scores held at once: 256 MB in fp32
@@ -36,6 +38,29 @@ class BlockCall:
     layout: TokenLayout
     block_map: BlockMap
     scale: float
+
+
+def observe_layers(handle: Any, observe: Callable[..., None]) -> None:
+    """Have ``observe(step, index, layer, *arguments)`` called after every sparse call.
+
+    Args:
+        handle: of the sparse attention; the layers of both transformers of Wan 2.2 are observed.
+        observe: given the denoising step (None where it is not known), the layer's index, the
+            layer, and the arguments of its observer.
+    """
+
+    def observer(index: int) -> Callable[..., None]:
+        return lambda *call: observe(handle.telemetry.forwards[-1].step, index, *call)
+
+    for _, state in handle.models:
+        for index, layer in enumerate(state.layers):
+            layer.observer = observer(index)
+
+
+def layers_and_heads(handle: Any) -> tuple[int, int]:
+    """The most layers of a handle's transformers, and the most heads of a layer."""
+    modules = [list(state.modules.values()) for _, state in handle.models]
+    return max(map(len, modules)), max(num_heads(module) for some in modules for module in some)
 
 
 @torch.no_grad()

@@ -11,12 +11,13 @@ from nabla_attn.core.grid import TokenGrid
 from nabla_attn.generation.attention_probe import (
     BlockCall,
     block_call,
+    layers_and_heads,
     measure_losses,
+    observe_layers,
     pooled_scores,
 )
 from nabla_attn.generation.recorded_maps import SCORE_BITS, RecordedMaps, choose
 from nabla_attn.generation.request import GenerationRequest, video_tokens
-from nabla_attn.models.modules import num_heads
 from nabla_attn.record import RunRecord
 
 
@@ -52,16 +53,11 @@ class MapRecorder:
         Raises:
             ValueError: what was asked for does not exist or is too large.
         """
-        states = [state for _, state in handle.models]
-        num_layers = max(len(state.layers) for state in states)
-        heads = max(num_heads(module) for state in states for module in state.modules.values())
-        counts = (self._num_steps, num_layers, heads)
+        counts = (self._num_steps, *layers_and_heads(handle))
         self._selection = choose(counts, self._grid.num_blocks, **self._asked)
         names = ("density", "true_mass", "best_mass")
         self._numbers = {name: torch.ones(counts) for name in names}
-        for state in states:
-            for index, layer in enumerate(state.layers):
-                layer.observer = self._observer(handle, index)
+        observe_layers(handle, self._observe)
 
     def result(self) -> RecordedMaps:
         """What was recorded.
@@ -102,16 +98,12 @@ class MapRecorder:
         seconds = record.numbers["seconds"] | {"recording": round(self.seconds, 4)}
         return replace(record, numbers=record.numbers | {"seconds": seconds})
 
-    def _observer(self, handle: Any, index: int) -> Any:
-        def observe(layer: Any, *arguments: Any) -> None:
-            step = handle.telemetry.forwards[-1].step
-            if step is not None and (step, index) not in self._seen:
-                self._seen.add((step, index))
-                began = time.perf_counter()
-                self._record(step, index, block_call(layer, *arguments))
-                self.seconds += time.perf_counter() - began
-
-        return observe
+    def _observe(self, step: int | None, index: int, layer: Any, *arguments: Any) -> None:
+        if step is not None and (step, index) not in self._seen:
+            self._seen.add((step, index))
+            began = time.perf_counter()
+            self._record(step, index, block_call(layer, *arguments))
+            self.seconds += time.perf_counter() - began
 
     def _record(self, step: int, layer: int, call: BlockCall) -> None:
         losses = measure_losses(call, num_rows=self._num_rows, seed=step * 1000 + layer)
