@@ -10,7 +10,7 @@ from nabla_attn.generation.generate import generate, sample, warm_up
 from nabla_attn.generation.pipeline import load_pipeline
 from nabla_attn.generation.request import GenerationRequest, check_request, video_tokens
 from nabla_attn.models.plan import plan_of
-from nabla_attn.models.sizes import fits_frames, vae_strides
+from nabla_attn.sizes import fits_frames, vae_strides
 
 # Name of the pipeline, frames, height, width, and the tokens that its transformer sees.
 FAMILIES = [

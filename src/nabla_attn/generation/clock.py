@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nabla_attn.models.sizes import denoisers
+from nabla_attn.sizes import denoisers
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage ("text", "denoise", "decode", "done"), steps done, and steps in all."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nabla_attn.files import read_ends
-from nabla_attn.models.sizes import denoisers
+from nabla_attn.sizes import denoisers
 
 BUILTIN = "builtin"
 BUILTIN_DIRECTORY = Path(__file__).parents[1] / "builtin"

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from nabla_attn.config import parse
-from nabla_attn.models.sizes import (
+from nabla_attn.schedule import Schedule
+from nabla_attn.sizes import (
     denoisers,
     fits_frames,
     side_multiple,
     token_grid,
     vae_strides,
 )
-from nabla_attn.schedule import Schedule
 
 
 @dataclass(frozen=True)

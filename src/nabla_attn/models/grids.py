@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from nabla_attn.sizes import patch_size
+
 
 def latent_grid(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
     """Latents [batch, channels, frames, height, width] cut into patches.
@@ -76,16 +78,6 @@ def _history(arguments: Mapping[str, Any], names: tuple[str, ...]) -> int:
             sides = zip(latents.shape[2:5], patch, strict=True)
             history += prod(-(-cells // side) for cells, side in sides)
     return history
-
-
-def patch_size(model: nn.Module) -> tuple[int, int, int]:
-    """Latent cells of one token along (frames, height, width), from the model's config."""
-    config: Any = model.config
-    size = config.patch_size
-    if isinstance(size, int):
-        return getattr(config, "patch_size_t", None) or 1, size, size
-    frames, height, width = size
-    return frames, height, width
 
 
 def _latents(model: nn.Module, arguments: Mapping[str, Any]) -> Any:

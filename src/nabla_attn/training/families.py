@@ -11,8 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nabla_attn.models.grids import patch_size
-from nabla_attn.models.sizes import side_multiple, vae_strides
+from nabla_attn.sizes import patch_size, side_multiple, vae_strides
 
 EXTRA_CHANNELS = "extra_channels"
 """Condition: zero channels that the transformer expects after those of the latents."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nabla_attn.models.grids import patch_size
+from nabla_attn.sizes import patch_size
 from nabla_attn.training.adapters import add_lora, bare_teacher, copied_teacher
 from nabla_attn.training.config import TrainConfig
 from nabla_attn.training.data import EncodedSet

@@ -3,8 +3,6 @@
 import math
 from typing import Any
 
-from nabla_attn.models.grids import patch_size
-
 AXES = ("temporal", "spatial")
 # diffusers' names of a VAE's stride along an axis.
 STRIDES = ("vae_scale_factor_{}", "vae_{}_scale_factor", "vae_{}_compression_ratio")
@@ -16,6 +14,16 @@ def denoisers(pipeline: Any) -> list[Any]:
     """The pipeline's video transformers: one, or two for Wan 2.2."""
     parts = (getattr(pipeline, name, None) for name in ("transformer", "transformer_2"))
     return [part for part in parts if part is not None]
+
+
+def patch_size(model: Any) -> tuple[int, int, int]:
+    """Latent cells of one token along (frames, height, width), from the model's config."""
+    config: Any = model.config
+    size = config.patch_size
+    if isinstance(size, int):
+        return getattr(config, "patch_size_t", None) or 1, size, size
+    frames, height, width = size
+    return frames, height, width
 
 
 def vae_strides(pipeline: Any) -> tuple[int, int]:
