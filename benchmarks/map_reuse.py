@@ -13,7 +13,7 @@ import typer
 import nabla_attn as na
 from nabla_attn.backends.gather import attend
 from nabla_attn.generation.attention_probe import BlockCall, block_call, measure_losses
-from nabla_attn.generation.generate import sample
+from nabla_attn.generation.call import sample
 from nabla_attn.generation.pipeline import BUILTIN_DIRECTORY, load_pipeline
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults, video_tokens
 from nabla_attn.mapping import map_blocks

@@ -4,11 +4,20 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
+from tests.models.tiny_models import relative_error
 from tests.training import tiny_pipelines
 
-from nabla_attn.generation.generate import generate, sample, warm_up
+from nabla_attn.generation.call import sample
+from nabla_attn.generation.generate import generate, warm_up
 from nabla_attn.generation.pipeline import load_pipeline
-from nabla_attn.generation.request import GenerationRequest, check_request, video_tokens
+from nabla_attn.generation.request import (
+    GenerationRequest,
+    ModelDefaults,
+    check_request,
+    video_tokens,
+)
+from nabla_attn.models import replaced
 from nabla_attn.models.plan import plan_of
 from nabla_attn.sizes import fits_frames, vae_strides
 
@@ -20,6 +29,10 @@ FAMILIES = [
     ("hunyuan", 9, 64, 80, (3, 4, 5)),
     ("kandinsky5", 5, 64, 96, (2, 4, 6)),
     ("mochi", 7, 64, 80, (2, 4, 5)),
+    ("hunyuan15", 9, 64, 96, (3, 4, 6)),
+    ("motif", 9, 64, 80, (3, 4, 5)),
+    ("skyreels", 9, 64, 80, (3, 4, 5)),
+    ("easyanimate", 9, 64, 80, (3, 4, 5)),
 ]
 
 
@@ -27,6 +40,12 @@ def request(frames, height, width):
     return GenerationRequest(
         "a red circle", height=height, width=width, frames=frames, steps=2, sparse_algo="nabla-0.5"
     )
+
+
+def sample_with(pipeline, wanted):
+    """The request's latents."""
+    with replaced(pipeline, None if wanted.is_dense else wanted.sparse_algo):
+        return sample(pipeline, wanted, output_type="latent")
 
 
 @pytest.mark.parametrize(("name", "frames", "height", "width", "tokens"), FAMILIES)
@@ -40,6 +59,7 @@ def test_a_request_makes_its_video(name, frames, height, width, tokens):
 
     video, record = generate(pipeline, wanted, on_apply=look)
     assert video.shape == (frames, height, width, 3)
+    assert len(record.numbers["seconds"]["transformer_steps"]) == wanted.steps
     assert tuple(record.numbers["tokens"].values()) == tokens == video_tokens(pipeline, wanted)
     grid = plan_of(seen[0].key).grid
     assert (grid.frames, grid.height, grid.width) == tokens
@@ -50,6 +70,19 @@ def test_a_request_makes_its_video(name, frames, height, width, tokens):
     step, _ = vae_strides(pipeline)
     with pytest.raises(ValueError, match=f"takes {step}n\\+1. Nearest: {frames} or"):
         check_request(pipeline, replace(wanted, frames=frames + 1))
+
+
+@pytest.mark.parametrize("name", ["mochi", "hunyuan15", "motif", "skyreels", "easyanimate"])
+def test_threshold_one_is_dense_and_removal_leaves_nothing(name):
+    pipeline = getattr(tiny_pipelines, name)()
+    frames, height, width = (7, 32, 48) if name == "mochi" else (5, 32, 48)
+    wanted = replace(request(frames, height, width), sparse_algo="dense")
+    dense, one, sparse, again = (
+        sample_with(pipeline, replace(wanted, sparse_algo=algo))
+        for algo in ("dense", "nabla-1", "nabla-0.1", "dense")
+    )
+    assert relative_error(one, dense) < 1e-4 < relative_error(sparse, dense)
+    assert torch.equal(again, dense)
 
 
 @pytest.mark.parametrize(("name", "frames", "height", "width", "tokens"), FAMILIES[:2])
@@ -71,15 +104,51 @@ def test_allegro_takes_even_numbers_of_frames():
     assert video_tokens(pipeline, request(89, 720, 1280)) == (23, 45, 80)
 
 
+@pytest.mark.parametrize("name", ["hunyuan15", "motif"])
+def test_guidance_is_set_on_a_guider(name, tmp_path):
+    """These pipelines' calls take no guidance_scale."""
+    getattr(tiny_pipelines, name)().save_pretrained(tmp_path)
+    own = ModelDefaults.load(tmp_path).guidance
+    assert own == {"hunyuan15": 6.0, "motif": 8.0}[name]
+    pipeline = load_pipeline(tmp_path, device="cpu")
+    guider, scales = pipeline.guider, []
+    pipeline.transformer.register_forward_hook(
+        lambda *call: scales.append(pipeline.guider.guidance_scale)
+    )
+    wanted = request(5, 32, 48)
+    for scale in (own, 3.0, 1.0):
+        generate(pipeline, replace(wanted, guidance=scale))
+    assert scales == [own] * 4 + [3.0] * 4 + [1.0] * 2
+    assert pipeline.guider is guider
+    assert pipeline.scheduler.step.__func__ is type(pipeline.scheduler).step
+
+
+def test_the_guidance_of_a_directory(tmp_path):
+    (tmp_path / "guider").mkdir()
+    config = tmp_path / "guider" / "guider_config.json"
+    config.write_text('{"guidance_scale": 6.0, "enabled": false}')
+    assert ModelDefaults.load(tmp_path).guidance == 1.0
+    (tmp_path / "defaults.json").write_text('{"guidance": 4}')
+    assert ModelDefaults.load(tmp_path).guidance == 4
+    config.write_text("{")
+    with pytest.raises(ValueError, match=r"guider_config.json: not valid JSON"):
+        ModelDefaults.load(tmp_path)
+
+
 def test_a_pipeline_that_cannot_be_asked_is_named():
-    class GuiderPipeline:
+    class OtherPipeline:
         def __call__(self, prompt, negative_prompt, height, width, num_frames):
             raise AssertionError
 
         def set_progress_bar_config(self, **options):
             pass
 
-    with pytest.raises(ValueError, match="GuiderPipeline takes no generator, guidance_scale"):
-        sample(GuiderPipeline(), request(5, 64, 64))
+    class Guided(OtherPipeline):
+        guider = SimpleNamespace(config={"guidance_scales": [10.0, 5.0]})
+
+    with pytest.raises(ValueError, match="OtherPipeline takes no generator, guidance_scale"):
+        sample(OtherPipeline(), request(5, 64, 64))
+    with pytest.raises(ValueError, match="SimpleNamespace has no guidance_scale"):
+        sample(Guided(), request(5, 64, 64))
     with pytest.raises(ValueError, match="none of vae_scale_factor_temporal"):
-        vae_strides(GuiderPipeline())
+        vae_strides(OtherPipeline())

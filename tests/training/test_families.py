@@ -1,3 +1,4 @@
+import inspect
 import random
 
 import numpy as np
@@ -13,7 +14,19 @@ from nabla_attn.training.objective import predict
 
 CAPTION = "a small red circle moving right"
 SIZES = {"cogvideox15": (5, 32, 48), "ltx": (9, 32, 64), "mochi": (7, 32, 48)}
-KINDS = ["wan", "hunyuan", "ltx", "cogvideox", "cogvideox15", "kandinsky5", "mochi"]
+KINDS = [
+    "wan",
+    "skyreels",
+    "hunyuan",
+    "hunyuan15",
+    "motif",
+    "easyanimate",
+    "ltx",
+    "cogvideox",
+    "cogvideox15",
+    "kandinsky5",
+    "mochi",
+]
 BUILDERS = {name: getattr(tiny, name) for name in KINDS[1:]}
 
 
@@ -43,7 +56,8 @@ def run_pipeline(pipeline, latents, size):
 
     def keep(module, args, kwargs, output):
         if not seen:
-            seen.update(kwargs, output=output[0] if isinstance(output, tuple) else output.sample)
+            seen.update(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+            seen["output"] = output[0] if isinstance(output, tuple) else output.sample
 
     def decode(latents, *args, **kwargs):
         seen["decoded"] = latents
@@ -54,6 +68,7 @@ def run_pipeline(pipeline, latents, size):
     pipeline.scheduler.step = lambda predicted, t, sample, **_: (sample,)
     pipeline.vae.decode = decode
     pipeline.set_progress_bar_config(disable=True)
+    guided = {} if hasattr(pipeline, "guider") else {"guidance_scale": 1.0}
     with pytest.raises(StopIteration):
         pipeline(
             prompt=CAPTION,
@@ -61,8 +76,8 @@ def run_pipeline(pipeline, latents, size):
             width=size["width"],
             num_frames=size["frames"],
             num_inference_steps=2,
-            guidance_scale=1.0,
             latents=latents.clone(),
+            **guided,
         )
     hook.remove()
     return seen
@@ -105,7 +120,7 @@ def test_the_noise_convention_is_the_schedulers(kind, pipeline):
     noisy = (1 - level) * latents + level * noise
     told = family.timestep(level)
     torch.testing.assert_close(told, scheduler.timesteps[1:2].float(), rtol=0, atol=1.0)
-    if kind != "wan":  # UniPC looks back at earlier steps
+    if kind not in ("wan", "skyreels"):  # UniPC looks back at earlier steps
         scheduler._step_index = 1
         target = family.flow_target(latents, noise)
         moved = scheduler.step(target, scheduler.timesteps[1], noisy, return_dict=False)[0]

@@ -13,7 +13,18 @@ from nabla_attn.training.train import finish
 from nabla_attn.training.trainer import Trainer
 
 SIZES = {"cogvideox15": (5, 32, 48), "ltx": (9, 32, 64), "mochi": (7, 32, 48)}
-KINDS = ["hunyuan", "ltx", "cogvideox", "cogvideox15", "kandinsky5", "mochi"]
+KINDS = [
+    "skyreels",
+    "hunyuan",
+    "hunyuan15",
+    "motif",
+    "easyanimate",
+    "ltx",
+    "cogvideox",
+    "cogvideox15",
+    "kandinsky5",
+    "mochi",
+]
 
 
 @pytest.mark.parametrize("recipe", ["finetune", "distill"])

@@ -13,7 +13,20 @@ from transformers import (
     T5EncoderModel,
 )
 
-from nabla_attn.testing import tiny_tokenizer
+from nabla_attn.testing import tiny_tokenizer, tiny_wan_vae
+
+QWEN = dict(
+    vocab_size=64,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    bos_token_id=1,
+    eos_token_id=1,
+    pad_token_id=0,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+)
 
 
 def t5(width):
@@ -97,6 +110,76 @@ def hunyuan():
         vae=hunyuan_vae(),
         scheduler=flow_scheduler(shift=7.0),
         transformer=TINY["hunyuan"].build(),
+    )
+
+
+def hunyuan15():
+    from diffusers import (
+        AutoencoderKLHunyuanVideo15,
+        ClassifierFreeGuidance,
+        HunyuanVideo15Pipeline,
+    )
+    from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
+
+    vae = AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(16,) * 5, layers_per_block=1
+    ).eval()
+    qwen = Qwen2_5_VLTextConfig(**QWEN)
+    tokenizer, glyphs = tiny_tokenizer(), t5(12)
+    # As long as the template whose tokens the pipeline cuts off.
+    tokenizer.chat_template = "{{ 'a ' * 108 }}{{ messages[-1]['content'] }}"
+    return HunyuanVideo15Pipeline(
+        text_encoder=Qwen2_5_VLTextModel(qwen).eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=glyphs["text_encoder"],
+        tokenizer_2=glyphs["tokenizer"],
+        vae=vae,
+        scheduler=flow_scheduler(shift=5.0),
+        transformer=TINY["hunyuan15"].build(in_channels=9, out_channels=4),
+        guider=ClassifierFreeGuidance(guidance_scale=6.0),
+    )
+
+
+def motif():
+    from diffusers import ClassifierFreeGuidance, MotifVideoPipeline
+
+    return MotifVideoPipeline(
+        **t5(16),
+        vae=tiny_wan_vae(),
+        scheduler=flow_scheduler(use_dynamic_shifting=True),
+        transformer=TINY["motif"].build(in_channels=9, out_channels=4),
+        guider=ClassifierFreeGuidance(guidance_scale=8.0),
+    )
+
+
+def skyreels():
+    from diffusers import SkyReelsV2Pipeline, UniPCMultistepScheduler
+
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
+    )
+    return SkyReelsV2Pipeline(
+        **t5(16), vae=tiny_wan_vae(), scheduler=scheduler, transformer=TINY["skyreels"].build()
+    )
+
+
+def easyanimate():
+    from diffusers import AutoencoderKLMagvit, EasyAnimatePipeline
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    vae = AutoencoderKLMagvit(
+        latent_channels=4, block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4
+    ).eval()
+    vision = {"depth": 1, "embed_dim": 8, "num_heads": 2, "hidden_size": 16}
+    qwen = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=QWEN, vision_config=vision))
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[-1]['content'][0]['text'] }}"
+    return EasyAnimatePipeline(
+        text_encoder=qwen.eval(),
+        tokenizer=tokenizer,
+        vae=vae,
+        scheduler=flow_scheduler(shift=1.0),
+        transformer=TINY["easyanimate"].build(),
     )
 
 

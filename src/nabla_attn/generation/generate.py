@@ -1,16 +1,15 @@
 """One video from one request: apply the algorithm, sample, measure, restore."""
 
 import hashlib
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from nabla_attn.config import parse
+from nabla_attn.generation.call import sample
 from nabla_attn.generation.clock import Progress, StageClock
 from nabla_attn.generation.pipeline import model_identity
 from nabla_attn.generation.request import (
@@ -53,7 +52,7 @@ def generate(
     with _attending(pipeline, request) as handle, clock.watch(pipeline):
         if on_apply is not None and handle is not None:
             on_apply(handle)
-        video = sample(pipeline, request, callback_on_step_end=clock.on_step_end, **(inputs or {}))
+        video = sample(pipeline, request, on_step_end=clock.on_step_end, **(inputs or {}))
         seconds = clock.seconds()
         attention = _attention_numbers(handle)
     frames = _to_uint8(video[0])
@@ -84,7 +83,7 @@ def warm_up(pipeline: Any, request: GenerationRequest) -> None:
     # Mochi's times need two steps; the second is not run.
     short = replace(request, steps=2, schedule=schedule)
     with _attending(pipeline, short):
-        sample(pipeline, short, output_type="latent", callback_on_step_end=_stop)
+        sample(pipeline, short, on_step_end=_stop, output_type="latent")
 
 
 def _stop(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -102,35 +101,6 @@ def _attending(pipeline: Any, request: GenerationRequest) -> AbstractContextMana
     if request.is_dense:
         return replaced(pipeline, None)
     return replaced(pipeline, request.sparse_algo, schedule=request.schedule)
-
-
-def sample(pipeline: Any, request: GenerationRequest, **options: Any) -> Any:
-    """The request's frames, as the pipeline gives them; options replace arguments of its call.
-
-    Raises:
-        ValueError: the pipeline does not take one of them.
-    """
-    pipeline.set_progress_bar_config(disable=True)
-    call = {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
-        "height": request.height,
-        "width": request.width,
-        "num_frames": request.frames,
-        "num_inference_steps": request.steps,
-        "guidance_scale": request.guidance,
-        # On the CPU whatever the device: the same seed starts from the same noise everywhere.
-        "generator": torch.Generator("cpu").manual_seed(request.seed),
-        "output_type": "np",
-    }
-    call |= options
-    unknown = call.keys() - inspect.signature(pipeline.__call__).parameters
-    if unknown:
-        raise ValueError(
-            f"{type(pipeline).__name__} takes no {', '.join(sorted(unknown))}, so it cannot be run "
-            "from here. Use nabla_attn.apply(pipeline, ...) and call it in your own code."
-        )
-    return pipeline(**call).frames
 
 
 def _to_uint8(video: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class ModelDefaults:
-    """What a model directory's ``defaults.json`` says; without one, the 480p values of Wan 2.1.
+    """What a model directory says of itself; where it says nothing, the 480p values of Wan 2.1.
 
     Attributes:
         height: pixels.
@@ -106,19 +107,16 @@ class ModelDefaults:
 
     @classmethod
     def load(cls, directory: Path) -> "ModelDefaults":
-        """Read ``directory/defaults.json`` if there is one.
+        """Read ``directory/defaults.json`` if there is one; a guider says its own guidance.
 
         Raises:
             ValueError: the file is not JSON, or has an unknown name or a value of the wrong type.
         """
+        scale = guider_scale(_read_json(directory / "guider" / "guider_config.json"))
+        own = cls() if scale is None else cls(guidance=scale)
         path = directory / "defaults.json"
-        if not path.is_file():
-            return cls()
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not valid JSON ({error}).") from error
-        known = asdict(cls())
+        values = _read_json(path)
+        known = asdict(own)
         if not isinstance(values, dict) or (values.keys() - known.keys()):
             raise ValueError(f"{path}: expected an object with {', '.join(known)}, got {values!r}.")
         for name, value in values.items():
@@ -126,7 +124,7 @@ class ModelDefaults:
             fits = isinstance(value, int | float) if wanted is float else isinstance(value, wanted)
             if not fits or isinstance(value, bool):
                 raise ValueError(f"{path}: {name} must be {wanted.__name__}, got {value!r}.")
-        return cls(**values)
+        return replace(own, **values)
 
 
 def check_request(pipeline: Any, request: GenerationRequest) -> None:
@@ -139,6 +137,14 @@ def check_request(pipeline: Any, request: GenerationRequest) -> None:
     _check_schedule(request)
     for name in ("prompt", "negative_prompt"):
         _check_text(pipeline, name.replace("_", " "), getattr(request, name))
+
+
+def guider_scale(config: Any) -> float | None:
+    """The guidance scale that a diffusers guider's config stands for; None if it has none."""
+    scale = config.get("guidance_scale") if isinstance(config, Mapping) else None
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        return None
+    return float(scale) if config.get("enabled", True) else 1.0
 
 
 def video_tokens(pipeline: Any, request: GenerationRequest) -> tuple[int, int, int]:
@@ -155,6 +161,16 @@ def check_seed(seed: int) -> int:
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be between 0 and 2**63 - 1, got {seed}.")
     return seed
+
+
+def _read_json(path: Path) -> Any:
+    """What the file holds; an empty object where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}).") from error
 
 
 def _check_size(pipeline: Any, request: GenerationRequest) -> None:

@@ -69,7 +69,9 @@ _USUAL = {
         family="Wan 2.2 Animate (14B)", **_WAN | {"size": "1280x720, 77"}
     ),
     "SkyReelsV2Transformer3DModel": Usual(
-        family="SkyReels-V2 (14B)", **_WAN | {"size": "960x544, 97", "grid": (25, 34, 60)}
+        family="SkyReels-V2 (14B)",
+        pipeline=True,
+        **_WAN | {"size": "960x544, 97", "grid": (25, 34, 60)},
     ),
     "ChronoEditTransformer3DModel": Usual(
         family="ChronoEdit (14B)", **_WAN | {"size": "832x480, 81", "grid": (21, 30, 52)}
@@ -104,6 +106,7 @@ _USUAL = {
         text=2000,
         dim=2048,
         weights=12,
+        pipeline=True,
     ),
     "Kandinsky5Transformer3DModel": Usual(
         family="Kandinsky 5 Lite",
@@ -143,7 +146,13 @@ _USUAL = {
         family="ConsisID", size="720x480, 49", grid=(13, 30, 45), text=226, dim=3072, weights=12
     ),
     "MochiTransformer3DModel": Usual(
-        family="Mochi 1", size="848x480, 163", grid=(28, 30, 53), text=256, dim=3072, weights=12
+        family="Mochi 1",
+        size="848x480, 163",
+        grid=(28, 30, 53),
+        text=256,
+        dim=3072,
+        weights=12,
+        pipeline=True,
     ),
     "AllegroTransformer3DModel": Usual(
         family="Allegro", size="1280x720, 88", grid=(22, 45, 80), dim=2304, weights=14
@@ -155,6 +164,7 @@ _USUAL = {
         text=256,
         dim=3072,
         weights=12,
+        pipeline=True,
     ),
     "MotifVideoTransformer3DModel": Usual(
         family="Motif-Video",
@@ -163,6 +173,7 @@ _USUAL = {
         text=256,
         dim=3072,
         weights=12,
+        pipeline=True,
     ),
 }
 _FAMILIES = {"Kandinsky6SRTransformer3DModel": "Kandinsky 6 super-resolution"}

@@ -56,7 +56,7 @@ def encode_caption(
     family = family_of(pipeline)
     check_size(pipeline, frames, height, width)
     model = pipeline.transformer
-    with _stopped_at(model) as seen, _quiet(pipeline):
+    with _stopped_at(model) as seen, _quiet(pipeline), _unguided(pipeline) as guidance:
         pipeline(
             prompt=caption,
             height=height,
@@ -64,9 +64,9 @@ def encode_caption(
             num_frames=frames,
             # Some schedulers cannot be set to one step; the first is enough.
             num_inference_steps=2,
-            guidance_scale=1.0,
             output_type="latent",
             generator=torch.Generator().manual_seed(0),
+            **guidance,
         )
     hidden = seen.pop("hidden_states")
     for name in ("timestep", "return_dict", *family.ignored):
@@ -112,6 +112,22 @@ def _quiet(pipeline: Any) -> Iterator[None]:
         yield
     finally:
         pipeline._progress_bar_config = before
+
+
+@contextmanager
+def _unguided(pipeline: Any) -> Iterator[dict[str, float]]:
+    """The call's arguments without guidance: a scale, or none while a guider is switched off."""
+    guider = getattr(pipeline, "guider", None)
+    if guider is None:
+        yield {"guidance_scale": 1.0}
+        return
+    # diffusers' pipelines read it too; there is no public name.
+    was_enabled = guider._enabled
+    guider.disable()
+    try:
+        yield {}
+    finally:
+        guider._enabled = was_enabled
 
 
 def _flatten(name: str, value: Any, *, is_batched: bool) -> Conditions:

@@ -92,7 +92,11 @@ class Family:
 
 _ROWS = (
     Family(pipeline="WanPipeline", cross_attention=r"blocks\.\d+\.attn2"),
+    Family(pipeline="SkyReelsV2Pipeline"),
     Family(pipeline="HunyuanVideoPipeline"),
+    Family(pipeline="HunyuanVideo15Pipeline"),
+    Family(pipeline="MotifVideoPipeline"),
+    Family(pipeline="EasyAnimatePipeline"),
     Family(
         pipeline="LTXPipeline",
         layout="tokens c",

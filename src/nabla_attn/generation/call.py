@@ -1,0 +1,103 @@
+"""Call a pipeline with a request, whichever way it takes guidance and tells of its steps."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from nabla_attn.generation.request import GenerationRequest, guider_scale
+
+StepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+"""diffusers' ``callback_on_step_end``: pipeline, step, timestep and tensors to tensors."""
+
+
+def sample(
+    pipeline: Any, request: GenerationRequest, *, on_step_end: StepEnd | None = None, **options: Any
+) -> Any:
+    """The request's frames, as the pipeline gives them.
+
+    Args:
+        pipeline: a diffusers text-to-video pipeline.
+        request: what to make; attention is left as it is.
+        on_step_end: called after every step.
+        options: further arguments of the pipeline's call, or others than the request's.
+
+    Raises:
+        ValueError: the pipeline does not take one of the arguments.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    known = inspect.signature(pipeline.__call__).parameters
+    call = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "height": request.height,
+        "width": request.width,
+        "num_frames": request.frames,
+        "num_inference_steps": request.steps,
+        # On the CPU whatever the device: the same seed starts from the same noise everywhere.
+        "generator": torch.Generator("cpu").manual_seed(request.seed),
+        "output_type": "np",
+    }
+    with ExitStack() as stack:
+        if "guidance_scale" in known or not hasattr(pipeline, "guider"):
+            call["guidance_scale"] = request.guidance
+        else:
+            stack.enter_context(_guided(pipeline, request.guidance))
+        if "callback_on_step_end" in known:
+            call["callback_on_step_end"] = on_step_end
+        elif on_step_end is not None:
+            stack.enter_context(_watched(pipeline, on_step_end))
+        call |= options
+        _check_known(pipeline, call.keys() - known)
+        return pipeline(**call).frames
+
+
+@contextmanager
+def _guided(pipeline: Any, scale: float) -> Iterator[None]:
+    """The pipeline's guider with another scale, its other settings kept, for the time of a block.
+
+    HunyuanVideo 1.5 and Motif-Video have such an object instead of an argument.
+    """
+    guider = pipeline.guider
+    own = guider_scale(guider.config)
+    if own is None:
+        raise ValueError(
+            f"{type(guider).__name__} has no guidance_scale, so the guidance of a request cannot "
+            "be set on it. Give the pipeline a ClassifierFreeGuidance as its guider."
+        )
+    if scale != own:
+        pipeline.guider = guider.new(guidance_scale=scale, enabled=scale > 1)
+    try:
+        yield
+    finally:
+        pipeline.guider = guider
+
+
+@contextmanager
+def _watched(pipeline: Any, on_step_end: StepEnd) -> Iterator[None]:
+    """Call back after each of the scheduler's steps, for pipelines without a callback."""
+    scheduler, done = pipeline.scheduler, 0
+    step = scheduler.step
+
+    def counted(output: Any, timestep: Any, *others: Any, **options: Any) -> Any:
+        nonlocal done
+        stepped = step(output, timestep, *others, **options)
+        on_step_end(pipeline, done, timestep, {})
+        done += 1
+        return stepped
+
+    scheduler.step = counted
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+def _check_known(pipeline: Any, unknown: set[str]) -> None:
+    if unknown:
+        raise ValueError(
+            f"{type(pipeline).__name__} takes no {', '.join(sorted(unknown))}, so it cannot be run "
+            "from here. Use nabla_attn.apply(pipeline, ...) and call it in your own code."
+        )
