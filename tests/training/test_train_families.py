@@ -5,7 +5,9 @@ import torch
 from tests.training import tiny_pipelines as tiny
 from tests.training.clips import small_config
 
+from nabla_attn.training.adapters import add_lora
 from nabla_attn.training.check import probe
+from nabla_attn.training.config import LoraConfig
 from nabla_attn.training.data import WorldSet
 from nabla_attn.training.model import Parts
 from nabla_attn.training.setup import prepare
@@ -52,3 +54,46 @@ def test_a_family_trains_and_its_weights_load(kind, recipe, tmp_path):
     loaded = type(pipeline.transformer).from_pretrained(result / "transformer")
     trained = dict(pipeline.transformer.named_parameters())
     assert all(torch.equal(p, trained[name]) for name, p in loaded.named_parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_of_a_family_train_and_load(kind, tmp_path):
+    pipeline = getattr(tiny, kind)()
+    frames, height, width = SIZES.get(kind, (5, 32, 48))
+    clips = WorldSet(pipeline, clips=2, frames=frames, height=height, width=width)
+    config = small_config(
+        steps=1, lora__rank=2, optim__lr=1e-2, data__validation=0, objective__shift=2
+    )
+    model = pipeline.transformer
+    parts = Parts(tmp_path / "model", "transformer", model, pipeline.scheduler, type(pipeline))
+    if not hasattr(model, "add_adapter"):
+        with pytest.raises(ValueError, match=f"{type(model).__name__} takes no adapters"):
+            prepare(config, parts, clips)
+        return
+    run = prepare(config, parts, clips)
+    trainer = Trainer(run, tmp_path / "run")
+    trainer.fit()
+    result = finish(run, trainer)
+    fresh = getattr(tiny, kind)()
+    if hasattr(fresh, "load_lora_weights"):
+        fresh.load_lora_weights(result)
+    else:
+        fresh.transformer.load_lora_adapter(result, weight_name="pytorch_lora_weights.safetensors")
+    trained = {name.replace("default_0", "default"): p for name, p in model.named_parameters()}
+    adapters = [(n, p) for n, p in fresh.transformer.named_parameters() if "lora_" in n]
+    assert any(p.abs().max() > 0 for n, p in adapters if "lora_B" in n)
+    for name, value in adapters:
+        assert torch.equal(value, trained[name.replace("default_0", "default")])
+
+
+def test_adapter_targets_that_fit_nothing_are_named():
+    model = tiny.kandinsky5().transformer
+    for targets, words in [
+        (("to_query", "to_q"), "no linear layer named to_q. Set lora.targets to ends of names"),
+        (("query",), "no linear layer named query"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            add_lora(model, LoraConfig(rank=2, targets=targets), seed=0)
+    add_lora(model, LoraConfig(rank=2, targets=("self_attention.to_query",)), seed=0)
+    names = [name for name, _ in model.named_parameters() if "lora_" in name]
+    assert names and all("self_attention.to_query" in name for name in names)

@@ -12,6 +12,12 @@ from nabla_attn.training.config import LoraConfig
 from nabla_attn.training.objective import Teacher
 from nabla_attn.training.sparsity import Sparsity
 
+# Of q, k, v and the output; below are Kandinsky 5's, which has other layers named out_layer.
+PROJECTIONS = (
+    *("to_q", "to_k", "to_v", "to_out.0"),
+    *("to_query", "to_key", "to_value", "self_attention.out_layer", "cross_attention.out_layer"),
+)
+
 
 def add_lora(transformer: Any, config: LoraConfig, seed: int) -> None:
     """Freeze a transformer of diffusers and give it adapters that start as zero.
@@ -27,13 +33,31 @@ def add_lora(transformer: Any, config: LoraConfig, seed: int) -> None:
         ) from None
     if not hasattr(transformer, "add_adapter"):
         raise ValueError(f"{type(transformer).__name__} takes no adapters. Use lora.rank=0.")
+    targets = _targets(transformer, config)
     transformer.requires_grad_(False)
     alpha = config.rank if config.alpha is None else config.alpha
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer.add_adapter(
-            peft.LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=list(config.targets))
+            peft.LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=targets)
         )
+
+
+def _targets(transformer: nn.Module, config: LoraConfig) -> list[str]:
+    layers = [n for n, layer in transformer.named_modules() if isinstance(layer, nn.Linear)]
+
+    def is_there(target: str) -> bool:
+        return any(name == target or name.endswith(f".{target}") for name in layers)
+
+    # PEFT passes over a name that fits nothing as long as another one fits.
+    missing = [target for target in config.targets if not is_there(target)]
+    if missing or not (config.targets or any(map(is_there, PROJECTIONS))):
+        raise ValueError(
+            f"{type(transformer).__name__} has no linear layer named "
+            f"{' or '.join(missing or PROJECTIONS)}. Set lora.targets to ends of names such as "
+            f"{', '.join(layers[:3])}."
+        )
+    return list(config.targets) or [target for target in PROJECTIONS if is_there(target)]
 
 
 def copied_teacher(transformer: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, Teacher]:

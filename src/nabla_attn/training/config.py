@@ -111,12 +111,13 @@ class LoraConfig:
     Attributes:
         rank: Rank of the adapters; 0 trains all weights instead.
         alpha: Scale; None is the rank.
-        targets: Ends of the names of the linear layers that get one.
+        targets: Ends of the names of the linear layers that get one; none is attention's four
+            projections, as the model names them.
     """
 
     rank: int = 0
     alpha: float | None = None
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

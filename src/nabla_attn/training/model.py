@@ -116,14 +116,22 @@ def save_pipeline(
 def save_lora(parts: Parts, weights: dict[str, torch.Tensor], folder: Path) -> None:
     """Write adapters as `pytorch_lora_weights.safetensors`, which `load_lora_weights` reads.
 
+    Where the pipeline has no such method, its transformer's `load_lora_adapter` reads it.
+
     Args:
         parts: Names the pipeline class, whose format it is, and the adapters' settings.
         weights: Of the adapters, as PEFT names them.
         folder: The directory to write; an earlier one is replaced.
     """
+    from diffusers.loaders import WanLoraLoaderMixin
+
     (settings,) = parts.transformer.peft_config.values()
+    # What all of them write for a transformer is the same.
+    writer = getattr(
+        parts.pipeline_class, "save_lora_weights", WanLoraLoaderMixin.save_lora_weights
+    )
     with _whole_result(folder) as temporary:
-        parts.pipeline_class.save_lora_weights(
+        writer(
             temporary,
             transformer_lora_layers=weights,
             # Without it, loading takes the rank for alpha.

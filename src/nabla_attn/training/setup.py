@@ -149,11 +149,6 @@ def _prepare_module(
     bare.to(device).requires_grad_(True)
     sequences = [bare]
     if config.lora.rank:
-        if not hasattr(parts.pipeline_class, "save_lora_weights"):
-            raise ValueError(
-                f"diffusers has no LoRA format for {parts.pipeline_class.__name__}. "
-                "Use lora.rank=0."
-            )
         add_lora(bare, config.lora, config.seed)
     elif is_distilled:
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
