@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
 
 
 def test_the_packages_table_is_readable_and_claims_nothing_unmeasured():
-    for entry in flex_options._rows(flex_options.TABLE):
+    for entry in flex_options.table_rows(flex_options.TABLE):
         assert entry["record"]
 
 

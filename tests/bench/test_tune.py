@@ -50,15 +50,52 @@ def test_the_fastest_right_candidate_is_found_and_used(monkeypatch, tmp_path):
     monkeypatch.setattr(tune.flex, "attend", slower_in_one_row_tiles)
     monkeypatch.setitem(WORKLOADS, "small", replace(SMALL, name="small"))
     tune.main(["small", "--device", "cpu", "--rounds", "1", "--output", str(tmp_path)])
-    record = RunRecord.load(tmp_path / "tune_cpu.json")
+    record = RunRecord.load(tmp_path / "tune_small_cpu.json")
     result = record.numbers["results"][0]
     assert result["best"] == {"tile_rows": 2, "kernel_options": {}}
     assert all(entry["seconds"]["median"] > 0 for entry in result["tried"])
     row = json.loads(flex_options.tuned_file(CPU).read_text())["rows"][0]
-    assert row["record"] == "tune_cpu.json" and row["head_dim"] == 32
+    assert row["record"] == "tune_small_cpu.json" and row["head_dim"] == 32
     q = torch.zeros(1, 1, 1, 32)
     assert choose_options(q, 64, needs_backward=False) == FlexOptions(2)
     assert choose_options(q.bfloat16(), 64, needs_backward=False) == FlexOptions()
+
+
+def test_a_workload_replaces_its_own_row_alone(monkeypatch, tmp_path):
+    path = flex_options.tuned_file(CPU)
+
+    def tune_one(name, head_dim, tile_rows):
+        key = flex_options.key_of(torch.zeros(1, 1, 1, head_dim), 64, needs_backward=False)
+        best = {"tile_rows": tile_rows, "kernel_options": {}}
+        result = {"workload": name, "key": key, "best": best}
+        monkeypatch.setattr(tune, "tune", lambda *_, **__: result)
+        monkeypatch.setitem(WORKLOADS, name, replace(SMALL, name=name))
+        tune.main([name, "--device", "cpu", "--output", str(tmp_path)])
+
+    def chosen(head_dim):
+        q = torch.zeros(1, 1, 1, head_dim)
+        return choose_options(q, 64, needs_backward=False).tile_rows
+
+    tune_one("narrow", 32, 2)
+    tune_one("wide", 64, 3)
+    assert (chosen(32), chosen(64)) == (2, 3)
+    tune_one("narrow", 32, 4)
+    assert (chosen(32), chosen(64)) == (4, 3)
+    tune_one("also narrow", 32, 5)
+    assert (chosen(32), chosen(64)) == (5, 3)
+    rows = flex_options.table_rows(path)
+    assert [row["workload"] for row in rows] == ["also narrow", "narrow", "wide"]
+    assert all((tmp_path / row["record"]).is_file() for row in rows)
+
+
+def test_a_table_that_cannot_be_read_is_refused_before_the_search(monkeypatch, tmp_path, capsys):
+    path = flex_options.tuned_file(CPU)
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    monkeypatch.setattr(tune, "tune", lambda *_, **__: pytest.fail("it searched"))
+    with pytest.raises(SystemExit):
+        tune.main(["toy-cpu", "--device", "cpu", "--output", str(tmp_path)])
+    assert "is no table of flex options" in capsys.readouterr().err
 
 
 def test_wrong_failing_and_late_candidates_are_not_chosen(monkeypatch):

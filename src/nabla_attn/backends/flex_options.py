@@ -71,7 +71,7 @@ def choose_options(q: Tensor, block_tokens: int, *, needs_backward: bool) -> Fle
     options = _override.get()
     if options is None:
         key = key_of(q, block_tokens, needs_backward=needs_backward)
-        rows = [*_rows(tuned_file(q.device)), *_rows(TABLE)]
+        rows = [*table_rows(tuned_file(q.device)), *table_rows(TABLE)]
         found = next((row for row in rows if all(row.get(k) == v for k, v in key.items())), None)
         if found is not None:
             options = FlexOptions(found["tile_rows"], dict(found["kernel_options"]))
@@ -149,7 +149,12 @@ def _power_in(tokens: int) -> int:
 
 
 @lru_cache(maxsize=8)
-def _rows(path: Path) -> list[dict[str, Any]]:
+def table_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table, of which the first that fits a call counts; none without a file.
+
+    Raises:
+        ValueError: the file is no table.
+    """
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         for row in rows:
@@ -164,4 +169,4 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def forget_tables() -> None:
     """Read the tables again at the next call."""
-    _rows.cache_clear()
+    table_rows.cache_clear()

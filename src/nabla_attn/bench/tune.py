@@ -1,6 +1,7 @@
 """Search FlexAttention's options on this machine: `python -m nabla_attn.bench.tune`, torch only.
 
-Writes the table that `backends.flex_options` reads before the package's own, and a record.
+Writes the table that `backends.flex_options` reads before the package's own, and a record of
+each workload.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from nabla_attn.backends.flex_options import (
     flex_options,
     forget_tables,
     key_of,
+    table_rows,
     tuned_file,
     why_not_flash,
 )
@@ -106,9 +108,18 @@ def tune(
     return {"workload": work.name, "key": key, "best": chosen, "tried": tried}
 
 
-def save_table(results: list[dict[str, Any]], path: Path, record: Path) -> None:
-    """Write the best options of each workload where `choose_options` finds them."""
-    rows = [r["key"] | r["best"] | {"record": record.name} for r in results]
+def save_table(results: list[dict[str, Any]], path: Path, records: list[Path]) -> None:
+    """Write the best options of each workload where `choose_options` finds them.
+
+    Rows of other workloads stay, after the new ones: of two that fit a call the newest counts.
+    """
+    forget_tables()
+    rows = [
+        {"workload": result["workload"]} | result["key"] | result["best"] | {"record": record.name}
+        for result, record in zip(results, records, strict=True)
+    ]
+    tuned = {row["workload"] for row in rows}
+    rows += [row for row in table_rows(path) if row.get("workload") not in tuned]
     write_text(path, json.dumps({"rows": rows}, indent=2) + "\n")
     forget_tables()
 
@@ -133,6 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
                     sys.stdout.write(f"{work.name}: {candidate}\n")
             sys.stdout.write(f"{reason or 'nothing was run'}\n")
             return
+        table_rows(tuned_file(device))  # one that cannot be read is refused before the search
         share = options.budget / len(works)
         results = [
             tune(work, device, rounds=options.rounds, deadline=time.monotonic() + share)
@@ -140,12 +152,13 @@ def main(arguments: list[str] | None = None) -> None:
         ]
     except ValueError as error:
         parser.error(str(error))
-    path = options.output / f"tune_{device_name(device)}.json"
-    make_record("tune", {"density": DENSITY}, results, device).save(path)
-    save_table(results, tuned_file(device), path)
-    for result in results:
-        sys.stdout.write(f"{result['key']}: {result['best']}\n")
-    sys.stdout.write(f"table: {tuned_file(device)}\nrecord: {path}\n")
+    names = [f"tune_{work.name}_{device_name(device)}.json" for work in works]
+    paths = [options.output / name for name in names]
+    for result, path in zip(results, paths, strict=True):
+        make_record("tune", {"density": DENSITY}, [result], device).save(path)
+        sys.stdout.write(f"{result['key']}: {result['best']}\nrecord: {path}\n")
+    save_table(results, tuned_file(device), paths)
+    sys.stdout.write(f"table: {tuned_file(device)}\n")
 
 
 if __name__ == "__main__":
