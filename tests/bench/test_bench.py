@@ -23,6 +23,7 @@ from nabla_attn.bench.maps import measure_map_share, measure_maps
 from nabla_attn.bench.measure import time_in_turn
 from nabla_attn.bench.rivals import diffusers_block_map
 from nabla_attn.bench.workloads import WORKLOADS, workload
+from nabla_attn.cli import bench as cli_bench
 from nabla_attn.record import RunRecord
 
 CPU = torch.device("cpu")
@@ -194,14 +195,34 @@ def test_a_table_of_contenders_that_failed_is_made():
     assert "| ours (gather) | 1.000 (1.000 to 1.000) | – | – | 0.50 | 0.50 |" in text
 
 
-def test_revisions_are_compared_by_share_of_ideal():
-    def record(share):
-        result = {"workload": "w", "dtype": "float32", "density": 0.2, "direction": "forward"}
-        ours = {"ours (gather)": {"share_of_ideal": share, "is_dense": False}}
-        numbers = {"results": [result | {"contenders": ours}]}
-        return RunRecord("bench", {}, 0, {}, "cpu", json.loads(json.dumps(numbers)))
+def bench_record(*results):
+    def entry(density, **shares):
+        case = {"workload": "w", "dtype": "float32", "density": density, "direction": "forward"}
+        ran = {name: {"share_of_ideal": share, "is_dense": False} for name, share in shares.items()}
+        dense = {"dense": {"share_of_ideal": 1.0, "is_dense": True}}
+        return case | {"contenders": ran | dense | {"absent": {"why_not": "no compiler"}}}
 
-    assert revisions.ratios(record(0.9), record(0.6))[0]["ratio"] == pytest.approx(1.5)
+    numbers = {"results": [entry(density, **shares) for density, shares in results]}
+    # Parts of a record that no contender ran in.
+    numbers["results"].append({"workload": "w", "dtype": "float32", "map_share_of_dense": 0.1})
+    return RunRecord("bench", {}, 0, {}, "cpu", json.loads(json.dumps(numbers)))
+
+
+def test_revisions_are_compared_case_by_case_and_name_what_one_lacks(monkeypatch, capsys, tmp_path):
+    ours = bench_record((0.0521, {"gather": 0.5}), (0.1987, {"gather": 0.9, "new": 0.8}))
+    base = bench_record((0.2, {"gather": 0.6}), (0.3, {"gather": 0.7}))
+    (row,) = revisions.ratios(ours, base)
+    assert (row["density"], row["contender"]) == (0.2, "gather")
+    assert row["ratio"] == pytest.approx(1.5)
+    monkeypatch.setattr(revisions, "measure_revision", lambda *_: base)
+    ours.save(tmp_path / "ours.json")
+    cli_bench._compare_with("main", {"w": tmp_path / "ours.json"}, "cpu", 1)
+    assert capsys.readouterr().out.splitlines() == [
+        "w float32 0.2 forward gather: 1.50x the share of ideal at main",
+        "w float32 0.05 forward gather: not measured at main",
+        "w float32 0.2 forward new: not measured at main",
+        "w float32 0.3 forward gather: measured at main alone",
+    ]
 
 
 def test_an_unknown_revision_is_named():

@@ -9,6 +9,9 @@ from typing import Any
 
 from nabla_attn.record import RunRecord
 
+CASE = ("workload", "dtype", "density", "direction", "contender")
+"""What two measurements are paired by."""
+
 
 def measure_revision(revision: str, name: str, device: str, rounds: int) -> RunRecord:
     """Run `nabla bench` of one workload with the package as it was at `revision`.
@@ -58,13 +61,27 @@ def _git(*arguments: str) -> str:
 
 
 def ratios(ours: RunRecord, base: RunRecord) -> list[dict[str, Any]]:
-    """Share of ideal now over share of ideal then, for every contender that ran in both."""
-    rows = []
-    pairs = zip(ours.numbers["results"], base.numbers["results"], strict=False)
-    for now, then in pairs:
-        for name, result in now.get("contenders", {}).items():
-            before = then.get("contenders", {}).get(name, {}).get("share_of_ideal")
-            if before and "share_of_ideal" in result and not result["is_dense"]:
-                row = {key: now[key] for key in ("workload", "dtype", "density", "direction")}
-                rows.append(row | {"contender": name, "ratio": result["share_of_ideal"] / before})
-    return rows
+    """Share of ideal now over share of ideal then, for every case that ran in both."""
+    then = _shares(base)
+    return [
+        dict(zip(CASE, case, strict=True)) | {"ratio": share / then[case]}
+        for case, share in _shares(ours).items()
+        if case in then
+    ]
+
+
+def only_in(record: RunRecord, other: RunRecord) -> list[str]:
+    """The cases that ran in a record and not in the other, as lines of text."""
+    return [" ".join(map(str, case)) for case in _shares(record) if case not in _shares(other)]
+
+
+def _shares(record: RunRecord) -> dict[tuple[Any, ...], float]:
+    """Case -> share of ideal, of sparse contenders that ran."""
+    shares = {}
+    for result in record.numbers["results"]:
+        for name, numbers in result.get("contenders", {}).items():
+            if numbers.get("share_of_ideal") and not numbers["is_dense"]:
+                # Densities are what a search for a round one reached.
+                case = result | {"contender": name, "density": round(result["density"], 2)}
+                shares[tuple(case[key] for key in CASE)] = numbers["share_of_ideal"]
+    return shares

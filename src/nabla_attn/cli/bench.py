@@ -139,13 +139,15 @@ def _list_contenders(names: tuple[str, ...], where: "torch.device") -> None:
 
 
 def _compare_with(base: str, records: dict[str, Path], device: str, rounds: int) -> None:
-    from nabla_attn.bench.revisions import measure_revision, ratios
+    from nabla_attn.bench.revisions import measure_revision, only_in, ratios
     from nabla_attn.record import RunRecord
 
     for name, path in records.items():
-        theirs = measure_revision(base, name, device, rounds)
-        for row in ratios(RunRecord.load(path), theirs):
-            typer.echo(
-                f"{row['workload']} {row['dtype']} {row['density']:.3f} {row['direction']} "
-                f"{row['contender']}: {row['ratio']:.2f}x the share of ideal at {base}"
-            )
+        ours, theirs = RunRecord.load(path), measure_revision(base, name, device, rounds)
+        for row in ratios(ours, theirs):
+            *case, ratio = row.values()
+            typer.echo(f"{' '.join(map(str, case))}: {ratio:.2f}x the share of ideal at {base}")
+        for line in only_in(ours, theirs):
+            typer.echo(f"{line}: not measured at {base}")
+        for line in only_in(theirs, ours):
+            typer.echo(f"{line}: measured at {base} alone")
