@@ -1,5 +1,6 @@
 """Laws of the composed attention."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,26 @@ def test_keeping_everything_equals_dense_attention(name, algorithm, backend):
     q, k, v = random_qkv(grid, batch=3)
     out = na.nabla_attention(q, k, v, grid, na.parse(algorithm), backend=backend)
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["exact", "ragged", "clips"])
+@pytest.mark.parametrize("algorithm", ["nabla-0.5_sta-1-3-3", "topk-0.3", "sta-1-3-3", "dense"])
+@pytest.mark.parametrize("shape", [(0, 2), (2, 0)], ids=["batch", "heads"])
+def test_of_nothing_there_is_an_empty_map_and_output(name, algorithm, shape):
+    grid, num_text = ODD_GRIDS[name], 3
+    q, k, v = (torch.zeros(*shape, grid.num_tokens + num_text, 16) for _ in range(3))
+    q.requires_grad_()
+    valid = torch.ones(shape[0], num_text, dtype=torch.bool)
+    for pair in (None, *mapping.PAIRS):
+        options = {"text_after": num_text, "text_valid": valid, "pair_queries": pair}
+        bmap = na.build_block_map(q, k, grid, algorithm, **options)
+        assert bmap.mask.shape[:2] == bmap.head_density.shape == shape
+        assert math.isnan(bmap.density)
+        assert bmap.to_block_mask().to_dense().shape == bmap.mask.shape
+        for backend in ("auto", "reference", "gather"):
+            out = na.nabla_attention(q, k, v, grid, algorithm, backend=backend, **options)
+            assert out.shape == q.shape
+            out.sum().backward()
 
 
 def test_packed_clips_equal_clips_alone():

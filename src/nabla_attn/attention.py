@@ -57,7 +57,7 @@ def nabla_attention(
     attend = backends.resolve(backend, q, k, v)
     check_tokens(q, layout)
     is_plain = config.is_dense and grid.segments is None and text_valid is None
-    if len(q) == 0 or (backend == "auto" and is_plain):
+    if 0 in q.shape[:2] or (backend == "auto" and is_plain):
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     q_blocks, k_blocks, v_blocks = (to_blocks(x, layout) for x in (q, k, v))
     block_map = map_blocks(
@@ -88,6 +88,8 @@ def build_block_map(
     pair_queries: str | None = None,
 ) -> BlockMap:
     """The map that `nabla_attention` would use for these queries and keys; same arguments.
+
+    An empty batch has an empty map.
 
     Raises:
         ValueError: shapes do not fit each other or the grid.

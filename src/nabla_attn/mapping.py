@@ -61,6 +61,9 @@ def map_blocks(
     fixed = _fixed_blocks(layout, config, device, keep_first_frame)
     segments = None if grid.segments is None else build_segment_map(grid, device)
     shape = (*q.shape[:2], grid.num_blocks, grid.num_blocks)
+    if 0 in shape:
+        empty = torch.ones(shape, dtype=torch.bool, device=device)
+        return block_map_of(empty, layout, text_valid, kept_mass=empty.new_empty(shape[:2]).float())
     if not config.is_adaptive and not measure:
         # The window's map is cached, and a caller may write in what it is given.
         kept = (

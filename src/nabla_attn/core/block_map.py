@@ -47,7 +47,7 @@ class BlockMap:
         kv_counts = self.kv_counts
         weights = kv_counts.to(torch.float32)[:, None, :, None]
         # As floats the mask is four times as large: a few heads at a time.
-        heads = max(1, PANEL_PAIRS // self.mask[:, 0].numel())
+        heads = max(1, PANEL_PAIRS // max(1, self.mask[:, :1].numel()))
         # Counts do not fit the dtypes of autocast: fp16 ends at 65,504.
         with torch.autocast(weights.device.type, enabled=False):
             parts = [part.to(torch.float32) @ weights for part in self.mask.split(heads, dim=1)]
@@ -56,7 +56,7 @@ class BlockMap:
 
     @property
     def density(self) -> float:
-        """Kept token pairs / all token pairs, over all samples and heads."""
+        """Kept token pairs / all token pairs, over all samples and heads; NaN where none are."""
         return self.head_density.mean().item()
 
     def union(self, other: Bool[Tensor, "*batch q_blocks kv_blocks"]) -> "BlockMap":
