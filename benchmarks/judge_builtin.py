@@ -1,4 +1,4 @@
-"""Judge the built-in model on 96 held-out prompts with each algorithm; writes one record each.
+"""Judge the built-in model on 256 held-out prompts with each algorithm; writes one record each.
 
 Run it again after an interruption: prompts that a record already holds are not repeated.
 
@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("algorithms", nargs="+")
     parser.add_argument("--model", default="builtin")
-    parser.add_argument("--count", type=int, default=96)
+    parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
