@@ -4,6 +4,7 @@ import shutil
 import sqlite3
 import stat
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -297,14 +298,28 @@ def test_formulas_in_a_prompt_stay_text_in_csv(tmp_path):
 
 def test_the_study_fills_up(tmp_path):
     study = make_small_study(tmp_path)
-    from dataclasses import replace
-
     replace(study, max_raters=2).save(tmp_path / "study")
     with TestClient(create_app(tmp_path / "study")) as client:
         join(client, study), join(client, study)
         full = client.post(f"/api/s/{study.link_token}/raters", json={})
         assert full.status_code == 409
         assert "all its raters" in full.json()["detail"]
+
+
+def test_a_place_whose_rater_never_votes_is_free_again(tmp_path):
+    study = replace(make_small_study(tmp_path), max_raters=2)
+    study.save(tmp_path / "study")
+    with TestClient(create_app(tmp_path / "study")) as client:
+        idle, voted = join(client, study), join(client, study)
+        turn = client.get("/api/next", headers=voted).json()
+        assert client.post("/api/votes", json=ballot(turn["trial"]), headers=voted).is_success
+        with sqlite3.connect(database_path(tmp_path / "study")) as database:
+            database.execute("UPDATE raters SET created = '2020-01-01T00:00:00.000+00:00'")
+        join(client, study)
+        link = f"/api/s/{study.link_token}/raters"
+        assert client.post(link, json={}).status_code == 409
+        # Whoever comes back late is still known.
+        assert len(vote_all(client, idle)) > 0
 
 
 WRONG = {

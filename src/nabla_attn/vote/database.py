@@ -4,7 +4,7 @@ import random
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from sqlalchemy import (
     CheckConstraint,
     Engine,
     ForeignKey,
+    Select,
     UniqueConstraint,
     bindparam,
     create_engine,
@@ -28,6 +29,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from nabla_attn.vote.order import draw_showings
 from nabla_attn.vote.study import ANSWERS, QUESTIONS, Study, new_token
 from nabla_attn.vote.sync import SharedSync
+
+PLACE_KEPT = timedelta(hours=1)
+"""How long a rater's place is kept before their first vote; after it, it is theirs."""
 
 
 class Base(DeclarativeBase):
@@ -124,14 +128,17 @@ class VoteStore:
         """Admit a rater, draw their way, and return their token.
 
         Raises:
-            StudyFull: `max_raters` are in.
+            StudyFull: `max_raters` have voted or joined of late.
         """
         token, now = new_token(), _now()
+        placed = _placed()
         with self._writing, self._engine.begin() as connection:
-            if (connection.scalar(select(func.count(Rater.id))) or 0) >= self._study.max_raters:
+            count = connection.scalar(select(func.count()).select_from(placed.subquery()))
+            if (count or 0) >= self._study.max_raters:
                 raise StudyFull
             shown = select(Trial.pair_id, func.count()).where(~Trial.is_repeat)
-            shown = shown.group_by(Trial.pair_id)
+            # Pairs on the ways of those who only looked were judged by nobody.
+            shown = shown.where(Trial.rater_id.in_(placed)).group_by(Trial.pair_id)
             times_shown = {pair_id: count for pair_id, count in connection.execute(shown)}
             rater_id = connection.scalar(
                 insert(Rater).values(token=token, created=now).returning(Rater.id)
@@ -248,5 +255,11 @@ def _prepare(engine: Engine, study: Study) -> None:
         )
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+def _placed() -> Select[Any]:
+    """Raters whose places are taken: they voted, or joined less than `PLACE_KEPT` ago."""
+    voted = select(Trial.rater_id).join(Vote, Vote.trial == Trial.token)
+    return select(Rater.id).where((Rater.created > _now(-PLACE_KEPT)) | Rater.id.in_(voted))
+
+
+def _now(shift: timedelta = timedelta()) -> str:
+    return (datetime.now(UTC) + shift).isoformat(timespec="milliseconds")

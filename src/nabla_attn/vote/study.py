@@ -62,7 +62,7 @@ class Study:
         fps: frames per second of the videos, for stepping by frame.
         pairs_per_rater: real pairs that one rater judges; all controls come on top.
         num_repeats: pairs that a rater sees again, sides swapped, to measure consistency.
-        max_raters: raters admitted.
+        max_raters: raters admitted; one who does not vote within an hour gives the place back.
         notice: shown with every result, such as where the votes come from.
         link_token: opens the study to raters.
         admin_token: opens the results.
