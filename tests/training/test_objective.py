@@ -155,6 +155,17 @@ def test_v_prediction_is_what_cogvideox_turns_back_into_data():
     assert torch.allclose(restored, latents, atol=1e-5)
 
 
+def test_a_shift_that_v_prediction_ignores_is_said(recwarn):
+    from diffusers import CogVideoXDDIMScheduler
+
+    scheduler = CogVideoXDDIMScheduler(prediction_type="v_prediction")
+    family = Family(pipeline="CogVideoXPipeline", prediction="v_prediction")
+    path_of(scheduler, family, ObjectiveConfig())
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"objective\.shift=3 is ignored: CogVideoXPipeline"):
+        path_of(scheduler, family, ObjectiveConfig(shift=3.0))
+
+
 def test_schedulers_that_do_not_fit_are_refused():
     from diffusers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler
 

@@ -44,7 +44,8 @@ class ObjectiveConfig:
         times: How noise levels are drawn before the shift: "uniform" or "logit-normal".
         logit_mean: Mean of the logit-normal levels.
         logit_std: Deviation of the logit-normal levels.
-        shift: Moves the levels to more noise; None is the scheduler's own.
+        shift: Moves the levels to more noise; None is the scheduler's own. Not for v-prediction,
+            whose steps fix their levels.
         data_weight: Weight of the data term beside distillation, 0 in the paper.
         layer_weight: Weight of the attention outputs' error beside distillation, 0 in the paper.
     """

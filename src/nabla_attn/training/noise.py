@@ -1,5 +1,6 @@
 """Noise levels and noisy latents, exactly as a pipeline's scheduler has them."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -91,7 +92,7 @@ class VelocityPath:
 
 
 def path_of(scheduler: Any, family: Family, objective: ObjectiveConfig) -> NoisePath:
-    """The path that a pipeline's scheduler walks back.
+    """The path that a pipeline's scheduler walks back; warns of a shift that has no effect.
 
     Args:
         scheduler: Of diffusers.
@@ -108,6 +109,12 @@ def path_of(scheduler: Any, family: Family, objective: ObjectiveConfig) -> Noise
             raise ValueError(
                 f"{family.pipeline} is trained with v_prediction and objective.times=uniform: got "
                 f"{config.get('prediction_type')} and {objective.times}."
+            )
+        if objective.shift is not None:
+            warnings.warn(
+                f"objective.shift={objective.shift:g} is ignored: {family.pipeline} is trained on "
+                "the steps of its scheduler, which fix their noise levels. Drop it.",
+                stacklevel=2,
             )
         return VelocityPath(scheduler)
     if "FlowMatch" not in name and config.get("prediction_type") != "flow_prediction":
