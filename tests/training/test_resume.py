@@ -1,3 +1,4 @@
+import json
 import os
 import random
 import signal
@@ -157,6 +158,25 @@ def test_a_checkpoint_before_the_first_update_is_no_update(tiny_wan, tmp_path):
     again = Trainer(prepare(config, load_parts(tiny_wan), make_clips()), tmp_path)
     assert again.resume() == 1 and again.skipped == 1
     assert not again.run.optimizer.state
+
+
+def test_steps_skipped_in_a_row_are_counted_on(tiny_wan, tmp_path):
+    config = small_config(max_skipped=2)
+    trainer = Trainer(prepare(config, load_parts(tiny_wan), make_clips()), tmp_path)
+    trainer._update(False)
+    trainer.step = 1
+    trainer._save()
+    again = Trainer(trainer.run, tmp_path)
+    assert again.resume() == 1 and again.skipped_in_a_row == 1
+    with pytest.raises(ValueError, match="no finite loss in 2 steps in a row"):
+        again._update(False)
+    # A checkpoint of an older version does not have the count.
+    path = again.checkpoints.latest() / "state.json"
+    state = json.loads(path.read_text())
+    del state["skipped_in_a_row"]
+    path.write_text(json.dumps(state))
+    again.resume()
+    assert again.skipped_in_a_row == 0
 
 
 def test_an_average_that_is_newly_wanted_starts_from_the_weights(tiny_wan, tmp_path):

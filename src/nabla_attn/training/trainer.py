@@ -99,6 +99,8 @@ class Trainer:
         if not changes or state["feed"].keys() == self.run.feed.state_dict().keys():
             self._restore_feed(state["feed"], bool(changes))
         self.step, self.skipped = state["step"], state["skipped"]
+        # Checkpoints of older versions do not have it.
+        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         self.seconds = state["seconds"]
         self.best = float("inf") if state["best"] is None else state["best"]
         return self.step
@@ -231,6 +233,7 @@ class Trainer:
             "config": to_plain(self.config),
             "processes": self.run.accelerator.num_processes,
             "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "seconds": self.seconds,
             "validation": self.measured,
             "best": self.best if math.isfinite(self.best) else None,
