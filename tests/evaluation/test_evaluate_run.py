@@ -14,7 +14,7 @@ from nabla_attn.evaluation.match import bisect, match_algorithm
 from nabla_attn.evaluation.pack import pack
 from nabla_attn.evaluation.probe import MEASURES, AttentionProbe
 from nabla_attn.evaluation.prompts import make_items
-from nabla_attn.evaluation.run import Evaluation, Measures
+from nabla_attn.evaluation.run import Evaluation, Measures, describe_weights
 from nabla_attn.evaluation.summary import read_records, resample, summarise, summary_record
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import load_pipeline
@@ -109,6 +109,36 @@ def test_a_measure_asked_for_later_is_made(pipeline, finished, tmp_path):
     again.run(ALGOS, ITEMS[:1])
     records = [RunRecord.load(tmp_path / "run" / name / "p0000-s0.json") for name in ALGOS]
     assert [record.numbers["to_prompt"]["clip"] for record in records] == [0.25]
+
+
+def test_other_weights_of_a_measure_are_refused_before_any_video(
+    pipeline, finished, tmp_path, monkeypatch
+):
+    shutil.copytree(finished, tmp_path / "run")
+    file, folder = tmp_path / "alex.pt", tmp_path / "clip"
+    folder.mkdir()
+    for path in (file, folder / "model.safetensors"):
+        path.write_bytes(b"old")
+    measures = {"lpips": lambda ours, reference: [0.5], "clip": lambda frames, prompt: 0.25}
+
+    def run(items, **places):
+        weights = {name: describe_weights(path) for name, path in places.items()}
+        more = Measures(num_probed=1, weights=weights, **{name: measures[name] for name in places})
+        Evaluation(pipeline, REQUEST, tmp_path / "run", fps=8, measures=more).run(ALGOS, items)
+
+    # The second prompt alone, so that the first lacks what the second was measured with.
+    run(ITEMS[2:3], lpips=file, clip=folder)
+    config = RunRecord.load(tmp_path / "run" / "dense" / f"{ITEMS[2].name}.json").config
+    assert config["lpips_weights"].startswith("alex.pt ")
+    assert config["clip_weights"].startswith("clip ")
+    monkeypatch.setattr(run_module, "generate", lambda *_, **__: pytest.fail("it made a video"))
+    run(ITEMS[2:3], lpips=file, clip=folder)
+    run(ITEMS)
+    (folder / "model.safetensors").write_bytes(b"new")
+    with pytest.raises(ValueError, match=r"clip_weights 'clip \w{16}', now 'clip \w{16}'"):
+        run(ITEMS, lpips=file, clip=folder)
+    with pytest.raises(ValueError, match=r"lpips_weights 'alex.pt \w{16}', now 'clip"):
+        run(ITEMS, lpips=folder)
 
 
 def test_nothing_is_carried_over_from_a_run_of_another_size(pipeline):

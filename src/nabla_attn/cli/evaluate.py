@@ -70,7 +70,7 @@ def run(
     """Make the videos, measure them, and write records, a summary and curves."""
     from nabla_attn.cli.progress import generation_bars
     from nabla_attn.evaluation.prompts import make_items, read_prompts, world_prompts
-    from nabla_attn.evaluation.run import Evaluation, Measures
+    from nabla_attn.evaluation.run import Evaluation, Measures, describe_weights
 
     texts = read_prompts(prompts)[:num_prompts] if prompts else world_prompts(num_prompts or 4)
     items = make_items(texts, opt.read_indices(seeds) or ())
@@ -79,7 +79,16 @@ def run(
     )
     part = _read_shard(shard)
     rate = video.rate
-    measures = Measures(lpips=_load_lpips(lpips), clip=_load_clip(clip), num_probed=num_probed)
+    measures = Measures(
+        lpips=_load_lpips(lpips),
+        clip=_load_clip(clip),
+        weights={
+            name: describe_weights(path)
+            for name, path in {"lpips": lpips, "clip": clip}.items()
+            if path is not None
+        },
+        num_probed=num_probed,
+    )
     pipeline = video.load()
     algos = _match(pipeline, request, sparse_algo, items, match)
     evaluation = Evaluation(pipeline, request, output, fps=rate, measures=measures)

@@ -3,9 +3,9 @@
 A run is a folder: ``<algorithm>/<item>.mp4`` and beside it its record, ``<item>.json``.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from nabla_attn.evaluation.metrics import measure_fidelity
 from nabla_attn.evaluation.motion import measure_motion
 from nabla_attn.evaluation.probe import AttentionProbe
 from nabla_attn.evaluation.prompts import Item, judge_prompt
+from nabla_attn.files import fingerprint_files
 from nabla_attn.generation.clock import Progress
 from nabla_attn.generation.generate import generate, warm_up
 from nabla_attn.generation.pipeline import model_identity
@@ -35,14 +36,24 @@ class Measures:
     Attributes:
         lpips: ours, reference -> LPIPS per frame.
         clip: frames, prompt -> CLIP score.
+        weights: "lpips" and "clip" -> their weights, as `describe_weights` names them; records keep
+            it, and a folder's records must agree.
         num_probed: items, from the first, whose attention is measured in a run of its own.
         num_rows: query tokens sampled per call there.
     """
 
     lpips: Callable[[np.ndarray, np.ndarray], list[float]] | None = None
     clip: Callable[[np.ndarray, str], float] | None = None
+    weights: Mapping[str, str] = field(default_factory=dict)
     num_probed: int = 2
     num_rows: int = 16
+
+
+def describe_weights(path: Path) -> str:
+    """Name and fingerprint of a file or a directory of weights."""
+    path = path.resolve()
+    folder, files = (path, sorted(path.glob("[!.]*"))) if path.is_dir() else (path.parent, [path])
+    return f"{path.name} {fingerprint_files(folder, files)[:16]}"
 
 
 class Evaluation:
@@ -104,8 +115,9 @@ class Evaluation:
         names = list(dict.fromkeys(["dense", *(str(parse(algo)) for algo in algos)]))
         mine = list(items)[index::count]
         total, done = len(mine) * len(names), 0
-        for item in mine:
-            missing = [name for name in names if not self._is_done(name, item)]
+        # All before the first video: records made with other settings are refused now.
+        to_make = {item: [n for n in names if not self._is_done(n, item)] for item in mine}
+        for item, missing in to_make.items():
             done += len(names) - len(missing)
             dense: np.ndarray | None = None
             for name in missing:
@@ -133,6 +145,7 @@ class Evaluation:
         path = self._path(name, item)
         write_video(frames, path.with_suffix(".mp4"), self._fps)
         config = record.config | {"prompt_index": item.index, "fps": self._fps}
+        config |= self._weights(numbers)
         # Last: a record says that all of its files are there.
         replace(record, kind="evaluate", config=config, numbers=numbers).save(path)
         return frames
@@ -176,14 +189,21 @@ class Evaluation:
             return False
         asked = self._asked(name, item).to_dict() | self._identity | {"fps": self._fps}
         numbers = check_settings(path, asked).numbers
+        check_settings(path, self._weights(numbers))
         measures = self._measures
         wanted = {
             "lpips": measures.lpips is not None,
             "clip": measures.clip is not None,
             "probe": name != "dense" and item.index < measures.num_probed,
         }
-        had = numbers | numbers["to_dense"] | numbers["to_prompt"]
+        had = _measured(numbers)
         return all(measure in had for measure, is_wanted in wanted.items() if is_wanted)
+
+    def _weights(self, numbers: dict[str, Any]) -> dict[str, str]:
+        """The weights of what was measured, under their names in a record's config."""
+        had = _measured(numbers)
+        weights = self._measures.weights.items()
+        return {f"{measure}_weights": text for measure, text in weights if measure in had}
 
     def _asked(self, name: str, item: Item) -> GenerationRequest:
         request = replace(self._request, prompt=item.prompt, seed=item.seed)
@@ -191,6 +211,10 @@ class Evaluation:
 
     def _path(self, name: str, item: Item) -> Path:
         return self._folder / name / f"{item.name}.json"
+
+
+def _measured(numbers: dict[str, Any]) -> dict[str, Any]:
+    return numbers | numbers["to_dense"] | numbers["to_prompt"]
 
 
 @contextmanager

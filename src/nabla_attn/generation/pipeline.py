@@ -1,6 +1,5 @@
 """Load a diffusers pipeline directory, checked part by part so that a bad file is named."""
 
-import hashlib
 import importlib
 import json
 import warnings
@@ -9,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nabla_attn.files import read_ends
+from nabla_attn.files import fingerprint_files
 from nabla_attn.sizes import denoisers
 
 BUILTIN = "builtin"
@@ -110,18 +109,8 @@ def model_identity(pipeline: Any) -> dict[str, str | None]:
 
 
 def fingerprint(model: Path) -> str:
-    """Hash of names, sizes, and both ends of the files that a pipeline is loaded from.
-
-    Weights of a model trained further differ everywhere, so their ends tell; all of them would take
-    minutes to read.
-    """
-    total = hashlib.sha256()
-    for path in [model / "model_index.json", *sorted(model.glob("*/[!.]*"))]:
-        if not path.is_file():
-            continue
-        total.update(f"{path.relative_to(model).as_posix()} {path.stat().st_size}\n".encode())
-        total.update(read_ends(path, 65536))
-    return total.hexdigest()
+    """`fingerprint_files` of those that a pipeline is loaded from."""
+    return fingerprint_files(model, [model / "model_index.json", *sorted(model.glob("*/[!.]*"))])
 
 
 def resolve_device(name: str) -> torch.device:
