@@ -182,6 +182,21 @@ def test_it_asks_the_network_for_nothing_and_fits_a_laptop(address):
         assert [url for url in requests if not url.startswith(("data:", "file:", "blob:"))] == []
 
 
+def test_a_block_of_several_frames_says_which(tmp_path):
+    maps = make_maps(blocks=(3, 3, 4), grid=(7, 22, 29), block=(3, 8, 8))
+    write_view(tmp_path / "deep.html", make_frames(25), maps)
+    with chromium() as browser:
+        page, errors = ready(browser, (tmp_path / "deep.html").as_uri())
+        names = ["latent frames 1–3", "latent frames 4–6", "latent frame 7"]
+        assert page.locator("#frames figcaption").all_text_contents() == names
+        click_block(page, maps, 12)
+        page.locator("#frames canvas").last.hover(position={"x": 5, "y": 5})
+        text = page.locator("#status").inner_text()
+        assert text.startswith("Block frames 4–6, row 1, column 1 attends")
+        assert " Block frame 7, row 1, column 1: score" in text
+        assert errors == []
+
+
 def test_many_blocks(tmp_path):
     """720p: 21 x 6 x 10 blocks, 3 heads."""
     maps = make_maps(blocks=(21, 6, 10), grid=(21, 48, 80), counts=(20, 8, 3), has_scores=False)

@@ -7,7 +7,9 @@ from nabla_attn.generation.recorded_maps import RecordedMaps, Selection
 from nabla_attn.record import RunRecord
 
 
-def make_maps(blocks=(5, 3, 4), grid=(5, 22, 29), counts=(20, 8, 4), has_scores=True, seed=0):
+def make_maps(
+    blocks=(5, 3, 4), grid=(5, 22, 29), counts=(20, 8, 4), has_scores=True, seed=0, block=(1, 8, 8)
+):
     """Random maps: some rows nearly empty, some full."""
     rng = np.random.default_rng(seed)
     selection = Selection((0, 10, 19), (0, 3, 7), tuple(range(counts[2])), has_scores)
@@ -22,7 +24,7 @@ def make_maps(blocks=(5, 3, 4), grid=(5, 22, 29), counts=(20, 8, 4), has_scores=
     return RecordedMaps(
         algorithm="nabla-0.7",
         blocks=blocks,
-        block=(1, 8, 8),
+        block=block,
         grid=grid,
         selection=selection,
         masks=torch.from_numpy(np.packbits(kept, axis=-1)),

@@ -51,6 +51,13 @@ function place(block) {
   return [Math.floor(block / inFrame), Math.floor((block % inFrame) / COLUMNS), block % COLUMNS];
 }
 
+// The latent frames that blocks of one place in time hold: the last of a ragged grid hold fewer.
+function frameNames(time) {
+  const first = time * data.block[0] + 1;
+  const last = Math.min(first + data.block[0] - 1, data.grid[0]);
+  return last > first ? `frames ${first}–${last}` : `frame ${first}`;
+}
+
 function color(name) { return getComputedStyle(document.documentElement).getPropertyValue(name).trim(); }
 
 // Edges of a block in the picture: the last ones of a ragged grid are smaller.
@@ -104,7 +111,7 @@ function describe(lit, pointed) {
   const kept = lit.reduce((sum, value) => sum + (value > 0), 0);
   const [time, row, column] = place(state.block);
   const verb = state.direction === "out" ? "attends" : "is attended by";
-  let text = `Block frame ${time + 1}, row ${row + 1}, column ${column + 1} ${verb} ${kept} of ${COUNT} blocks`;
+  let text = `Block ${frameNames(time)}, row ${row + 1}, column ${column + 1} ${verb} ${kept} of ${COUNT} blocks`;
   if (shownHeads().length > 1) text += ` in some of ${shownHeads().length} heads`;
   text += ".";
   if (pointed !== undefined && data.scoreBits && shownHeads().length === 1) {
@@ -114,7 +121,7 @@ function describe(lit, pointed) {
     let rank = 1;
     for (let key = 0; key < COUNT; key++) rank += score(head, pair[0], key) > value;
     const [t, r, c] = place(pointed);
-    text += ` Frame ${t + 1}, row ${r + 1}, column ${c + 1}: score ${percent(value)}, `
+    text += ` Block ${frameNames(t)}, row ${r + 1}, column ${c + 1}: score ${percent(value)}, `
       + `rank ${rank} of ${COUNT}, ${isKept(head, ...pair) ? "kept" : "dropped"}.`;
   }
   $("status").textContent = text;
@@ -259,7 +266,7 @@ function buildFrames() {
     figure.className = "frame";
     const image = new Image();
     image.src = source;
-    image.alt = `Frame ${time + 1} of ${TIME}`;
+    image.alt = `Latent ${frameNames(time)} of ${data.grid[0]}`;
     image.style.aspectRatio = `${width} / ${height}`;
     const canvas = document.createElement("canvas");
     canvas.width = 480;
@@ -273,7 +280,7 @@ function buildFrames() {
     });
     canvas.addEventListener("click", (event) => choose(blockAt(event, time), true));
     const caption = document.createElement("figcaption");
-    caption.textContent = `latent frame ${time + 1}`;
+    caption.textContent = `latent ${frameNames(time)}`;
     figure.append(image, canvas, caption);
     $("frames").append(figure);
     canvases.push(canvas);
