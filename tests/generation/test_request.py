@@ -100,6 +100,21 @@ def test_model_defaults(tmp_path):
     assert ModelDefaults.load(tmp_path) == ModelDefaults(height=256, fps=8, sparse_algo="nabla-0.7")
 
 
+def test_model_defaults_with_a_schedule(tmp_path):
+    schedule = Schedule(algorithm=parse("nabla-0.7"), layer_overrides={0: parse("nabla-0.9")})
+    rules = json.loads(schedule.to_json())
+    path = tmp_path / "defaults.json"
+    path.write_text(json.dumps({"sparse_algo": "nabla-0.7", "schedule": rules}))
+    defaults = ModelDefaults.load(tmp_path)
+    assert defaults == ModelDefaults(sparse_algo="nabla-0.7", schedule=schedule)
+    path.write_text(json.dumps({"schedule": None}))
+    assert ModelDefaults.load(tmp_path) == ModelDefaults()
+    for values in ({"sparse_algo": "nabla-0.6", "schedule": rules}, {"schedule": [1]}):
+        path.write_text(json.dumps(values))
+        with pytest.raises(ValueError, match=r"defaults\.json: .*schedule"):
+            ModelDefaults.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     "text", ["{", "[]", '{"height": "x"}', '{"height": true}', '{"depth": 3}', '{"fps": "8"}']
 )

@@ -8,7 +8,9 @@ from safetensors.torch import load_file, save_file
 from tests.training.clips import make_clips, small_config
 
 from nabla_attn.cli.train_model import train_model
+from nabla_attn.config import parse
 from nabla_attn.record import RunRecord
+from nabla_attn.schedule import Schedule
 from nabla_attn.training.model import load_parts
 from nabla_attn.training.setup import prepare
 from nabla_attn.training.train import train
@@ -89,6 +91,33 @@ def test_the_result_is_a_pipeline_that_generates(tiny_wan, tmp_path):
     size = {"frames": 5, "height": 32, "width": 32, "steps": 2, "guidance": 1.0}
     video, _ = generate(pipeline, GenerationRequest("a red circle", **size))
     assert video.shape == (5, 32, 32, 3)
+
+
+def test_the_result_keeps_the_schedule_and_generation_follows_it(tiny_wan, tmp_path, monkeypatch):
+    from nabla_attn.cli.compare import compare
+    from nabla_attn.cli.options import VideoOptions
+
+    rules = {"dense_first_steps": 1, "layer_overrides": {0: parse("nabla-0.9")}}
+    schedule = Schedule(algorithm=parse("nabla-0.4"), **rules)
+    path = tmp_path / "schedule.json"
+    path.write_text(schedule.to_json())
+    config = small_config(steps=1, sparsity__schedule=str(path))
+    result = train(config, tiny_wan, tmp_path / "run", dataset=make_clips(4))
+    video = VideoOptions(model=str(result), device="cpu")
+    asked = video.request(prompt="a red circle", seed=0, sparse_algo=None)
+    assert (asked.sparse_algo, asked.schedule) == ("nabla-0.4", schedule)
+    assert video.request(prompt="", seed=0, sparse_algo="nabla-0.5").schedule is None
+
+    def stop(pipeline, request, algos, **_):
+        assert request.schedule == schedule and algos == ["nabla-0.4"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nabla_attn.evaluation.compare.compare", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compare.__wrapped__(video, "a red circle", output=tmp_path / "out")
+    # Trained again without one, the result has none.
+    again = train(small_config(steps=1), result, tmp_path / "again", dataset=make_clips(4))
+    assert VideoOptions(model=str(again)).defaults.schedule is None
 
 
 def test_a_model_in_a_download_cache_gives_whole_results(tiny_wan, tmp_path):

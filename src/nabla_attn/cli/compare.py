@@ -36,8 +36,9 @@ def compare(
     from nabla_attn.evaluation.compare import compare as run_all
     from nabla_attn.files import check_writable
 
-    algos = sparse_algo or [video.defaults.sparse_algo]
-    requests = [video.request(prompt=prompt, seed=seed, sparse_algo=algo) for algo in algos]
+    asked: list[str | None] = [*sparse_algo] if sparse_algo else [None]
+    requests = [video.request(prompt=prompt, seed=seed, sparse_algo=algo) for algo in asked]
+    algos = [request.sparse_algo for request in requests]
     rate = video.rate
     check_writable(output / "contact_sheet.png")
     pipeline = video.load()

@@ -69,15 +69,17 @@ class VideoOptions:
     def request(self, *, prompt: str, seed: int, sparse_algo: str | None) -> "GenerationRequest":
         """A request for one video.
 
-        An algorithm given replaces the schedule file's own; its other rules stay.
+        An algorithm given replaces the schedule file's own; its other rules stay. Without either,
+        the model's own algorithm and rules hold.
         """
         from nabla_attn.config import parse
         from nabla_attn.generation.request import GenerationRequest
 
         rules = _read_schedule(self.schedule) if self.schedule else None
-        if rules is not None and sparse_algo is None:
-            sparse_algo = str(rules.algorithm)
-        algo = str(parse(self.defaults.sparse_algo if sparse_algo is None else sparse_algo))
+        if sparse_algo is None:
+            rules = rules or self.defaults.schedule
+            sparse_algo = str(rules.algorithm) if rules else self.defaults.sparse_algo
+        algo = str(parse(sparse_algo))
         if rules is not None:
             rules = replace(rules, algorithm=parse(algo))
         sizes: dict[str, Any] = {}

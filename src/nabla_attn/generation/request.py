@@ -95,6 +95,7 @@ class ModelDefaults:
         guidance: guidance scale.
         fps: frames per second of the mp4.
         sparse_algo: algorithm used when none is asked for.
+        schedule: rules used with it then; its algorithm is `sparse_algo`.
     """
 
     height: int = 480
@@ -104,13 +105,15 @@ class ModelDefaults:
     guidance: float = 5.0
     fps: float = 16
     sparse_algo: str = "dense"
+    schedule: Schedule | None = None
 
     @classmethod
     def load(cls, directory: Path) -> "ModelDefaults":
         """Read ``directory/defaults.json`` if there is one; a guider says its own guidance.
 
         Raises:
-            ValueError: the file is not JSON, or has an unknown name or a value of the wrong type.
+            ValueError: the file is not JSON, has an unknown name or a value of the wrong type, or a
+                schedule of another algorithm.
         """
         scale = guider_scale(_read_json(directory / "guider" / "guider_config.json"))
         own = cls() if scale is None else cls(guidance=scale)
@@ -119,12 +122,29 @@ class ModelDefaults:
         known = asdict(own)
         if not isinstance(values, dict) or (values.keys() - known.keys()):
             raise ValueError(f"{path}: expected an object with {', '.join(known)}, got {values!r}.")
+        rules = values.pop("schedule", None)
         for name, value in values.items():
             wanted = str if name == "sparse_algo" else float if name in ("guidance", "fps") else int
             fits = isinstance(value, int | float) if wanted is float else isinstance(value, wanted)
             if not fits or isinstance(value, bool):
                 raise ValueError(f"{path}: {name} must be {wanted.__name__}, got {value!r}.")
-        return replace(own, **values)
+        defaults = replace(own, **values)
+        if rules is None:
+            return defaults
+        return replace(defaults, schedule=_read_rules(path, rules, defaults.sparse_algo))
+
+
+def _read_rules(path: Path, rules: Any, sparse_algo: str) -> Schedule:
+    try:
+        schedule, config = Schedule.from_dict(rules), parse(sparse_algo)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if schedule.algorithm != config:
+        raise ValueError(
+            f"{path}: the schedule's algorithm is {schedule.algorithm} and sparse_algo "
+            f"{sparse_algo}. Write the same in both, or drop the schedule."
+        )
+    return schedule
 
 
 def check_request(pipeline: Any, request: GenerationRequest) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from nabla_attn.files import write_text
+from nabla_attn.schedule import Schedule
 
 _WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -87,7 +88,7 @@ def read_index(directory: Path) -> dict[str, Any]:
 
 
 def save_pipeline(
-    parts: Parts, weights: dict[str, torch.Tensor], folder: Path, sparse_algo: str
+    parts: Parts, weights: dict[str, torch.Tensor], folder: Path, schedule: Schedule
 ) -> None:
     """Write a whole pipeline directory with the trained transformer, or nothing.
 
@@ -97,7 +98,7 @@ def save_pipeline(
         parts: Where the other parts come from.
         weights: Of the trained transformer, whole.
         folder: The directory to write; an earlier one is replaced.
-        sparse_algo: Kept in `defaults.json`, so that generation uses what was trained.
+        schedule: Kept in `defaults.json`, so that generation uses what was trained.
     """
     with torch.device("meta"):
         transformer = type(parts.transformer).from_config(parts.transformer.config)
@@ -105,7 +106,12 @@ def save_pipeline(
     transformer.register_to_config(_name_or_path="")
     source = parts.directory / "defaults.json"
     defaults = json.loads(source.read_text(encoding="utf-8")) if source.is_file() else {}
-    text = json.dumps(defaults | {"sparse_algo": sparse_algo}, indent=2) + "\n"
+    # Those of the source may be rules of another algorithm.
+    defaults.pop("schedule", None)
+    defaults["sparse_algo"] = str(schedule.algorithm)
+    if schedule != Schedule(algorithm=schedule.algorithm):
+        defaults["schedule"] = json.loads(schedule.to_json())
+    text = json.dumps(defaults, indent=2) + "\n"
     skipped = shutil.ignore_patterns(parts.name, "defaults.json")
     with _whole_result(folder) as temporary:
         shutil.copytree(parts.directory, temporary, copy_function=_link, ignore=skipped)

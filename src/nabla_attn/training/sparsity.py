@@ -21,15 +21,20 @@ class Sparsity:
         module: The transformer, not wrapped.
         config: What is trained.
 
+    Attributes:
+        asked: The schedule with all of its rules, as generation follows it.
+        schedule: Those of its rules that training follows.
+
     Raises:
         ValueError: The module cannot be made sparse, or the schedule file is not one.
     """
 
     def __init__(self, module: nn.Module, config: SparsityConfig) -> None:
         self.config = config
+        self.asked = read_schedule(config)
         # Rules about denoising steps do not apply to training.
         self.schedule = replace(
-            read_schedule(config),
+            self.asked,
             dense_first_steps=0,
             dense_last_steps=0,
             step_overrides={},
