@@ -9,7 +9,13 @@ import torch
 from nabla_attn.evaluation.clip_score import ClipScore
 from nabla_attn.evaluation.lpips import CONVOLUTIONS, LPIPS, SCALE, SHIFT, measure_lpips
 from nabla_attn.evaluation.motion import measure_motion
-from nabla_attn.evaluation.prompts import judge_prompt, make_items, read_prompts, world_prompts
+from nabla_attn.evaluation.prompts import (
+    judge_prompt,
+    make_items,
+    read_prompts,
+    take_prompts,
+    world_prompts,
+)
 from nabla_attn.world import describe, held_out_scenes, render
 
 
@@ -164,7 +170,11 @@ def test_prompts(tmp_path):
     assert read_prompts(tmp_path / "a.txt") == ["one", "two"]
     (tmp_path / "a.json").write_text('[{"prompt_en": "one", "dimension": []}, "two"]')
     assert read_prompts(tmp_path / "a.json") == ["one", "two"]
-    for wrong in ('{"a": 1}', '[{"prompt_en": ["one"]}]', '[{"prompt_en": 5}]', "[[]]"):
+    assert take_prompts(tmp_path / "a.json", None) == ["one", "two"]
+    assert take_prompts(tmp_path / "a.json", 1) == ["one"]
+    assert take_prompts(None, None) == world_prompts(4)
+    assert take_prompts(None, 2) == world_prompts(2)
+    for wrong in ("[]", '{"a": 1}', '[{"prompt_en": ["one"]}]', '[{"prompt_en": 5}]', "[[]]"):
         (tmp_path / "b.json").write_text(wrong)
         with pytest.raises(ValueError, match=r"b\.json"):
             read_prompts(tmp_path / "b.json")

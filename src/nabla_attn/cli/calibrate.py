@@ -28,12 +28,7 @@ def calibrate(
             show_default="nabla-*, topk-*, nabla-*_sta-3-3-3",
         ),
     ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help="Text file, one prompt a line, or JSON.", show_default="the built-in world's"
-        ),
-    ] = None,
+    prompts: opt.Prompts = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts taken, from the first.")] = 2,
     seed: opt.Seed = 0,
     num_rows: Annotated[
@@ -51,17 +46,14 @@ def calibrate(
     from nabla_attn.calibrate.choose import choose_within, one_for_all
     from nabla_attn.calibrate.run import Calibration
     from nabla_attn.cli.progress import generation_bars
-    from nabla_attn.evaluation.prompts import read_prompts, world_prompts
+    from nabla_attn.evaluation.prompts import take_prompts
     from nabla_attn.files import check_writable, write_text
 
     if (density is None) == (error is None):
         raise ValueError("calibration takes one budget: --density 0.2, or --error 0.1.")
     candidates = read_candidates(sparse_algo or DEFAULT)
-    texts = read_prompts(prompts)[:num_prompts] if prompts else world_prompts(num_prompts)
-    if not texts:
-        raise ValueError(f"{prompts} holds no prompt.")
-    algo = None if video.schedule else "dense"
-    request = video.request(prompt=texts[0], seed=seed, sparse_algo=algo)
+    texts = take_prompts(prompts, num_prompts)
+    request = video.base_request(prompt=texts[0], seed=seed)
     target = check_writable(output / "schedule.json")
     calibration = Calibration(video.load(), request, candidates, output, num_rows)
     with generation_bars(in_logs=True) as start:

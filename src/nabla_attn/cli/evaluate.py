@@ -39,12 +39,7 @@ def run(
         list[str],
         typer.Option(help="An algorithm; repeat for more. nabla-* with --match finds its number."),
     ],
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help="Text file, one prompt a line, or JSON.", show_default="the built-in world's"
-        ),
-    ] = None,
+    prompts: opt.Prompts = None,
     num_prompts: Annotated[
         int | None,
         typer.Option(
@@ -69,14 +64,12 @@ def run(
 ) -> None:
     """Make the videos, measure them, and write records, a summary and curves."""
     from nabla_attn.cli.progress import generation_bars
-    from nabla_attn.evaluation.prompts import make_items, read_prompts, world_prompts
+    from nabla_attn.evaluation.prompts import make_items, take_prompts
     from nabla_attn.evaluation.run import Evaluation, Measures, describe_weights
 
-    texts = read_prompts(prompts)[:num_prompts] if prompts else world_prompts(num_prompts or 4)
+    texts = take_prompts(prompts, num_prompts)
     items = make_items(texts, opt.read_indices(seeds) or ())
-    request = video.request(
-        prompt=texts[0], seed=items[0].seed, sparse_algo=None if video.schedule else "dense"
-    )
+    request = video.base_request(prompt=texts[0], seed=items[0].seed)
     part = _read_shard(shard)
     rate = video.rate
     measures = Measures(

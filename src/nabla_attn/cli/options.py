@@ -29,6 +29,12 @@ Seed = Annotated[int, typer.Option(help="Seed of the starting noise.")]
 Fps = Annotated[float | None, typer.Option(help="Frames per second.", show_default=MODEL_DEFAULT)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        help="Text file, one prompt a line, or JSON.", show_default="the built-in world's"
+    ),
+]
 ScheduleFile = Annotated[
     Path | None,
     typer.Option("--schedule", help="JSON file: which steps and layers run which algorithm."),
@@ -94,6 +100,11 @@ class VideoOptions:
             schedule=rules,
             **sizes,
         )
+
+    def base_request(self, *, prompt: str, seed: int) -> "GenerationRequest":
+        """One whose algorithm others replace: dense, or with a schedule file's rules to keep."""
+        algo = None if self.schedule else "dense"
+        return self.request(prompt=prompt, seed=seed, sparse_algo=algo)
 
     def load(self, device: str = "") -> Any:
         """The pipeline, on `device` instead of the option's where one is given."""

@@ -46,6 +46,19 @@ def make_items(prompts: Sequence[str], seeds: Sequence[int]) -> list[Item]:
     return [Item(i, prompt, seed) for i, prompt in enumerate(prompts) for seed in seeds]
 
 
+def take_prompts(path: Path | None, count: int | None) -> list[str]:
+    """The first prompts of a list, or of the moving-shapes world where there is none.
+
+    Args:
+        path: as `read_prompts` takes it.
+        count: how many at most; None takes all of a list and 4 of the world.
+
+    Raises:
+        ValueError: the list cannot be read or is empty, or the world has not so many.
+    """
+    return world_prompts(count or 4) if path is None else read_prompts(path)[:count]
+
+
 def world_prompts(count: int) -> list[str]:
     """Held-out prompts of the moving-shapes world: combinations never shown in training.
 
@@ -86,6 +99,8 @@ def read_prompts(path: str | Path) -> list[str]:
         prompts = [entry if isinstance(entry, str) else entry["prompt_en"] for entry in entries]
         if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
             raise ValueError(f"{wrong[0]!r} is not a text")
+        if not prompts:
+            raise ValueError("it holds no prompt")
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"cannot read prompts from {path}: {reason}.") from error
