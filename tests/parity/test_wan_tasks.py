@@ -1,5 +1,6 @@
 """Defaults by task, sizes, and every family generating dense and sparse."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,13 @@ def test_converted_directory_gives_the_same_video(tmp_path):
     assert record.config["sparse_algo"] == "nabla-0.5"
     with pytest.raises(ValueError, match="is a WanPipeline, vace-14B needs a WanVACEPipeline"):
         generate_wan(WanRequest(target, "a", "vace-14B", **options))
+    rules = {"algorithm": "nabla-0.5", "dense_first_steps": 1}
+    defaults = target / "defaults.json"
+    defaults.write_text(json.dumps({"sparse_algo": "nabla-0.5", "schedule": rules}))
+    for asked, is_dense in [(None, True), ("nabla-0.5", False)]:
+        _, ruled = generate_wan(WanRequest(target, "a", sparse_algo=asked, **options))
+        first, second = ruled.numbers["attention"]["density_per_step_and_layer"]
+        assert (set(first) == {1.0}) is is_dense and max(second) < 1
 
 
 def test_prompt_extension_by_a_local_model(tmp_path):

@@ -16,11 +16,12 @@ from nabla_attn.generation import wan_parallel
 from nabla_attn.generation.clock import Progress
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import load_pipeline, resolve_device, resolve_dtype
-from nabla_attn.generation.request import GenerationRequest
+from nabla_attn.generation.request import GenerationRequest, ModelDefaults
 from nabla_attn.generation.wan_inputs import aspect_of, read_inputs
 from nabla_attn.generation.wan_request import WanRequest, video_size
 from nabla_attn.generation.wan_tasks import find_task
 from nabla_attn.record import RunRecord
+from nabla_attn.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,13 @@ def chosen_sparsity(request: WanRequest) -> tuple[str, str]:
     if own is not None:
         return own, "the checkpoint's own"
     return "dense", "the checkpoint names no algorithm; pass --sparse_algo nabla-0.7 for sparse"
+
+
+def _own_schedule(request: WanRequest) -> Schedule | None:
+    """The rules that a diffusers directory carries with its own algorithm."""
+    if request.sparse_algo is not None or not is_diffusers_directory(request.ckpt_dir):
+        return None
+    return ModelDefaults.load(Path(request.ckpt_dir)).schedule
 
 
 def generate_wan(
@@ -217,4 +225,5 @@ def _to_generation_request(
         guidance=request.guidance,
         seed=request.seed,
         sparse_algo=algo,
+        schedule=_own_schedule(request),
     )
