@@ -4,11 +4,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tests.training import tiny_pipelines as tiny
 
 from nabla_attn.generation.pipeline import load_pipeline
 from nabla_attn.training.data import collate
-from nabla_attn.training.encoders import encode_caption, encode_video
+from nabla_attn.training.encoders import encode_caption, encode_first_frame, encode_video
 from nabla_attn.training.families import check_size, family_of, size_steps
 from nabla_attn.training.objective import predict
 
@@ -16,6 +17,7 @@ CAPTION = "a small red circle moving right"
 SIZES = {"cogvideox15": (5, 32, 48), "ltx": (9, 32, 64), "mochi": (7, 32, 48)}
 KINDS = [
     "wan",
+    "wan_i2v",
     "skyreels",
     "hunyuan",
     "hunyuan15",
@@ -50,7 +52,7 @@ def noise(frames, height, width):
     return np.random.default_rng(0).integers(0, 255, (frames, height, width, 3), np.uint8)
 
 
-def run_pipeline(pipeline, latents, size):
+def run_pipeline(pipeline, latents, size, image):
     """What the transformer is told and says at the first step, and what the VAE would decode."""
     seen = {}
 
@@ -68,7 +70,9 @@ def run_pipeline(pipeline, latents, size):
     pipeline.scheduler.step = lambda predicted, t, sample, **_: (sample,)
     pipeline.vae.decode = decode
     pipeline.set_progress_bar_config(disable=True)
-    guided = {} if hasattr(pipeline, "guider") else {"guidance_scale": 1.0}
+    more = {} if hasattr(pipeline, "guider") else {"guidance_scale": 1.0}
+    if family_of(pipeline).by_image:
+        more["image"] = Image.fromarray(image)
     with pytest.raises(StopIteration):
         pipeline(
             prompt=CAPTION,
@@ -77,7 +81,7 @@ def run_pipeline(pipeline, latents, size):
             num_frames=size["frames"],
             num_inference_steps=2,
             latents=latents.clone(),
-            **guided,
+            **more,
         )
     hook.remove()
     return seen
@@ -87,10 +91,10 @@ def test_latents_and_conditions_are_those_of_generation(kind, pipeline):
     family, size = family_of(pipeline), size_of(kind)
     video = noise(**size)
     latents = encode_video(pipeline, video)
-    conditions = encode_caption(pipeline, CAPTION, **size)
+    conditions = encode_caption(pipeline, CAPTION, **size) | encode_first_frame(pipeline, video)
     item = {"latents": latents, "conditions": conditions, "empty": conditions, "caption": CAPTION}
     batch = collate([item, item], 0.0, random.Random(0))
-    seen = run_pipeline(pipeline, latents[None], size)
+    seen = run_pipeline(pipeline, latents[None], size, video[0])
 
     pixels = torch.from_numpy(video).permute(3, 0, 1, 2)[None] / 127.5 - 1
     with torch.no_grad():
@@ -120,7 +124,7 @@ def test_the_noise_convention_is_the_schedulers(kind, pipeline):
     noisy = (1 - level) * latents + level * noise
     told = family.timestep(level)
     torch.testing.assert_close(told, scheduler.timesteps[1:2].float(), rtol=0, atol=1.0)
-    if kind not in ("wan", "skyreels"):  # UniPC looks back at earlier steps
+    if kind not in ("wan", "wan_i2v", "skyreels"):  # UniPC looks back at earlier steps
         scheduler._step_index = 1
         target = family.flow_target(latents, noise)
         moved = scheduler.step(target, scheduler.timesteps[1], noisy, return_dict=False)[0]
@@ -148,6 +152,24 @@ def test_recording_leaves_no_trace(kind, pipeline):
     assert not pipeline.transformer._forward_pre_hooks
     assert pipeline._progress_bar_config == before
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_only_the_first_frame_makes_the_conditions_by_image():
+    pipeline, size = tiny.wan_i2v(), size_of("wan_i2v")
+    video = noise(**size)
+    other = video.copy()
+    other[0] = 255 - other[0]
+    later = video.copy()
+    later[1:] = 0
+    first, changed, same = (encode_first_frame(pipeline, x) for x in (video, other, later))
+    assert first.keys() == {"extra_latents", "encoder_hidden_states_image"}
+    assert not first.keys() & encode_caption(pipeline, CAPTION, **size).keys()
+    for name, value in first.items():
+        assert torch.equal(value, same[name]) and not torch.equal(value, changed[name])
+    assert encode_first_frame(tiny.skyreels(), video) == {}
+    pipeline.register_to_config(expand_timesteps=True)
+    with pytest.raises(ValueError, match="a time of its own and keeps the first frame"):
+        encode_video(pipeline, video)
 
 
 def test_channels_that_the_pipeline_fills_with_zeros():

@@ -152,6 +152,35 @@ def motif():
     )
 
 
+def wan_i2v():
+    """With an image encoder, as Wan 2.1 has one."""
+    from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline
+    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+
+    vision = CLIPVisionConfig(
+        hidden_size=12,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
+    )
+    torch.manual_seed(2)
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    )
+    return WanImageToVideoPipeline(
+        **t5(16),
+        vae=tiny_wan_vae(),
+        scheduler=scheduler,
+        image_processor=CLIPImageProcessorPil(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+        ),
+        image_encoder=CLIPVisionModel(vision).eval(),
+        transformer=TINY["wan"].build(in_channels=12, image_dim=12, added_kv_proj_dim=48),
+    )
+
+
 def skyreels():
     from diffusers import SkyReelsV2Pipeline, UniPCMultistepScheduler
 

@@ -174,8 +174,12 @@ def _sampler(
         return None
     from nabla_attn.evaluation.samples import SampleMaker
     from nabla_attn.generation.request import GenerationRequest, ModelDefaults
+    from nabla_attn.training.families import find_family
     from nabla_attn.training.sparsity import read_schedule
 
+    if find_family(type(pipeline)).by_image:
+        warnings.warn("no samples are made of pipelines that take an image.", stacklevel=2)
+        return None
     if config.sharding == "fsdp" or config.context_parallel > 1:
         # One process generates, and of such a model it has a part.
         warnings.warn("no samples are made with sharding or context_parallel.", stacklevel=2)

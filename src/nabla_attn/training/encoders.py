@@ -7,9 +7,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from nabla_attn.training.families import EXTRA_CHANNELS, Conditions, check_size, family_of
+from nabla_attn.training.families import (
+    EXTRA_CHANNELS,
+    EXTRA_LATENTS,
+    Conditions,
+    Family,
+    check_size,
+    family_of,
+)
 
 
 @torch.no_grad()
@@ -38,7 +46,7 @@ def encode_video(pipeline: Any, frames: np.ndarray) -> Tensor:
 def encode_caption(
     pipeline: Any, caption: str, *, frames: int, height: int, width: int
 ) -> Conditions:
-    """What the pipeline would tell its transformer, besides noisy latents and time.
+    """What the pipeline would tell its transformer, besides noisy latents, time, and first frame.
 
     Args:
         pipeline: of a known family.
@@ -55,6 +63,39 @@ def encode_caption(
     """
     family = family_of(pipeline)
     check_size(pipeline, frames, height, width)
+    black = np.zeros((height, width, 3), np.uint8)
+    found = _record(pipeline, family, caption, black, frames)
+    return {name: value for name, value in found.items() if name not in family.by_image}
+
+
+@torch.no_grad()
+def encode_first_frame(pipeline: Any, frames: np.ndarray) -> Conditions:
+    """What the pipeline would tell its transformer of a video's first frame.
+
+    Args:
+        pipeline: of a known family.
+        frames: uint8 [frames, height, width, 3].
+
+    Returns:
+        Tensors without batch axis, by argument; none where the pipeline takes no image.
+
+    Raises:
+        ValueError: the model cannot take the size.
+    """
+    family = family_of(pipeline)
+    if not family.by_image:
+        return {}
+    check_size(pipeline, *frames.shape[:3])
+    found = _record(pipeline, family, "", frames[0], len(frames))
+    return {name: value for name, value in found.items() if name in family.by_image}
+
+
+def _record(
+    pipeline: Any, family: Family, caption: str, image: np.ndarray, frames: int
+) -> Conditions:
+    """All conditions of the pipeline's first call of its transformer."""
+    height, width, _ = image.shape
+    images = {"image": Image.fromarray(image)} if family.by_image else {}
     model = pipeline.transformer
     with _stopped_at(model) as seen, _quiet(pipeline), _unguided(pipeline) as guidance:
         pipeline(
@@ -66,6 +107,7 @@ def encode_caption(
             num_inference_steps=2,
             output_type="latent",
             generator=torch.Generator().manual_seed(0),
+            **images,
             **guidance,
         )
     hidden = seen.pop("hidden_states")
@@ -75,9 +117,11 @@ def encode_caption(
     conditions: Conditions = {}
     for name, value in seen.items():
         conditions |= _flatten(name, value, is_batched=name not in shared)
-    channels = hidden.shape[1 + family.layout.split().index("c")]
-    extra = channels - _latent_channels(pipeline)
-    return conditions | ({EXTRA_CHANNELS: torch.tensor(extra)} if extra else {})
+    axis, count = family.channel_axis, _latent_channels(pipeline)
+    extra = hidden.narrow(axis, count, hidden.shape[axis] - count)
+    if EXTRA_LATENTS in family.by_image:
+        return conditions | _flatten(EXTRA_LATENTS, extra, is_batched=True)
+    return conditions | ({EXTRA_CHANNELS: torch.tensor(extra.shape[axis])} if extra.numel() else {})
 
 
 class _Stop(Exception):

@@ -16,6 +16,9 @@ from nabla_attn.sizes import patch_size, side_multiple, vae_strides
 EXTRA_CHANNELS = "extra_channels"
 """Condition: zero channels that the transformer expects after those of the latents."""
 
+EXTRA_LATENTS = "extra_latents"
+"""Condition: channels after those of the latents that show the first frame."""
+
 SEGMENTS, TEXTS = "segments", "texts"
 """Conditions of packed clips: latent frames and text tokens of each, [1, clips]."""
 
@@ -35,6 +38,7 @@ class Family:
         is_reversed: a flow from noise to data with time growing towards data, as in Mochi.
         by_grid: arguments of the transformer that follow from the video's size.
         unbatched: arguments of the transformer without a batch axis.
+        by_image: conditions that follow from the video's first frame, which the pipeline is given.
         ignored: arguments that NABLA replaces.
         cross_attention: regular expression that matches the paths of the modules that see the text
             and nothing else; empty where there are none, and clips cannot be packed.
@@ -47,9 +51,15 @@ class Family:
     is_reversed: bool = False
     by_grid: tuple[str, ...] = ()
     unbatched: tuple[str, ...] = ()
+    by_image: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     cross_attention: str = ""
     timestep_scale: float = 1000.0
+
+    @property
+    def channel_axis(self) -> int:
+        """Axis of the channels in [batch, *layout]."""
+        return 1 + self.layout.split().index("c")
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """What the transformer is told of noise levels [batch] in [0, 1]; 1 is pure noise."""
@@ -68,12 +78,13 @@ class Family:
             conditions: as `collate` stacks them: [batch, ...] each.
         """
         values = dict(conditions)
-        extra = values.pop(EXTRA_CHANNELS, None)
-        if extra is not None:
-            axis = 1 + self.layout.split().index("c")
+        extra = values.pop(EXTRA_LATENTS, None)
+        if EXTRA_CHANNELS in values:
             shape = list(noisy.shape)
-            shape[axis] = int(extra[0])
-            noisy = torch.cat([noisy, noisy.new_zeros(shape)], axis)
+            shape[self.channel_axis] = int(values.pop(EXTRA_CHANNELS)[0])
+            extra = noisy.new_zeros(shape)
+        if extra is not None:
+            noisy = torch.cat([noisy, extra.to(noisy)], self.channel_axis)
         plain: dict[str, Any] = {}
         if SEGMENTS in values:
             packed = {name: tuple(values.pop(name)[0].tolist()) for name in (SEGMENTS, TEXTS)}
@@ -92,6 +103,10 @@ class Family:
 
 _ROWS = (
     Family(pipeline="WanPipeline", cross_attention=r"blocks\.\d+\.attn2"),
+    Family(
+        pipeline="WanImageToVideoPipeline",
+        by_image=(EXTRA_LATENTS, "encoder_hidden_states_image"),
+    ),
     Family(pipeline="SkyReelsV2Pipeline"),
     Family(pipeline="HunyuanVideoPipeline"),
     Family(pipeline="HunyuanVideo15Pipeline"),
@@ -135,6 +150,11 @@ def family_of(pipeline: Any) -> Family:
                 f"load a directory whose model_index.json names {name}."
             )
     patch = patch_size(pipeline.transformer)
+    if family.by_image and pipeline.config.get("expand_timesteps"):
+        raise ValueError(
+            f"this {family.pipeline} gives each token a time of its own and keeps the first frame "
+            "clean (Wan 2.2 5B), which cannot be trained. Its WanPipeline can."
+        )
     if family.layout == "tokens c" and patch != (1, 1, 1):
         raise ValueError(f"{family.pipeline} with patches of {patch} cannot be trained.")
     return family

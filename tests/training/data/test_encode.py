@@ -19,7 +19,7 @@ from nabla_attn.training.data.encode_shard import EncodeRequest
 from nabla_attn.training.data.folder import FolderSource
 from nabla_attn.training.data.sizes import Size, parse_size
 from nabla_attn.training.data.world import WorldSource
-from nabla_attn.training.encoders import encode_caption, encode_video
+from nabla_attn.training.encoders import encode_caption, encode_first_frame, encode_video
 
 WORKER = Path(__file__).with_name("encode_worker.py")
 
@@ -64,6 +64,24 @@ def encoded(pipeline, videos, tmp_path_factory):
     encode(FolderSource(videos), pipeline, folder, EncodeRequest(shard_size=2), seen.append)
     assert sum(seen) == 11
     return folder
+
+
+def test_each_video_keeps_its_own_first_frame(videos, tmp_path):
+    from tests.training.tiny_pipelines import wan_i2v
+
+    from nabla_attn.generation.video import read_video
+
+    pipeline = wan_i2v()
+    encode(FolderSource(videos), pipeline, tmp_path, EncodeRequest(shard_size=4))
+    data = EncodedSet(tmp_path, "WanImageToVideoPipeline")
+    caption = "a square 4"
+    item = next(item for item in data if item["caption"] == caption)
+    wanted = encode_first_frame(pipeline, read_video(videos / "4.mp4"))
+    text = encode_caption(pipeline, caption, frames=5, height=16, width=16)
+    for kind in ("conditions", "empty"):
+        assert item[kind].keys() == text.keys() | wanted.keys()
+        for name, value in wanted.items():
+            assert torch.equal(item[kind][name], value.half().float())
 
 
 def test_what_is_written_is_what_the_pipeline_makes(encoded, pipeline, videos):

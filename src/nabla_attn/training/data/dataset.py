@@ -43,6 +43,7 @@ class EncodedSet(Dataset[Item]):
                 f"{folder} was encoded for {made_for}, and the model is a {pipeline}. Encode the "
                 "videos with this model."
             )
+        self._by_image: set[str] = set()
         self._check()
         self.grids = [entry.shape for entry in self._entries]
         self.captions = [entry.caption for entry in self._entries]
@@ -52,13 +53,15 @@ class EncodedSet(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         entry = self._entries[index]
-        place = str(entry.place)
+        keys = {name: store.image_key(entry.place, name) for name in self._by_image}
         path = store.shard_path(self.folder, entry.shard)
-        by_grid = _load(store.grid_path(self.folder, entry.size))
+        found = store.load_tensors(path, (str(entry.place), *keys.values()))
+        own = {name: found[key].float() for name, key in keys.items()}
+        own |= _load(store.grid_path(self.folder, entry.size))
         return {
-            "latents": store.load_tensors(path, (place,))[place].float(),
-            "conditions": _load(store.caption_path(self.folder, entry.caption)) | by_grid,
-            "empty": _load(store.caption_path(self.folder, "")) | by_grid,
+            "latents": found[str(entry.place)].float(),
+            "conditions": _load(store.caption_path(self.folder, entry.caption)) | own,
+            "empty": _load(store.caption_path(self.folder, "")) | own,
             "caption": entry.caption,
         }
 
@@ -66,9 +69,13 @@ class EncodedSet(Dataset[Item]):
         """See that all files are there; their headers are read, their tensors are not."""
         for shard, entries in store.by_shard(self._entries):
             path = store.shard_path(self.folder, shard)
-            missing = {str(entry.place) for entry in entries} - store.tensor_names(path)
+            names = store.tensor_names(path)
+            self._by_image |= {key.partition(".")[2] for key in names if "." in key}
+            keys = {store.image_key(e.place, name) for e in entries for name in self._by_image}
+            missing = {str(entry.place) for entry in entries} | keys
+            missing -= names
             if missing:
-                raise ValueError(f"{path} lacks {len(missing)} of the videos in its index.")
+                raise ValueError(f"{path} lacks {len(missing)} tensors of the videos in its index.")
         paths = {store.caption_path(self.folder, entry.caption) for entry in self._entries}
         paths |= {store.grid_path(self.folder, entry.size) for entry in self._entries}
         for path in sorted({*paths, store.caption_path(self.folder, "")}):

@@ -12,7 +12,7 @@ from nabla_attn.training.data import store
 from nabla_attn.training.data.clip import Clip, Skipped, Source
 from nabla_attn.training.data.decode import read_clip
 from nabla_attn.training.data.sizes import Size, choose_size, fit
-from nabla_attn.training.encoders import encode_caption, encode_video
+from nabla_attn.training.encoders import encode_caption, encode_first_frame, encode_video
 from nabla_attn.training.families import check_size, family_of, is_by_grid
 
 
@@ -97,6 +97,8 @@ def make_shard(job: Job, shard: int) -> None:
                 size=(frames, height, width),
             )
             latents[str(entry.place)] = encoded
+            for condition, value in encode_first_frame(job.pipeline, video).items():
+                latents[store.image_key(entry.place, condition)] = value.half()
             videos.append(asdict(entry))
         job.tell(1)
     path = store.shard_path(job.folder, shard)

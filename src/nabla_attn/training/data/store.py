@@ -1,7 +1,7 @@
 """The files of a folder of encoded videos, and reading them back.
 
 encoding.json                 what was asked, so that a run goes on with the same
-shard-00000.safetensors       latents by number
+shard-00000.safetensors       latents by number, and conditions by first frame as number.name
 shard-00000.json              their names and captions, and what was skipped; written last
 captions/ab/ab12....safetensors   conditions of one caption, whoever shows it
 grids/5x64x96.safetensors     conditions that follow from the size
@@ -66,6 +66,11 @@ def caption_path(folder: Path, caption: str) -> Path:
 def grid_path(folder: Path, size: tuple[int, int, int]) -> Path:
     """Conditions that follow from a size in (frames, height, width)."""
     return folder / "grids" / f"{'x'.join(map(str, size))}.safetensors"
+
+
+def image_key(place: int, condition: str) -> str:
+    """Name in a shard of a condition that follows from a video's first frame."""
+    return f"{place}.{condition}"
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

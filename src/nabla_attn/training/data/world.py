@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from nabla_attn.training.data.clip import Clip
 from nabla_attn.training.data.dataset import Item
 from nabla_attn.training.data.sizes import Size
-from nabla_attn.training.encoders import encode_caption, encode_video
+from nabla_attn.training.encoders import encode_caption, encode_first_frame, encode_video
 from nabla_attn.world.caption import describe
 from nabla_attn.world.render import render
 from nabla_attn.world.scene import Scene, sample_scene
@@ -107,10 +107,10 @@ class WorldSet(Dataset[Item]):
         _check(clips, shapes)
         self._pipeline, self._seed, self._shapes = pipeline, seed, shapes
         self._size = {"frames": frames, "height": height, "width": width}
-        self._latents: dict[int, Tensor] = {}
+        self._encoded: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
         self._conditions: dict[str, dict[str, Tensor]] = {}
         self._clips = clips
-        self.grids = [tuple(self._encode(0).shape)] * clips
+        self.grids = [tuple(self._encode(0)[0].shape)] * clips
 
     def __len__(self) -> int:
         return self._clips
@@ -119,19 +119,22 @@ class WorldSet(Dataset[Item]):
         if not 0 <= index < self._clips:
             raise IndexError(f"clip {index} of {self._clips}.")
         _, caption = draw_scene(self._seed, index, self._shapes)
+        latents, by_image = self._encode(index)
         return {
-            "latents": self._encode(index),
-            "conditions": self._condition(caption),
-            "empty": self._condition(""),
+            "latents": latents,
+            "conditions": self._condition(caption) | by_image,
+            "empty": self._condition("") | by_image,
             "caption": caption,
         }
 
-    def _encode(self, index: int) -> Tensor:
-        if index not in self._latents:
+    def _encode(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Latents, and conditions by the first frame."""
+        if index not in self._encoded:
             scene, _ = draw_scene(self._seed, index, self._shapes)
             video = render(scene, self._size["frames"], self._size["height"], self._size["width"])
-            self._latents[index] = encode_video(self._pipeline, video)
-        return self._latents[index]
+            by_image = encode_first_frame(self._pipeline, video)
+            self._encoded[index] = encode_video(self._pipeline, video), by_image
+        return self._encoded[index]
 
     def _condition(self, caption: str) -> dict[str, Tensor]:
         if caption not in self._conditions:
