@@ -4,7 +4,9 @@ import pytest
 import torch
 from tests.training import tiny_pipelines as tiny
 from tests.training.clips import small_config
+from typer.testing import CliRunner
 
+from nabla_attn.cli import app
 from nabla_attn.training.adapters import add_lora
 from nabla_attn.training.check import probe
 from nabla_attn.training.config import LoraConfig
@@ -103,3 +105,22 @@ def test_adapter_targets_that_fit_nothing_are_named():
     add_lora(model, LoraConfig(rank=2, targets=("self_attention.to_query",)), seed=0)
     names = [name for name, _ in model.named_parameters() if "lora_" in name]
     assert names and all("self_attention.to_query" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank", "words"),
+    [
+        ("wan_i2v", 0, "Use it: WanImageToVideoPipeline.from_pretrained("),
+        ("motif", 2, "Use it: pipeline.transformer.load_lora_adapter("),
+    ],
+)
+def test_the_command_says_how_the_result_is_loaded(kind, rank, words, tmp_path):
+    getattr(tiny, kind)().save_pretrained(tmp_path / "model")
+    settings = f"steps=1 data.folder=world data.clips=2 data.validation=1 lora.rank={rank}".split()
+    size = ["data.frames=5", "data.height=32", "data.width=48", "data.batch=1", "objective.shift=2"]
+    place = [f"model={tmp_path / 'model'}", "--output", str(tmp_path / "run")]
+    run = CliRunner().invoke(
+        app, ["train", "finetune", *settings, *size, *place, "watch.prompts=0"]
+    )
+    assert run.exit_code == 0, run.output
+    assert words in run.output

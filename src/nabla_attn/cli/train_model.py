@@ -64,8 +64,20 @@ def train_model(
 
 def _use(config: "TrainConfig", result: Path) -> str:
     """How a result is loaded."""
+    import diffusers
+
+    from nabla_attn.generation.pipeline import model_directory
+    from nabla_attn.training.families import find_family
+    from nabla_attn.training.model import LORA_WEIGHTS, read_index
+
+    kind = getattr(diffusers, read_index(model_directory(config.model))["_class_name"])
     if not config.lora.rank:
-        return f"--model {result}"
+        # `nabla generate` has no image to give.
+        by_image = find_family(kind).by_image
+        return f'{kind.__name__}.from_pretrained("{result}")' if by_image else f"--model {result}"
+    if not hasattr(kind, "load_lora_weights"):
+        part = f"pipeline.{config.part}"
+        return f'{part}.load_lora_adapter("{result}", weight_name="{LORA_WEIGHTS}")'
     # diffusers puts adapters into the first transformer unless it is told.
     second = ", load_into_transformer_2=True" if config.part == "transformer_2" else ""
     return f'pipeline.load_lora_weights("{result}"{second})'

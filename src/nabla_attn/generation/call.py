@@ -1,8 +1,9 @@
 """Call a pipeline with a request, whichever way it takes guidance and tells of its steps."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from inspect import Parameter
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def sample(
         options: further arguments of the pipeline's call, or others than the request's.
 
     Raises:
-        ValueError: the pipeline does not take one of the arguments.
+        ValueError: the pipeline does not take one of the arguments, or needs another.
     """
     pipeline.set_progress_bar_config(disable=True)
     known = inspect.signature(pipeline.__call__).parameters
@@ -50,7 +51,7 @@ def sample(
         elif on_step_end is not None:
             stack.enter_context(_watched(pipeline, on_step_end))
         call |= options
-        _check_known(pipeline, call.keys() - known)
+        _check_call(pipeline, call, known)
         return pipeline(**call).frames
 
 
@@ -95,9 +96,20 @@ def _watched(pipeline: Any, on_step_end: StepEnd) -> Iterator[None]:
         del scheduler.step
 
 
-def _check_known(pipeline: Any, unknown: set[str]) -> None:
-    if unknown:
+def _check_call(pipeline: Any, call: Mapping[str, Any], known: Mapping[str, Parameter]) -> None:
+    name = type(pipeline).__name__
+    remedy = "Use nabla_attn.apply(pipeline, ...) and call it in your own code."
+    if unknown := call.keys() - known.keys():
         raise ValueError(
-            f"{type(pipeline).__name__} takes no {', '.join(sorted(unknown))}, so it cannot be run "
-            "from here. Use nabla_attn.apply(pipeline, ...) and call it in your own code."
+            f"{name} takes no {', '.join(sorted(unknown))}, so it cannot be run from here. {remedy}"
         )
+    missing = [key for key, value in known.items() if _is_needed(value) and key not in call]
+    if missing:
+        raise ValueError(
+            f"{name} needs {', '.join(missing)}, which is not asked for here. {remedy}"
+        )
+
+
+def _is_needed(parameter: Parameter) -> bool:
+    is_rest = parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    return parameter.default is Parameter.empty and not is_rest

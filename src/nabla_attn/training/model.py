@@ -15,7 +15,7 @@ import torch
 from nabla_attn.files import write_text
 from nabla_attn.schedule import Schedule
 
-_WEIGHTS = "pytorch_lora_weights.safetensors"
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def save_lora(parts: Parts, weights: dict[str, torch.Tensor], folder: Path) -> N
             transformer_lora_layers=weights,
             # Without it, loading takes the rank for alpha.
             transformer_lora_adapter_metadata=settings.to_dict(),
-            weight_name=_WEIGHTS,
+            weight_name=LORA_WEIGHTS,
         )
 
 
