@@ -130,7 +130,8 @@ def _judged(records: list[RunRecord]) -> str:
             "",
             f"{size}, {config['steps']} steps; torch "
             f"{versions['torch']}, {order[0].device}. The judge reads each video back into facts "
-            "without a learned model. Window-only algorithms run sparse from the first step here.",
+            "without a learned model. Prompts are drawn from the held-out combinations, each with "
+            "noise of its own. Window-only algorithms run sparse from the first step here.",
             "",
             *table(["algorithm", "guidance", "prompts", "density", *JUDGED], rows),
         ]
