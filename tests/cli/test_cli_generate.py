@@ -76,6 +76,41 @@ def test_defaults_come_from_the_model(tiny_wan, tmp_path):
     assert {name: record.config[name] for name in values} == values
 
 
+def test_a_first_frame_is_gone_on_from(tiny_wan, tmp_path):
+    from PIL import Image
+    from tests.training.tiny_pipelines import wan_i2v
+
+    wan_i2v().save_pretrained(tmp_path / "model")
+    asked = ["generate", *PROMPT, "--frames", 5, "--height", 32, "--width", 48, "--steps", 2]
+    asked += ["--sparse-algo", "nabla-0.5"]
+
+    def make(name, *options):
+        return nabla(*asked, *options, "--output", tmp_path / f"{name}.mp4")
+
+    for name, color in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        Image.new("RGB", (48, 32), color).save(tmp_path / f"{name}.png")
+        image = ("--model", tmp_path / "model", "--image", tmp_path / f"{name}.png")
+        result = make(name, *image)
+        assert result.exit_code == 0, result.output
+    records = [RunRecord.load(tmp_path / f"{name}.json") for name in ("red", "blue")]
+    assert len({record.config["image_sha256"] for record in records}) == 2
+    assert len({record.numbers["frames_sha256"] for record in records}) == 2
+    Image.new("RGB", (64, 32)).save(tmp_path / "large.png")
+    (tmp_path / "list.txt").write_text("a red circle")
+    model = ("--model", tmp_path / "model")
+    for options, words in [
+        ((*model, "--image", tmp_path / "large.png"), "64x32 pixels and the video 48x32"),
+        ((*model, "--image", tmp_path / "list.txt"), "is no readable image"),
+        (model, "needs image, which is not asked for here: `nabla generate` takes --image"),
+        (("--model", tiny_wan, "--image", tmp_path / "red.png"), "WanPipeline takes no image"),
+    ]:
+        result = make("no", *options)
+        assert result.exit_code == 2 and words in " ".join(result.output.split())
+    asked[1:3] = ["--prompts", tmp_path / "list.txt"]
+    result = make("no", *model, "--image", tmp_path / "red.png")
+    assert result.exit_code == 2 and "--image is for one video" in result.output
+
+
 def test_python_dash_m_warns_in_one_line(tiny_wan, tmp_path):
     command = [sys.executable, "-m", "nabla_attn.cli", "generate", "--prompt", "red " * 600]
     command += ["--model", tiny_wan, *SIZE, "--output", tmp_path / "a.mp4"]

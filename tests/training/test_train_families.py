@@ -110,7 +110,7 @@ def test_adapter_targets_that_fit_nothing_are_named():
 @pytest.mark.parametrize(
     ("kind", "rank", "words"),
     [
-        ("wan_i2v", 0, "Use it: WanImageToVideoPipeline.from_pretrained("),
+        ("wan_i2v", 0, " --image FILE."),
         ("motif", 2, "Use it: pipeline.transformer.load_lora_adapter("),
     ],
 )
@@ -123,4 +123,4 @@ def test_the_command_says_how_the_result_is_loaded(kind, rank, words, tmp_path):
         app, ["train", "finetune", *settings, *size, *place, "watch.prompts=0"]
     )
     assert run.exit_code == 0, run.output
-    assert words in run.output
+    assert words in run.output.replace("\n", "")

@@ -1,8 +1,10 @@
 """``nabla generate``: a prompt, or a list of them, to mp4 files with their records."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +14,8 @@ from nabla_attn.cli import options as opt
 from nabla_attn.cli.prompt_list import first_bars, make_list
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from nabla_attn.generation.request import GenerationRequest
 
 VIDEO, FOLDER = Path("out/video.mp4"), Path("out/videos")
@@ -26,6 +30,10 @@ def generate(
         typer.Option(
             help='Make many videos: a file with a prompt or {"prompt": ..., "seed": ...} per line.'
         ),
+    ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(help="The first frame, for image-to-video pipelines; of the video's size."),
     ] = None,
     sparse_algo: Annotated[
         str | None,
@@ -62,8 +70,9 @@ def generate(
         raise ValueError(
             "--map-steps, --map-layers and --map-heads choose maps: add --record-maps."
         )
-    if prompts is not None and record_maps:
-        raise ValueError("--record-maps is for one video. Pass --prompt.")
+    for option, is_given in (("--record-maps", record_maps), ("--image", image is not None)):
+        if prompts is not None and is_given:
+            raise ValueError(f"{option} is for one video. Pass --prompt.")
     request = video.request(prompt=prompt or "", seed=seed, sparse_algo=sparse_algo)
     rate = video.rate
     if prompts is not None:
@@ -78,7 +87,8 @@ def generate(
             "layers": opt.read_indices(map_layers),
             "heads": opt.read_indices(map_heads),
         }
-    _make_one(request, output or VIDEO, rate, video, maps)
+    first = None if image is None else _read_first(image, request)
+    _make_one(request, output or VIDEO, rate, video, maps, first)
 
 
 def _make_one(
@@ -87,6 +97,7 @@ def _make_one(
     fps: float,
     options: opt.VideoOptions,
     maps: dict[str, Any] | None,
+    image: "Image | None",
 ) -> None:
     from nabla_attn.files import check_writable
     from nabla_attn.generation.generate import generate as make_video
@@ -107,10 +118,14 @@ def _make_one(
                 pipeline,
                 request,
                 progress=start(request.sparse_algo),
+                inputs={} if image is None else {"image": image},
                 on_apply=recorder.attach if recorder else None,
             )
     if rank() != 0:
         return
+    if image is not None:
+        digest = hashlib.sha256(image.tobytes()).hexdigest()
+        record = replace(record, config=record.config | {"image_sha256": digest})
     write_video(video, output, fps)
     maps_file = output.with_suffix(".maps.safetensors")
     # Those of an earlier run under this name would pass for this one's.
@@ -120,6 +135,19 @@ def _make_one(
         record = recorder.note_in(record)
     record.save(output.with_suffix(".json"))
     _summarise(output, record)
+
+
+def _read_first(path: Path, request: "GenerationRequest") -> "Image":
+    from nabla_attn.generation.wan_inputs import read_image
+
+    image = read_image(path)
+    if image.size != (request.width, request.height):
+        raise ValueError(
+            f"{path} has {image.width}x{image.height} pixels and the video "
+            f"{request.width}x{request.height}. Scale or crop it, or pass --width {image.width} "
+            f"--height {image.height}."
+        )
+    return image
 
 
 @contextmanager

@@ -72,9 +72,7 @@ def _use(config: "TrainConfig", result: Path) -> str:
 
     kind = getattr(diffusers, read_index(model_directory(config.model))["_class_name"])
     if not config.lora.rank:
-        # `nabla generate` has no image to give.
-        by_image = find_family(kind).by_image
-        return f'{kind.__name__}.from_pretrained("{result}")' if by_image else f"--model {result}"
+        return f"--model {result}{' --image FILE' if find_family(kind).by_image else ''}"
     if not hasattr(kind, "load_lora_weights"):
         part = f"pipeline.{config.part}"
         return f'{part}.load_lora_adapter("{result}", weight_name="{LORA_WEIGHTS}")'

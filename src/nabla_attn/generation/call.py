@@ -106,7 +106,8 @@ def _check_call(pipeline: Any, call: Mapping[str, Any], known: Mapping[str, Para
     missing = [key for key, value in known.items() if _is_needed(value) and key not in call]
     if missing:
         raise ValueError(
-            f"{name} needs {', '.join(missing)}, which is not asked for here. {remedy}"
+            f"{name} needs {', '.join(missing)}, which is not asked for here: `nabla generate` "
+            f"takes --image. {remedy}"
         )
 
 
