@@ -3,11 +3,13 @@ import shutil
 
 import pytest
 import torch
+from tests.training.tiny_pipelines import wan_i2v
 from typer.testing import CliRunner
 
 from nabla_attn.cli import app
 from nabla_attn.cli.train_model import _sampler, read_config
 from nabla_attn.config import parse
+from nabla_attn.generation.pipeline import load_pipeline
 from nabla_attn.schedule import Schedule
 from nabla_attn.training.logbook import read_log
 
@@ -152,11 +154,14 @@ def test_samples_follow_the_schedule(tiny_wan, tmp_path, monkeypatch):
         lambda pipeline, request, *_: requests.append(request),
     )
     config = read_config("finetune", [*WORLD, f"sparsity.schedule={path}"], None)
-    _sampler(config, tiny_wan, tmp_path, None, (5, 32, 32))
+    pipeline = load_pipeline(tiny_wan, device="cpu")
+    _sampler(config, tiny_wan, tmp_path, pipeline, (5, 32, 32))
     assert [request.schedule for request in requests] == [schedule]
     shared = read_config("finetune", [*WORLD, "context_parallel=2"], None)
     with pytest.warns(UserWarning, match="no samples"):
-        assert _sampler(shared, tiny_wan, tmp_path, None, (5, 32, 32)) is None
+        assert _sampler(shared, tiny_wan, tmp_path, pipeline, (5, 32, 32)) is None
+    with pytest.warns(UserWarning, match="no samples are made of pipelines that take an image"):
+        assert _sampler(config, tiny_wan, tmp_path, wan_i2v(), (5, 32, 32)) is None
 
 
 def test_other_models_need_data_of_their_own(tiny_wan, tmp_path):
