@@ -14,25 +14,9 @@ from nabla_attn.training.families import check_size, family_of, size_steps
 from nabla_attn.training.objective import predict
 
 CAPTION = "a small red circle moving right"
-SIZES = {"cogvideox15": (5, 32, 48), "ltx": (9, 32, 64), "mochi": (7, 32, 48)}
-KINDS = [
-    "wan",
-    "wan_i2v",
-    "skyreels",
-    "hunyuan",
-    "hunyuan15",
-    "motif",
-    "easyanimate",
-    "ltx",
-    "cogvideox",
-    "cogvideox15",
-    "kandinsky5",
-    "mochi",
-]
-BUILDERS = {name: getattr(tiny, name) for name in KINDS[1:]}
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=["wan", *tiny.KINDS])
 def kind(request):
     return request.param
 
@@ -41,11 +25,11 @@ def kind(request):
 def pipeline(kind, tiny_wan):
     if kind == "wan":
         return load_pipeline(tiny_wan, device="cpu", dtype="float32")
-    return BUILDERS[kind]()
+    return getattr(tiny, kind)()
 
 
 def size_of(kind):
-    return dict(zip(("frames", "height", "width"), SIZES.get(kind, (5, 32, 48)), strict=True))
+    return dict(zip(("frames", "height", "width"), tiny.size_of(kind), strict=True))
 
 
 def noise(frames, height, width):

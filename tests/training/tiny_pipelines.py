@@ -15,6 +15,20 @@ from transformers import (
 
 from nabla_attn.testing import tiny_tokenizer, tiny_wan_vae
 
+SIZES = {"cogvideox15": (5, 32, 48), "ltx": (9, 32, 64), "mochi": (7, 32, 48)}
+KINDS = [
+    "wan_i2v",
+    "skyreels",
+    "hunyuan",
+    "hunyuan15",
+    "motif",
+    "easyanimate",
+    "ltx",
+    "cogvideox",
+    "cogvideox15",
+    "kandinsky5",
+    "mochi",
+]
 QWEN = dict(
     vocab_size=64,
     hidden_size=16,
@@ -304,3 +318,8 @@ def without(pipeline, **parts):
     """A stand-in of the same class with other parts."""
     kind = type(pipeline.__class__.__name__, (SimpleNamespace,), {})
     return kind(**pipeline.components | parts)
+
+
+def size_of(kind):
+    """Frames, height and width of a small video that the pipeline takes."""
+    return SIZES.get(kind, (5, 32, 48))
