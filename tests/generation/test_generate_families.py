@@ -150,6 +150,9 @@ def test_a_pipeline_that_cannot_be_asked_is_named():
         sample(OtherPipeline(), request(5, 64, 64))
     with pytest.raises(ValueError, match="SimpleNamespace has no guidance_scale"):
         sample(Guided(), request(5, 64, 64))
+    Guided.guider = None
+    with pytest.raises(ValueError, match="Guided takes no generator, guidance_scale"):
+        sample(Guided(), request(5, 64, 64))
     with pytest.raises(ValueError, match="WanImageToVideoPipeline needs image, which is not asked"):
         sample(tiny_pipelines.wan_i2v(), request(5, 32, 48))
     with pytest.raises(ValueError, match="none of vae_scale_factor_temporal"):

@@ -42,10 +42,10 @@ def sample(
         "output_type": "np",
     }
     with ExitStack() as stack:
-        if "guidance_scale" in known or not hasattr(pipeline, "guider"):
-            call["guidance_scale"] = request.guidance
-        else:
+        if "guidance_scale" not in known and getattr(pipeline, "guider", None) is not None:
             stack.enter_context(_guided(pipeline, request.guidance))
+        else:
+            call["guidance_scale"] = request.guidance
         if "callback_on_step_end" in known:
             call["callback_on_step_end"] = on_step_end
         elif on_step_end is not None:
