@@ -76,7 +76,7 @@ def train_one(
         trainer.fit()
         after = trainer.validate()
     if result is not None:
-        save_pipeline(run.parts, whole_weights(run), result, config.sparsity.algorithm)
+        save_pipeline(run.parts, whole_weights(run), result, run.sparsity.asked)
     return {
         "before": before,
         "after": after,
