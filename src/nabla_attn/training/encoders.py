@@ -44,9 +44,15 @@ def encode_video(pipeline: Any, frames: np.ndarray) -> Tensor:
 
 @torch.no_grad()
 def encode_caption(
-    pipeline: Any, caption: str, *, frames: int, height: int, width: int
+    pipeline: Any,
+    caption: str,
+    *,
+    frames: int,
+    height: int,
+    width: int,
+    image: np.ndarray | None = None,
 ) -> Conditions:
-    """What the pipeline would tell its transformer, besides noisy latents, time, and first frame.
+    """What the pipeline would tell its transformer, besides noisy latents and time.
 
     Args:
         pipeline: of a known family.
@@ -54,6 +60,7 @@ def encode_caption(
         frames: of the video.
         height: in pixels.
         width: in pixels.
+        image: first frame, uint8 [height, width, 3]; without one, nothing is said of it.
 
     Returns:
         Tensors without batch axis, by argument; parts of a tuple as "name.0", "name.1", ...
@@ -63,6 +70,8 @@ def encode_caption(
     """
     family = family_of(pipeline)
     check_size(pipeline, frames, height, width)
+    if image is not None:
+        return _record(pipeline, family, caption, image, frames)
     black = np.zeros((height, width, 3), np.uint8)
     found = _record(pipeline, family, caption, black, frames)
     return {name: value for name, value in found.items() if name not in family.by_image}

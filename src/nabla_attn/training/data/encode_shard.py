@@ -13,7 +13,7 @@ from nabla_attn.training.data.clip import Clip, Skipped, Source
 from nabla_attn.training.data.decode import read_clip
 from nabla_attn.training.data.sizes import Size, choose_size, fit
 from nabla_attn.training.encoders import encode_caption, encode_first_frame, encode_video
-from nabla_attn.training.families import check_size, family_of, is_by_grid
+from nabla_attn.training.families import Conditions, check_size, family_of, is_by_grid
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def make_shard(job: Job, shard: int) -> None:
             skipped.append({"name": clip.name, "kind": reason.kind, "reason": str(reason)})
         else:
             frames, height, width = video.shape[:3]
-            _keep_conditions(job, clip.caption, (frames, height, width))
+            by_image = _keep_conditions(job, clip.caption, video)
             # Half the size, and closer than bfloat16: latents are of order 1.
             encoded = encode_video(job.pipeline, video).half()
             entry = store.Entry(
@@ -97,7 +97,7 @@ def make_shard(job: Job, shard: int) -> None:
                 size=(frames, height, width),
             )
             latents[str(entry.place)] = encoded
-            for condition, value in encode_first_frame(job.pipeline, video).items():
+            for condition, value in by_image.items():
                 latents[store.image_key(entry.place, condition)] = value.half()
             videos.append(asdict(entry))
         job.tell(1)
@@ -125,18 +125,27 @@ def _prepare(clip: Clip, job: Job) -> np.ndarray:
     return video
 
 
-def _keep_conditions(job: Job, caption: str, size: tuple[int, int, int]) -> None:
-    """Write the conditions of a caption, of the empty one, and of the size, where missing."""
-    grid = store.grid_path(job.folder, size)
+def _keep_conditions(job: Job, caption: str, video: np.ndarray) -> Conditions:
+    """Write the conditions of a caption, of the empty one, and of the size, where missing.
+
+    Returns:
+        Those of the first frame, from the same run of the pipeline where there is one.
+    """
+    frames, height, width = video.shape[:3]
+    grid = store.grid_path(job.folder, (frames, height, width))
     family = family_of(job.pipeline)
-    frames, height, width = size
+    by_image: Conditions = {}
     for text in dict.fromkeys((caption, "")):
         path = store.caption_path(job.folder, text)
         if path.exists() and grid.exists():
             continue
-        found = encode_caption(job.pipeline, text, frames=frames, height=height, width=width)
+        found = encode_caption(
+            job.pipeline, text, frames=frames, height=height, width=width, image=video[0]
+        )
+        by_image = {name: found.pop(name) for name in family.by_image if name in found}
         by_grid = {name: found.pop(name) for name in [*found] if is_by_grid(family, name)}
         if not path.exists():
             store.save_tensors(found, path)
         if not grid.exists():
             store.save_tensors(by_grid, grid)
+    return by_image or encode_first_frame(job.pipeline, video)

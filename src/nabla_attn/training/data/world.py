@@ -106,7 +106,7 @@ class WorldSet(Dataset[Item]):
     ) -> None:
         _check(clips, shapes)
         self._pipeline, self._seed, self._shapes = pipeline, seed, shapes
-        self._size = {"frames": frames, "height": height, "width": width}
+        self._size: dict[str, Any] = {"frames": frames, "height": height, "width": width}
         self._encoded: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
         self._conditions: dict[str, dict[str, Tensor]] = {}
         self._clips = clips
