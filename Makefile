@@ -30,8 +30,8 @@ test: lint types contracts tests
 
 lint: $(READY)
 	@echo "Lint"
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 
 types: $(READY)
 	@echo "Types"

@@ -6,6 +6,7 @@ python benchmarks/map_reuse.py; then `nabla bench --docs docs` makes the table.
 import hashlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import typer
@@ -17,10 +18,11 @@ from nabla_attn.generation.call import sample
 from nabla_attn.generation.pipeline import BUILTIN_DIRECTORY, load_pipeline
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults, video_tokens
 from nabla_attn.mapping import map_blocks
+from nabla_attn.models.plan import Layer
 from nabla_attn.record import RunRecord, collect_versions, describe_device
 
 PROMPTS = ("a large red circle moving right", "a small blue square moving up")
-RULES = (
+RULES: tuple[dict[str, Any], ...] = (
     {},
     {"reuse_guidance": True},
     {"reuse_steps": 2},
@@ -40,7 +42,7 @@ def main(
     """Measure every rule on every prompt and write the record."""
     pipeline = load_pipeline("builtin")
     defaults = ModelDefaults.load(BUILTIN_DIRECTORY)
-    size = {"height": defaults.height, "width": defaults.width, "frames": frames}
+    size: dict[str, Any] = {"height": defaults.height, "width": defaults.width, "frames": frames}
     rows = [{"rule": str(schedule(algorithm, rules)), **rules} for rules in RULES]
     sums = torch.zeros(len(RULES), len(MEASURES) + 2, dtype=torch.float64)
     for prompt in PROMPTS:
@@ -72,7 +74,7 @@ def main(
     RunRecord("map_reuse", config, 0, collect_versions(), device, {"results": rows}).save(output)
 
 
-def schedule(algorithm: str, rules: dict) -> na.Schedule:
+def schedule(algorithm: str, rules: dict[str, Any]) -> na.Schedule:
     """The algorithm under rules of reuse."""
     return na.Schedule(algorithm=na.parse(algorithm), **rules)
 
@@ -85,7 +87,7 @@ def measure(
     with na.apply(pipeline, schedule=rules) as handle:
         for index, layer in enumerate(handle.models[0][1].layers):
 
-            def observe(layer: object, *call: object, index: int = index) -> None:
+            def observe(layer: Layer, *call: Any, index: int = index) -> None:
                 found.append(compare(block_call(layer, *call), rules.algorithm, index))
 
             layer.observer = observe

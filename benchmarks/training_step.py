@@ -47,11 +47,11 @@ def main() -> None:
             if turn > 0:
                 found.append(trainer.seconds / STEPS)
             print(name, round(trainer.seconds / STEPS, 3), flush=True)  # noqa: T201
-    config = {"rounds": options.rounds, "steps": STEPS, "tokens": 4096, **SIZE}
+    settings = {"rounds": options.rounds, "steps": STEPS, "tokens": 4096, **SIZE}
     numbers = {name: Timing(tuple(found)).to_dict() for name, found in seconds.items()}
     RunRecord(
         kind="training_step",
-        config=config,
+        config=settings,
         seed=0,
         versions=collect_versions(),
         device=describe_device(torch.device("cpu")),

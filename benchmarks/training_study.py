@@ -42,7 +42,7 @@ from nabla_attn.training.trainer import Trainer
 START = "clips-128"
 SPARSE = ("nabla-0.45", "nabla-0.4_sta-3-1-1")
 STUDENTS = ("nabla-0.2", "sta-7-1-1", "nabla-0.1_sta-3-1-1")
-SIZE = {"frames": 61, "height": 128, "width": 128}
+SIZE: dict[str, Any] = {"frames": 61, "height": 128, "width": 128}
 
 
 def configure(options: argparse.Namespace, seed: int, kind: str, algorithm: str) -> TrainConfig:
@@ -155,8 +155,8 @@ def study_seed(
         if study.has(**key):
             continue
         config = configure(options, seed, kind, algorithm)
-        result = None if kind == "lora" else result_of(key, work)
-        study.add(**key, **train_one(config, teacher_of(seed, work), data, result))
+        student = None if kind == "lora" else result_of(key, work)
+        study.add(**key, **train_one(config, teacher_of(seed, work), data, student))
 
 
 def result_of(row: dict[str, Any], work: Path) -> Path:
