@@ -95,6 +95,30 @@ def test_distillation_is_the_formula_on_the_same_input():
     assert torch.equal(student.seen[0][0], teacher.seen[0][0])
 
 
+def test_a_guided_teacher_is_the_formula_of_guidance():
+    student, teacher = Linear(0.7), Linear(0.4)
+
+    @contextmanager
+    def enter():
+        yield teacher
+
+    objective = Distillation(FlowPath(FAMILY, shift=3.0), FAMILY.inputs, enter, guidance=4.0)
+    empty = {"bias": torch.tensor([1.0, 0.5, -0.5])}
+    terms = objective(student, batch() | {"empty": empty}, torch.Generator().manual_seed(9))
+    sigma, _, noisy, _ = by_hand(3.0, "uniform")
+    bias = batch()["conditions"]["bias"]
+    # Of the teacher: free + 4 (conditioned - free); factor and time are the same in both.
+    guided = 0.4 * noisy + (sigma + 4 * bias - 3 * empty["bias"]).view(3, 1, 1, 1, 1)
+    predicted = 0.7 * noisy + (sigma + bias).view(3, 1, 1, 1, 1)
+    wanted = (predicted - guided).square().mean().item()
+    assert terms["loss"].item() == pytest.approx(wanted, rel=1e-5)
+    # The student runs once, with its caption; the teacher twice, on the same noisy latents.
+    assert len(student.seen) == 1
+    assert torch.equal(teacher.seen[0][0], teacher.seen[1][0])
+    terms["loss"].backward()
+    assert student.factor.grad is not None and teacher.factor.grad is None
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0, 12.0])
 def test_levels_are_those_of_the_schedulers(shift):
     from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler

@@ -81,6 +81,7 @@ def test_values_take_the_type_of_their_key(text, expected):
         ("precision=fp8", "precision must be one of float32, bfloat16: got 'fp8'"),
         ("sparsity.algorithm=nabla-2", r"nabla threshold must be in \(0, 1\]"),
         ("objective.data_weight=1", "stand beside distillation"),
+        ("objective.guidance=0.5", "objective.guidance must be 1 or more: got 0.5"),
         ("stages=[{name: a, folder: b}]", "an entry lacks steps"),
         ("stages=[{name: a, folder: b, step: 1}]", "entries with name, steps, folder"),
         ("stages=[{name: a, steps: 0}]", "steps must be 1 or more: got 0"),
@@ -101,6 +102,18 @@ def test_combinations_that_cannot_be_are_refused():
         override(pretrain(), {"sparsity.algorithm": "sta-3-3-3", "sparsity.ramp": 10})
     with pytest.raises(ValueError, match="Turn these off"):
         override(distill(), {"objective.layer_weight": 1, "compile": True})
+    with pytest.raises(ValueError, match=r"Use objective\.kind=distill"):
+        override(pretrain(), {"objective.guidance": 5})
+    with pytest.raises(ValueError, match="which guidance does not guide"):
+        override(distill(), {"objective.guidance": 5, "objective.layer_weight": 1})
+    stages = [{"name": name, "steps": 1} for name in "ab"]
+    with pytest.raises(ValueError, match="guide what is guided already"):
+        override(distill(), {"objective.guidance": 5, "stages": stages})
+
+
+def test_a_dense_student_of_guidance_learns_something():
+    config = override(distill(), {"objective.guidance": 5, "sparsity.algorithm": "dense"})
+    assert config.objective.guidance == 5
 
 
 def test_stages_are_read_from_yaml(tmp_path):
@@ -125,3 +138,13 @@ def test_differences_are_named():
     new = to_plain(override(TrainConfig(), {"optim.lr": 1e-3}))
     assert differences(old, old) == []
     assert differences(old, new) == ["optim.lr: 1e-06 -> 0.001"]
+
+
+def test_a_key_of_a_newer_version_is_no_difference_at_its_default():
+    old = to_plain(TrainConfig())
+    del old["objective"]["guidance"]
+    assert differences(old, to_plain(TrainConfig())) == []
+    guided = to_plain(override(distill(), {"objective.guidance": 5}))
+    old = to_plain(distill())
+    del old["objective"]["guidance"]
+    assert differences(old, guided) == ["objective.guidance: 1.0 -> 5.0"]

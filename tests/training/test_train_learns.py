@@ -64,6 +64,20 @@ def test_distilling_brings_the_student_to_its_teacher(attentive, tmp_path):
     assert min(errors[-10:]) < 0.7 * errors[0]
 
 
+def test_a_student_learns_guidance_and_is_used_without(attentive, tmp_path):
+    from nabla_attn.generation.request import ModelDefaults
+
+    config = small_config(
+        "distill", steps=30, optim__lr=3e-3, data__batch=2, objective__guidance=4, watch__validate=1
+    )
+    entries = []
+    result = train(config, attentive, tmp_path, dataset=make_clips(6), report=entries.append)
+    errors = [entry.numbers["validation"] for entry in entries]
+    assert min(errors[-10:]) < 0.7 * errors[0], (errors[0], errors[-10:])
+    assert ModelDefaults.load(attentive).guidance > 1
+    assert ModelDefaults.load(result).guidance == 1
+
+
 def test_what_is_saved_is_the_average(tiny_wan, tmp_path):
     config = small_config(steps=6, ema=0.9, optim__warmup=0)
     result = train(config, tiny_wan, tmp_path, dataset=make_clips(4))
@@ -217,6 +231,8 @@ def test_the_lora_teacher_is_the_dense_model_without_a_copy(tiny_wan):
         {"precision": "bfloat16"},
         {"recipe": "distill", "precision": "bfloat16", "gradient_checkpointing": True},
         {"recipe": "distill", "objective__layer_weight": 1.0, "objective__data_weight": 0.1},
+        {"recipe": "distill", "objective__guidance": 3.0, "lora__rank": 2, "data__pack": 6},
+        {"recipe": "distill", "objective__guidance": 3.0, "sparsity__algorithm": "dense"},
         {"lora__rank": 2, "gradient_checkpointing": True},
         {"sparsity__algorithm": "dense"},
         {"sparsity__algorithm": "topk-0.3_sta-1-1-1", "sparsity__ramp": 2},

@@ -60,6 +60,8 @@ def train_model(
         model = done
     if not check and _is_main():
         typer.echo(f"{model}: done. Use it: {_use(config, model)}.")
+        if config.objective.guidance != 1:
+            typer.echo("it predicts what guidance gave: use it with guidance 1, which is faster.")
 
 
 def _use(config: "TrainConfig", result: Path) -> str:
@@ -203,7 +205,7 @@ def _sampler(
         height=height,
         width=width,
         steps=defaults.steps,
-        guidance=defaults.guidance,
+        guidance=defaults.guidance if config.objective.guidance == 1 else 1.0,
         sparse_algo=str(schedule.algorithm) if schedule else config.sparsity.algorithm,
         schedule=schedule,
     )

@@ -48,6 +48,8 @@ class ObjectiveConfig:
             whose steps fix their levels.
         data_weight: Weight of the data term beside distillation, 0 in the paper.
         layer_weight: Weight of the attention outputs' error beside distillation, 0 in the paper.
+        guidance: Of distillation: the student learns the teacher's prediction with classifier-free
+            guidance of this scale, and is then used without guidance; 1 is the plain prediction.
     """
 
     kind: str = "flow"
@@ -57,6 +59,7 @@ class ObjectiveConfig:
     shift: float | None = None
     data_weight: float = 0.0
     layer_weight: float = 0.0
+    guidance: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,11 @@ class Feed:
         self, clips: Sequence[int], seed: str, drop: float, gather: Gather = collate
     ) -> tuple[dict[str, Any], torch.Generator]:
         rng = random.Random(seed)
-        batch = gather([self.dataset[clip] for clip in clips], drop, rng)
+        items = [self.dataset[clip] for clip in clips]
+        batch = gather(items, drop, rng)
+        if self.config.objective.guidance != 1:
+            # Every caption dropped.
+            batch["empty"] = gather(items, 1.0, random.Random(seed))["conditions"]
         return batch, torch.Generator().manual_seed(rng.getrandbits(63))
 
 
@@ -139,8 +143,10 @@ def hold_out(count: int, wanted: int) -> list[int]:
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A batch on a device; numbers of low precision as float32, as the trained weights are."""
-    conditions = {name: _widen(value).to(device) for name, value in batch["conditions"].items()}
-    return {"latents": _widen(batch["latents"]).to(device), "conditions": conditions}
+    moved: dict[str, Any] = {"latents": _widen(batch["latents"]).to(device)}
+    for name in batch.keys() & {"conditions", "empty"}:
+        moved[name] = {key: _widen(value).to(device) for key, value in batch[name].items()}
+    return moved
 
 
 def _widen(value: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ _LOWEST = {
     "optim.max_norm": 0,
     "objective.data_weight": 0,
     "objective.layer_weight": 0,
+    "objective.guidance": 1,
     "seed": 0,
 }
 _POSITIVE = ("optim.lr", "optim.eps", "objective.logit_std", "objective.shift", "lora.alpha")
@@ -84,8 +85,12 @@ def _check_combinations(config: TrainConfig) -> None:
             f"sparsity.ramp lowers a threshold or a share, and {algorithm} has none. Use "
             "sparsity.ramp=0."
         )
-    if is_distilled and algorithm.is_dense and config.sparsity.schedule is None:
-        raise ValueError("a dense student has nothing to learn. Set sparsity.algorithm.")
+    _check_guidance(config)
+    learns_sparsity = not algorithm.is_dense or config.sparsity.schedule is not None
+    if is_distilled and not learns_sparsity and config.objective.guidance == 1:
+        raise ValueError(
+            "a dense student has nothing to learn. Set sparsity.algorithm, or objective.guidance."
+        )
     if config.objective.layer_weight and (config.compile or config.gradient_checkpointing):
         raise ValueError(
             "objective.layer_weight reads the attention outputs, which compile and "
@@ -93,6 +98,25 @@ def _check_combinations(config: TrainConfig) -> None:
         )
     if config.sharding == "fsdp" and config.context_parallel > 1:
         raise ValueError("fsdp with context_parallel is not supported. Use one of them.")
+
+
+def _check_guidance(config: TrainConfig) -> None:
+    if config.objective.guidance == 1:
+        return
+    if config.objective.kind != "distill":
+        raise ValueError(
+            "objective.guidance is that of a teacher's predictions. Use objective.kind=distill."
+        )
+    if config.objective.layer_weight:
+        raise ValueError(
+            "objective.layer_weight compares attention outputs, which guidance does not guide. "
+            "Use one of objective.guidance and objective.layer_weight."
+        )
+    if len(config.stages) > 1:
+        raise ValueError(
+            "objective.guidance with several stages would guide what is guided already. Use one "
+            "stage."
+        )
 
 
 def _check_packing(config: TrainConfig) -> None:

@@ -88,7 +88,12 @@ def read_index(directory: Path) -> dict[str, Any]:
 
 
 def save_pipeline(
-    parts: Parts, weights: dict[str, torch.Tensor], folder: Path, schedule: Schedule
+    parts: Parts,
+    weights: dict[str, torch.Tensor],
+    folder: Path,
+    schedule: Schedule,
+    *,
+    is_guided: bool = False,
 ) -> None:
     """Write a whole pipeline directory with the trained transformer, or nothing.
 
@@ -99,6 +104,7 @@ def save_pipeline(
         weights: Of the trained transformer, whole.
         folder: The directory to write; an earlier one is replaced.
         schedule: Kept in `defaults.json`, so that generation uses what was trained.
+        is_guided: The weights predict what guidance gave: generation shall not guide again.
     """
     with torch.device("meta"):
         transformer = type(parts.transformer).from_config(parts.transformer.config)
@@ -111,6 +117,8 @@ def save_pipeline(
     defaults["sparse_algo"] = str(schedule.algorithm)
     if schedule != Schedule(algorithm=schedule.algorithm):
         defaults["schedule"] = json.loads(schedule.to_json())
+    if is_guided:
+        defaults["guidance"] = 1.0
     text = json.dumps(defaults, indent=2) + "\n"
     skipped = shutil.ignore_patterns(parts.name, "defaults.json")
     with _whole_result(folder) as temporary:

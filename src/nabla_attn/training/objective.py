@@ -59,7 +59,7 @@ class FlowMatching:
 class Distillation:
     """Mean squared error of the student against a dense teacher on the same noisy input.
 
-    Source: arXiv:2507.13546, section 4.1, where both extra weights are 0.
+    Source: arXiv:2507.13546, section 4.1, where both extra weights are 0 and guidance is 1.
 
     Args:
         path: Noise levels and targets.
@@ -69,6 +69,8 @@ class Distillation:
         layer_weight: Weight of the attention outputs' error, the mean over layers.
         layers: Paths of the attention modules, the same in teacher and student.
         student: The module that has `layers`, inside any wrapper; needed with a layer weight.
+        guidance: Scale of classifier-free guidance in what the teacher predicts; with any but 1, a
+            batch also has "empty", the conditions of the empty caption.
         parts: Processes that share a sequence. Each sees its part of an attention output, while
             predictions are whole.
     """
@@ -83,6 +85,7 @@ class Distillation:
         layer_weight: float = 0.0,
         layers: Sequence[str] = (),
         student: nn.Module | None = None,
+        guidance: float = 1.0,
         parts: int = 1,
     ) -> None:
         self.path = path
@@ -92,6 +95,7 @@ class Distillation:
         self.layer_weight = layer_weight
         self.layers = tuple(layers)
         self.student = student
+        self.guidance = guidance
         self.parts = parts
 
     def __call__(
@@ -102,6 +106,10 @@ class Distillation:
         arguments = self.inputs(noised.latents, noised.timestep, batch["conditions"])
         with torch.no_grad(), self.teacher() as teacher:
             wanted, wanted_layers = self._predict(teacher, teacher, arguments)
+            if self.guidance != 1:
+                arguments_free = self.inputs(noised.latents, noised.timestep, batch["empty"])
+                free = predict(teacher, arguments_free)
+                wanted = free + self.guidance * (wanted - free)
         student = module if self.student is None else self.student
         predicted, layers = self._predict(module, student, arguments)
         terms = {"distillation": squared_error(predicted, wanted)}
@@ -177,5 +185,6 @@ def make_objective(
         layer_weight=config.layer_weight,
         layers=layers,
         student=student,
+        guidance=config.guidance,
         parts=parts,
     )

@@ -80,8 +80,11 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What changed between two plain configurations, such as `optim.lr: 1e-06 -> 1e-05`."""
-    before, after = flatten(old), flatten(new)
+    """What changed between two plain configurations, such as `optim.lr: 1e-06 -> 1e-05`.
+
+    A key that the old one lacks was not there then, and had the effect of its default.
+    """
+    before, after = flatten(to_plain(TrainConfig())) | flatten(old), flatten(new)
     keys = [*before, *(key for key in after if key not in before)]
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"

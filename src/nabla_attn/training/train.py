@@ -137,7 +137,8 @@ def _save_result(run: Run, trainer: Trainer, weights: dict[str, Tensor], result:
         if run.config.lora.rank:
             save_lora(run.parts, weights, result)
         else:
-            save_pipeline(run.parts, weights, result, run.sparsity.asked)
+            is_guided = run.config.objective.guidance != 1
+            save_pipeline(run.parts, weights, result, run.sparsity.asked, is_guided=is_guided)
     # As in `Checkpoints.save`: a full disk has many types.
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
