@@ -1,11 +1,13 @@
 """Files that appear whole or not at all, and how they are told apart."""
 
 import hashlib
+import json
 import os
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 MAX_NAME_BYTES = 200
 """Of a file's name in that of its temporary file; file systems take 255 in all."""
@@ -71,6 +73,30 @@ def write_text(path: str | Path, text: str) -> None:
     """Write ``text`` as UTF-8, whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | Path, *, max_bytes: int | None = None) -> Any:
+    """What a JSON file holds.
+
+    Args:
+        path: the file.
+        max_bytes: a larger file is refused; None takes any.
+
+    Raises:
+        ValueError: missing, too large or not JSON; the file is named.
+    """
+    path = Path(path)
+    try:
+        if max_bytes is not None and path.stat().st_size > max_bytes:
+            raise ValueError(f"{path} is larger than {max_bytes // 2**20} MiB; not a config file.")
+        text = path.read_bytes()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ValueError(f"cannot read {path}: {reason}.") from error
+    try:
+        return json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}).") from error
 
 
 def check_writable(path: str | Path) -> Path:

@@ -20,7 +20,7 @@ from nabla_attn.checkpoints.load import (
 from nabla_attn.checkpoints.plan import PartPlan
 from nabla_attn.checkpoints.shards import shards_of, verify_shard, write_index, write_shard
 from nabla_attn.checkpoints.sparsity import DEFAULTS
-from nabla_attn.checkpoints.tensor_files import read_json
+from nabla_attn.checkpoints.tensor_files import read_config
 from nabla_attn.checkpoints.wan import check_parts, load_tokenizer
 from nabla_attn.files import whole_file, write_text
 
@@ -99,7 +99,7 @@ def _claim(layout: WanLayout, target: Path, dtype: torch.dtype | None) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         if not (target / RECORD).is_file():
             raise ValueError(f"{target} is not empty and no conversion. Choose another directory.")
-        if read_json(target / RECORD) != record:
+        if read_config(target / RECORD) != record:
             raise ValueError(
                 f"{target} was begun from other files or with another dtype. Remove it, or choose "
                 "another directory."
@@ -109,7 +109,7 @@ def _claim(layout: WanLayout, target: Path, dtype: torch.dtype | None) -> None:
 
 def _largest_source(target: Path) -> int:
     """Bytes of the largest source file."""
-    return max(size for size, _ in read_json(target / RECORD)["files"].values())
+    return max(size for size, _ in read_config(target / RECORD)["files"].values())
 
 
 def _check_space(layout: WanLayout, target: Path, dtype: torch.dtype | None) -> None:

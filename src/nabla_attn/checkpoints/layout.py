@@ -9,7 +9,7 @@ from typing import Any
 
 from nabla_attn.checkpoints.kinds import transformer_family
 from nabla_attn.checkpoints.rules import strip_prefix
-from nabla_attn.checkpoints.tensor_files import TensorFile, open_tensor_file, read_json
+from nabla_attn.checkpoints.tensor_files import TensorFile, open_tensor_file, read_config
 
 STEM = "diffusion_pytorch_model"
 INDEX = f"{STEM}.safetensors.index.json"
@@ -114,7 +114,7 @@ def _find_file(folder: Path, *stems: str) -> Path | None:
 def _find_transformers(root: Path) -> tuple[TransformerFiles, ...]:
     if root.is_file():
         config = root.with_name("config.json")
-        return (TransformerFiles((root,), read_json(config) if config.is_file() else {}),)
+        return (TransformerFiles((root,), read_config(config) if config.is_file() else {}),)
     folders = [root / name for name in EXPERTS]
     if any(folder.is_dir() for folder in folders):
         return tuple(_find_shards(folder) for folder in folders)
@@ -123,7 +123,7 @@ def _find_transformers(root: Path) -> tuple[TransformerFiles, ...]:
 
 def _find_shards(folder: Path) -> TransformerFiles:
     config_path = folder / "config.json"
-    config = read_json(config_path) if config_path.is_file() else {}
+    config = read_config(config_path) if config_path.is_file() else {}
     found = sorted(folder.glob(f"{STEM}*.safetensors"))
     if not found:
         hint = ""
@@ -140,7 +140,7 @@ def _find_shards(folder: Path) -> TransformerFiles:
 
 
 def _read_index(index: Path) -> set[str]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_config(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map. Download it again.")
     names = set()

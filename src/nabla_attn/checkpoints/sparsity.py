@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from nabla_attn.checkpoints.tensor_files import read_json
+from nabla_attn.checkpoints.tensor_files import read_config
 
 DEFAULTS = "defaults.json"
 
@@ -12,7 +12,7 @@ def stored_sparsity(path: Path) -> str | None:
     """The ``sparse_algo`` that a diffusers directory carries in its defaults.json, if any."""
     if not (path / DEFAULTS).is_file():
         return None
-    value = read_json(path / DEFAULTS).get("sparse_algo")
+    value = read_config(path / DEFAULTS).get("sparse_algo")
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{path / DEFAULTS}: sparse_algo is {value!r}, not a string.")
     return value

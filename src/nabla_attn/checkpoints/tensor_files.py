@@ -1,6 +1,5 @@
 """Safe readers of weight files: headers first, tensors one at a time, nothing executed."""
 
-import json
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
+from nabla_attn.files import read_json
 
 FLOAT_DTYPES = (
     torch.float32,
@@ -148,20 +149,13 @@ def _check_zip(path: Path) -> None:
         )
 
 
-def read_json(path: Path) -> dict:
+def read_config(path: Path) -> dict:
     """Read a small JSON object.
 
     Raises:
         ValueError: missing, too large, not JSON or not an object.
     """
-    if not path.is_file():
-        raise ValueError(f"no such file: {path}.")
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path} is larger than {MAX_JSON_BYTES // 2**20} MiB; not a config file.")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}).") from error
+    data = read_json(path, max_bytes=MAX_JSON_BYTES)
     if not isinstance(data, dict):
         raise ValueError(f"{path}: expected an object, got {type(data).__name__}.")
     return data

@@ -1,6 +1,5 @@
 """CLIP score of a video and its prompt, from a local CLIP directory; nothing is downloaded."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nabla_attn.files import read_json
 from nabla_attn.generation.video import check_frames
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -38,7 +38,7 @@ class ClipScore:
         except Exception as error:
             raise ValueError(f"{directory}: cannot load a CLIP model ({error}).") from error
         config = Path(directory) / "preprocessor_config.json"
-        values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        values = read_json(config) if config.is_file() else {}
         self._mean = torch.tensor(values.get("image_mean", MEAN))[:, None, None]
         self._std = torch.tensor(values.get("image_std", STD))[:, None, None]
         self._size = int(self._model.config.vision_config.image_size)

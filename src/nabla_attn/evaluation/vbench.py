@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nabla_attn.config import parse
-from nabla_attn.files import whole_file, write_text
+from nabla_attn.files import read_json, whole_file, write_text
 from nabla_attn.record import RunRecord
 
 # dimension -> (lowest, highest, weight) of its normalised score
@@ -74,7 +74,7 @@ def read_results(folder: str | Path) -> dict[str, float]:
     scores: dict[str, float] = {}
     for path in paths:
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
             found = {name.replace("_", " "): float(result[0]) for name, result in values.items()}
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise ValueError(f"{path}: not a result file of VBench ({error}).") from error

@@ -1,14 +1,13 @@
 """Load a diffusers pipeline directory, checked part by part so that a bad file is named."""
 
 import importlib
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nabla_attn.files import fingerprint_files
+from nabla_attn.files import fingerprint_files, read_json
 from nabla_attn.sizes import denoisers
 
 BUILTIN = "builtin"
@@ -154,10 +153,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _read_index(directory: Path) -> dict[str, Any]:
     path = directory / "model_index.json"
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({_first_line(error)}).") from error
+    index = read_json(path)
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise ValueError(f"{path}: it does not name a diffusers pipeline class as _class_name.")
     for name, entry in _parts(index):
@@ -233,7 +229,7 @@ def _check_weights(folder: Path) -> None:
 
 def _shard_names(path: Path) -> list[str]:
     try:
-        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(read_json(path)["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a safetensors index ({_first_line(error)}).") from error
     for name in names:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nabla_attn.config import parse
+from nabla_attn.files import read_json
 from nabla_attn.schedule import Schedule
 from nabla_attn.sizes import (
     denoisers,
@@ -115,10 +116,10 @@ class ModelDefaults:
             ValueError: the file is not JSON, has an unknown name or a value of the wrong type, or a
                 schedule of another algorithm.
         """
-        scale = guider_scale(_read_json(directory / "guider" / "guider_config.json"))
+        scale = guider_scale(_read_if_there(directory / "guider" / "guider_config.json"))
         own = cls() if scale is None else cls(guidance=scale)
         path = directory / "defaults.json"
-        values = _read_json(path)
+        values = _read_if_there(path)
         known = asdict(own)
         if not isinstance(values, dict) or (values.keys() - known.keys()):
             raise ValueError(f"{path}: expected an object with {', '.join(known)}, got {values!r}.")
@@ -183,14 +184,9 @@ def check_seed(seed: int) -> int:
     return seed
 
 
-def _read_json(path: Path) -> Any:
+def _read_if_there(path: Path) -> Any:
     """What the file holds; an empty object where there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}).") from error
+    return read_json(path) if path.is_file() else {}
 
 
 def _check_size(pipeline: Any, request: GenerationRequest) -> None:

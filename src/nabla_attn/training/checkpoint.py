@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nabla_attn.files import read_json
+
 _STATE = "state.json"
 
 
@@ -116,8 +118,8 @@ def read_state(path: Path) -> dict[str, Any]:
         ValueError: The folder is not a checkpoint.
     """
     try:
-        state: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        state: dict[str, Any] = read_json(path / _STATE)
+    except ValueError as error:
         raise ValueError(f"{path} is not a checkpoint: {error}") from error
     return state
 

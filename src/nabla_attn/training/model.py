@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nabla_attn.files import write_text
+from nabla_attn.files import read_json, write_text
 from nabla_attn.schedule import Schedule
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -75,10 +75,7 @@ def read_index(directory: Path) -> dict[str, Any]:
     path = directory / "model_index.json"
     if not path.is_file():
         raise ValueError(f"{directory} has no model_index.json: not a diffusers pipeline.")
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}).") from error
+    index = read_json(path)
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise ValueError(f"{path}: it does not name a pipeline class as _class_name.")
     for name in ("vae", "text_encoder"):
@@ -111,7 +108,7 @@ def save_pipeline(
     transformer.load_state_dict(weights, assign=True)
     transformer.register_to_config(_name_or_path="")
     source = parts.directory / "defaults.json"
-    defaults = json.loads(source.read_text(encoding="utf-8")) if source.is_file() else {}
+    defaults = read_json(source) if source.is_file() else {}
     # Those of the source may be rules of another algorithm.
     defaults.pop("schedule", None)
     defaults["sparse_algo"] = str(schedule.algorithm)

@@ -1,10 +1,10 @@
 """Stages: one configuration after another, each from the weights of the one before."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nabla_attn.files import read_json
 from nabla_attn.training.config import StageConfig, TrainConfig
 
 
@@ -49,7 +49,7 @@ def finished_stage(folder: Path, config: dict[str, Any], *, allow_changes: bool)
     result = folder / "pipeline"
     if not (result.is_dir() and (folder / "training.json").is_file()):
         return None
-    made_with = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    made_with = read_json(folder / "config.json")
     changes = differences(made_with, config)
     if changes and not allow_changes:
         raise ValueError(

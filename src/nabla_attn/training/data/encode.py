@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from nabla_attn.files import write_text
+from nabla_attn.files import read_json, write_text
 from nabla_attn.training.data import store
 from nabla_attn.training.data.clip import Source
 from nabla_attn.training.data.encode_shard import EncodeRequest, Job, make_shard
@@ -77,7 +77,7 @@ def encode(
         if not _is_done(folder, shard):
             summary.elsewhere += 1
             continue
-        found = store.read_json(store.shard_path(folder, shard).with_suffix(".json"))
+        found = read_json(store.shard_path(folder, shard).with_suffix(".json"))
         summary.encoded += len(found["videos"])
         summary.skipped.update(line["kind"] for line in found["skipped"])
     return summary
@@ -106,7 +106,7 @@ def _agree(job: Job) -> None:
                     f"{job.folder} is not empty: it has {others[0]}. Choose a new folder."
                 )
             store.write_json(path, wanted)
-    found = store.read_json(path)
+    found = read_json(path)
     found = found if isinstance(found, dict) else {}
     differing = [name for name, value in wanted.items() if found.get(name) != value]
     if differing:
@@ -150,7 +150,7 @@ def _finish(job: Job) -> None:
         # What killed processes were writing.
         for leftover in folder.rglob(".*.tmp"):
             leftover.unlink(missing_ok=True)
-        lists = [store.read_json(store.shard_path(folder, n).with_suffix(".json")) for n in shards]
+        lists = [read_json(store.shard_path(folder, n).with_suffix(".json")) for n in shards]
         skipped = [line for entry in lists for line in entry["skipped"]]
         write_text(folder / store.SKIPPED, store.to_lines(skipped))
         videos = [video for entry in lists for video in entry["videos"]]

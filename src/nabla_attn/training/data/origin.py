@@ -3,6 +3,7 @@
 from math import prod
 from pathlib import Path
 
+from nabla_attn.files import read_json
 from nabla_attn.training.data import store
 
 
@@ -13,7 +14,7 @@ def world_size(folder: Path) -> tuple[int, int, int] | None:
         ValueError: not a finished folder of encoded clips.
     """
     entries = store.read_index(folder)
-    source = store.read_json(folder / store.ENCODING).get("source", "")
+    source = read_json(folder / store.ENCODING).get("source", "")
     if not str(source).startswith("world, "):
         return None
     return max((entry.size for entry in entries), key=prod)

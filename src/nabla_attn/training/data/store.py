@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nabla_attn.files import whole_file, write_text
+from nabla_attn.files import read_json, whole_file, write_text
 
 INDEX, SKIPPED, ENCODING = "index.json", "skipped.jsonl", "encoding.json"
 
@@ -125,21 +125,6 @@ def write_json(path: Path, values: Any) -> None:
 def to_lines(values: list[Any]) -> str:
     """One JSON text a line."""
     return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON.
-
-    Raises:
-        ValueError: missing or not JSON; the file is named.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise ValueError(f"cannot read {path}: {reason}.") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({_first_line(error)}).") from error
 
 
 def read_index(folder: Path) -> list[Entry]:
