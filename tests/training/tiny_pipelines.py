@@ -15,17 +15,21 @@ from transformers import (
 
 from nabla_attn.testing import tiny_tokenizer, tiny_wan_vae
 
-SIZES = {"cogvideox15": (5, 32, 48), "ltx": (9, 32, 64), "mochi": (7, 32, 48)}
+SIZES = {"ltx": (9, 32, 64), "mochi": (7, 32, 48)}
 KINDS = [
     "wan_i2v",
     "skyreels",
+    "skyreels_i2v",
     "hunyuan",
+    "hunyuan_i2v",
     "hunyuan15",
     "motif",
     "easyanimate",
     "ltx",
     "cogvideox",
     "cogvideox15",
+    "cogvideox_i2v",
+    "cogvideox15_i2v",
     "kandinsky5",
     "mochi",
 ]
@@ -107,8 +111,8 @@ def hunyuan_vae():
     ).eval()
 
 
-def hunyuan():
-    from diffusers import HunyuanVideoPipeline
+def hunyuan(kind="HunyuanVideoPipeline", **changes):
+    import diffusers
 
     llama = LlamaConfig(
         vocab_size=64,
@@ -117,14 +121,18 @@ def hunyuan():
         num_hidden_layers=3,
         num_attention_heads=2,
     )
-    return HunyuanVideoPipeline(
+    return getattr(diffusers, kind)(
         text_encoder=LlamaModel(llama).eval(),
         tokenizer=behind_template(95),
         **clip_text(8),
         vae=hunyuan_vae(),
         scheduler=flow_scheduler(shift=7.0),
-        transformer=TINY["hunyuan"].build(),
+        transformer=TINY["hunyuan"].build(**changes),
     )
+
+
+def hunyuan_i2v():
+    return hunyuan("HunyuanSkyreelsImageToVideoPipeline", in_channels=8, out_channels=4)
 
 
 def hunyuan15():
@@ -166,9 +174,15 @@ def motif():
     )
 
 
-def wan_i2v():
-    """With an image encoder, as Wan 2.1 has one."""
-    from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline
+def unipc(shift):
+    from diffusers import UniPCMultistepScheduler
+
+    return UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )
+
+
+def clip_vision():
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
     vision = CLIPVisionConfig(
@@ -180,29 +194,42 @@ def wan_i2v():
         patch_size=16,
     )
     torch.manual_seed(2)
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
     )
+    return {"image_processor": processor, "image_encoder": CLIPVisionModel(vision).eval()}
+
+
+def wan_i2v():
+    """With an image encoder, as Wan 2.1 has one."""
+    from diffusers import WanImageToVideoPipeline
+
     return WanImageToVideoPipeline(
         **t5(16),
+        **clip_vision(),
         vae=tiny_wan_vae(),
-        scheduler=scheduler,
-        image_processor=CLIPImageProcessorPil(
-            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-        ),
-        image_encoder=CLIPVisionModel(vision).eval(),
+        scheduler=unipc(5.0),
         transformer=TINY["wan"].build(in_channels=12, image_dim=12, added_kv_proj_dim=48),
     )
 
 
 def skyreels():
-    from diffusers import SkyReelsV2Pipeline, UniPCMultistepScheduler
+    from diffusers import SkyReelsV2Pipeline
 
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
-    )
     return SkyReelsV2Pipeline(
-        **t5(16), vae=tiny_wan_vae(), scheduler=scheduler, transformer=TINY["skyreels"].build()
+        **t5(16), vae=tiny_wan_vae(), scheduler=unipc(8.0), transformer=TINY["skyreels"].build()
+    )
+
+
+def skyreels_i2v():
+    from diffusers import SkyReelsV2ImageToVideoPipeline
+
+    return SkyReelsV2ImageToVideoPipeline(
+        **t5(16),
+        **clip_vision(),
+        vae=tiny_wan_vae(),
+        scheduler=unipc(5.0),
+        transformer=TINY["skyreels"].build(in_channels=12, image_dim=12, added_kv_proj_dim=48),
     )
 
 
@@ -252,8 +279,9 @@ def ltx():
     )
 
 
-def cogvideox(kind="cogvideox"):
-    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline
+def cogvideox(kind="cogvideox", pipeline="CogVideoXPipeline", **changes):
+    import diffusers
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler
 
     vae = AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * 4,
@@ -263,13 +291,25 @@ def cogvideox(kind="cogvideox"):
         layers_per_block=1,
         norm_num_groups=2,
     ).eval()
-    transformer = TINY[kind].build(max_text_seq_length=226)
+    transformer = TINY[kind].build(max_text_seq_length=226, **changes)
     scheduler = CogVideoXDDIMScheduler(prediction_type="v_prediction")
-    return CogVideoXPipeline(**t5(8), vae=vae, scheduler=scheduler, transformer=transformer)
+    return getattr(diffusers, pipeline)(
+        **t5(8), vae=vae, scheduler=scheduler, transformer=transformer
+    )
 
 
 def cogvideox15():
     return cogvideox("cogvideox15")
+
+
+def cogvideox_i2v(kind="cogvideox", **changes):
+    return cogvideox(
+        kind, "CogVideoXImageToVideoPipeline", in_channels=8, out_channels=4, **changes
+    )
+
+
+def cogvideox15_i2v():
+    return cogvideox_i2v("cogvideox15", ofs_embed_dim=8)
 
 
 class Words(torch.nn.Module):

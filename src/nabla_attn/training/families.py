@@ -108,7 +108,12 @@ _ROWS = (
         by_image=(EXTRA_LATENTS, "encoder_hidden_states_image"),
     ),
     Family(pipeline="SkyReelsV2Pipeline"),
+    Family(
+        pipeline="SkyReelsV2ImageToVideoPipeline",
+        by_image=(EXTRA_LATENTS, "encoder_hidden_states_image"),
+    ),
     Family(pipeline="HunyuanVideoPipeline"),
+    Family(pipeline="HunyuanSkyreelsImageToVideoPipeline", by_image=(EXTRA_LATENTS,)),
     Family(pipeline="HunyuanVideo15Pipeline"),
     Family(pipeline="MotifVideoPipeline"),
     Family(pipeline="EasyAnimatePipeline"),
@@ -122,6 +127,13 @@ _ROWS = (
         layout="f c h w",
         prediction="v_prediction",
         by_grid=("image_rotary_emb",),
+    ),
+    Family(
+        pipeline="CogVideoXImageToVideoPipeline",
+        layout="f c h w",
+        prediction="v_prediction",
+        by_grid=("image_rotary_emb",),
+        by_image=(EXTRA_LATENTS,),
     ),
     Family(
         pipeline="Kandinsky5T2VPipeline",
