@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from nabla_attn.bench.calibration_table import calibration_table
+from nabla_attn.bench.guidance_table import guidance_table
 from nabla_attn.bench.markdown import table
 from nabla_attn.bench.reuse_table import reuse_table
 from nabla_attn.crossover import min_tokens
@@ -23,7 +24,7 @@ map are included; where maps alone are timed, ours starts from raster order and 
 """
 
 
-KINDS = ("bench", "map_reuse", "calibrate")
+KINDS = ("bench", "map_reuse", "calibrate", "guidance_error")
 TITLES = {
     "bench-scaling": "Time against tokens",
     "bench-crossover": "From which length on sparse wins",
@@ -75,6 +76,8 @@ def section(record: RunRecord) -> str:
         lines += reuse_table(record)
     elif record.kind == "calibrate":
         lines += calibration_table(record)
+    elif record.kind == "guidance_error":
+        lines += guidance_table(record)
     return "\n".join(lines) + "\n"
 
 

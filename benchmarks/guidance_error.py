@@ -1,0 +1,90 @@
+"""What classifier-free guidance makes of sparse attention's errors, on the built-in model.
+
+Dense videos are sampled with guidance; every call of their transformer is repeated with sparse
+attention on the same latents.
+
+python benchmarks/guidance_error.py; then `nabla bench --docs docs` makes the table.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from torch import Tensor
+
+import nabla_attn as na
+from nabla_attn.generation.call import sample
+from nabla_attn.generation.pipeline import BUILTIN_DIRECTORY, load_pipeline, model_identity
+from nabla_attn.generation.request import GenerationRequest, ModelDefaults, video_tokens
+from nabla_attn.record import RunRecord, collect_versions, describe_device
+from nabla_attn.world.caption import describe
+from nabla_attn.world.scene import held_out_scenes
+
+ALGORITHMS = ("nabla-0.9", "nabla-0.7", "nabla-0.4", "nabla-0.2_sta-3-3-3")
+Call = tuple[tuple[Any, ...], dict[str, Any], Tensor]
+
+
+def main(prompts: int = 4, output: Path = Path("benchmarks/results/guidance_error.json")) -> None:
+    """Measure every algorithm on every step of every prompt and write the record."""
+    pipeline, defaults = load_pipeline("builtin"), ModelDefaults.load(BUILTIN_DIRECTORY)
+    names = ("height", "width", "frames", "steps", "guidance")
+    settings: dict[str, Any] = {name: getattr(defaults, name) for name in names}
+    found: dict[str, list[Tensor]] = {name: [] for name in ALGORITHMS}
+    texts = [describe(scene) for scene in held_out_scenes(prompts)]
+    for seed, text in enumerate(texts):
+        request = GenerationRequest(text, seed=seed, **settings)
+        calls = record_calls(pipeline, request)
+        for name, errors in found.items():
+            errors += measure(pipeline.transformer, calls, name, defaults.guidance)
+        sys.stderr.write(f"{seed + 1}/{prompts} {text}\n")
+    rows = []
+    for name, errors in found.items():
+        prompted, free, guided = torch.stack(errors).mean(dim=0).tolist()
+        row = {"prompted": prompted, "free": free, "guided": guided, "ratio": guided / prompted}
+        rows.append({"algorithm": name} | {key: round(value, 4) for key, value in row.items()})
+    config = {"workload": "guidance", "prompts": texts, **settings} | model_identity(pipeline)
+    config["tokens"] = list(video_tokens(pipeline, request))
+    device = describe_device(pipeline.device)
+    RunRecord("guidance_error", config, 0, collect_versions(), device, {"results": rows}).save(
+        output
+    )
+
+
+def record_calls(pipeline: Any, request: GenerationRequest) -> list[Call]:
+    """Arguments and output of every call of the transformer: with and without prompt in turn."""
+    calls: list[Call] = []
+
+    def keep(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        calls.append((args, kwargs, output[0]))
+
+    hook = pipeline.transformer.register_forward_hook(keep, with_kwargs=True)
+    try:
+        sample(pipeline, request, output_type="latent")
+    finally:
+        hook.remove()
+    return calls
+
+
+@torch.no_grad()
+def measure(transformer: Any, calls: list[Call], algorithm: str, guidance: float) -> list[Tensor]:
+    """Relative errors of each step: with the prompt, without, and guided."""
+    with na.apply(transformer, algorithm):
+        sparse = [transformer(*args, **kwargs)[0] for args, kwargs, _ in calls]
+    dense = [output for _, _, output in calls]
+    errors = []
+    for place in range(0, len(calls), 2):
+        prompted, free = ([x[place + turn].float() for x in (sparse, dense)] for turn in (0, 1))
+        guided = [b + guidance * (a - b) for a, b in zip(prompted, free, strict=True)]
+        errors.append(torch.tensor([distance(*pair) for pair in (prompted, free, guided)]))
+    return errors
+
+
+def distance(x: Tensor, y: Tensor) -> float:
+    """Relative L2 distance of x to y."""
+    return ((x - y).norm() / y.norm()).item()
+
+
+if __name__ == "__main__":
+    typer.run(main)

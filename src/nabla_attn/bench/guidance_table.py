@@ -1,0 +1,31 @@
+"""What guidance makes of sparse errors, from the record of benchmarks/guidance_error.py."""
+
+from nabla_attn.bench.markdown import table
+from nabla_attn.record import RunRecord
+
+COLUMNS = {
+    "prompted": "error with the prompt",
+    "free": "without",
+    "guided": "guided",
+    "ratio": "guided / with the prompt",
+}
+
+
+def guidance_table(record: RunRecord) -> list[str]:
+    """A row per algorithm, and what the columns mean."""
+    config = record.config
+    frames, height, width = config["tokens"]
+    rows = [
+        [f"`{result['algorithm']}`", *(f"{result[name]:.3f}" for name in COLUMNS)]
+        for result in record.numbers["results"]
+    ]
+    return [
+        f"The built-in model, {frames}x{height}x{width} tokens; every step of {config['steps']}, "
+        f"guidance {config['guidance']:g}, of {len(config['prompts'])} dense videos, repeated with "
+        "sparse attention on the same latents. Errors are relative L2 distances to the dense "
+        "prediction, means over steps: of the prediction with the prompt, without it, and of what "
+        "guidance makes of both. The two errors differ, so guidance multiplies them; a student "
+        "distilled with `objective.guidance` is called once a step and has none to multiply.",
+        "",
+        *table(["algorithm", *COLUMNS.values()], rows),
+    ]
