@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import typer
+from map_reuse import distance
 from torch import Tensor
 
 import nabla_attn as na
@@ -79,11 +80,6 @@ def measure(transformer: Any, calls: list[Call], algorithm: str, guidance: float
         guided = [b + guidance * (a - b) for a, b in zip(prompted, free, strict=True)]
         errors.append(torch.tensor([distance(*pair) for pair in (prompted, free, guided)]))
     return errors
-
-
-def distance(x: Tensor, y: Tensor) -> float:
-    """Relative L2 distance of x to y."""
-    return ((x - y).norm() / y.norm()).item()
 
 
 if __name__ == "__main__":

@@ -89,12 +89,12 @@ def read_json(path: str | Path, *, max_bytes: int | None = None) -> Any:
     try:
         if max_bytes is not None and path.stat().st_size > max_bytes:
             raise ValueError(f"{path} is larger than {max_bytes // 2**20} MiB; not a config file.")
-        text = path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ValueError(f"cannot read {path}: {reason}.") from error
     try:
-        return json.loads(text.decode("utf-8"))
+        return json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}).") from error
 

@@ -257,15 +257,18 @@ def test_the_benchmark_needs_only_torch(tmp_path):
     assert len(list(tmp_path.glob("bench_toy-cpu_*.json"))) == 1
 
 
+def page_of(kind, config, row, folder):
+    """The page of benchmarks with one record of one row."""
+    RunRecord(kind, config, 0, {}, "cpu", {"results": [row]}).save(folder / f"{kind}.json")
+    return tables.build_docs(folder, folder / "docs")
+
+
 def test_the_cost_of_map_reuse_has_a_table(tmp_path):
     row = {"rule": "nabla-0.5; one map for 2 steps", "reuse_steps": 2}
     row |= dict.fromkeys(reuse_table.COLUMNS, 0.25) | {"recall": 0.9449}
     config = {"workload": "map reuse", "tokens": [9, 16, 16], "steps": 6}
     config |= {"guidance": 3.0, "prompts": ["a", "b"]}
-    RunRecord("map_reuse", config, 0, {}, "cpu", {"results": [row]}).save(
-        tmp_path / "map_reuse.json"
-    )
-    page = tables.build_docs(tmp_path, tmp_path / "docs")
+    page = page_of("map_reuse", config, row, tmp_path)
     assert "| nabla-0.5; one map for 2 steps | 0.2500 | 0.9449 |" in page
     assert "9x16x16 tokens, 6 steps, guidance 3, 2 prompts" in page
 
@@ -274,9 +277,6 @@ def test_what_guidance_makes_of_errors_has_a_table(tmp_path):
     row = {"algorithm": "nabla-0.7", "prompted": 0.1, "free": 0.12, "guided": 0.25, "ratio": 2.5}
     config = {"workload": "guidance", "tokens": [16, 16, 16], "steps": 6}
     config |= {"guidance": 3.0, "prompts": ["a", "b"]}
-    RunRecord("guidance_error", config, 0, {}, "cpu", {"results": [row]}).save(
-        tmp_path / "guidance_error.json"
-    )
-    page = tables.build_docs(tmp_path, tmp_path / "docs")
+    page = page_of("guidance_error", config, row, tmp_path)
     assert "| `nabla-0.7` | 0.100 | 0.120 | 0.250 | 2.500 |" in page
     assert "every step of 6, guidance 3, of 2 dense videos" in page

@@ -1,6 +1,6 @@
 """What guidance makes of sparse errors, from the record of benchmarks/guidance_error.py."""
 
-from nabla_attn.bench.markdown import table
+from nabla_attn.bench.markdown import number_table
 from nabla_attn.record import RunRecord
 
 COLUMNS = {
@@ -13,12 +13,9 @@ COLUMNS = {
 
 def guidance_table(record: RunRecord) -> list[str]:
     """A row per algorithm, and what the columns mean."""
-    config = record.config
+    config, results = record.config, record.numbers["results"]
     frames, height, width = config["tokens"]
-    rows = [
-        [f"`{result['algorithm']}`", *(f"{result[name]:.3f}" for name in COLUMNS)]
-        for result in record.numbers["results"]
-    ]
+    algorithms = [f"`{result['algorithm']}`" for result in results]
     return [
         f"The built-in model, {frames}x{height}x{width} tokens; every step of {config['steps']}, "
         f"guidance {config['guidance']:g}, of {len(config['prompts'])} dense videos, repeated with "
@@ -27,5 +24,5 @@ def guidance_table(record: RunRecord) -> list[str]:
         "guidance makes of both. The two errors differ, so guidance multiplies them; a student "
         "distilled with `objective.guidance` is called once a step and has none to multiply.",
         "",
-        *table(["algorithm", *COLUMNS.values()], rows),
+        *number_table("algorithm", algorithms, results, COLUMNS, 3),
     ]

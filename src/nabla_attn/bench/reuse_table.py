@@ -1,6 +1,6 @@
 """What map reuse costs, from the record of benchmarks/map_reuse.py."""
 
-from nabla_attn.bench.markdown import table
+from nabla_attn.bench.markdown import number_table
 from nabla_attn.record import RunRecord
 
 COLUMNS = {
@@ -16,12 +16,8 @@ COLUMNS = {
 
 def reuse_table(record: RunRecord) -> list[str]:
     """A row per schedule, and what the columns mean."""
-    config = record.config
+    config, results = record.config, record.numbers["results"]
     frames, height, width = config["tokens"]
-    rows = [
-        [result["rule"], *(f"{result[name]:.4f}" for name in COLUMNS)]
-        for result in record.numbers["results"]
-    ]
     return [
         f"The built-in model, {frames}x{height}x{width} tokens, {config['steps']} steps, guidance "
         f"{config['guidance']:g}, {len(config['prompts'])} prompts; means over all calls, layers "
@@ -31,5 +27,5 @@ def reuse_table(record: RunRecord) -> list[str]:
         "to dense*: that of the output to exact attention, per token. *Final latents*: relative L2 "
         "distance to those of the run with fresh maps, and of the dense run.",
         "",
-        *table(["schedule", *COLUMNS.values()], rows),
+        *number_table("schedule", [result["rule"] for result in results], results, COLUMNS, 4),
     ]

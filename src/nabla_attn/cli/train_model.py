@@ -60,7 +60,7 @@ def train_model(
         model = done
     if not check and _is_main():
         typer.echo(f"{model}: done. Use it: {_use(config, model)}.")
-        if config.objective.guidance != 1:
+        if config.objective.is_guided:
             typer.echo("it predicts what guidance gave: use it with guidance 1, which is faster.")
 
 
@@ -205,7 +205,7 @@ def _sampler(
         height=height,
         width=width,
         steps=defaults.steps,
-        guidance=defaults.guidance if config.objective.guidance == 1 else 1.0,
+        guidance=1.0 if config.objective.is_guided else defaults.guidance,
         sparse_algo=str(schedule.algorithm) if schedule else config.sparsity.algorithm,
         schedule=schedule,
     )

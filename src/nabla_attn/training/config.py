@@ -61,6 +61,11 @@ class ObjectiveConfig:
     layer_weight: float = 0.0
     guidance: float = 1.0
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether what is learnt has guidance in it."""
+        return self.guidance != 1
+
 
 @dataclass(frozen=True)
 class SparsityConfig:

@@ -122,7 +122,7 @@ class Feed:
         rng = random.Random(seed)
         items = [self.dataset[clip] for clip in clips]
         batch = gather(items, drop, rng)
-        if self.config.objective.guidance != 1:
+        if self.config.objective.is_guided:
             # Every caption dropped.
             batch["empty"] = gather(items, 1.0, random.Random(seed))["conditions"]
         return batch, torch.Generator().manual_seed(rng.getrandbits(63))

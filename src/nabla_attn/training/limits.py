@@ -87,7 +87,7 @@ def _check_combinations(config: TrainConfig) -> None:
         )
     _check_guidance(config)
     learns_sparsity = not algorithm.is_dense or config.sparsity.schedule is not None
-    if is_distilled and not learns_sparsity and config.objective.guidance == 1:
+    if is_distilled and not learns_sparsity and not config.objective.is_guided:
         raise ValueError(
             "a dense student has nothing to learn. Set sparsity.algorithm, or objective.guidance."
         )
@@ -101,7 +101,7 @@ def _check_combinations(config: TrainConfig) -> None:
 
 
 def _check_guidance(config: TrainConfig) -> None:
-    if config.objective.guidance == 1:
+    if not config.objective.is_guided:
         return
     if config.objective.kind != "distill":
         raise ValueError(

@@ -137,7 +137,7 @@ def _save_result(run: Run, trainer: Trainer, weights: dict[str, Tensor], result:
         if run.config.lora.rank:
             save_lora(run.parts, weights, result)
         else:
-            is_guided = run.config.objective.guidance != 1
+            is_guided = run.config.objective.is_guided
             save_pipeline(run.parts, weights, result, run.sparsity.asked, is_guided=is_guided)
     # As in `Checkpoints.save`: a full disk has many types.
     except Exception as error:
