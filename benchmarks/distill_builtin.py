@@ -48,7 +48,9 @@ def main() -> None:
         numbers = train_one(
             configure(options, options.seed, "distill", algorithm), teacher, data, result
         )
-        zero_shot = judge(teacher, algorithm, options.judge)
+        # Without training there is no seed.
+        known = study.find(algorithm=algorithm, judged=options.judge)
+        zero_shot = known["zero_shot_right"] if known else judge(teacher, algorithm, options.judge)
         right = judge(result, algorithm, options.judge)
         study.add(**key, **numbers, zero_shot_right=zero_shot, right=right, judged=options.judge)
 

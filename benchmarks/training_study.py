@@ -113,9 +113,13 @@ class Study:
                 raise ValueError(f"{path} was made with other settings. Remove it or rename it.")
             self.rows = record.numbers["rows"]
 
+    def find(self, **key: Any) -> dict[str, Any] | None:
+        """The first row with these values."""
+        return next((row for row in self.rows if key.items() <= row.items()), None)
+
     def has(self, **key: Any) -> bool:
         """Whether a row is there."""
-        return any(key.items() <= row.items() for row in self.rows)
+        return self.find(**key) is not None
 
     def add(self, **row: Any) -> None:
         """Keep a row."""

@@ -72,6 +72,14 @@ def test_a_request_makes_its_video(name, frames, height, width, tokens):
         check_request(pipeline, replace(wanted, frames=frames + 1))
 
 
+def test_sound_that_is_not_kept_is_named():
+    with pytest.warns(UserWarning, match="LTX2Pipeline makes sound too, which is not kept"):
+        video, record = generate(tiny_pipelines.ltx2(), request(9, 64, 96))
+    assert video.shape == (9, 64, 96, 3)
+    assert tuple(record.numbers["tokens"].values()) == (2, 8, 12)
+    assert 0 < record.numbers["attention"]["density"] <= 1
+
+
 @pytest.mark.parametrize("name", ["mochi", "hunyuan15", "motif", "skyreels", "easyanimate"])
 def test_threshold_one_is_dense_and_removal_leaves_nothing(name):
     pipeline = getattr(tiny_pipelines, name)()

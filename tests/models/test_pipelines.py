@@ -13,6 +13,7 @@ from tests.models.tiny_pipelines import (
     hunyuan,
     kandinsky5,
     ltx,
+    ltx2,
     wan,
     wan_flf2v,
     wan_i2v,
@@ -23,7 +24,7 @@ import nabla_attn as na
 
 
 @pytest.mark.parametrize(
-    "build", [wan, wan_i2v, wan_flf2v, wan_ti2v, hunyuan, cogvideox, ltx, kandinsky5]
+    "build", [wan, wan_i2v, wan_flf2v, wan_ti2v, hunyuan, cogvideox, ltx, ltx2, kandinsky5]
 )
 def test_pipelines_end_to_end(build):
     pipeline, arguments = build()

@@ -2,6 +2,7 @@
 
 import torch
 from tests.models.tiny_models import MAX_TEXT, TINY, randn
+from tests.training.tiny_pipelines import ltx2 as whole_ltx2
 
 from nabla_attn.testing import tiny_wan_vae
 
@@ -110,6 +111,13 @@ def ltx():
         prompt_attention_mask=mask,
         negative_prompt_embeds=randn(1, MAX_TEXT, 16),
         negative_prompt_attention_mask=mask,
+    )
+
+
+def ltx2():
+    """Video and sound, with all the guidance it has: four calls a step."""
+    return whole_ltx2(), VIDEO | dict(
+        prompt="a", height=192, width=224, num_frames=17, spatio_temporal_guidance_blocks=[1]
     )
 
 

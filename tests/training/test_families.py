@@ -49,13 +49,21 @@ def run_pipeline(pipeline, latents, size, image):
         seen["decoded"] = latents
         raise StopIteration
 
-    hook = pipeline.transformer.register_forward_hook(keep, with_kwargs=True)
+    family = family_of(pipeline)
+    hooks = [
+        pipeline.transformer.register_forward_hook(keep, with_kwargs=True),
+        pipeline.transformer.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, **family.fixed}), with_kwargs=True
+        ),
+    ]
     # The latents stay what they are, so that they are what is decoded.
     pipeline.scheduler.step = lambda predicted, t, sample, **_: (sample,)
     pipeline.vae.decode = decode
+    # Kandinsky 5 brightens the first frame like the next ones, after the last step.
+    pipeline.normalize_first_frame = lambda latents: latents
     pipeline.set_progress_bar_config(disable=True)
-    more = {} if hasattr(pipeline, "guider") else {"guidance_scale": 1.0}
-    if family_of(pipeline).by_image:
+    more = {} if hasattr(pipeline, "guider") else {"guidance_scale": 1.0, **family.unguided}
+    if family.takes_image:
         # Some pipelines draw the first frame's latents.
         more |= {"image": Image.fromarray(image), "generator": torch.Generator().manual_seed(0)}
     with pytest.raises(StopIteration):
@@ -68,7 +76,8 @@ def run_pipeline(pipeline, latents, size, image):
             latents=latents.clone(),
             **more,
         )
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     return seen
 
 
@@ -79,14 +88,20 @@ def test_latents_and_conditions_are_those_of_generation(kind, pipeline):
     conditions = encode_caption(pipeline, CAPTION, **size) | encode_first_frame(pipeline, video)
     item = {"latents": latents, "conditions": conditions, "empty": conditions, "caption": CAPTION}
     batch = collate([item, item], 0.0, random.Random(0))
-    seen = run_pipeline(pipeline, latents[None], size, video[0])
+    start = latents[None]
+    if kind == "kandinsky5_i2v":
+        # It adds these channels to noise of its own, not to latents that it is given.
+        start = torch.cat([start, conditions["extra_latents"][None]], -1)
+    if kind == "ltx2_i2v":
+        start = latents.T.unflatten(1, (-1, size["height"] // 8, size["width"] // 8))[None]
+    seen = run_pipeline(pipeline, start, size, video[0])
 
     pixels = torch.from_numpy(video).permute(3, 0, 1, 2)[None] / 127.5 - 1
     with torch.no_grad():
         wanted = pipeline.vae.encode(pixels).latent_dist.mode()
     torch.testing.assert_close(seen["decoded"], wanted, rtol=1e-4, atol=1e-4)
 
-    timestep = seen["timestep"].expand(2)
+    timestep = seen["timestep"].max().expand(2)
     with torch.no_grad():
         arguments = family.inputs(batch["latents"], timestep, batch["conditions"])
         predicted = predict(pipeline.transformer, arguments)
@@ -110,7 +125,7 @@ def test_the_noise_convention_is_the_schedulers(kind, pipeline):
     told = family.timestep(level)
     torch.testing.assert_close(told, scheduler.timesteps[1:2].float(), rtol=0, atol=1.0)
     # UniPC looks back at earlier steps.
-    if kind not in ("wan", "wan_i2v", "skyreels", "skyreels_i2v"):
+    if "UniPC" not in type(scheduler).__name__:
         scheduler._step_index = 1
         target = family.flow_target(latents, noise)
         moved = scheduler.step(target, scheduler.timesteps[1], noisy, return_dict=False)[0]
@@ -153,9 +168,29 @@ def test_only_the_first_frame_makes_the_conditions_by_image():
     for name, value in first.items():
         assert torch.equal(value, same[name]) and not torch.equal(value, changed[name])
     assert encode_first_frame(tiny.skyreels(), video) == {}
-    pipeline.register_to_config(expand_timesteps=True)
-    with pytest.raises(ValueError, match="a time of its own and keeps the first frame"):
-        encode_video(pipeline, video)
+
+
+@pytest.mark.parametrize("kind", ["wan22_i2v", "ltx_i2v", "kandinsky5_i2v"])
+def test_the_first_frame_stays_as_it_is_and_its_tokens_are_told_so(kind):
+    pipeline, size = getattr(tiny, kind)(), size_of(kind)
+    family = family_of(pipeline)
+    conditions = encode_caption(pipeline, CAPTION, **size)
+    latents = encode_video(pipeline, noise(**size))
+    clean = conditions["clean"].expand_as(latents).select(family.channel_axis - 1, 0)
+    told = conditions.get("num_frames", torch.tensor(2))
+    # Frames come first, in the order of tokens too.
+    by_frame = clean.reshape(int(told), -1)
+    assert by_frame[0].all() and not by_frame[1:].any() and len(by_frame) > 1
+    inputs = family.inputs(
+        latents[None], torch.tensor([500.0]), {k: v[None] for k, v in conditions.items()}
+    )
+    if family.has_token_times:
+        times = inputs["timestep"].view(len(by_frame), -1)
+        assert not times[0].any() and (times[1:] == 500).all()
+    else:
+        assert inputs["timestep"].tolist() == [500]
+    with pytest.raises(ValueError, match="1 frames do not fit this model"):
+        encode_video(pipeline, noise(1, size["height"], size["width"]))
 
 
 def test_channels_that_the_pipeline_fills_with_zeros():

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from nabla_attn.training.config import ObjectiveConfig
-from nabla_attn.training.families import Family
+from nabla_attn.training.family import Family
 from nabla_attn.training.noise import FlowPath, VelocityPath, path_of
 from nabla_attn.training.objective import Distillation, FlowMatching
 
@@ -62,6 +62,39 @@ def test_flow_matching_is_the_formula(shift, times):
     assert loss["loss"].item() == pytest.approx(((predicted - target) ** 2).mean().item(), rel=1e-5)
     seen, timestep = module.seen[0]
     assert torch.allclose(seen, noisy) and torch.allclose(timestep, 1000 * sigma)
+
+
+@pytest.mark.parametrize("kind", ["flow", "distill"])
+def test_a_first_frame_that_is_shown_has_no_noise_and_no_loss(kind):
+    student, teacher, told = Linear(0.7), Linear(0.4), batch()
+    clean = torch.zeros(3, 1, 3, 1, 1)
+    clean[:, :, 0] = 1
+    told["conditions"]["clean"] = clean
+
+    @contextmanager
+    def enter():
+        yield teacher
+
+    path = FlowPath(FAMILY, shift=3.0)
+    flow = FlowMatching(path, FAMILY.inputs)
+    distillation = Distillation(path, FAMILY.inputs, enter, data_weight=0.5)
+    terms = (flow if kind == "flow" else distillation)(
+        student, told, torch.Generator().manual_seed(9)
+    )
+    sigma, _, noisy, target = by_hand(3.0, "uniform")
+    noisy[:, :, 0] = told["latents"][:, :, 0]
+    assert torch.equal(student.seen[0][0], noisy)
+    offset = (sigma + told["conditions"]["bias"]).view(3, 1, 1, 1, 1)
+
+    def error(wanted):
+        return ((0.7 * noisy + offset - wanted)[:, :, 1:] ** 2).mean().item()
+
+    if kind == "flow":
+        assert terms["loss"].item() == pytest.approx(error(target), rel=1e-5)
+        return
+    assert terms["data"].item() == pytest.approx(error(target), rel=1e-5)
+    distilled = error(0.4 * noisy + offset)
+    assert terms["loss"].item() == pytest.approx(distilled + 0.5 * error(target), rel=1e-5)
 
 
 def test_distillation_is_the_formula_on_the_same_input():

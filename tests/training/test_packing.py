@@ -7,7 +7,8 @@ import torch
 import nabla_attn as na
 from nabla_attn.testing import tiny_wan_transformer
 from nabla_attn.training.data.packs import PackSampler, pack
-from nabla_attn.training.families import Family, find_family
+from nabla_attn.training.families import find_family
+from nabla_attn.training.family import Family
 from nabla_attn.training.packing import let_pack
 
 
@@ -15,7 +16,7 @@ class WanPipeline:
     pass
 
 
-FAMILY = find_family(WanPipeline)
+FAMILY = find_family(WanPipeline, {})
 LENGTHS = (3, 1, 2)
 
 

@@ -12,6 +12,7 @@ from nabla_attn.training.check import probe
 from nabla_attn.training.config import LoraConfig
 from nabla_attn.training.data import WorldSet
 from nabla_attn.training.model import Parts
+from nabla_attn.training.objective import predict
 from nabla_attn.training.setup import prepare
 from nabla_attn.training.train import finish
 from nabla_attn.training.trainer import Trainer
@@ -19,6 +20,11 @@ from nabla_attn.training.trainer import Trainer
 
 def shift_of(kind):
     return {} if "cogvideox" in kind else {"objective__shift": 2}
+
+
+def parts_of(pipeline, folder):
+    model, scheduler = pipeline.transformer, pipeline.scheduler
+    return Parts(folder, "transformer", model, scheduler, type(pipeline), pipeline.config)
 
 
 @pytest.mark.parametrize("recipe", ["finetune", "distill"])
@@ -33,9 +39,7 @@ def test_a_family_trains_and_its_weights_load(kind, recipe, tmp_path):
         recipe, steps=2, sparsity__algorithm="nabla-0.5", data__validation=1, **shift_of(kind)
     )
     # Stand-ins for large text encoders cannot be loaded, so the parts are handed over.
-    parts = Parts(
-        tmp_path / "model", "transformer", pipeline.transformer, pipeline.scheduler, type(pipeline)
-    )
+    parts = parts_of(pipeline, tmp_path / "model")
     run = prepare(config, parts, clips)
     probe(run)
     trainer = Trainer(run, tmp_path / "run", report=entries.append)
@@ -58,7 +62,7 @@ def test_adapters_of_a_family_train_and_load(kind, tmp_path):
         steps=1, lora__rank=2, optim__lr=1e-2, data__validation=0, **shift_of(kind)
     )
     model = pipeline.transformer
-    parts = Parts(tmp_path / "model", "transformer", model, pipeline.scheduler, type(pipeline))
+    parts = parts_of(pipeline, tmp_path / "model")
     if not hasattr(model, "add_adapter"):
         with pytest.raises(ValueError, match=f"{type(model).__name__} takes no adapters"):
             prepare(config, parts, clips)
@@ -84,6 +88,32 @@ def test_adapters_of_a_family_train_and_load(kind, tmp_path):
     assert any(trained[name].any() for name in adapters if "lora_B" in name)
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("kind", ["ltx2", "ltx2_i2v"])
+def test_what_ltx2_has_for_sound_stays_and_is_not_heard(kind, rank):
+    pipeline = getattr(tiny, kind)()
+    model = pipeline.transformer
+    frames, height, width = tiny.size_of(kind)
+    clips = WorldSet(pipeline, clips=2, frames=frames, height=height, width=width)
+    config = small_config(steps=1, lora__rank=rank, objective__shift=2, data__validation=0)
+    run = prepare(config, parts_of(pipeline, "model"), clips)
+    batch, generator = run.feed.largest()
+    run.objective(run.module, batch, generator)["loss"].backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(gradient is not None for gradient in trained.values())
+    assert not any("audio" in name for name in trained)
+    assert any("attn1.to_q" in name for name in trained)
+
+    conditions = batch["conditions"]
+    louder = conditions | {"audio_hidden_states": 9 * conditions["audio_hidden_states"]}
+    with torch.no_grad():
+        said, said_louder = (
+            predict(model, run.family.inputs(batch["latents"], torch.tensor([500.0]), told))
+            for told in (conditions, louder)
+        )
+    assert torch.equal(said, said_louder)
+
+
 def test_adapter_targets_that_fit_nothing_are_named():
     model = tiny.kandinsky5().transformer
     for targets, words in [
@@ -101,6 +131,7 @@ def test_adapter_targets_that_fit_nothing_are_named():
     ("kind", "rank", "words"),
     [
         ("wan_i2v", 0, " --image FILE."),
+        ("wan22_i2v", 0, " --image FILE."),
         ("motif", 2, "Use it: pipeline.transformer.load_lora_adapter("),
     ],
 )

@@ -12,12 +12,14 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
 from nabla_attn.testing import tiny_tokenizer, tiny_wan_vae
 
-SIZES = {"ltx": (9, 32, 64), "mochi": (7, 32, 48)}
+SIZES = dict.fromkeys(("ltx", "ltx_i2v", "ltx2", "ltx2_i2v"), (9, 32, 64)) | {"mochi": (7, 32, 48)}
 KINDS = [
     "wan_i2v",
+    "wan22_i2v",
     "skyreels",
     "skyreels_i2v",
     "hunyuan",
@@ -26,11 +28,15 @@ KINDS = [
     "motif",
     "easyanimate",
     "ltx",
+    "ltx_i2v",
+    "ltx2",
+    "ltx2_i2v",
     "cogvideox",
     "cogvideox15",
     "cogvideox_i2v",
     "cogvideox15_i2v",
     "kandinsky5",
+    "kandinsky5_i2v",
     "mochi",
 ]
 QWEN = dict(
@@ -213,6 +219,21 @@ def wan_i2v():
     )
 
 
+def wan22_i2v():
+    """Each token with a time of its own, as Wan 2.2 5B has it; no image encoder."""
+    from diffusers import WanImageToVideoPipeline
+
+    return WanImageToVideoPipeline(
+        **t5(16),
+        image_processor=None,
+        image_encoder=None,
+        vae=tiny_wan_vae(),
+        scheduler=unipc(5.0),
+        transformer=TINY["wan"].build(),
+        expand_timesteps=True,
+    )
+
+
 def skyreels():
     from diffusers import SkyReelsV2Pipeline
 
@@ -253,8 +274,9 @@ def easyanimate():
     )
 
 
-def ltx():
-    from diffusers import AutoencoderKLLTXVideo, LTXPipeline
+def ltx(pipeline="LTXPipeline"):
+    import diffusers
+    from diffusers import AutoencoderKLLTXVideo
 
     vae = AutoencoderKLLTXVideo(
         latent_channels=4,
@@ -271,12 +293,68 @@ def ltx():
     ).eval()
     vae.latents_mean.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
     vae.latents_std.copy_(torch.tensor([1.5, 0.5, 2.0, 1.0]))
-    return LTXPipeline(
+    return getattr(diffusers, pipeline)(
         **t5(16),
         vae=vae,
         scheduler=flow_scheduler(use_dynamic_shifting=True),
         transformer=TINY["ltx"].build(),
     )
+
+
+def ltx_i2v():
+    return ltx("LTXImageToVideoPipeline")
+
+
+def ltx2(pipeline="LTX2Pipeline", **changes):
+    import diffusers
+    from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
+
+    vae = AutoencoderKLLTX2Video(
+        latent_channels=4,
+        block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 3,
+        layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 4,
+        upsample_residual=(False,) * 3,
+        upsample_factor=(1,) * 3,
+        patch_size=1,
+        spatial_compression_ratio=8,
+        temporal_compression_ratio=8,
+    ).eval()
+    sound = AutoencoderKLLTX2Audio(
+        base_channels=4, ch_mult=(1,), num_res_blocks=1, latent_channels=2, mel_bins=8
+    ).eval()
+    connectors = LTX2TextConnectors(
+        caption_channels=16,
+        text_proj_in_factor=2,
+        video_connector_num_attention_heads=2,
+        video_connector_attention_head_dim=8,
+        video_connector_num_layers=1,
+        video_connector_num_learnable_registers=None,
+        audio_connector_num_attention_heads=2,
+        audio_connector_attention_head_dim=8,
+        audio_connector_num_layers=1,
+        audio_connector_num_learnable_registers=None,
+    ).eval()
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 16
+    return getattr(diffusers, pipeline)(
+        text_encoder=Words(layers=2),
+        tokenizer=tokenizer,
+        connectors=connectors,
+        vae=vae,
+        audio_vae=sound,
+        vocoder=LTX2Vocoder(in_channels=16, hidden_channels=32),
+        scheduler=flow_scheduler(use_dynamic_shifting=True),
+        transformer=TINY["ltx2"].build(**changes),
+    )
+
+
+def ltx2_i2v():
+    """As in LTX-2.3: gated attention, and time in the attention of the text."""
+    names = ("gated_attn", "cross_attn_mod", "audio_gated_attn", "audio_cross_attn_mod")
+    return ltx2("LTX2ImageToVideoPipeline", **dict.fromkeys(names, True))
 
 
 def cogvideox(kind="cogvideox", pipeline="CogVideoXPipeline", **changes):
@@ -313,21 +391,22 @@ def cogvideox15_i2v():
 
 
 class Words(torch.nn.Module):
-    """Stands for Qwen2.5-VL: an embedding of its tokens."""
+    """Stands for a language model: an embedding of its tokens."""
 
-    def __init__(self):
+    def __init__(self, layers=1):
         super().__init__()
+        self.layers = layers
         self.table = torch.nn.Embedding(64, 16)
         self.dtype, self.device = torch.float32, torch.device("cpu")
 
     def forward(self, input_ids, **_):
-        return {"hidden_states": [self.table(input_ids)]}
+        return BaseModelOutput(hidden_states=(self.table(input_ids),) * self.layers)
 
 
-def kandinsky5(**changes):
-    from diffusers import Kandinsky5T2VPipeline
+def kandinsky5(pipeline="Kandinsky5T2VPipeline", **changes):
+    import diffusers
 
-    return Kandinsky5T2VPipeline(
+    return getattr(diffusers, pipeline)(
         text_encoder=Words(),
         tokenizer=behind_template(129),
         **clip_text(8),
@@ -335,6 +414,10 @@ def kandinsky5(**changes):
         scheduler=flow_scheduler(shift=5.0),
         transformer=TINY["kandinsky5"].build(**changes),
     )
+
+
+def kandinsky5_i2v():
+    return kandinsky5("Kandinsky5I2VPipeline", visual_cond=True)
 
 
 def mochi():
@@ -357,7 +440,7 @@ def mochi():
 def without(pipeline, **parts):
     """A stand-in of the same class with other parts."""
     kind = type(pipeline.__class__.__name__, (SimpleNamespace,), {})
-    return kind(**pipeline.components | parts)
+    return kind(**pipeline.components | parts, config=pipeline.config)
 
 
 def size_of(kind):

@@ -72,9 +72,11 @@ def _use(config: "TrainConfig", result: Path) -> str:
     from nabla_attn.training.families import find_family
     from nabla_attn.training.model import LORA_WEIGHTS, read_index
 
-    kind = getattr(diffusers, read_index(model_directory(config.model))["_class_name"])
+    index = read_index(model_directory(config.model))
+    kind = getattr(diffusers, index["_class_name"])
     if not config.lora.rank:
-        return f"--model {result}{' --image FILE' if find_family(kind).by_image else ''}"
+        image = " --image FILE" if find_family(kind, index).takes_image else ""
+        return f"--model {result}{image}"
     if not hasattr(kind, "load_lora_weights"):
         part = f"pipeline.{config.part}"
         return f'{part}.load_lora_adapter("{result}", weight_name="{LORA_WEIGHTS}")'
@@ -186,10 +188,10 @@ def _sampler(
         return None
     from nabla_attn.evaluation.samples import SampleMaker
     from nabla_attn.generation.request import GenerationRequest, ModelDefaults
-    from nabla_attn.training.families import find_family
+    from nabla_attn.training.families import family_of
     from nabla_attn.training.sparsity import read_schedule
 
-    if find_family(type(pipeline)).by_image:
+    if family_of(pipeline).takes_image:
         warnings.warn("no samples are made of pipelines that take an image.", stacklevel=2)
         return None
     if config.sharding == "fsdp" or config.context_parallel > 1:

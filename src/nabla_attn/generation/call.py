@@ -1,6 +1,7 @@
 """Call a pipeline with a request, whichever way it takes guidance and tells of its steps."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from inspect import Parameter
@@ -52,7 +53,14 @@ def sample(
             stack.enter_context(_watched(pipeline, on_step_end))
         call |= options
         _check_call(pipeline, call, known)
-        return pipeline(**call).frames
+        made = pipeline(**call)
+    if getattr(made, "audio", None) is not None:
+        warnings.warn(
+            f"{type(pipeline).__name__} makes sound too, which is not kept here. For a video with "
+            "sound, use nabla_attn.apply(pipeline, ...) and call it in your own code.",
+            stacklevel=2,
+        )
+    return made.frames
 
 
 @contextmanager

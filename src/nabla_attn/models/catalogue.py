@@ -131,7 +131,12 @@ _USUAL = {
         pipeline=True,
     ),
     "LTX2VideoTransformer3DModel": Usual(
-        family="LTX-2", size="1216x704, 121", grid=(16, 22, 38), dim=4096, weights=15
+        family="LTX-2",
+        size="1216x704, 121",
+        grid=(16, 22, 38),
+        dim=4096,
+        weights=15,
+        pipeline=True,
     ),
     "CogVideoXTransformer3DModel": Usual(
         family="CogVideoX 1.0, 1.5 (1.5 5B)",

@@ -1,5 +1,6 @@
 """LoRA through PEFT, and the dense teacher that needs no second copy."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -19,8 +20,21 @@ PROJECTIONS = (
 )
 
 
-def add_lora(transformer: Any, config: LoraConfig, seed: int) -> None:
+def freeze(transformer: nn.Module, names: str) -> None:
+    """Train no parameter in whose name a regular expression is found; an empty one is in none."""
+    for name, parameter in transformer.named_parameters():
+        if names and re.search(names, name):
+            parameter.requires_grad_(False)
+
+
+def add_lora(transformer: Any, config: LoraConfig, seed: int, frozen: str = "") -> None:
     """Freeze a transformer of diffusers and give it adapters that start as zero.
+
+    Args:
+        transformer: Changed in place.
+        config: Rank and targets.
+        seed: Of the adapters' start.
+        frozen: As of `freeze`: layers that get none.
 
     Raises:
         ValueError: PEFT is not installed, the model takes no adapters, or no layer has such a name.
@@ -33,7 +47,7 @@ def add_lora(transformer: Any, config: LoraConfig, seed: int) -> None:
         ) from None
     if not hasattr(transformer, "add_adapter"):
         raise ValueError(f"{type(transformer).__name__} takes no adapters. Use lora.rank=0.")
-    targets = _targets(transformer, config)
+    targets = _targets(transformer, config, frozen)
     transformer.requires_grad_(False)
     alpha = config.rank if config.alpha is None else config.alpha
     with torch.random.fork_rng(devices=[]):
@@ -43,21 +57,29 @@ def add_lora(transformer: Any, config: LoraConfig, seed: int) -> None:
         )
 
 
-def _targets(transformer: nn.Module, config: LoraConfig) -> list[str]:
-    layers = [n for n, layer in transformer.named_modules() if isinstance(layer, nn.Linear)]
+def _targets(transformer: nn.Module, config: LoraConfig, frozen: str) -> list[str]:
+    layers = [
+        name
+        for name, layer in transformer.named_modules()
+        if isinstance(layer, nn.Linear) and not (frozen and re.search(frozen, name))
+    ]
 
-    def is_there(target: str) -> bool:
-        return any(name == target or name.endswith(f".{target}") for name in layers)
+    def fit(target: str) -> list[str]:
+        return [name for name in layers if name == target or name.endswith(f".{target}")]
 
     # PEFT passes over a name that fits nothing as long as another one fits.
-    missing = [target for target in config.targets if not is_there(target)]
-    if missing or not (config.targets or any(map(is_there, PROJECTIONS))):
+    missing = [target for target in config.targets if not fit(target)]
+    if missing or not (config.targets or any(map(fit, PROJECTIONS))):
         raise ValueError(
             f"{type(transformer).__name__} has no linear layer named "
             f"{' or '.join(missing or PROJECTIONS)}. Set lora.targets to ends of names such as "
             f"{', '.join(layers[:3])}."
         )
-    return list(config.targets) or [target for target in PROJECTIONS if is_there(target)]
+    targets = list(config.targets) or [target for target in PROJECTIONS if fit(target)]
+    if not frozen:
+        return targets
+    # Ends of names fit frozen layers too. PEFT makes ends that do not of whole names.
+    return [name for target in targets for name in fit(target)]
 
 
 def copied_teacher(transformer: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, Teacher]:

@@ -10,13 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nabla_attn.training.families import (
+from nabla_attn.training.families import check_size, family_of
+from nabla_attn.training.family import (
+    CLEAN,
     EXTRA_CHANNELS,
     EXTRA_LATENTS,
+    TOKEN_TIMES,
     Conditions,
     Family,
-    check_size,
-    family_of,
 )
 
 
@@ -104,9 +105,9 @@ def _record(
 ) -> Conditions:
     """All conditions of the pipeline's first call of its transformer."""
     height, width, _ = image.shape
-    images = {"image": Image.fromarray(image)} if family.by_image else {}
+    images = {"image": Image.fromarray(image)} if family.takes_image else {}
     model = pipeline.transformer
-    with _stopped_at(model) as seen, _quiet(pipeline), _unguided(pipeline) as guidance:
+    with _stopped_at(model) as seen, _quiet(pipeline), _unguided(pipeline, family) as guidance:
         pipeline(
             prompt=caption,
             height=height,
@@ -119,18 +120,31 @@ def _record(
             **images,
             **guidance,
         )
-    hidden = seen.pop("hidden_states")
-    for name in ("timestep", "return_dict", *family.ignored):
+    hidden, timestep = seen.pop("hidden_states"), seen.pop("timestep")
+    for name in ("return_dict", *family.times, *family.fixed, *family.ignored):
         seen.pop(name, None)
-    shared = (*family.by_grid, *family.unbatched)
-    conditions: Conditions = {}
+    conditions = _first_frame_masks(family, hidden, timestep)
     for name, value in seen.items():
-        conditions |= _flatten(name, value, is_batched=name not in shared)
+        conditions |= _flatten(name, value, is_batched=name not in family.unbatched)
     axis, count = family.channel_axis, _latent_channels(pipeline)
     extra = hidden.narrow(axis, count, hidden.shape[axis] - count)
-    if EXTRA_LATENTS in family.by_image:
+    if EXTRA_LATENTS in (*family.by_image, *family.by_grid):
         return conditions | _flatten(EXTRA_LATENTS, extra, is_batched=True)
     return conditions | ({EXTRA_CHANNELS: torch.tensor(extra.shape[axis])} if extra.numel() else {})
+
+
+def _first_frame_masks(family: Family, hidden: Tensor, timestep: Tensor) -> Conditions:
+    """Where the transformer's first input shows the image, and what it says of time there."""
+    masks: Conditions = {}
+    if family.has_token_times:
+        masks[TOKEN_TIMES] = (timestep[0] != 0).float().cpu()
+    if family.keeps_first and family.layout == "tokens c":
+        masks[CLEAN] = 1 - masks[TOKEN_TIMES].unsqueeze(-1)
+    elif family.keeps_first:
+        axis = family.layout.split().index("f")
+        masks[CLEAN] = torch.zeros([hidden.shape[1 + i] if i == axis else 1 for i in range(4)])
+        masks[CLEAN].narrow(axis, 0, 1).fill_(1)
+    return masks
 
 
 class _Stop(Exception):
@@ -168,11 +182,11 @@ def _quiet(pipeline: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _unguided(pipeline: Any) -> Iterator[dict[str, float]]:
+def _unguided(pipeline: Any, family: Family) -> Iterator[dict[str, float]]:
     """The call's arguments without guidance: a scale, or none while a guider is switched off."""
     guider = getattr(pipeline, "guider", None)
     if guider is None:
-        yield {"guidance_scale": 1.0}
+        yield {"guidance_scale": 1.0, **family.unguided}
         return
     # diffusers' pipelines read it too; there is no public name.
     was_enabled = guider._enabled

@@ -4,9 +4,9 @@ import importlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Parts:
         transformer: The transformer, float32.
         scheduler: The pipeline's scheduler.
         pipeline_class: The pipeline's class.
+        index: The pipeline's `model_index.json`.
     """
 
     directory: Path
@@ -35,6 +36,7 @@ class Parts:
     transformer: Any
     scheduler: Any
     pipeline_class: Any
+    index: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_parts(directory: Path, part: str = "transformer") -> Parts:
@@ -63,7 +65,7 @@ def load_parts(directory: Path, part: str = "transformer") -> Parts:
     except Exception as error:
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise ValueError(f"{directory}: its {part} does not load ({reason[0]}).") from error
-    return Parts(directory, part, transformer, scheduler, pipeline_class)
+    return Parts(directory, part, transformer, scheduler, pipeline_class, index)
 
 
 def read_index(directory: Path) -> dict[str, Any]:

@@ -1,14 +1,14 @@
 """Noise levels and noisy latents, exactly as a pipeline's scheduler has them."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from nabla_attn.training.config import ObjectiveConfig
-from nabla_attn.training.families import Family
+from nabla_attn.training.family import CLEAN, Family
 from nabla_attn.training.flow import add_noise
 
 
@@ -20,11 +20,13 @@ class Noised:
         latents: What the network sees, [batch, ...].
         timestep: Its time argument, [batch].
         target: What it should predict, as `latents`.
+        weight: 0 where nothing is asked of it, else 1, broadcasts to `latents`; None is 1.
     """
 
     latents: Tensor
     timestep: Tensor
     target: Tensor
+    weight: Tensor | None = None
 
 
 class NoisePath(Protocol):
@@ -32,6 +34,23 @@ class NoisePath(Protocol):
 
     def add_noise(self, latents: Tensor, generator: torch.Generator) -> Noised:
         """Draw a level and noise for every sample of [batch, ...]."""
+
+
+def noise_batch(path: NoisePath, batch: dict[str, Any], generator: torch.Generator) -> Noised:
+    """A batch with noise, but for latents that show an image, where nothing is predicted.
+
+    Args:
+        path: How data becomes noise.
+        batch: {"latents": [batch, ...], "conditions": dict of [batch, ...]}.
+        generator: Of the CPU; noise and levels are drawn from it.
+    """
+    latents = batch["latents"]
+    noised = path.add_noise(latents, generator)
+    clean = batch["conditions"].get(CLEAN)
+    if clean is None:
+        return noised
+    kept = torch.where(clean > 0, latents, noised.latents)
+    return replace(noised, latents=kept, weight=1 - clean)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nabla_attn.training.config import ObjectiveConfig
-from nabla_attn.training.noise import NoisePath
+from nabla_attn.training.noise import NoisePath, noise_batch
 
 # (noisy latents, timestep, conditions) -> the module's arguments; a family's `inputs`.
 Inputs = Callable[[Tensor, Tensor, dict[str, Tensor]], dict[str, Any]]
@@ -51,9 +51,9 @@ class FlowMatching:
             batch: {"latents": [batch, ...], "conditions": dict of [batch, ...]}.
             generator: Of the CPU; noise and levels are drawn from it.
         """
-        noised = self.path.add_noise(batch["latents"], generator)
+        noised = noise_batch(self.path, batch, generator)
         arguments = self.inputs(noised.latents, noised.timestep, batch["conditions"])
-        return {"loss": squared_error(predict(module, arguments), noised.target)}
+        return {"loss": squared_error(predict(module, arguments), noised.target, noised.weight)}
 
 
 class Distillation:
@@ -102,7 +102,7 @@ class Distillation:
         self, module: nn.Module, batch: dict[str, Any], generator: torch.Generator
     ) -> Terms:
         """The terms {"loss", "distillation"} and those asked for: "data", "layers"."""
-        noised = self.path.add_noise(batch["latents"], generator)
+        noised = noise_batch(self.path, batch, generator)
         arguments = self.inputs(noised.latents, noised.timestep, batch["conditions"])
         with torch.no_grad(), self.teacher() as teacher:
             wanted, wanted_layers = self._predict(teacher, teacher, arguments)
@@ -112,10 +112,10 @@ class Distillation:
                 wanted = free + self.guidance * (wanted - free)
         student = module if self.student is None else self.student
         predicted, layers = self._predict(module, student, arguments)
-        terms = {"distillation": squared_error(predicted, wanted)}
+        terms = {"distillation": squared_error(predicted, wanted, noised.weight)}
         loss = terms["distillation"]
         if self.data_weight:
-            terms["data"] = squared_error(predicted, noised.target)
+            terms["data"] = squared_error(predicted, noised.target, noised.weight)
             loss = loss + self.data_weight * terms["data"]
         if self.layer_weight:
             errors = [squared_error(a, b) for a, b in zip(layers, wanted_layers, strict=True)]
@@ -147,10 +147,20 @@ def predict(module: nn.Module, arguments: dict[str, Any]) -> Tensor:
     return predicted
 
 
-def squared_error(predicted: Tensor, wanted: Tensor) -> Tensor:
-    """Mean squared error in float32, or in float64 where the inputs are."""
+def squared_error(predicted: Tensor, wanted: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean squared error in float32, or in float64 where the inputs are.
+
+    Args:
+        predicted: Any shape.
+        wanted: As `predicted`.
+        weight: Of each entry in the mean, broadcasts to `predicted`; None is 1.
+    """
     kind = torch.promote_types(predicted.dtype, torch.float32)
-    return (predicted.to(kind) - wanted.to(kind)).square().mean()
+    errors = (predicted.to(kind) - wanted.to(kind)).square()
+    if weight is None:
+        return errors.mean()
+    weight = weight.to(kind).expand_as(errors)
+    return (errors * weight).sum() / weight.sum()
 
 
 def make_objective(

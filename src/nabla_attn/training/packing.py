@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nabla_attn.training.families import SEGMENTS, TEXTS, Family
+from nabla_attn.training.family import SEGMENTS, TEXTS, Family
 
 
 class TextMask:

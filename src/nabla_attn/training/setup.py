@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from nabla_attn.sizes import patch_size
-from nabla_attn.training.adapters import add_lora, bare_teacher, copied_teacher
+from nabla_attn.training.adapters import add_lora, bare_teacher, copied_teacher, freeze
 from nabla_attn.training.config import TrainConfig
 from nabla_attn.training.data import EncodedSet
-from nabla_attn.training.families import Family, find_family
+from nabla_attn.training.families import find_family
+from nabla_attn.training.family import Family
 from nabla_attn.training.feed import Feed
 from nabla_attn.training.model import Parts
 from nabla_attn.training.noise import path_of
@@ -96,7 +97,7 @@ def prepare(config: TrainConfig, parts: Parts, dataset: Any = None) -> Run:
         ValueError: Something in the configuration does not fit model, data or machine.
     """
     accelerator = make_accelerator(config, parts.transformer)
-    family = find_family(parts.pipeline_class)
+    family = find_family(parts.pipeline_class, parts.index)
     path = path_of(parts.scheduler, family, config.objective)
     if config.data.pack:
         let_pack(parts.transformer, family)
@@ -105,7 +106,7 @@ def prepare(config: TrainConfig, parts: Parts, dataset: Any = None) -> Run:
     replicas = accelerator.num_processes // config.context_parallel
     replica = accelerator.process_index // config.context_parallel
     feed = Feed(dataset, config, replica=replica, replicas=replicas)
-    sparsity, teacher = _prepare_module(config, parts, accelerator.device)
+    sparsity, teacher = _prepare_module(config, parts, family, accelerator.device)
     bare = parts.transformer
     objective = make_objective(
         config.objective,
@@ -140,7 +141,7 @@ def _check_sharing(run: Run) -> None:
 
 
 def _prepare_module(
-    config: TrainConfig, parts: Parts, device: torch.device
+    config: TrainConfig, parts: Parts, family: Family, device: torch.device
 ) -> tuple[Sparsity, Teacher | None]:
     """Adapters, attention and memory savers on the transformer, and its teacher."""
     bare = parts.transformer
@@ -149,11 +150,12 @@ def _prepare_module(
     bare.to(device).requires_grad_(True)
     sequences = [bare]
     if config.lora.rank:
-        add_lora(bare, config.lora, config.seed)
+        add_lora(bare, config.lora, config.seed, frozen=family.frozen)
     elif is_distilled:
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         copy, teacher = copied_teacher(bare, dtype)
         sequences.append(copy)
+    freeze(bare, family.frozen)
     sparsity = Sparsity(bare, config.sparsity)
     if config.lora.rank and is_distilled:
         teacher = bare_teacher(bare, sparsity)

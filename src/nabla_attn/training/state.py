@@ -105,23 +105,28 @@ def _restore_optimizer(run: Run, state: dict[str, Any]) -> None:
 
 
 def whole_weights(run: Run) -> dict[str, Tensor]:
-    """The trained weights on the CPU, gathered on process 0; adapters as PEFT names them."""
+    """Weights on the CPU, gathered on process 0; of LoRA the adapters, as PEFT names them."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
     reshard(run.module)
-    weights: dict[str, Any] = get_model_state_dict(run.module, options=_options())
-    if run.config.lora.rank:
+    has_adapters = bool(run.config.lora.rank)
+    options = _options(ignore_frozen_params=has_adapters)
+    weights: dict[str, Any] = get_model_state_dict(run.module, options=options)
+    if has_adapters:
         from peft import get_peft_model_state_dict
 
         weights = get_peft_model_state_dict(run.bare, state_dict=weights)
     return {name: _own(value) for name, value in weights.items()}
 
 
-def _options() -> Any:
+def _options(*, ignore_frozen_params: bool = True) -> Any:
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
     return StateDictOptions(
-        full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False
+        full_state_dict=True,
+        cpu_offload=True,
+        ignore_frozen_params=ignore_frozen_params,
+        strict=False,
     )
 
 

@@ -13,7 +13,8 @@ from nabla_attn.training.data.clip import Clip, Skipped, Source
 from nabla_attn.training.data.decode import read_clip
 from nabla_attn.training.data.sizes import Size, choose_size, fit
 from nabla_attn.training.encoders import encode_caption, encode_first_frame, encode_video
-from nabla_attn.training.families import Conditions, check_size, family_of, is_by_grid
+from nabla_attn.training.families import check_size, family_of
+from nabla_attn.training.family import Conditions
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _keep_conditions(job: Job, caption: str, video: np.ndarray) -> Conditions:
             job.pipeline, text, frames=frames, height=height, width=width, image=video[0]
         )
         by_image = {name: found.pop(name) for name in family.by_image if name in found}
-        by_grid = {name: found.pop(name) for name in [*found] if is_by_grid(family, name)}
+        by_grid = {name: found.pop(name) for name in [*found] if family.is_by_grid(name)}
         if not path.exists():
             store.save_tensors(found, path)
         if not grid.exists():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nabla_attn.training.data.dataset import BucketSampler, Item
-from nabla_attn.training.families import SEGMENTS, TEXTS
+from nabla_attn.training.family import SEGMENTS, TEXTS
 
 
 class PackSampler(BucketSampler):
