@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,21 @@ def test_keeping_everything_equals_dense_attention(name, algorithm, backend):
     q, k, v = random_qkv(grid, batch=3)
     out = na.nabla_attention(q, k, v, grid, na.parse(algorithm), backend=backend)
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["exact", "ragged", "clips"])
+@pytest.mark.parametrize("block", [(1, 16, 16), (2, 4, 4), (3, 5, 1)])
+def test_blocks_of_the_algorithm_are_blocks_of_the_grid(name, block):
+    plain, text = ODD_GRIDS[name], 5
+    grid = replace(plain, block=na.BlockShape(*block))
+    q, k, v = random_qkv(grid, num_text=text)
+    algorithm = "nabla-0.5_sta-1-1-3_block-" + "-".join(map(str, block))
+    wanted = na.nabla_attention(q, k, v, grid, "nabla-0.5_sta-1-1-3", text_after=text)
+    for start in (plain, grid):
+        out = na.nabla_attention(q, k, v, start, algorithm, text_after=text)
+        assert torch.equal(out, wanted)
+        found = na.build_block_map(q, k, start, algorithm, text_after=text)
+        assert found.mask.shape[-1] == grid.num_blocks + -(-text // grid.block.tokens)
 
 
 @pytest.mark.parametrize("name", ["exact", "ragged", "clips"])

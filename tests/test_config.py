@@ -18,6 +18,8 @@ import nabla_attn as na
         ("sta-11-3-3_nabla-0.6", {"threshold": 0.6, "window": (11, 3, 3)}),
         ("topk-0.2", {"topk": 0.2}),
         ("topk-0.2_sta-1-3-5", {"topk": 0.2, "window": (1, 3, 5)}),
+        ("nabla-0.7_block-4-4-4", {"threshold": 0.7, "block": (4, 4, 4)}),
+        ("block-1-16-16_sta-3-1-1", {"window": (3, 1, 1), "block": (1, 16, 16)}),
         ("dense", {}),
         ("  nabla-.5 ", {"threshold": 0.5}),
     ],
@@ -31,11 +33,13 @@ def test_grammar(text, fields):
 @given(
     threshold=st.none() | st.floats(1e-9, 1),
     window=st.none() | st.tuples(*[st.integers(1, 99)] * 3),
+    block=st.none() | st.tuples(*[st.integers(1, 99)] * 3),
     is_topk=st.booleans(),
 )
-def test_strings_round_trip(threshold, window, is_topk):
-    name = "topk" if is_topk else "threshold"
-    config = na.SparseConfig(**{name: threshold}, window=window)
+def test_strings_round_trip(threshold, window, block, is_topk):
+    rules = {"topk" if is_topk else "threshold": threshold, "window": window}
+    block = block if any(rules.values()) else None
+    config = na.SparseConfig(**rules, block=block)
     assert na.parse(str(config)) == config
 
 
@@ -58,6 +62,9 @@ def test_strings_round_trip(threshold, window, is_topk):
         ("nabla-0.6_nabla-0.7", "repeats"),
         ("nabla-0.6_topk-0.2", "either a threshold"),
         ("dense_sta-3-3-3", "'dense' in"),
+        ("block-4-4-4", "a block needs a threshold, a share or a window"),
+        ("nabla-0.6_block-4-4", "'block-4-4' in .* Expected block-FRAMES-HEIGHT-WIDTH"),
+        ("nabla-0.6_block-0-4-4", r"block sides must be three positive integers .* \(0, 4, 4\)"),
         ("nabla-0.6_", "'' in 'nabla-0.6_'"),
     ],
 )
@@ -74,6 +81,7 @@ def test_errors_name_the_part_at_fault(text, part):
         {"topk": 0},
         {"window": (1, 2)},
         {"window": 3},
+        {"threshold": 0.5, "block": (4, 4)},
         {"threshold": True},
     ],
 )

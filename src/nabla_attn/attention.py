@@ -53,7 +53,9 @@ def nabla_attention(
         ValueError: shapes do not fit the grid, or an unknown backend.
         RuntimeError: the backend asked for cannot run here; says why.
     """
-    layout, config = TokenLayout(grid, text_before, text_after), as_config(config)
+    config = as_config(config)
+    grid = grid.with_block(config.block)
+    layout = TokenLayout(grid, text_before, text_after)
     attend = backends.resolve(backend, q, k, v)
     check_tokens(q, layout)
     is_plain = config.is_dense and grid.segments is None and text_valid is None
@@ -94,14 +96,15 @@ def build_block_map(
     Raises:
         ValueError: shapes do not fit each other or the grid.
     """
-    layout = TokenLayout(grid, text_before, text_after)
+    config = as_config(config)
+    layout = TokenLayout(grid.with_block(config.block), text_before, text_after)
     backends.check_inputs(q=q, k=k)
     check_tokens(q, layout)
     return map_blocks(
         q,
         k,
         layout,
-        as_config(config),
+        config,
         scale=scale,
         text_valid=text_valid,
         keep_first_frame=keep_first_frame,

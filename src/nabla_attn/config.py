@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from numbers import Real
 
 GRAMMAR = (
-    "nabla-THRESHOLD, topk-SHARE, sta-FRAMES-HEIGHT-WIDTH, two of them joined by '_', or dense"
+    "nabla-THRESHOLD, topk-SHARE, sta-FRAMES-HEIGHT-WIDTH, two of them joined by '_', with "
+    "_block-FRAMES-HEIGHT-WIDTH behind them for other blocks than 1-8-8, or dense"
 )
 _NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+")
 
@@ -22,14 +23,18 @@ class SparseConfig:
         threshold: kept probability mass per row of the pooled map, in (0, 1].
         topk: kept share of each row's blocks, in (0, 1]; instead of a threshold.
         window: sides of the sliding window along (frames, height, width), in blocks.
+        block: tokens of a block along (frames, height, width); None leaves those of the grid,
+            1x8x8 unless it says otherwise.
 
     Raises:
-        ValueError: a value is out of range, or both threshold and topk are given.
+        ValueError: a value is out of range, both threshold and topk are given, or a block without
+            any of them.
     """
 
     threshold: float | None = None
     topk: float | None = None
     window: tuple[int, int, int] | None = None
+    block: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.threshold is not None and self.topk is not None:
@@ -40,8 +45,10 @@ class SparseConfig:
         ):
             # Plain numbers, since they end in JSON and in strings.
             object.__setattr__(self, field, _checked_share(name, getattr(self, field), meaning))
-        if self.window is not None:
-            object.__setattr__(self, "window", _checked_window(self.window))
+        for field in ("window", "block"):
+            object.__setattr__(self, field, _checked_sides(field, getattr(self, field)))
+        if self.block is not None and self.is_dense:
+            raise ValueError("a block needs a threshold, a share or a window; dense has no blocks.")
 
     @property
     def is_dense(self) -> bool:
@@ -61,14 +68,16 @@ class SparseConfig:
             parts.append(f"topk-{_format(self.topk)}")
         if self.window is not None:
             parts.append("sta-" + "-".join(str(side) for side in self.window))
+        if self.block is not None:
+            parts.append("block-" + "-".join(str(side) for side in self.block))
         return "_".join(parts) or "dense"
 
 
 def parse(text: str) -> SparseConfig:
-    """Read an algorithm string such as `nabla-0.6_sta-11-3-3`, in either order.
+    """Read an algorithm string such as `nabla-0.6_sta-11-3-3`, its parts in any order.
 
     Window sides are frames, height, width in blocks, as in the reference
-    (wan/modules/model.py:145-159).
+    (wan/modules/model.py:145-159); sides of a block are the same in tokens.
 
     Raises:
         ValueError: names the part at fault.
@@ -104,13 +113,15 @@ def _parse_part(part: str, text: str) -> tuple[str, float | tuple[int, int, int]
     where = f"'{part}'" if part == text else f"'{part}' in '{text}'"
     if name in ("nabla", "topk") and len(numbers) == 1 and _NUMBER.fullmatch(numbers[0]):
         return {"nabla": "threshold", "topk": "topk"}[name], float(numbers[0])
-    if name == "sta" and len(numbers) == 3 and all(n.isascii() and n.isdigit() for n in numbers):
+    fields = {"sta": "window", "block": "block"}
+    if name in fields and len(numbers) == 3 and all(n.isascii() and n.isdigit() for n in numbers):
         frames, height, width = (int(number) for number in numbers)
-        return "window", (frames, height, width)
+        return fields[name], (frames, height, width)
     forms = {
         "nabla": "nabla-THRESHOLD with one number such as nabla-0.7",
         "topk": "topk-SHARE with one number such as topk-0.2",
         "sta": "sta-FRAMES-HEIGHT-WIDTH with three whole numbers such as sta-11-3-3",
+        "block": "block-FRAMES-HEIGHT-WIDTH with three whole numbers such as block-4-4-4",
         "dense": "dense alone",
     }
     raise ValueError(f"{where} is not an algorithm. Expected {forms.get(name, GRAMMAR)}.")
@@ -124,12 +135,14 @@ def _checked_share(name: str, value: float | None, meaning: str) -> float | None
     return float(value)
 
 
-def _checked_window(window: tuple[int, int, int]) -> tuple[int, int, int]:
-    sides = tuple(window) if isinstance(window, Iterable) else ()
+def _checked_sides(name: str, value: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
+    if value is None:
+        return None
+    sides = tuple(value) if isinstance(value, Iterable) else ()
     valid = len(sides) == 3 and all(type(side) is int and side >= 1 for side in sides)
     if not valid:
         raise ValueError(
-            f"window sides must be three positive integers (frames, height, width): got {window}."
+            f"{name} sides must be three positive integers (frames, height, width): got {value}."
         )
     return sides  # type: ignore[return-value]
 

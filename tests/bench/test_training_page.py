@@ -57,10 +57,14 @@ def test_the_shipped_model_has_its_own_section(tmp_path):
         {"run": "teacher", "algorithm": "dense", "seed": 0, "density": 1.0, "right": RIGHT},
         row("distill", "nabla-0.2", 0, 0.4, 0.3, zero_shot_right=RIGHT),
     ]
-    RunRecord("training_study", config, 0, {}, "a device", {"rows": rows}).save(
-        tmp_path / "distill_builtin.json"
-    )
+    for name, steps in (("builtin", 60), ("longer", 300)):
+        record = RunRecord(
+            "training_study", config | {"steps": steps}, 0, {}, "a device", {"rows": rows}
+        )
+        record.save(tmp_path / f"distill_{name}.json")
     page = build_page(tmp_path)
+    assert page.index("model, 60 steps of") < page.index("model, 300 steps of distillation")
+    assert "runs/students --students nabla-0.2 --steps 300 --clips 9`" in page
     assert "(colour 100%, direction 50%, shape 75%, number 100%)" in page
     assert "| nabla-0.2 | 0.100 | 0.400 | 0.300 | 0.250 | 100% | 50% | 75% |" in page
 

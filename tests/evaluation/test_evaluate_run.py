@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from nabla_attn import Schedule
 from nabla_attn.cli import app
 from nabla_attn.evaluation import run as run_module
-from nabla_attn.evaluation.curves import draw_curves, draw_true_mass, family, mean_maps
+from nabla_attn.evaluation.curves import draw_curves, draw_true_mass, family, line_of, mean_maps
 from nabla_attn.evaluation.match import bisect, match_algorithm
 from nabla_attn.evaluation.pack import pack
 from nabla_attn.evaluation.probe import MEASURES, AttentionProbe
@@ -359,6 +359,8 @@ def test_pictures_are_the_same_bytes_again(finished, tmp_path):
     assert [family(name) for name in names] == [
         "nabla", "nabla + window", "window", "top-k", "top-k + window",
     ]  # fmt: skip
+    assert line_of("nabla-0.4") == ("nabla", "nabla")
+    assert line_of("nabla-0.4_block-4-4-4") == ("nabla", "nabla, 4x4x4 blocks")
 
 
 def test_bisection():

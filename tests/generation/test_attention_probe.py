@@ -120,6 +120,20 @@ def test_the_call_is_the_layers_own_map_of_the_prompted_sample():
     torch.testing.assert_close(call.scale, 8**-0.5)
 
 
+def test_another_algorithm_is_seen_in_its_own_blocks():
+    layer = Layer("a")
+    plan = Plan(grid=GRID, config=parse("dense"))
+    layer.key = plan_key(plan.with_config(parse("nabla-0.4_block-1-4-4")))
+    q, k, v = (torch.randn(1, GRID.num_tokens, 3, 8) for _ in range(3))
+    for algorithm, grid in [
+        ("nabla-0.4", GRID),
+        ("nabla-0.4_block-2-2-3", GRID.with_block((2, 2, 3))),
+    ]:
+        call = block_call(layer, q, k, v, None, None, config=parse(algorithm))
+        expected = call_of(*(x.transpose(1, 2) for x in (q, k, v)), grid, "nabla-0.4")
+        assert torch.equal(call.block_map.mask, expected.block_map.mask)
+
+
 def test_in_parts_as_at_once(monkeypatch):
     from nabla_attn.generation import attention_probe
 

@@ -1,14 +1,17 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from nabla_attn.config import parse
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import load_pipeline
 from nabla_attn.generation.record_maps import MapRecorder, to_bytes
 from nabla_attn.generation.recorded_maps import SCORE_BITS, RecordedMaps, Selection, choose, spread
 from nabla_attn.generation.request import GenerationRequest
+from nabla_attn.schedule import Schedule
 
 REQUEST = GenerationRequest(
     prompt="a red circle", height=144, width=176, frames=5, steps=3, sparse_algo="nabla-0.4"
@@ -39,6 +42,18 @@ def test_a_recording_agrees_with_the_run(recorded):
     assert (maps.best_mass >= maps.true_mass - 1e-5).all()
     counts = torch.tensor(maps.mask(0, 0, 0).sum(axis=1))
     assert (counts >= 1).all()
+
+
+def test_maps_have_the_blocks_of_the_algorithm(pipeline):
+    wanted = replace(REQUEST, sparse_algo="nabla-0.4_block-2-4-16")
+    recorder = MapRecorder(pipeline, wanted)
+    generate(pipeline, wanted, on_apply=recorder.attach)
+    maps = recorder.result()
+    assert maps.grid == (2, 9, 11) and maps.block == (2, 4, 16) and maps.blocks == (1, 3, 1)
+    assert maps.mask(0, 0, 0).shape == (3, 3)
+    mixed = Schedule(algorithm=parse("nabla-0.4"), layer_overrides={0: parse(wanted.sparse_algo)})
+    with pytest.raises(ValueError, match=r"recorded in one block shape: got nabla-0.4; layer 0"):
+        MapRecorder(pipeline, replace(REQUEST, schedule=mixed))
 
 
 def test_recording_changes_nothing(pipeline, recorded):

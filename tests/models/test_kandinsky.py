@@ -60,6 +60,21 @@ def test_kandinsky6_sr_equals_diffusers_own_nabla(flex):
     assert relative_error(ours, run(model, inputs)) < 1e-5
 
 
+@torch.no_grad()
+def test_tokens_that_come_in_blocks_stay_in_them():
+    tiny = TINY["kandinsky6-sr"]
+    model, inputs = tiny.build(num_visual_blocks=1), tiny.inputs(*GRID)
+    with (
+        na.apply(model, "nabla-0.5_block-2-4-4"),
+        pytest.raises(ValueError, match=r"tokens in blocks of 1x8x8: got nabla-0.5_block-2-4-4"),
+    ):
+        run(model, inputs)
+    with na.apply(model, "nabla-0.5_block-1-8-8"):
+        same = run(model, inputs)
+    with na.apply(model, "nabla-0.5"):
+        assert torch.equal(same, run(model, inputs))
+
+
 def test_settings_of_checkpoints():
     build = TINY["kandinsky5"].build
     assert str(trained_algorithm(build(**TRAINED))) == "nabla-0.4_sta-1-1-3"

@@ -10,6 +10,7 @@ from tests.models.tiny_models import TINY, relative_error, run
 
 import nabla_attn as na
 from nabla_attn.models import register_model, remove, replaced
+from nabla_attn.models.plan import plan_of
 from nabla_attn.models.telemetry import Forward, Telemetry
 
 WAN = TINY["wan"]
@@ -150,6 +151,41 @@ def test_context_manager_and_keep_first_frame(model, inputs):
         run(model, inputs)
         assert handle.report().mean_density > plain
         assert handle.report().density.min() >= 1 / 3
+
+
+@torch.no_grad()
+def test_each_layer_has_the_blocks_of_its_algorithm(model, inputs):
+    seen = []
+
+    def run_with(schedule):
+        seen.clear()
+        with na.apply(model, schedule=schedule) as handle:
+            for layer in handle.models[0][1].layers:
+                layer.observer = lambda layer, *call: seen.append(plan_of(layer.key).grid.block)
+            return run(model, inputs)
+
+    frames, plain = na.parse("nabla-0.3_block-1-11-13"), na.parse("nabla-0.3")
+    mixed = na.Schedule(algorithm=plain, layer_overrides={0: frames})
+    out = run_with(mixed)
+    assert seen == [na.BlockShape(1, 11, 13), na.BlockShape()]
+    assert na.Schedule.from_json(mixed.to_json()) == mixed
+    for schedule in (na.Schedule(algorithm=plain), na.Schedule(algorithm=frames)):
+        assert relative_error(run_with(schedule), out) > 1e-4
+    dense = run(model, inputs)
+    whole = na.Schedule(algorithm=na.parse("nabla-1_block-2-3-5"))
+    assert relative_error(run_with(whole), dense) < 1e-5
+
+
+@torch.no_grad()
+def test_kept_maps_of_other_blocks_are_not_recalled(model, inputs):
+    steps = {1: na.parse("nabla-0.3_block-3-4-4")}
+    schedule = na.Schedule(algorithm=na.parse("nabla-0.3"), step_overrides=steps, reuse_steps=2)
+    with na.apply(model, schedule=schedule):
+        run(model, inputs)
+        out = run(model, inputs | {"timestep": inputs["timestep"] - 100})
+    with na.apply(model, steps[1]):
+        wanted = run(model, inputs | {"timestep": inputs["timestep"] - 100})
+    assert torch.equal(out, wanted)
 
 
 @pytest.mark.parametrize("lora_first", [True, False])

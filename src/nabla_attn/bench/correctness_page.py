@@ -121,7 +121,9 @@ def _judged(records: list[RunRecord]) -> str:
         density = f"{summary['density']:.3f}"
         guidance = f"{record.config['guidance']:g}"
         count = str(record.numbers["count"])
-        rows.append([record.config["sparse_algo"], guidance, count, density, *right])
+        is_student = record.config.get("model", "builtin") != "builtin"
+        name = record.config["sparse_algo"] + ", distilled" * is_student
+        rows.append([name, guidance, count, density, *right])
     config, versions = order[0].config, order[0].versions
     size = f"{config['width']}x{config['height']}, {config['frames']} frames"
     return "\n".join(
@@ -131,7 +133,8 @@ def _judged(records: list[RunRecord]) -> str:
             f"{size}, {config['steps']} steps; torch "
             f"{versions['torch']}, {order[0].device}. The judge reads each video back into facts "
             "without a learned model. Prompts are drawn from the held-out combinations, each with "
-            "noise of its own. Window-only algorithms run sparse from the first step here.",
+            "noise of its own. Window-only algorithms run sparse from the first step here. "
+            "Distilled students are those of [training_study.md](training_study.md).",
             "",
             *table(["algorithm", "guidance", "prompts", "density", *JUDGED], rows),
         ]

@@ -29,7 +29,7 @@ def build_page(records: Path) -> str:
         sections += _stages(RunRecord.load(path))
     if (path := records / "training_study.json").exists():
         sections += _study(RunRecord.load(path))
-    if (path := records / "distill_builtin.json").exists():
+    for path in sorted(records.glob("distill_*.json")):
         sections += _shipped(RunRecord.load(path))
     if (path := records / "training_step.json").exists():
         sections += _step(RunRecord.load(path))
@@ -76,10 +76,15 @@ def _shipped(record: RunRecord) -> list[str]:
     right: dict[str, float] = next((row["right"] for row in rows if row["run"] == "teacher"), {})
     facts = ", ".join(f"{name} {right[name]:.0%}" for name in JUDGED if name in right)
     teacher = f"The teacher is the shipped model with dense attention ({facts}). "
+    students = dict.fromkeys(row["algorithm"] for row in rows if row["run"] == "distill")
+    command = (
+        f"`python benchmarks/distill_builtin.py runs/students --students {' '.join(students)} "
+        f"--steps {record.config['steps']} --clips {record.config['clips']}`"
+    )
     return [
-        "## The shipped model, distilled",
+        f"## The shipped model, {record.config['steps']} steps of distillation",
         "",
-        _setting(record),
+        _setting(record) + f" A seed's rows: {command}.",
         "",
         teacher + STUDENT_ERROR,
         "",

@@ -1,6 +1,6 @@
 """Token grids of videos and the blocks that tile them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from numbers import Integral
 
@@ -79,6 +79,10 @@ class TokenGrid:
 
     def __str__(self) -> str:
         return f"{self.frames}x{self.height}x{self.width}"
+
+    def with_block(self, sides: tuple[int, int, int] | None) -> "TokenGrid":
+        """The same tokens in blocks of (frames, height, width); None leaves them as they are."""
+        return self if sides is None else replace(self, block=BlockShape(*sides))
 
     @property
     def num_tokens(self) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nabla_attn.config import parse
+from nabla_attn.core.grid import BlockShape
 from nabla_attn.evaluation.summary import Records, measured_items
 from nabla_attn.files import whole_file
 
@@ -37,6 +38,14 @@ def family(algo: str) -> str:
     if config.window is None:
         return name
     return f"{name} + window" if name else "window"
+
+
+def line_of(algo: str) -> tuple[str, str]:
+    """Kind and name of the line that an algorithm is a point of: one for each block shape."""
+    kind, sides = family(algo), parse(algo).block
+    if sides is None:
+        return kind, kind
+    return kind, f"{kind}, {BlockShape(*sides)} blocks"
 
 
 def draw_curves(summary: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
@@ -125,16 +134,16 @@ def mean_maps(records: Records, measure: str) -> dict[str, list[list[float]]]:
 def _draw_panel(
     axes: Any, summary: Mapping[str, Mapping[str, Any]], quality: str, cost: str
 ) -> None:
-    groups: dict[str, list[tuple[float, Any, str]]] = {}
+    groups: dict[tuple[str, str], list[tuple[float, Any, str]]] = {}
     along = "probe_density" if (quality, cost) == ("true_mass", "density") else cost
     for algo, metrics in summary.items():
         if quality not in metrics or along not in metrics or metrics[quality]["value"] is None:
             continue
-        groups.setdefault(family(algo), []).append(
+        groups.setdefault(line_of(algo), []).append(
             (metrics[along]["value"], metrics[quality], algo)
         )
-    for name, points in groups.items():
-        colour, marker = FAMILIES[name]
+    for (kind, name), points in groups.items():
+        colour, marker = FAMILIES[kind]
         points.sort(key=lambda point: point[0])
         xs, means = [x for x, _, _ in points], [entry["value"] for _, entry, _ in points]
         low = [
@@ -147,8 +156,10 @@ def _draw_panel(
         ]
         axes.errorbar(
             xs, means, yerr=[[max(0, v) for v in low], [max(0, v) for v in high]],
-            color=colour, marker=marker, markersize=9 if name == "dense" else 5,
-            linewidth=0 if "window" in name else 1.4,  # their points differ in more than one number
+            color=colour, marker=marker, markersize=9 if kind == "dense" else 5,
+            linewidth=0 if "window" in kind else 1.4,  # their points differ in more than one number
+            linestyle="-" if name == kind else "--",
+            markerfacecolor=colour if name == kind else "white",
             elinewidth=0.8, capsize=2, label=name,
         )  # fmt: skip
     axes.grid(color=RULE, linewidth=0.6)

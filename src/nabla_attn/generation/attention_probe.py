@@ -85,7 +85,7 @@ def block_call(
     assert layer.key is not None
     plan = plan_of(layer.key)
     if config is not None:
-        plan = replace(plan, config=config, memory=None)
+        plan = replace(plan.with_config(config), memory=None)
     layout = TokenLayout(plan.grid, *plan.text_tokens(q.shape[1]))
     batch = q.shape[0]
     q, k, v = (x[-1:].detach().transpose(1, 2) for x in (q, k, v))

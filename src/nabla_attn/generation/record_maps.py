@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nabla_attn.core.grid import TokenGrid
+from nabla_attn.core.grid import BlockShape, TokenGrid
 from nabla_attn.generation.attention_probe import (
     BlockCall,
     block_call,
@@ -19,6 +19,7 @@ from nabla_attn.generation.attention_probe import (
 from nabla_attn.generation.recorded_maps import SCORE_BITS, RecordedMaps, choose
 from nabla_attn.generation.request import GenerationRequest, video_tokens
 from nabla_attn.record import RunRecord
+from nabla_attn.schedule import Schedule
 
 
 class MapRecorder:
@@ -40,7 +41,7 @@ class MapRecorder:
     ) -> None:
         self._algorithm = request.sparse_algo
         self._num_steps = request.steps
-        self._grid = TokenGrid(*video_tokens(pipeline, request))
+        self._grid = TokenGrid(*video_tokens(pipeline, request), block=_block_of(request))
         self._num_rows = num_rows
         self._asked = asked
         self._maps: dict[tuple[int, int], tuple[np.ndarray, np.ndarray | None]] = {}
@@ -118,6 +119,24 @@ class MapRecorder:
         mask = call.block_map.mask[0, :, :count, :count].cpu()[heads]
         scores = to_bytes(pooled_scores(call).cpu()[heads]) if chosen.has_scores else None
         self._maps[step, layer] = (np.packbits(mask.numpy(), axis=-1), scores)
+
+
+def _block_of(request: GenerationRequest) -> BlockShape:
+    """The blocks of a request's algorithms.
+
+    Raises:
+        ValueError: they differ from layer to layer or step to step.
+    """
+    schedule = request.schedule or Schedule.default(request.sparse_algo)
+    overrides = (*schedule.layer_overrides.values(), *schedule.step_overrides.values())
+    sparse = [config for config in (schedule.algorithm, *overrides) if not config.is_dense]
+    shapes = {BlockShape(*(config.block or ())) for config in sparse}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"maps of one run are recorded in one block shape: got {schedule}. Record runs of one "
+            "shape each."
+        )
+    return shapes.pop() if shapes else BlockShape()
 
 
 def to_bytes(scores: torch.Tensor) -> np.ndarray:

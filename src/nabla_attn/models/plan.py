@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from weakref import ReferenceType
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nabla_attn.config import SparseConfig
-from nabla_attn.core.grid import TokenGrid
+from nabla_attn.core.grid import BlockShape, TokenGrid
 from nabla_attn.models.map_memory import MapMemory
 from nabla_attn.models.parallel import Ranks
 
@@ -49,6 +49,20 @@ class Plan:
     memory: ReferenceType[MapMemory] | None = None
     branch: int = 0
     is_guidance_batch: bool = False
+
+    def with_config(self, config: SparseConfig) -> "Plan":
+        """The same call with another algorithm, in the blocks that it asks for.
+
+        Raises:
+            ValueError: the model's tokens come in other blocks.
+        """
+        grid = replace(self.grid, block=BlockShape(*(config.block or ())))
+        if self.in_block_order and grid != self.grid:
+            raise ValueError(
+                f"this model brings its tokens in blocks of {self.grid.block}: got {config}. Drop "
+                "the block from the algorithm."
+            )
+        return replace(self, config=config, grid=grid)
 
     def text_tokens(self, num_tokens: int) -> tuple[int, int]:
         """Tokens (before, after) the video among `num_tokens` of a call: text and history.

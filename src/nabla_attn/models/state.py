@@ -195,12 +195,12 @@ class ModelState:
         self, plan: Plan, config: SparseConfig, branch: int | None, layer: Layer
     ) -> Plan:
         """The layer's plan; a window's map needs no memory."""
+        plan = plan.with_config(config)
         if branch is None or not config.is_adaptive:
-            return replace(plan, config=config)
+            return plan
         in_batch = self.settings.schedule.reuse_guidance and self.row.guidance_in_batch
         return replace(
             plan,
-            config=config,
             memory=ref(layer.memory),
             branch=branch,
             is_guidance_batch=in_batch and self.steps.is_guided is not False,
