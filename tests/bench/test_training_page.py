@@ -64,7 +64,10 @@ def test_the_shipped_model_has_its_own_section(tmp_path):
         record.save(tmp_path / f"distill_{name}.json")
     page = build_page(tmp_path)
     assert page.index("model, 60 steps of") < page.index("model, 300 steps of distillation")
-    assert "runs/students --students nabla-0.2 --steps 300 --clips 9`" in page
+    assert (
+        "runs/students --students nabla-0.2 --steps 300 --clips 9 --output distill_longer.json`"
+        in page
+    )
     assert "(colour 100%, direction 50%, shape 75%, number 100%)" in page
     assert "| nabla-0.2 | 0.100 | 0.400 | 0.300 | 0.250 | 100% | 50% | 75% |" in page
 

@@ -30,7 +30,7 @@ def build_page(records: Path) -> str:
     if (path := records / "training_study.json").exists():
         sections += _study(RunRecord.load(path))
     for path in sorted(records.glob("distill_*.json")):
-        sections += _shipped(RunRecord.load(path))
+        sections += _shipped(path)
     if (path := records / "training_step.json").exists():
         sections += _step(RunRecord.load(path))
     return "\n".join(sections)
@@ -71,7 +71,8 @@ def _study(record: RunRecord) -> list[str]:
     ]
 
 
-def _shipped(record: RunRecord) -> list[str]:
+def _shipped(path: Path) -> list[str]:
+    record = RunRecord.load(path)
     rows = record.numbers["rows"]
     right: dict[str, float] = next((row["right"] for row in rows if row["run"] == "teacher"), {})
     facts = ", ".join(f"{name} {right[name]:.0%}" for name in JUDGED if name in right)
@@ -79,7 +80,7 @@ def _shipped(record: RunRecord) -> list[str]:
     students = dict.fromkeys(row["algorithm"] for row in rows if row["run"] == "distill")
     command = (
         f"`python benchmarks/distill_builtin.py runs/students --students {' '.join(students)} "
-        f"--steps {record.config['steps']} --clips {record.config['clips']}`"
+        f"--steps {record.config['steps']} --clips {record.config['clips']} --output {path.name}`"
     )
     return [
         f"## The shipped model, {record.config['steps']} steps of distillation",
