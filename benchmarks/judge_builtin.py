@@ -3,6 +3,12 @@
 Run it again after an interruption: prompts that a record already holds are not repeated.
 
     python benchmarks/judge_builtin.py dense nabla-0.7 nabla-0.4 sta-3-3-3
+
+A student of `distill_builtin.py` is judged in a folder of its own, so that no record of the shipped
+model is in the way; `judge_distilled_ALGORITHM.json` is such a record:
+
+    python benchmarks/judge_builtin.py nabla-0.4_block-1-16-16 --output runs/judged \\
+        --model runs/students/distill-nabla-0.4_block-1-16-16-0
 """
 
 import argparse

@@ -56,13 +56,15 @@ class Plan:
         Raises:
             ValueError: the model's tokens come in other blocks.
         """
-        grid = replace(self.grid, block=BlockShape(*(config.block or ())))
-        if self.in_block_order and grid != self.grid:
+        block = BlockShape(*(config.block or ()))
+        if block == self.grid.block:
+            return replace(self, config=config)
+        if self.in_block_order:
             raise ValueError(
                 f"this model brings its tokens in blocks of {self.grid.block}: got {config}. Drop "
                 "the block from the algorithm."
             )
-        return replace(self, config=config, grid=grid)
+        return replace(self, config=config, grid=replace(self.grid, block=block))
 
     def text_tokens(self, num_tokens: int) -> tuple[int, int]:
         """Tokens (before, after) the video among `num_tokens` of a call: text and history.

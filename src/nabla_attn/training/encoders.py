@@ -142,8 +142,8 @@ def _first_frame_masks(family: Family, hidden: Tensor, timestep: Tensor) -> Cond
         masks[CLEAN] = 1 - masks[TOKEN_TIMES].unsqueeze(-1)
     elif family.keeps_first:
         axis = family.layout.split().index("f")
-        masks[CLEAN] = torch.zeros([hidden.shape[1 + i] if i == axis else 1 for i in range(4)])
-        masks[CLEAN].narrow(axis, 0, 1).fill_(1)
+        is_first = torch.arange(hidden.shape[1 + axis]) == 0
+        masks[CLEAN] = is_first.float().view([-1 if i == axis else 1 for i in range(4)])
     return masks
 
 
