@@ -28,13 +28,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("algorithms", nargs="+")
     parser.add_argument("--model", default="builtin")
+    parser.add_argument("--lora", action="append", default=[], help="as of `nabla generate`")
     parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     defaults = ModelDefaults.load(model_directory(options.model))
-    pipeline = load_pipeline(options.model)
+    pipeline = load_pipeline(options.model, lora=options.lora)
     for algorithm in options.algorithms:
         config = parse(algorithm)
         request = GenerationRequest(

@@ -41,6 +41,28 @@ def test_the_ramp_keeps_windows_and_ramps_layers():
     assert ramped(schedule, 1.0) is schedule
 
 
+def test_thresholds_are_drawn_evenly_from_their_range_and_validation_keeps_the_target():
+    config = SparsityConfig(
+        algorithm="nabla-0.5_sta-1-1-1_block-1-2-2", thresholds=(0.3, 0.8), dense_share=0.1
+    )
+    sparsity = Sparsity(tiny_wan_transformer(), config)
+    drawn = []
+    for step in range(100):
+        sparsity.set_step(step)
+        drawn.append(algorithm(sparsity))
+    thresholds = [each.threshold for each in drawn if each != DENSE]
+    assert len(thresholds) == 90
+    counts, _ = torch.histogram(torch.tensor(thresholds), bins=5, range=(0.3, 0.8))
+    assert counts.sum() == 90 and counts.min() >= 15
+    assert {(each.window, each.block) for each in drawn if each != DENSE} == {
+        ((1, 1, 1), (1, 2, 2))
+    }
+    sparsity.set_step(41)
+    assert algorithm(sparsity) == drawn[41]
+    sparsity.set_target()
+    assert algorithm(sparsity) == parse(config.algorithm)
+
+
 def test_dense_steps_are_spread_evenly():
     sparsity = Sparsity(tiny_wan_transformer(), SparsityConfig(dense_share=0.25))
     dense = []

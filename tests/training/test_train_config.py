@@ -87,6 +87,10 @@ def test_values_take_the_type_of_their_key(text, expected):
         ("stages=[{name: a, steps: 0}]", "steps must be 1 or more: got 0"),
         ("stages=[{name: a, steps: 1, algorithm: x}]", "'x' is not an algorithm"),
         ("stages=[{name: .., folder: b, steps: 1}]", "names of their own"),
+        ("sparsity.thresholds=0.5", "must be a list such as"),
+        ("sparsity.thresholds=0.8,0.3", "must be lowest, highest"),
+        ("sparsity.thresholds=[0, 0.3]", "from more than 0 to 1: got 0.0, 0.3"),
+        ("sparsity.thresholds=[.nan, 0.3]", "from more than 0 to 1: got nan"),
     ],
 )
 def test_bad_overrides_are_one_clear_line(text, message):
@@ -100,6 +104,9 @@ def test_combinations_that_cannot_be_are_refused():
         override(distill(), {"sparsity.algorithm": "dense"})
     with pytest.raises(ValueError, match=r"sparsity\.ramp lowers a threshold"):
         override(pretrain(), {"sparsity.algorithm": "sta-3-3-3", "sparsity.ramp": 10})
+    for values in ({"algorithm": "topk-0.3"}, {"schedule": "layers.json"}):
+        with pytest.raises(ValueError, match="those of one NABLA algorithm for all layers"):
+            override(distill(), {"sparsity": values | {"thresholds": [0.3, 0.8]}})
     with pytest.raises(ValueError, match="Turn these off"):
         override(distill(), {"objective.layer_weight": 1, "compile": True})
     with pytest.raises(ValueError, match=r"Use objective\.kind=distill"):

@@ -7,6 +7,7 @@ from tests.training.clips import small_config
 from typer.testing import CliRunner
 
 from nabla_attn.cli import app
+from nabla_attn.lora import load_lora
 from nabla_attn.training.adapters import add_lora
 from nabla_attn.training.check import probe
 from nabla_attn.training.config import LoraConfig
@@ -72,10 +73,7 @@ def test_adapters_of_a_family_train_and_load(kind, tmp_path):
     trainer.fit()
     result = finish(run, trainer)
     fresh = getattr(tiny, kind)()
-    if hasattr(fresh, "load_lora_weights"):
-        fresh.load_lora_weights(result)
-    else:
-        fresh.transformer.load_lora_adapter(result, weight_name="pytorch_lora_weights.safetensors")
+    load_lora(fresh, str(result))
     trained = dict(model.named_parameters())
     loaded = {
         name.replace("default_0", "default"): p for name, p in fresh.transformer.named_parameters()
@@ -132,7 +130,8 @@ def test_adapter_targets_that_fit_nothing_are_named():
     [
         ("wan_i2v", 0, " --image FILE."),
         ("wan22_i2v", 0, " --image FILE."),
-        ("motif", 2, "Use it: pipeline.transformer.load_lora_adapter("),
+        ("wan_i2v", 2, "/run/lora --image FILE, or pipeline.load_lora_weights("),
+        ("motif", 2, "/run/lora, or pipeline.transformer.load_lora_adapter("),
     ],
 )
 def test_the_command_says_how_the_result_is_loaded(kind, rank, words, tmp_path):

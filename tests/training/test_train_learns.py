@@ -237,6 +237,7 @@ def test_the_lora_teacher_is_the_dense_model_without_a_copy(tiny_wan):
         {"sparsity__algorithm": "dense"},
         {"sparsity__algorithm": "topk-0.3_sta-1-1-1", "sparsity__ramp": 2},
         {"sparsity__dense_share": 0.5, "objective__times": "logit-normal"},
+        {"recipe": "distill", "sparsity__thresholds": (0.3, 0.8), "sparsity__ramp": 2},
     ],
 )
 def test_ways_to_train_run_and_stay_finite(tiny_wan, tmp_path, values):

@@ -1,7 +1,7 @@
 """Options that several verbs share, and what follows from them."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, wraps
 from inspect import Parameter, Signature, signature
@@ -41,11 +41,22 @@ ScheduleFile = Annotated[
 ]
 
 
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="LoRA weights to put in: a folder or .safetensors file; again for more. "
+        "transformer_2=FOLDER is for the second transformer of Wan 2.2.",
+        show_default=False,
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class VideoOptions:
     """The options of every verb that makes videos; ``None`` takes the model's default."""
 
     model: Model = "builtin"
+    lora: Lora = None
     height: Height = None
     width: Width = None
     frames: Frames = None
@@ -59,11 +70,13 @@ class VideoOptions:
 
     @cached_property
     def defaults(self) -> "ModelDefaults":
-        """The model directory's own defaults."""
+        """The model directory's own defaults, after those of the adapters."""
         from nabla_attn.generation.pipeline import model_directory
         from nabla_attn.generation.request import ModelDefaults
+        from nabla_attn.lora import lora_place
 
-        return ModelDefaults.load(model_directory(self.model))
+        adapters = [lora_place(each)[1].parent for each in self.lora or ()]
+        return ModelDefaults.load(model_directory(self.model), *adapters)
 
     @property
     def rate(self) -> float:
@@ -108,7 +121,7 @@ class VideoOptions:
 
     def load(self, device: str = "") -> Any:
         """The pipeline, on `device` instead of the option's where one is given."""
-        return load_quietly(self.model, device or self.device, self.dtype)
+        return load_quietly(self.model, device or self.device, self.dtype, self.lora or ())
 
 
 def with_video_options(verb: Callable[..., None]) -> Callable[..., None]:
@@ -138,7 +151,7 @@ def quiet_libraries() -> None:
         library.utils.logging.set_verbosity_error()
 
 
-def load_quietly(model: str, device: str, dtype: str) -> Any:
+def load_quietly(model: str, device: str, dtype: str, lora: Sequence[str] = ()) -> Any:
     """Load a pipeline under a spinner, with the libraries' own bars and notes off."""
     from rich.console import Console
 
@@ -148,7 +161,7 @@ def load_quietly(model: str, device: str, dtype: str) -> Any:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return load_pipeline(model, device=device, dtype=dtype)
+            return load_pipeline(model, device=device, dtype=dtype, lora=lora)
 
 
 def read_indices(text: str) -> tuple[int, ...] | None:

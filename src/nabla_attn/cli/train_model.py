@@ -70,13 +70,23 @@ def _use(config: "TrainConfig", result: Path) -> str:
 
     from nabla_attn.generation.pipeline import model_directory
     from nabla_attn.training.families import find_family
-    from nabla_attn.training.model import LORA_WEIGHTS, read_index
+    from nabla_attn.training.model import read_index
 
     index = read_index(model_directory(config.model))
     kind = getattr(diffusers, index["_class_name"])
+    image = " --image FILE" if find_family(kind, index).takes_image else ""
     if not config.lora.rank:
-        image = " --image FILE" if find_family(kind, index).takes_image else ""
         return f"--model {result}{image}"
+    part = "transformer_2=" if config.part == "transformer_2" else ""
+    return (
+        f"--model {config.model} --lora {part}{result}{image}, or {_in_code(config, kind, result)}"
+    )
+
+
+def _in_code(config: "TrainConfig", kind: type, result: Path) -> str:
+    """How adapters are loaded with diffusers alone."""
+    from nabla_attn.lora import LORA_WEIGHTS
+
     if not hasattr(kind, "load_lora_weights"):
         part = f"pipeline.{config.part}"
         return f'{part}.load_lora_adapter("{result}", weight_name="{LORA_WEIGHTS}")'

@@ -2,12 +2,15 @@
 
 import importlib
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nabla_attn.errors import first_line
 from nabla_attn.files import fingerprint_files, read_json
+from nabla_attn.lora import load_lora, lora_fingerprint, lora_place
 from nabla_attn.sizes import denoisers
 
 BUILTIN = "builtin"
@@ -20,7 +23,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_pipeline(
-    source: str | Path = BUILTIN, *, device: str = "auto", dtype: str = "auto"
+    source: str | Path = BUILTIN,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    lora: Sequence[str] = (),
 ) -> Any:
     """Load a text-to-video pipeline from a diffusers directory; nothing is downloaded.
 
@@ -29,6 +36,7 @@ def load_pipeline(
         device: ``"auto"`` (a GPU if there is one), or a torch device such as ``"cuda:0"``.
         dtype: of transformer and text encoder: a name of :data:`DTYPES`, or ``"auto"``. The VAE
             stays in float32, where its decoder is exact, unless its pipeline wants one dtype.
+        lora: adapters to put in, each as :func:`~nabla_attn.lora.load_lora` takes it.
 
     Returns:
         The diffusers pipeline, on the device.
@@ -37,6 +45,8 @@ def load_pipeline(
         ValueError: the directory or one of its files is missing or broken, a config does not match
             its weights, or device or dtype cannot be had here. The file is named.
     """
+    for each in lora:
+        lora_place(each)
     directory = model_directory(source)
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
@@ -53,7 +63,9 @@ def load_pipeline(
             warnings.simplefilter("ignore")
             pipeline = pipeline_class.from_pretrained(directory, local_files_only=True, **parts)
     except Exception as error:
-        raise ValueError(f"{directory}: not a whole pipeline ({_first_line(error)}).") from error
+        raise ValueError(f"{directory}: not a whole pipeline ({first_line(error)}).") from error
+    for each in lora:
+        load_lora(pipeline, each)
     return pipeline.to(place)
 
 
@@ -93,18 +105,21 @@ def model_identity(pipeline: Any) -> dict[str, str | None]:
 
     Returns:
         "model" as `model_name`, "model_files" as `fingerprint` (None if it was not loaded from a
-        directory), "device", and "dtype" of the transformer.
+        directory), "device", "dtype" of the transformer, and "lora" as `lora_fingerprint`, which is
+        left out without adapters.
     """
     directory = Path(str(pipeline.config.get("_name_or_path", "")))
     is_saved = (directory / "model_index.json").is_file()
     # With offloading the pipeline rests on the CPU and works elsewhere.
     device = getattr(pipeline, "_execution_device", pipeline.device)
-    return {
+    lora = lora_fingerprint(pipeline)
+    identity = {
         "model": model_name(pipeline),
         "model_files": fingerprint(directory)[:16] if is_saved else None,
         "device": str(device),
         "dtype": str(denoisers(pipeline)[0].dtype).removeprefix("torch."),
     }
+    return identity if lora is None else identity | {"lora": lora[:16]}
 
 
 def fingerprint(model: Path) -> str:
@@ -127,7 +142,7 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
-            f"device {name!r} cannot be used here: {_first_line(error)}. Try cpu or auto."
+            f"device {name!r} cannot be used here: {first_line(error)}. Try cpu or auto."
         ) from error
     return device
 
@@ -197,7 +212,7 @@ def _load_part(folder: Path, entry: list[str], dtype: torch.dtype) -> Any:
         loaded = part_class.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:
         raise ValueError(
-            f"{folder}: its config and files do not make a {class_name} ({_first_line(error)})."
+            f"{folder}: its config and files do not make a {class_name} ({first_line(error)})."
         ) from error
     if not is_model:
         return loaded
@@ -222,7 +237,7 @@ def _check_weights(folder: Path) -> None:
                 pass
         except Exception as error:
             raise ValueError(
-                f"{path}: damaged or truncated safetensors file ({_first_line(error)}). "
+                f"{path}: damaged or truncated safetensors file ({first_line(error)}). "
                 "Copy it again."
             ) from error
 
@@ -231,7 +246,7 @@ def _shard_names(path: Path) -> list[str]:
     try:
         names = set(read_json(path)["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a safetensors index ({_first_line(error)}).") from error
+        raise ValueError(f"{path}: not a safetensors index ({first_line(error)}).") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{path}: it names {name!r}, which is not a file of its own folder.")
@@ -250,8 +265,3 @@ def _check_match(folder: Path, info: dict[str, Any]) -> None:
                 f"{folder / 'config.json'} does not match its weights: "
                 f"{len(keys)} {meaning}, first {keys[0]}."
             )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(" .:") if lines else type(error).__name__

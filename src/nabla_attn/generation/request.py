@@ -109,30 +109,41 @@ class ModelDefaults:
     schedule: Schedule | None = None
 
     @classmethod
-    def load(cls, directory: Path) -> "ModelDefaults":
+    def load(cls, directory: Path, *adapters: Path) -> "ModelDefaults":
         """Read ``directory/defaults.json`` if there is one; a guider says its own guidance.
 
+        Args:
+            directory: the model.
+            adapters: folders of LoRA weights, whose own ``defaults.json`` comes before the model's.
+
         Raises:
-            ValueError: the file is not JSON, has an unknown name or a value of the wrong type, or a
+            ValueError: a file is not JSON, has an unknown name or a value of the wrong type, or a
                 schedule of another algorithm.
         """
         scale = guider_scale(_read_if_there(directory / "guider" / "guider_config.json"))
-        own = cls() if scale is None else cls(guidance=scale)
-        path = directory / "defaults.json"
-        values = _read_if_there(path)
-        known = asdict(own)
-        if not isinstance(values, dict) or (values.keys() - known.keys()):
-            raise ValueError(f"{path}: expected an object with {', '.join(known)}, got {values!r}.")
-        rules = values.pop("schedule", None)
-        for name, value in values.items():
-            wanted = str if name == "sparse_algo" else float if name in ("guidance", "fps") else int
-            fits = isinstance(value, int | float) if wanted is float else isinstance(value, wanted)
-            if not fits or isinstance(value, bool):
-                raise ValueError(f"{path}: {name} must be {wanted.__name__}, got {value!r}.")
-        defaults = replace(own, **values)
-        if rules is None:
-            return defaults
-        return replace(defaults, schedule=_read_rules(path, rules, defaults.sparse_algo))
+        defaults = cls() if scale is None else cls(guidance=scale)
+        for folder in (directory, *adapters):
+            defaults = _updated(defaults, folder / "defaults.json")
+        return defaults
+
+
+def _updated(defaults: ModelDefaults, path: Path) -> ModelDefaults:
+    """Defaults with those of a file in their place; rules go with the algorithm they are of."""
+    values = _read_if_there(path)
+    known = asdict(defaults)
+    if not isinstance(values, dict) or (values.keys() - known.keys()):
+        raise ValueError(f"{path}: expected an object with {', '.join(known)}, got {values!r}.")
+    rules = values.pop("schedule", None)
+    for name, value in values.items():
+        wanted = str if name == "sparse_algo" else float if name in ("guidance", "fps") else int
+        fits = isinstance(value, int | float) if wanted is float else isinstance(value, wanted)
+        if not fits or isinstance(value, bool):
+            raise ValueError(f"{path}: {name} must be {wanted.__name__}, got {value!r}.")
+    schedule = None if "sparse_algo" in values else defaults.schedule
+    defaults = replace(defaults, schedule=schedule, **values)
+    if rules is None:
+        return defaults
+    return replace(defaults, schedule=_read_rules(path, rules, defaults.sparse_algo))
 
 
 def _read_rules(path: Path, rules: Any, sparse_algo: str) -> Schedule:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from nabla_attn.errors import first_line
 from nabla_attn.training.feed import to_device
 from nabla_attn.training.setup import Run
 from nabla_attn.training.trainer import Trainer
@@ -25,11 +26,10 @@ def probe(run: Run) -> None:
     except (RuntimeError, TypeError, KeyError, IndexError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         shape = tuple(batch["latents"].shape)
         raise ValueError(
             f"the model cannot take latents of {shape} with conditions "
-            f"{sorted(batch['conditions'])}: {reason.rstrip('.')}. Encode the data with the model "
+            f"{sorted(batch['conditions'])}: {first_line(error)}. Encode the data with the model "
             "that is trained."
         ) from error
 

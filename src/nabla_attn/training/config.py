@@ -74,6 +74,8 @@ class SparsityConfig:
     Attributes:
         algorithm: Such as "nabla-0.7"; "dense" for none.
         schedule: JSON file that says which layers run which algorithm, instead of `algorithm`.
+        thresholds: (lowest, highest) that every step draws its threshold from, so that one set of
+            weights serves them all; None keeps the algorithm's own, as validation always does.
         ramp: Steps over which the threshold, or share, falls from 1 to its target.
         dense_share: Share of the steps that stay dense, spread evenly.
         backend: "auto" or one of `nabla_attn.backends.NAMES`.
@@ -82,6 +84,7 @@ class SparsityConfig:
 
     algorithm: str = "nabla-0.7"
     schedule: str | None = None
+    thresholds: tuple[float, float] | None = None
     ramp: int = 0
     dense_share: float = 0.0
     backend: str = "auto"

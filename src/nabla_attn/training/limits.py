@@ -66,9 +66,28 @@ def check_config(config: TrainConfig) -> None:
             raise ValueError(f"{key} must be from 0 to 1: got {value}.")
     if not all(0 <= beta < 1 for beta in config.optim.betas):
         raise ValueError(f"optim.betas must be from 0 to less than 1: got {config.optim.betas}.")
+    _check_thresholds(config)
     _check_combinations(config)
     _check_packing(config)
     _check_stages(config)
+
+
+def _check_thresholds(config: TrainConfig) -> None:
+    if config.sparsity.thresholds is None:
+        return
+    lowest, highest = config.sparsity.thresholds
+    if not 0 < lowest <= highest <= 1:
+        raise ValueError(
+            "sparsity.thresholds must be lowest, highest from more than 0 to 1: got "
+            f"{lowest}, {highest}."
+        )
+    algorithm = parse(config.sparsity.algorithm)
+    if algorithm.threshold is None or config.sparsity.schedule is not None:
+        given = config.sparsity.schedule or algorithm
+        raise ValueError(
+            "sparsity.thresholds are those of one NABLA algorithm for all layers: got "
+            f"{given}. Use sparsity.algorithm=nabla-0.7 or another, without a schedule."
+        )
 
 
 def _check_combinations(config: TrainConfig) -> None:

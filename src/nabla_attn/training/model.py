@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
+from nabla_attn.errors import first_line
 from nabla_attn.files import read_json, write_text
+from nabla_attn.lora import LORA_WEIGHTS
 from nabla_attn.schedule import Schedule
 
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+DEFAULTS = "defaults.json"
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ def load_parts(directory: Path, part: str = "transformer") -> Parts:
             directory / "scheduler", local_files_only=True
         )
     except Exception as error:
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise ValueError(f"{directory}: its {part} does not load ({reason[0]}).") from error
+        reason = first_line(error)
+        raise ValueError(f"{directory}: its {part} does not load ({reason}).") from error
     return Parts(directory, part, transformer, scheduler, pipeline_class, index)
 
 
@@ -109,24 +111,40 @@ def save_pipeline(
         transformer = type(parts.transformer).from_config(parts.transformer.config)
     transformer.load_state_dict(weights, assign=True)
     transformer.register_to_config(_name_or_path="")
-    source = parts.directory / "defaults.json"
+    source = parts.directory / DEFAULTS
     defaults = read_json(source) if source.is_file() else {}
     # Those of the source may be rules of another algorithm.
     defaults.pop("schedule", None)
-    defaults["sparse_algo"] = str(schedule.algorithm)
+    defaults |= _trained_defaults(schedule, is_guided=is_guided)
+    skipped = shutil.ignore_patterns(parts.name, DEFAULTS)
+    with _whole_result(folder) as temporary:
+        shutil.copytree(parts.directory, temporary, copy_function=_link, ignore=skipped)
+        transformer.save_pretrained(temporary / parts.name)
+        _write_json(temporary / DEFAULTS, defaults)
+
+
+def _trained_defaults(schedule: Schedule, *, is_guided: bool) -> dict[str, Any]:
+    """What generation shall do by default with trained weights."""
+    defaults: dict[str, Any] = {"sparse_algo": str(schedule.algorithm)}
     if schedule != Schedule(algorithm=schedule.algorithm):
         defaults["schedule"] = json.loads(schedule.to_json())
     if is_guided:
         defaults["guidance"] = 1.0
-    text = json.dumps(defaults, indent=2) + "\n"
-    skipped = shutil.ignore_patterns(parts.name, "defaults.json")
-    with _whole_result(folder) as temporary:
-        shutil.copytree(parts.directory, temporary, copy_function=_link, ignore=skipped)
-        transformer.save_pretrained(temporary / parts.name)
-        write_text(temporary / "defaults.json", text)
+    return defaults
 
 
-def save_lora(parts: Parts, weights: dict[str, torch.Tensor], folder: Path) -> None:
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def save_lora(
+    parts: Parts,
+    weights: dict[str, torch.Tensor],
+    folder: Path,
+    schedule: Schedule,
+    *,
+    is_guided: bool = False,
+) -> None:
     """Write adapters as `pytorch_lora_weights.safetensors`, which `load_lora_weights` reads.
 
     Where the pipeline has no such method, its transformer's `load_lora_adapter` reads it.
@@ -135,6 +153,8 @@ def save_lora(parts: Parts, weights: dict[str, torch.Tensor], folder: Path) -> N
         parts: Names the pipeline class, whose format it is, and the adapters' settings.
         weights: Of the adapters, as PEFT names them.
         folder: The directory to write; an earlier one is replaced.
+        schedule: As of `save_pipeline`.
+        is_guided: As of `save_pipeline`.
     """
     from diffusers.loaders import WanLoraLoaderMixin
 
@@ -151,6 +171,7 @@ def save_lora(parts: Parts, weights: dict[str, torch.Tensor], folder: Path) -> N
             transformer_lora_adapter_metadata=settings.to_dict(),
             weight_name=LORA_WEIGHTS,
         )
+        _write_json(temporary / DEFAULTS, _trained_defaults(schedule, is_guided=is_guided))
 
 
 def _entry(index: dict[str, Any], name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Sparse attention of the trained module, step by step: ramp, dense share, schedule per layer."""
+"""Sparse attention of the trained module, step by step: thresholds, ramp, dense share, layers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +12,8 @@ from nabla_attn.config import DENSE, SparseConfig, parse
 from nabla_attn.models import apply
 from nabla_attn.schedule import Schedule
 from nabla_attn.training.config import SparsityConfig
+
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 class Sparsity:
@@ -64,7 +66,7 @@ class Sparsity:
             self._use(Schedule(algorithm=DENSE))
         else:
             progress = min(1.0, (step + 1) / self.config.ramp) if self.config.ramp else 1.0
-            self._use(ramped(self.schedule, progress))
+            self._use(ramped(self._drawn(step), progress))
 
     def set_target(self) -> None:
         """The attention that is trained for, as validation measures it."""
@@ -93,6 +95,15 @@ class Sparsity:
             return []
         stats = forwards[-1].stats
         return [1.0 if layer is None else float(layer[0].detach().nanmean()) for layer in stats]
+
+    def _drawn(self, step: int) -> Schedule:
+        if self.config.thresholds is None:
+            return self.schedule
+        lowest, highest = self.config.thresholds
+        # The golden ratio spreads any number of steps evenly, and a resumed run repeats it.
+        threshold = lowest + (highest - lowest) * (step * _GOLDEN % 1)
+        algorithm = replace(self.schedule.algorithm, threshold=threshold)
+        return replace(self.schedule, algorithm=algorithm)
 
     def _use(self, schedule: Schedule) -> None:
         if self._state is not None:

@@ -11,6 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from nabla_attn.errors import first_line
 from nabla_attn.files import write_text
 from nabla_attn.record import RunRecord, collect_versions, describe_device
 from nabla_attn.training.chart import draw_losses
@@ -134,17 +135,15 @@ def finish(run: Run, trainer: Trainer) -> Path:
 
 def _save_result(run: Run, trainer: Trainer, weights: dict[str, Tensor], result: Path) -> None:
     try:
-        if run.config.lora.rank:
-            save_lora(run.parts, weights, result)
-        else:
-            is_guided = run.config.objective.is_guided
-            save_pipeline(run.parts, weights, result, run.sparsity.asked, is_guided=is_guided)
+        save = save_lora if run.config.lora.rank else save_pipeline
+        is_guided = run.config.objective.is_guided
+        save(run.parts, weights, result, run.sparsity.asked, is_guided=is_guided)
     # As in `Checkpoints.save`: a full disk has many types.
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SaveFailed(
-            f"{result} not written ({reason}). Nothing is lost: {trainer.checkpoints.latest()} has "
-            "what was trained. Make room and run the same command with --resume."
+            f"{result} not written ({first_line(error)}). Nothing is lost: "
+            f"{trainer.checkpoints.latest()} has what was trained. Make room and run the same "
+            "command with --resume."
         ) from error
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nabla_attn.errors import first_line
 from nabla_attn.files import read_json, whole_file, write_text
 
 INDEX, SKIPPED, ENCODING = "index.json", "skipped.jsonl", "encoding.json"
@@ -94,7 +95,7 @@ def load_tensors(path: Path, names: tuple[str, ...] = ()) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in names or file.keys()}
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{path}: missing or damaged ({_first_line(error)}). Remove it and its .json and run "
+            f"{path}: missing or damaged ({first_line(error)}). Remove it and its .json and run "
             "the same `nabla encode` again."
         ) from error
 
@@ -112,7 +113,7 @@ def tensor_names(path: Path) -> set[str]:
             return set(file.keys())
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{path}: missing or damaged ({_first_line(error)}). Remove it and its .json and run "
+            f"{path}: missing or damaged ({first_line(error)}). Remove it and its .json and run "
             "the same `nabla encode` again."
         ) from error
 
@@ -171,8 +172,3 @@ def by_shard(entries: list[Entry]) -> Iterator[tuple[int, list[Entry]]]:
     """Entries of each shard, in order."""
     for shard in sorted({entry.shard for entry in entries}):
         yield shard, [entry for entry in entries if entry.shard == shard]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(" .:") if lines else type(error).__name__

@@ -1,0 +1,117 @@
+"""LoRA adapters: loaded into a pipeline from files, and told apart in records."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nabla_attn.errors import first_line
+from nabla_attn.sizes import denoisers
+
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+PARTS = ("transformer", "transformer_2")
+
+
+def lora_place(source: str) -> tuple[str, Path]:
+    """The transformer's name and the file that a source of `load_lora` stands for.
+
+    Raises:
+        ValueError: There is no such safetensors file.
+    """
+    name, equals, rest = source.partition("=")
+    part, text = (name, rest) if equals and name in PARTS else (PARTS[0], source)
+    path = Path(text)
+    file = path / LORA_WEIGHTS if path.is_dir() else path
+    if not file.is_file() or file.suffix != ".safetensors":
+        raise ValueError(
+            f"no LoRA weights at {text!r}. Pass a folder with {LORA_WEIGHTS}, such as `lora` of a "
+            f"training run, or a .safetensors file; {PARTS[1]}=FOLDER is for a second transformer."
+        )
+    return part, file
+
+
+def load_lora(pipeline: Any, source: str) -> None:
+    """Put LoRA weights into a transformer of a pipeline, beside those that are there.
+
+    Args:
+        pipeline: A pipeline of diffusers.
+        source: A folder with `pytorch_lora_weights.safetensors`, or a .safetensors file in a format
+            that the pipeline's `load_lora_weights` reads. `transformer_2=FOLDER` is for the second
+            transformer of Wan 2.2.
+
+    Raises:
+        ValueError: There is no such file, no such transformer, or the weights do not fit it.
+    """
+    part, file = lora_place(source)
+    model = getattr(pipeline, part, None)
+    if model is None or not hasattr(model, "load_lora_adapter"):
+        reason = "has no" if model is None else "takes no adapters in its"
+        raise ValueError(f"{type(pipeline).__name__} {reason} {part}. Leave out {file}.")
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "LoRA needs PEFT. Install it with: pip install 'nabla-attn[train]'."
+        ) from None
+    before = _adapters(model)
+    try:
+        _load(pipeline, model, part, file)
+    except Exception as error:
+        name = type(model).__name__
+        raise ValueError(f"{file} does not fit {name} ({first_line(error)}).") from error
+    if _adapters(model) == before:
+        raise ValueError(f"{file} has no LoRA weights for {type(model).__name__}.")
+    # Loading one more leaves those before aside.
+    model.set_adapters(_adapters(model))
+
+
+def lora_fingerprint(pipeline: Any) -> str | None:
+    """Hash of the adapters that a pipeline's transformers use, weights and scales; None without.
+
+    Those that were loaded with diffusers' own methods count as well.
+    """
+    used = [
+        (f"{name}.{key}", layer.scaling[adapter], value)
+        for model in denoisers(pipeline)
+        if _adapters(model)
+        for name, layer in _tuned(model)
+        for adapter in layer.active_adapters
+        for key, value in layer.state_dict().items()
+        if key.startswith("lora_") and f".{adapter}." in key
+    ]
+    if not used:
+        return None
+    total = hashlib.sha256()
+    for key, scale, value in used:
+        total.update(f"{key} {scale}\n".encode() + _bytes(value))
+    return total.hexdigest()
+
+
+def _load(pipeline: Any, model: Any, part: str, file: Path) -> None:
+    options = {"weight_name": file.name, "local_files_only": True}
+    if not hasattr(pipeline, "load_lora_weights"):
+        model.load_lora_adapter(file.parent, **options)
+    elif part == PARTS[0]:
+        pipeline.load_lora_weights(file.parent, **options)
+    else:
+        pipeline.load_lora_weights(file.parent, load_into_transformer_2=True, **options)
+
+
+def _adapters(model: Any) -> list[str]:
+    return list(getattr(model, "peft_config", {}))
+
+
+def _tuned(model: Any) -> list[tuple[str, Any]]:
+    from peft.tuners.lora import LoraLayer
+
+    return [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and not layer.disable_adapters
+    ]
+
+
+def _bytes(value: Tensor) -> bytes:
+    return value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
