@@ -69,10 +69,10 @@ def _use(config: "TrainConfig", result: Path) -> str:
     import diffusers
 
     from nabla_attn.generation.pipeline import model_directory
+    from nabla_attn.model_index import read_model_index
     from nabla_attn.training.families import find_family
-    from nabla_attn.training.model import read_index
 
-    index = read_index(model_directory(config.model))
+    index = read_model_index(model_directory(config.model))
     kind = getattr(diffusers, index["_class_name"])
     image = " --image FILE" if find_family(kind, index).takes_image else ""
     if not config.lora.rank:

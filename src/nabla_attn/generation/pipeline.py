@@ -1,6 +1,5 @@
 """Load a diffusers pipeline directory, checked part by part so that a bad file is named."""
 
-import importlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +10,11 @@ import torch
 from nabla_attn.errors import first_line
 from nabla_attn.files import fingerprint_files, read_json
 from nabla_attn.lora import load_lora, lora_fingerprint, lora_place
+from nabla_attn.model_index import find_class, named_parts, read_model_index
 from nabla_attn.sizes import denoisers
 
 BUILTIN = "builtin"
 BUILTIN_DIRECTORY = Path(__file__).parents[1] / "builtin"
-# Only these may be named in model_index.json: other libraries could run code of the directory.
-LIBRARIES = ("diffusers", "transformers")
 # These hand latents to their VAE in the transformer's dtype.
 ONE_DTYPE = ("CogVideoX", "ConsisID", "EasyAnimate", "Mochi")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,13 +48,12 @@ def load_pipeline(
     directory = model_directory(source)
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
-    index = _read_index(directory)
-    pipeline_class = _find_class("diffusers", index["_class_name"], directory)
+    index = read_model_index(directory)
+    pipeline_class = find_class("diffusers", index["_class_name"], directory)
     vae_kind = kind if index["_class_name"].startswith(ONE_DTYPE) else torch.float32
     parts = {
         name: _load_part(directory / name, entry, vae_kind if name == "vae" else kind)
-        for name, entry in _parts(index)
-        if entry[0] is not None
+        for name, entry in named_parts(index).items()
     }
     try:
         with warnings.catch_warnings():
@@ -166,41 +163,9 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def _read_index(directory: Path) -> dict[str, Any]:
-    path = directory / "model_index.json"
-    index = read_json(path)
-    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
-        raise ValueError(f"{path}: it does not name a diffusers pipeline class as _class_name.")
-    for name, entry in _parts(index):
-        if len(entry) != 2 or Path(name).name != name:
-            raise ValueError(f"{path}: the entry {name!r} is not [library, class].")
-        if entry[0] is not None and entry[0] not in LIBRARIES:
-            raise ValueError(
-                f"{path}: {name} comes from {entry[0]!r}, and only "
-                f"{' and '.join(LIBRARIES)} are loaded."
-            )
-    return index
-
-
-def _parts(index: dict[str, Any]) -> list[tuple[str, list[Any]]]:
-    """Names and [library, class] of what model_index.json lists."""
-    return [
-        (name, entry)
-        for name, entry in index.items()
-        if isinstance(entry, list) and not name.startswith("_")
-    ]
-
-
-def _find_class(library: str, name: Any, directory: Path) -> Any:
-    found = getattr(importlib.import_module(library), str(name), None)
-    if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
-        raise ValueError(f"{directory}: the installed {library} has no class {name!r} to load.")
-    return found
-
-
-def _load_part(folder: Path, entry: list[str], dtype: torch.dtype) -> Any:
+def _load_part(folder: Path, entry: tuple[str, str], dtype: torch.dtype) -> Any:
     library, class_name = entry
-    part_class = _find_class(library, class_name, folder)
+    part_class = find_class(library, class_name, folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is missing; model_index.json names it as {class_name}.")
     is_model = issubclass(part_class, torch.nn.Module)

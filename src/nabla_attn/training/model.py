@@ -1,6 +1,5 @@
 """The parts of a diffusers pipeline that training needs, and the pipeline that comes out."""
 
-import importlib
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ import torch
 from nabla_attn.errors import first_line
 from nabla_attn.files import read_json, write_text
 from nabla_attn.lora import LORA_WEIGHTS
+from nabla_attn.model_index import find_class, named_parts, read_model_index
 from nabla_attn.schedule import Schedule
 
 DEFAULTS = "defaults.json"
@@ -51,17 +51,17 @@ def load_parts(directory: Path, part: str = "transformer") -> Parts:
     Raises:
         ValueError: The directory is not a text-to-video pipeline, or lacks a part.
     """
-    index = read_index(directory)
+    index = read_trainable(directory)
+    parts = named_parts(index)
     for name in (part, "scheduler"):
-        if not _entry(index, name) or not (directory / name).is_dir():
-            known = ", ".join(key for key in index if _entry(index, key))
-            raise ValueError(f"{directory} has no {name}. It has: {known}.")
-    pipeline_class = _diffusers_class(index["_class_name"], directory)
+        if name not in parts or not (directory / name).is_dir():
+            raise ValueError(f"{directory} has no {name}. It has: {', '.join(parts)}.")
+    pipeline_class = find_class("diffusers", index["_class_name"], directory)
     try:
-        transformer = _diffusers_class(index[part][1], directory).from_pretrained(
+        transformer = find_class(*parts[part], directory).from_pretrained(
             directory / part, local_files_only=True, torch_dtype=torch.float32
         )
-        scheduler = _diffusers_class(index["scheduler"][1], directory).from_pretrained(
+        scheduler = find_class(*parts["scheduler"], directory).from_pretrained(
             directory / "scheduler", local_files_only=True
         )
     except Exception as error:
@@ -70,20 +70,16 @@ def load_parts(directory: Path, part: str = "transformer") -> Parts:
     return Parts(directory, part, transformer, scheduler, pipeline_class, index)
 
 
-def read_index(directory: Path) -> dict[str, Any]:
-    """`model_index.json` of a pipeline directory.
+def read_trainable(directory: Path) -> dict[str, Any]:
+    """`model_index.json` of a pipeline directory that training data can be encoded with.
 
     Raises:
-        ValueError: There is none, it is not JSON, or it names no VAE or text encoder.
+        ValueError: As of `read_model_index`, or there is no VAE or text encoder.
     """
-    path = directory / "model_index.json"
-    if not path.is_file():
-        raise ValueError(f"{directory} has no model_index.json: not a diffusers pipeline.")
-    index = read_json(path)
-    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
-        raise ValueError(f"{path}: it does not name a pipeline class as _class_name.")
+    index = read_model_index(directory)
+    parts = named_parts(index)
     for name in ("vae", "text_encoder"):
-        if not _entry(index, name) or not (directory / name).is_dir():
+        if name not in parts or not (directory / name).is_dir():
             raise ValueError(f"{directory} has no {name}, which training data is encoded with.")
     return index
 
@@ -172,18 +168,6 @@ def save_lora(
             weight_name=LORA_WEIGHTS,
         )
         _write_json(temporary / DEFAULTS, _trained_defaults(schedule, is_guided=is_guided))
-
-
-def _entry(index: dict[str, Any], name: str) -> bool:
-    entry = index.get(name)
-    return isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
-
-
-def _diffusers_class(name: Any, directory: Path) -> Any:
-    found = getattr(importlib.import_module("diffusers"), str(name), None)
-    if found is None or not hasattr(found, "from_pretrained"):
-        raise ValueError(f"{directory}: the installed diffusers has no class {name!r}.")
-    return found
 
 
 def _link(source: str, target: str) -> None:
