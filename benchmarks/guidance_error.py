@@ -1,7 +1,7 @@
 """What classifier-free guidance makes of sparse attention's errors, on the built-in model.
 
 Dense videos are sampled with guidance; every call of their transformer is repeated with sparse
-attention on the same latents.
+attention on the same latents, without the model's adapters and with them.
 
 python benchmarks/guidance_error.py; then `nabla bench --docs docs` makes the table.
 """
@@ -23,7 +23,8 @@ from nabla_attn.record import RunRecord, collect_versions, describe_device
 from nabla_attn.world.caption import describe
 from nabla_attn.world.scene import held_out_scenes
 
-ALGORITHMS = ("nabla-0.9", "nabla-0.7", "nabla-0.4", "nabla-0.2_sta-3-3-3")
+FRAMES = ("nabla-0.7_block-1-16-16", "nabla-0.4_block-1-16-16")
+ALGORITHMS = ("nabla-0.9", "nabla-0.7", "nabla-0.4", "nabla-0.2_sta-3-3-3", *FRAMES)
 Call = tuple[tuple[Any, ...], dict[str, Any], Tensor]
 
 
@@ -32,19 +33,20 @@ def main(prompts: int = 4, output: Path = Path("benchmarks/results/guidance_erro
     pipeline, defaults = load_pipeline("builtin"), ModelDefaults.load(BUILTIN_DIRECTORY)
     names = ("height", "width", "frames", "steps", "guidance")
     settings: dict[str, Any] = {name: getattr(defaults, name) for name in names}
-    found: dict[str, list[Tensor]] = {name: [] for name in ALGORITHMS}
+    adapted = load_pipeline("builtin", lora=["builtin"])
+    students = [(name, pipeline) for name in ALGORITHMS] + [(name, adapted) for name in FRAMES]
+    found: list[list[Tensor]] = [[] for _ in students]
     texts = [describe(scene) for scene in held_out_scenes(prompts)]
     for seed, text in enumerate(texts):
         request = GenerationRequest(text, seed=seed, **settings)
         calls = record_calls(pipeline, request)
-        for name, errors in found.items():
-            errors += measure(pipeline.transformer, calls, name, defaults.guidance)
+        for (name, student), errors in zip(students, found, strict=True):
+            errors += measure(student.transformer, calls, name, defaults.guidance)
         sys.stderr.write(f"{seed + 1}/{prompts} {text}\n")
-    rows = []
-    for name, errors in found.items():
-        prompted, free, guided = torch.stack(errors).mean(dim=0).tolist()
-        row = {"prompted": prompted, "free": free, "guided": guided, "ratio": guided / prompted}
-        rows.append({"algorithm": name} | {key: round(value, 4) for key, value in row.items()})
+    rows = [
+        {"algorithm": name, "adapters": student is adapted} | summarise(errors)
+        for (name, student), errors in zip(students, found, strict=True)
+    ]
     config = {"workload": "guidance", "prompts": texts, **settings} | model_identity(pipeline)
     config["tokens"] = list(video_tokens(pipeline, request))
     device = describe_device(pipeline.device)
@@ -68,9 +70,21 @@ def record_calls(pipeline: Any, request: GenerationRequest) -> list[Call]:
     return calls
 
 
+def summarise(steps: list[Tensor]) -> dict[str, float]:
+    """Means over what `measure` found of all steps, and what guidance multiplies errors by."""
+    prompted, free, guided, kept = torch.stack(steps).mean(dim=0).tolist()
+    numbers = {"prompted": prompted, "free": free, "guided": guided, "kept": kept}
+    numbers["ratio"] = guided / prompted
+    return {name: round(value, 4) for name, value in numbers.items()}
+
+
 @torch.no_grad()
 def measure(transformer: Any, calls: list[Call], algorithm: str, guidance: float) -> list[Tensor]:
-    """Relative errors of each step: with the prompt, without, and guided."""
+    """Of each step the relative errors with the prompt, without, and guided, and the kept effect.
+
+    That is how far sparse predictions with and without the prompt lie apart, along the direction of
+    the dense ones, as a share of theirs.
+    """
     with na.apply(transformer, algorithm):
         sparse = [transformer(*args, **kwargs)[0] for args, kwargs, _ in calls]
     dense = [output for _, _, output in calls]
@@ -78,8 +92,15 @@ def measure(transformer: Any, calls: list[Call], algorithm: str, guidance: float
     for place in range(0, len(calls), 2):
         prompted, free = ([x[place + turn].float() for x in (sparse, dense)] for turn in (0, 1))
         guided = [b + guidance * (a - b) for a, b in zip(prompted, free, strict=True)]
-        errors.append(torch.tensor([distance(*pair) for pair in (prompted, free, guided)]))
+        pairs = [distance(*pair) for pair in (prompted, free, guided)]
+        errors.append(torch.tensor([*pairs, kept_effect(prompted, free)]))
     return errors
+
+
+def kept_effect(prompted: list[Tensor], free: list[Tensor]) -> float:
+    """What sparse attention keeps of the prompt's effect; each list is sparse, dense."""
+    sparse, dense = (a - b for a, b in zip(prompted, free, strict=True))
+    return float((sparse * dense).sum() / dense.square().sum())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,11 @@
 
 Run it again after an interruption: prompts that a record already holds are not repeated.
 
-    python benchmarks/judge_builtin.py dense nabla-0.7 nabla-0.4 sta-3-3-3
+    python benchmarks/judge_builtin.py dense nabla-0.7 nabla-0.4 nabla-0.2_sta-3-3-3
+
+With adapters, and what these ask for besides (their guidance):
+
+    python benchmarks/judge_builtin.py nabla-0.7_block-1-16-16 --lora builtin
 
 A student of `distill_builtin.py` is judged in a folder of its own, so that no record of the shipped
 model is in the way; `judge_distilled_ALGORITHM.json` is such a record:
@@ -20,6 +24,7 @@ from nabla_attn.config import parse
 from nabla_attn.evaluation.judging import judge_prompts
 from nabla_attn.generation.pipeline import load_pipeline, model_directory
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults
+from nabla_attn.lora import lora_place
 from nabla_attn.schedule import Schedule
 
 
@@ -34,7 +39,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    defaults = ModelDefaults.load(model_directory(options.model))
+    adapters = [lora_place(each)[1].parent for each in options.lora]
+    defaults = ModelDefaults.load(model_directory(options.model), *adapters)
     pipeline = load_pipeline(options.model, lora=options.lora)
     for algorithm in options.algorithms:
         config = parse(algorithm)
@@ -50,7 +56,7 @@ def main() -> None:
             # more than this model takes in all.
             schedule=None if config.is_dense else Schedule(algorithm=config),
         )
-        path = options.output / f"judge_{algorithm}.json"
+        path = options.output / f"judge_{'lora_' * bool(options.lora)}{algorithm}.json"
         record = judge_prompts(pipeline, request, options.count, path=path, report=_show(algorithm))
         print(algorithm, record.numbers["summary"])  # noqa: T201
 

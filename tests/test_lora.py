@@ -7,11 +7,13 @@ from diffusers import WanPipeline
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import nabla_attn as na
 from nabla_attn.cli import app
-from nabla_attn.generation.pipeline import load_pipeline, model_identity
+from nabla_attn.generation.pipeline import BUILTIN_DIRECTORY, load_pipeline, model_identity
 from nabla_attn.generation.request import ModelDefaults
-from nabla_attn.lora import LORA_WEIGHTS, load_lora, lora_fingerprint
+from nabla_attn.lora import BUILTIN_LORA, LORA_WEIGHTS, load_lora, lora_fingerprint
 from nabla_attn.record import RunRecord
+from nabla_attn.training.data import WorldSet
 
 SIZE = ["--height=32", "--width=32", "--frames=5", "--steps=1", "--device=cpu", "--dtype=float32"]
 NAMES = ("to_q", "to_k", "to_v", "to_out.0")
@@ -93,7 +95,11 @@ def test_the_second_transformer_is_named(tiny_wan, tmp_path):
     pipeline.register_modules(transformer_2=type(pipeline.transformer).from_config(
         pipeline.transformer.config
     ))  # fmt: skip
+    load_lora(pipeline, source)
+    first = lora_fingerprint(pipeline)
+    pipeline.unload_lora_weights()
     load_lora(pipeline, f"transformer_2={source}")
+    assert lora_fingerprint(pipeline) not in (first, None)
     assert not hasattr(pipeline.transformer, "peft_config")
     assert pipeline.transformer_2.peft_config
 
@@ -150,3 +156,35 @@ def test_adapters_bring_their_algorithm_and_the_record_names_them(tiny_wan, tmp_
     assert with_lora.numbers["frames_sha256"] != without.numbers["frames_sha256"]
     result = CliRunner().invoke(app, [*command, "--lora", "nowhere", "--output", str(output)])
     assert result.exit_code != 0 and "no LoRA weights at 'nowhere'" in result.output
+
+
+def test_the_built_in_adapters_bring_sparse_attention_closer_to_dense():
+    plain, adapted = (
+        load_pipeline("builtin", device="cpu", dtype="float32", lora=lora)
+        for lora in ((), ("builtin",))
+    )
+    defaults = ModelDefaults.load(BUILTIN_DIRECTORY, BUILTIN_LORA)
+    assert defaults.sparse_algo == "nabla-0.4_block-1-16-16"
+    size = {name: getattr(defaults, name) for name in ("frames", "height", "width")}
+    clip = WorldSet(plain, clips=1, seed=99, **size)[0]
+    noise = torch.randn(clip["latents"].shape)
+    arguments = {
+        "hidden_states": (0.1 * clip["latents"] + 0.9 * noise)[None],
+        "timestep": torch.tensor([900.0]),
+        "encoder_hidden_states": clip["conditions"]["encoder_hidden_states"][None].float(),
+        "return_dict": False,
+    }
+    with torch.no_grad():
+        dense = plain.transformer(**arguments)[0]
+        errors = []
+        for pipeline in (plain, adapted):
+            with na.apply(pipeline.transformer, defaults.sparse_algo):
+                sparse = pipeline.transformer(**arguments)[0]
+            errors.append(((sparse - dense).norm() / dense.norm()).item())
+    assert errors[1] < errors[0]
+
+
+def test_the_built_in_model_and_its_adapters_stay_small():
+    folders = (BUILTIN_DIRECTORY, BUILTIN_LORA)
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 25e6

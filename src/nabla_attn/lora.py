@@ -12,6 +12,7 @@ from nabla_attn.sizes import denoisers
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 PARTS = ("transformer", "transformer_2")
+BUILTIN_LORA = Path(__file__).parent / "builtin_lora"
 
 
 def lora_place(source: str) -> tuple[str, Path]:
@@ -22,7 +23,7 @@ def lora_place(source: str) -> tuple[str, Path]:
     """
     name, equals, rest = source.partition("=")
     part, text = (name, rest) if equals and name in PARTS else (PARTS[0], source)
-    path = Path(text)
+    path = BUILTIN_LORA if text == "builtin" else Path(text)
     file = path / LORA_WEIGHTS if path.is_dir() else path
     if not file.is_file() or file.suffix != ".safetensors":
         raise ValueError(
@@ -38,8 +39,8 @@ def load_lora(pipeline: Any, source: str) -> None:
     Args:
         pipeline: A pipeline of diffusers.
         source: A folder with `pytorch_lora_weights.safetensors`, or a .safetensors file in a format
-            that the pipeline's `load_lora_weights` reads. `transformer_2=FOLDER` is for the second
-            transformer of Wan 2.2.
+            that the pipeline's `load_lora_weights` reads; "builtin" are the built-in model's.
+            `transformer_2=FOLDER` is for the second transformer of Wan 2.2.
 
     Raises:
         ValueError: There is no such file, no such transformer, or the weights do not fit it.
@@ -73,13 +74,13 @@ def lora_fingerprint(pipeline: Any) -> str | None:
     Those that were loaded with diffusers' own methods count as well.
     """
     used = [
-        (f"{name}.{key}", layer.scaling[adapter], value)
-        for model in denoisers(pipeline)
+        (f"{place}.{name}.{key}", layer.scaling[adapter], value)
+        for place, model in enumerate(denoisers(pipeline))
         if _adapters(model)
         for name, layer in _tuned(model)
         for adapter in layer.active_adapters
         for key, value in layer.state_dict().items()
-        if key.startswith("lora_") and f".{adapter}." in key
+        if adapter in key.split(".")
     ]
     if not used:
         return None
@@ -104,12 +105,12 @@ def _adapters(model: Any) -> list[str]:
 
 
 def _tuned(model: Any) -> list[tuple[str, Any]]:
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [
         (name, layer)
         for name, layer in model.named_modules()
-        if isinstance(layer, LoraLayer) and not layer.disable_adapters
+        if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters
     ]
 
 

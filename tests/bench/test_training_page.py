@@ -86,3 +86,18 @@ def test_steps_are_compared(tmp_path):
     assert "4,096 tokens" in page and "3 rounds; a device" in page
     assert "| dense | 1.000 | 4.00 (3.00 to 5.00) | 1.00x |" in page
     assert "| nabla-0.45 | 0.180 | 1.60 (1.50 to 1.70) | 2.50x |" in page
+
+
+def test_adapters_are_told_with_their_thresholds_and_errors(tmp_path):
+    config = {
+        "lora": {"rank": 4},
+        "sparsity": {"algorithm": "nabla-0.5", "thresholds": [0.25, 0.75]},
+        "data": {"validation": 3},
+    }
+    numbers = {"steps": 40, "clips": 9, "seconds": 120.0, "validation": [[0, 0.5], [40, 0.25]]}
+    record = RunRecord("train", config, 0, {}, "a device", numbers)
+    record.save(tmp_path / "builtin_lora.json")
+    page = build_page(tmp_path)
+    assert "LoRA of rank 4, 40 steps of distillation on 9 clips in 2 minutes" in page
+    assert "from 0.25 to 0.75" in page and "`nabla-0.5` on 3 held-out clips" in page
+    assert "| 40 | 0.2500 |" in page

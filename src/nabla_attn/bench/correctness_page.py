@@ -110,10 +110,7 @@ def _ulysses(record: RunRecord) -> str:
 
 
 def _judged(records: list[RunRecord]) -> str:
-    order = sorted(
-        records,
-        key=lambda record: (-record.config["guidance"], -record.numbers["summary"]["density"]),
-    )
+    order = sorted(records, key=lambda record: -record.numbers["summary"]["density"])
     rows = []
     for record in order:
         summary = record.numbers["summary"]
@@ -123,6 +120,7 @@ def _judged(records: list[RunRecord]) -> str:
         count = str(record.numbers["count"])
         is_student = record.config.get("model", "builtin") != "builtin"
         name = record.config["sparse_algo"] + ", distilled" * is_student
+        name += ", adapters" * ("lora" in record.config)
         rows.append([name, guidance, count, density, *right])
     config, versions = order[0].config, order[0].versions
     size = f"{config['width']}x{config['height']}, {config['frames']} frames"
@@ -134,7 +132,8 @@ def _judged(records: list[RunRecord]) -> str:
             f"{versions['torch']}, {order[0].device}. The judge reads each video back into facts "
             "without a learned model. Prompts are drawn from the held-out combinations, each with "
             "noise of its own. Window-only algorithms run sparse from the first step here. "
-            "Distilled students are those of [training_study.md](training_study.md).",
+            "Distilled students and the built-in model's adapters (`--lora builtin`) are those of "
+            "[training_study.md](training_study.md).",
             "",
             *table(["algorithm", "guidance", "prompts", "density", *JUDGED], rows),
         ]

@@ -44,7 +44,7 @@ ScheduleFile = Annotated[
 Lora = Annotated[
     list[str] | None,
     typer.Option(
-        help="LoRA weights to put in: a folder or .safetensors file; again for more. "
+        help="LoRA weights to put in: a folder, a .safetensors file, or 'builtin'; again for more. "
         "transformer_2=FOLDER is for the second transformer of Wan 2.2.",
         show_default=False,
     ),
