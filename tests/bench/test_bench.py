@@ -275,8 +275,9 @@ def test_the_cost_of_map_reuse_has_a_table(tmp_path):
 
 def test_what_guidance_makes_of_errors_has_a_table(tmp_path):
     row = {"algorithm": "nabla-0.7", "prompted": 0.1, "free": 0.12, "guided": 0.25, "ratio": 2.5}
+    row |= {"kept": 0.9, "adapters": True}
     config = {"workload": "guidance", "tokens": [16, 16, 16], "steps": 6}
     config |= {"guidance": 3.0, "prompts": ["a", "b"]}
     page = page_of("guidance_error", config, row, tmp_path)
-    assert "| `nabla-0.7` | 0.100 | 0.120 | 0.250 | 2.500 |" in page
+    assert "| `nabla-0.7`, adapters | 0.100 | 0.120 | 0.250 | 2.500 | 0.900 |" in page
     assert "every step of 6, guidance 3, of 2 dense videos" in page
