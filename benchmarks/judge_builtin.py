@@ -24,7 +24,6 @@ from nabla_attn.config import parse
 from nabla_attn.evaluation.judging import judge_prompts
 from nabla_attn.generation.pipeline import load_pipeline, model_directory
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults
-from nabla_attn.lora import lora_place
 from nabla_attn.schedule import Schedule
 
 
@@ -39,8 +38,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    adapters = [lora_place(each)[1].parent for each in options.lora]
-    defaults = ModelDefaults.load(model_directory(options.model), *adapters)
+    defaults = ModelDefaults.load(model_directory(options.model), options.lora)
     pipeline = load_pipeline(options.model, lora=options.lora)
     for algorithm in options.algorithms:
         config = parse(algorithm)

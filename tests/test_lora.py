@@ -143,7 +143,7 @@ def test_adapters_bring_their_algorithm_and_the_record_names_them(tiny_wan, tmp_
         )
     )
     source = write_lora(tmp_path / "lora", sparse_algo="nabla-0.4")
-    defaults = ModelDefaults.load(model, tmp_path / "lora")
+    defaults = ModelDefaults.load(model, [source])
     assert (defaults.fps, defaults.sparse_algo, defaults.schedule) == (9, "nabla-0.4", None)
     for name, extra in {"with": ["--lora", source], "without": []}.items():
         output = tmp_path / f"{name}.mp4"
@@ -163,7 +163,7 @@ def test_the_built_in_adapters_bring_sparse_attention_closer_to_dense():
         load_pipeline("builtin", device="cpu", dtype="float32", lora=lora)
         for lora in ((), ("builtin",))
     )
-    defaults = ModelDefaults.load(BUILTIN_DIRECTORY, BUILTIN_LORA)
+    defaults = ModelDefaults.load(BUILTIN_DIRECTORY, ["builtin"])
     assert defaults.sparse_algo == "nabla-0.4_block-1-16-16"
     size = {name: getattr(defaults, name) for name in ("frames", "height", "width")}
     clip = WorldSet(plain, clips=1, seed=99, **size)[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from nabla_attn.errors import first_line
 from nabla_attn.files import read_json
 
 FLOAT_DTYPES = (
@@ -117,10 +118,9 @@ def _open_pickle(path: Path) -> TensorFile:
         # Formats older than the zip one cannot be memory-mapped.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{path} is not a whole file of plain tensors ({reason[:200]}). Download it again; "
-            "files that need code to be read are refused."
+            f"{path} is not a whole file of plain tensors ({first_line(error)[:200]}). Download it "
+            "again; files that need code to be read are refused."
         ) from error
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{path} holds {type(state).__name__}, not a dict of tensors.")

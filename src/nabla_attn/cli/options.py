@@ -73,10 +73,8 @@ class VideoOptions:
         """The model directory's own defaults, after those of the adapters."""
         from nabla_attn.generation.pipeline import model_directory
         from nabla_attn.generation.request import ModelDefaults
-        from nabla_attn.lora import lora_place
 
-        adapters = [lora_place(each)[1].parent for each in self.lora or ()]
-        return ModelDefaults.load(model_directory(self.model), *adapters)
+        return ModelDefaults.load(model_directory(self.model), self.lora or ())
 
     @property
     def rate(self) -> float:

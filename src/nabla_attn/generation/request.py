@@ -4,13 +4,14 @@ import inspect
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nabla_attn.config import parse
 from nabla_attn.files import read_json
+from nabla_attn.lora import lora_place
 from nabla_attn.schedule import Schedule
 from nabla_attn.sizes import (
     denoisers,
@@ -109,20 +110,21 @@ class ModelDefaults:
     schedule: Schedule | None = None
 
     @classmethod
-    def load(cls, directory: Path, *adapters: Path) -> "ModelDefaults":
+    def load(cls, directory: Path, lora: Sequence[str] = ()) -> "ModelDefaults":
         """Read ``directory/defaults.json`` if there is one; a guider says its own guidance.
 
         Args:
             directory: the model.
-            adapters: folders of LoRA weights, whose own ``defaults.json`` comes before the model's.
+            lora: adapters, as of ``load_pipeline``; a ``defaults.json`` beside their weights comes
+                before the model's.
 
         Raises:
             ValueError: a file is not JSON, has an unknown name or a value of the wrong type, or a
-                schedule of another algorithm.
+                schedule of another algorithm; or there are no such adapters.
         """
         scale = guider_scale(_read_if_there(directory / "guider" / "guider_config.json"))
         defaults = cls() if scale is None else cls(guidance=scale)
-        for folder in (directory, *adapters):
+        for folder in (directory, *(lora_place(each)[1].parent for each in lora)):
             defaults = _updated(defaults, folder / "defaults.json")
         return defaults
 

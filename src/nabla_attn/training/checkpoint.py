@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nabla_attn.errors import first_line
 from nabla_attn.files import read_json
 
 _STATE = "state.json"
@@ -82,9 +83,8 @@ class Checkpoints:
         except Exception as error:
             last = self.latest()
             left = f"{last} is the last good one" if last else "there is none yet"
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise SaveFailed(
-                f"checkpoint of step {step} not written ({reason}); {left}."
+                f"checkpoint of step {step} not written ({first_line(error)}); {left}."
             ) from error
         self._prune()
 

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 NUM_TRAIN_TIMESTEPS = 1000
-_GOLDEN = (5**0.5 - 1) / 2
+GOLDEN = (5**0.5 - 1) / 2
+"""Multiples of it, without their whole part, cover 0 to 1 evenly however many there are."""
 
 
 def spread_times(step: int, batch: int, shift: float) -> Tensor:
@@ -18,7 +19,7 @@ def spread_times(step: int, batch: int, shift: float) -> Tensor:
         shift: More than 1 moves the levels to more noise, as the scheduler's `flow_shift` does.
     """
     index = torch.arange(step * batch + 1, (step + 1) * batch + 1, dtype=torch.float64)
-    even = (index * _GOLDEN) % 1
+    even = (index * GOLDEN) % 1
     return (shift * even / (1 + (shift - 1) * even)).float()
 
 

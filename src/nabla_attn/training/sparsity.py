@@ -12,8 +12,7 @@ from nabla_attn.config import DENSE, SparseConfig, parse
 from nabla_attn.models import apply
 from nabla_attn.schedule import Schedule
 from nabla_attn.training.config import SparsityConfig
-
-_GOLDEN = (5**0.5 - 1) / 2
+from nabla_attn.training.flow import GOLDEN
 
 
 class Sparsity:
@@ -100,8 +99,8 @@ class Sparsity:
         if self.config.thresholds is None:
             return self.schedule
         lowest, highest = self.config.thresholds
-        # The golden ratio spreads any number of steps evenly, and a resumed run repeats it.
-        threshold = lowest + (highest - lowest) * (step * _GOLDEN % 1)
+        # Follows from the step alone, so that a resumed run repeats it.
+        threshold = lowest + (highest - lowest) * (step * GOLDEN % 1)
         algorithm = replace(self.schedule.algorithm, threshold=threshold)
         return replace(self.schedule, algorithm=algorithm)
 
