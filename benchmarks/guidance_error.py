@@ -19,9 +19,9 @@ import nabla_attn as na
 from nabla_attn.generation.call import sample
 from nabla_attn.generation.pipeline import BUILTIN_DIRECTORY, load_pipeline, model_identity
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults, video_tokens
+from nabla_attn.moving_shapes.caption import describe
+from nabla_attn.moving_shapes.scene import held_out_scenes
 from nabla_attn.record import RunRecord, collect_versions, describe_device
-from nabla_attn.world.caption import describe
-from nabla_attn.world.scene import held_out_scenes
 
 FRAMES = ("nabla-0.7_block-1-16-16", "nabla-0.4_block-1-16-16")
 ALGORITHMS = ("nabla-0.9", "nabla-0.7", "nabla-0.4", "nabla-0.2_sta-3-3-3", *FRAMES)

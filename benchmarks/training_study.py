@@ -19,10 +19,10 @@ from nabla_attn.config import parse
 from nabla_attn.evaluation.judging import judge_prompts
 from nabla_attn.generation.pipeline import load_pipeline, model_directory
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults
+from nabla_attn.moving_shapes.recipe import builtin
+from nabla_attn.moving_shapes.train import build_pipeline, save_model
 from nabla_attn.record import RunRecord, collect_versions, describe_device
 from nabla_attn.schedule import Schedule
-from nabla_attn.training.builtin.recipe import builtin
-from nabla_attn.training.builtin.train import build_pipeline, save_model
 from nabla_attn.training.config import (
     CheckpointConfig,
     DataConfig,

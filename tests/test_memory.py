@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.parity.live_memory import measure_peak
+from tests.wan.live_memory import measure_peak
 
 import nabla_attn as na
 from nabla_attn import mapping

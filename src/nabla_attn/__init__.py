@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nabla_attn.attention import build_block_map, nabla_attention
-    from nabla_attn.checkpoints import load_wan_pipeline, load_wan_transformer
     from nabla_attn.config import SparseConfig, parse
     from nabla_attn.core.block_map import BlockMap
     from nabla_attn.core.grid import BlockShape, TokenGrid
     from nabla_attn.core.order import to_blocks, to_raster
     from nabla_attn.models import apply, register_model
     from nabla_attn.schedule import Schedule
+    from nabla_attn.wan import load_wan_pipeline, load_wan_transformer
 
 __version__ = "0.1.0"
 

@@ -5,8 +5,8 @@ import torch
 
 from nabla_attn.evaluation import judging
 from nabla_attn.generation.request import GenerationRequest
+from nabla_attn.moving_shapes import describe, held_out_scenes, render
 from nabla_attn.record import RunRecord
-from nabla_attn.world import describe, held_out_scenes, render
 
 REQUEST = GenerationRequest("", height=64, width=64, frames=9, sparse_algo="nabla-0.7")
 

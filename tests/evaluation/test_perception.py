@@ -16,7 +16,7 @@ from nabla_attn.evaluation.prompts import (
     take_prompts,
     world_prompts,
 )
-from nabla_attn.world import describe, held_out_scenes, render
+from nabla_attn.moving_shapes import describe, held_out_scenes, render
 
 
 def noise(*shape, seed=0):

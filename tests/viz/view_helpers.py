@@ -37,7 +37,7 @@ def make_maps(
 
 def make_frames(count=17, height=176, width=232):
     """A video of the moving-shapes world."""
-    from nabla_attn.world import render, sample_scene
+    from nabla_attn.moving_shapes import render, sample_scene
 
     return render(sample_scene(3, 3), count, height, width)
 

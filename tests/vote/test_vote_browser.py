@@ -18,9 +18,9 @@ from tests.browser import chromium, open_page, save_screenshot
 from tests.vote.study_helpers import running
 
 from nabla_attn.generation.video import write_video
+from nabla_attn.moving_shapes import describe, render, sample_scene
 from nabla_attn.record import RunRecord
 from nabla_attn.vote.make import make_study
-from nabla_attn.world import describe, render, sample_scene
 
 pytestmark = pytest.mark.slow
 

@@ -16,10 +16,10 @@ def convert(
     ] = "stored",
 ) -> None:
     """Write an original Wan checkpoint as a diffusers directory: streamed, resumable, verified."""
-    from nabla_attn.checkpoints.convert import convert_wan
     from nabla_attn.cli.options import quiet_libraries
     from nabla_attn.cli.wan_options import loading_bar
     from nabla_attn.generation.pipeline import DTYPES
+    from nabla_attn.wan.convert import convert_wan
 
     if dtype != "stored" and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}. Known: stored, {', '.join(DTYPES)}.")

@@ -61,10 +61,10 @@ def encode(
     """
     from nabla_attn.files import check_writable
     from nabla_attn.generation.pipeline import model_directory, resolve_device
-    from nabla_attn.generation.wan_parallel import local_device
     from nabla_attn.training.data.encode import EncodeRequest
     from nabla_attn.training.data.encode import encode as encode_all
     from nabla_attn.training.data.sizes import Size
+    from nabla_attn.wan.placement import local_device
 
     model_directory(model)
     wanted = _read_sizes(sizes or [], height, width, frames)
@@ -107,7 +107,7 @@ def _find_source(paths: list[str]) -> "Source":
 
 
 def _world(clips: int, sizes: "tuple[Size, ...]", seed: int, shapes: str) -> "Source":
-    from nabla_attn.training.data.world import WorldSource
+    from nabla_attn.moving_shapes.dataset import WorldSource
 
     return WorldSource(clips, sizes, seed, opt.read_indices(shapes) or ())
 

@@ -102,7 +102,7 @@ def _make_one(
     from nabla_attn.files import check_writable
     from nabla_attn.generation.generate import generate as make_video
     from nabla_attn.generation.video import write_video
-    from nabla_attn.generation.wan_parallel import rank
+    from nabla_attn.wan.placement import rank
 
     if output.suffix.lower() != ".mp4":
         raise ValueError(f"the output must be an .mp4 file, got {output}.")
@@ -138,7 +138,7 @@ def _make_one(
 
 
 def _read_first(path: Path, request: "GenerationRequest") -> "Image":
-    from nabla_attn.generation.wan_inputs import read_image
+    from nabla_attn.wan.inputs import read_image
 
     image = read_image(path)
     if image.size != (request.width, request.height):
@@ -155,18 +155,18 @@ def _shared_pipeline(
     request: "GenerationRequest", options: opt.VideoOptions, *, has_maps: bool
 ) -> Iterator[Any]:
     """The pipeline; under torchrun, one whose transformers share each video between processes."""
-    from nabla_attn.generation import wan_parallel
     from nabla_attn.generation.pipeline import resolve_device
-    from nabla_attn.generation.wan import WanPlacement
+    from nabla_attn.wan import placement as wan_placement
+    from nabla_attn.wan.command import WanPlacement
 
-    processes = wan_parallel.world_size()
+    processes = wan_placement.world_size()
     if processes == 1:
         yield options.load()
         return
     import torch
     import torch.distributed as dist
 
-    place = wan_parallel.local_device(resolve_device(options.device))
+    place = wan_placement.local_device(resolve_device(options.device))
     gpus, here = torch.accelerator.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if gpus < here or (place.type == "cpu" and torch.cuda.is_available()):
         raise ValueError(
@@ -177,10 +177,10 @@ def _shared_pipeline(
     if has_maps:
         raise ValueError("maps are recorded in one process, which has all heads. Drop torchrun.")
     placement = WanPlacement(ulysses_size=processes)
-    wan_parallel.check(placement, is_sparse=not request.is_dense)
+    wan_placement.check(placement, is_sparse=not request.is_dense)
     pipeline = options.load(str(place))
     try:
-        wan_parallel.distribute(pipeline, placement, place)
+        wan_placement.distribute(pipeline, placement, place)
         yield pipeline
     finally:
         if dist.is_initialized():

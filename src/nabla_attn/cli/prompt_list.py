@@ -33,7 +33,7 @@ def make_list(
     """
     from nabla_attn.generation import prompt_list
     from nabla_attn.generation.pipeline import model_directory
-    from nabla_attn.generation.wan_parallel import world_size
+    from nabla_attn.wan.placement import world_size
 
     requests = prompt_list.read_requests(prompts, request)
     directory = model_directory(options.model)
@@ -65,7 +65,7 @@ def make_list(
 def first_bars() -> Iterator[Any]:
     """Progress bars of the first process; the others' would overwrite them."""
     from nabla_attn.cli.progress import generation_bars
-    from nabla_attn.generation.wan_parallel import rank
+    from nabla_attn.wan.placement import rank
 
     if rank() != 0:
         yield lambda label: None
@@ -81,7 +81,7 @@ def _maker(requests: "list[GenerationRequest]", options: opt.VideoOptions) -> "M
     from nabla_attn.generation.generate import generate as make_video
     from nabla_attn.generation.pipeline import resolve_device
     from nabla_attn.generation.request import check_request
-    from nabla_attn.generation.wan_parallel import local_device
+    from nabla_attn.wan.placement import local_device
 
     place = local_device(resolve_device(options.device))
     if place.type == "cuda":
@@ -100,7 +100,7 @@ def _maker(requests: "list[GenerationRequest]", options: opt.VideoOptions) -> "M
 
 
 def _rank_label() -> str:
-    from nabla_attn.generation.wan_parallel import rank, world_size
+    from nabla_attn.wan.placement import rank, world_size
 
     return f"[{rank()}] " if world_size() > 1 else ""
 

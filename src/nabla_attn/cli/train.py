@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from nabla_attn.training.builtin.loop import Progress
+    from nabla_attn.moving_shapes.loop import Progress
 
 
 def train(
@@ -65,8 +65,8 @@ def train(
 def _train_builtin(folder: Path, threads: int) -> None:
     import torch
 
-    from nabla_attn.training.builtin.recipe import builtin
-    from nabla_attn.training.builtin.train import train_builtin
+    from nabla_attn.moving_shapes.recipe import builtin
+    from nabla_attn.moving_shapes.train import train_builtin
 
     # Products in bfloat16 where the processor has them: twice as fast, and enough for training.
     torch.set_float32_matmul_precision("medium")

@@ -11,8 +11,8 @@ from nabla_attn.cli import wan_options as opt
 from nabla_attn.cli.options import quiet_libraries
 
 if TYPE_CHECKING:
-    from nabla_attn.generation.wan import WanPlacement
-    from nabla_attn.generation.wan_request import WanRequest
+    from nabla_attn.wan.command import WanPlacement
+    from nabla_attn.wan.request import WanRequest
 
 
 def wan(
@@ -52,8 +52,8 @@ def wan(
     dtype: opt.Dtype = "auto",
 ) -> None:
     """Generate from a Wan checkpoint with the flags and defaults of the reference's generate.py."""
-    from nabla_attn.generation.wan import WanPlacement
-    from nabla_attn.generation.wan_request import WanRequest
+    from nabla_attn.wan.command import WanPlacement
+    from nabla_attn.wan.request import WanRequest
 
     files = {
         "image": image,
@@ -103,9 +103,9 @@ def wan(
 def _run(request: "WanRequest", placement: "WanPlacement", output: Path) -> None:
     from nabla_attn.cli.progress import generation_bars
     from nabla_attn.files import check_writable
-    from nabla_attn.generation.wan import chosen_sparsity, generate_wan
-    from nabla_attn.generation.wan_parallel import rank
-    from nabla_attn.generation.wan_tasks import find_task
+    from nabla_attn.wan.command import chosen_sparsity, generate_wan
+    from nabla_attn.wan.placement import rank
+    from nabla_attn.wan.tasks import find_task
 
     _check_suffix(request, output)
     check_writable(output)
@@ -143,7 +143,7 @@ def _check_suffix(request: "WanRequest", output: Path) -> None:
 def _check_space(request: "WanRequest", output: Path) -> None:
     import shutil
 
-    from nabla_attn.generation.wan_tasks import parse_size
+    from nabla_attn.wan.tasks import parse_size
 
     width, height = parse_size(request.size)
     # Half a byte a pixel is far above what the encoder writes.

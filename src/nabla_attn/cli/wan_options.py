@@ -11,7 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from nabla_attn.generation.clock import Progress
-    from nabla_attn.generation.wan_request import WanRequest
+    from nabla_attn.wan.request import WanRequest
 
 THEIRS, OURS = "The reference's flags", "Flags of nabla-attn"
 BY_TASK = "by task"
@@ -118,7 +118,7 @@ def extend(
 ) -> "WanRequest":
     """The request with its prompt rewritten by a local model."""
     from nabla_attn.generation.pipeline import resolve_device
-    from nabla_attn.generation.wan_prompt import check_method, extend_prompt
+    from nabla_attn.wan.prompt_extension import check_method, extend_prompt
 
     directory = check_method(method, language, model)
     prompt = extend_prompt(

@@ -9,10 +9,10 @@ from typing import Any
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import model_identity
 from nabla_attn.generation.request import GenerationRequest
+from nabla_attn.moving_shapes.caption import describe
+from nabla_attn.moving_shapes.judge import score
+from nabla_attn.moving_shapes.scene import held_out_scenes
 from nabla_attn.record import RunRecord, check_settings, collect_versions, describe_device
-from nabla_attn.world.caption import describe
-from nabla_attn.world.judge import score
-from nabla_attn.world.scene import held_out_scenes
 
 
 def summarise(prompts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from nabla_attn.generation.prompt_list import read_lines
-from nabla_attn.world import describe, held_out_scenes, parse_caption
-from nabla_attn.world.scene import Scene, Shape
+from nabla_attn.moving_shapes import describe, held_out_scenes, parse_caption
+from nabla_attn.moving_shapes.scene import Scene, Shape
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def judge_prompt(frames: np.ndarray, prompt: str) -> dict[str, bool] | None:
         frames: uint8 [frames, height, width, 3].
         prompt: the text.
     """
-    from nabla_attn.world import score
+    from nabla_attn.moving_shapes import score
 
     try:
         words = parse_caption(prompt)

@@ -14,9 +14,9 @@ from nabla_attn.files import whole_file
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.request import GenerationRequest
 from nabla_attn.models.handle import remove
-from nabla_attn.world.caption import describe
-from nabla_attn.world.judge import score
-from nabla_attn.world.scene import held_out_scenes
+from nabla_attn.moving_shapes.caption import describe
+from nabla_attn.moving_shapes.judge import score
+from nabla_attn.moving_shapes.scene import held_out_scenes
 
 Rows = list[tuple[str, np.ndarray]]
 

@@ -14,7 +14,7 @@ from nabla_attn.model_index import find_class, named_parts, read_model_index
 from nabla_attn.sizes import denoisers
 
 BUILTIN = "builtin"
-BUILTIN_DIRECTORY = Path(__file__).parents[1] / "builtin"
+BUILTIN_DIRECTORY = Path(__file__).parents[1] / "moving_shapes" / "model"
 # These hand latents to their VAE in the transformer's dtype.
 ONE_DTYPE = ("CogVideoX", "ConsisID", "EasyAnimate", "Mochi")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

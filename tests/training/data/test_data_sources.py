@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from nabla_attn.generation.video import write_video
+from nabla_attn.moving_shapes.dataset import WorldSource
 from nabla_attn.training.data.clip import Clip, Skipped
 from nabla_attn.training.data.decode import read_clip
 from nabla_attn.training.data.folder import FolderSource
 from nabla_attn.training.data.shards import ShardSource
 from nabla_attn.training.data.sizes import Size, choose_size, fit, parse_size
-from nabla_attn.training.data.world import WorldSource
 
 
 def video(frames=5, height=16, width=32, step=40):

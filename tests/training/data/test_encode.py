@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 from nabla_attn.cli import app
 from nabla_attn.generation.pipeline import load_pipeline
 from nabla_attn.generation.video import write_video
+from nabla_attn.moving_shapes.dataset import WorldSource
 from nabla_attn.training.data import EncodedSet, WorldSet, collate, store
 from nabla_attn.training.data.encode import encode
 from nabla_attn.training.data.encode_shard import EncodeRequest
 from nabla_attn.training.data.folder import FolderSource
 from nabla_attn.training.data.sizes import Size, parse_size
-from nabla_attn.training.data.world import WorldSource
 from nabla_attn.training.encoders import encode_caption, encode_first_frame, encode_video
 
 WORKER = Path(__file__).with_name("encode_worker.py")

@@ -1,0 +1,199 @@
+"""The training loop: any module, any loss, resumable, stopped safely by Ctrl-C.
+
+Every step draws its batch and its noise from a seed made of (recipe seed, stage, step), so there is
+no random state to save and a resumed run takes exactly the steps of an uninterrupted one.
+"""
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nabla_attn.files import whole_file
+from nabla_attn.moving_shapes.muon import MuonWithAdamW
+from nabla_attn.moving_shapes.recipe import OptimConfig
+from nabla_attn.training.signals import stop_signals
+
+
+@dataclass(frozen=True)
+class Step:
+    """The position of one step and everything random about it."""
+
+    number: int
+    total: int
+    rng: random.Random
+    generator: torch.Generator
+
+    @property
+    def progress(self) -> float:
+        """Share of the stage that is done, 0 at the first step."""
+        return self.number / self.total
+
+
+def step_at(seed: int, stage: str, number: int, total: int) -> Step:
+    """Build the step `number` of a stage from the recipe's seed."""
+    rng = random.Random(f"{seed} {stage} {number}")
+    return Step(number, total, rng, torch.Generator().manual_seed(rng.getrandbits(63)))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the loop reports after a step."""
+
+    stage: str
+    step: int
+    steps: int
+    loss: float
+    seconds: float
+
+
+@dataclass
+class Stage:
+    """One run of the loop.
+
+    Attributes:
+        name: Names the stage's checkpoint and log lines, and seeds its steps.
+        folder: Where the checkpoint and `log.jsonl` are kept.
+        module: The network; trained in place, holding the averaged weights at the end.
+        loss_at: Step -> scalar loss.
+        is_hidden: Which parameters Muon takes.
+        optim: Optimiser settings.
+        steps: Number of steps.
+        seed: The recipe's seed.
+        save_every: Steps between checkpoints.
+        report: Called after every step.
+    """
+
+    name: str
+    folder: Path
+    module: nn.Module
+    loss_at: Callable[[Step], Tensor]
+    is_hidden: Callable[[str, nn.Parameter], bool]
+    optim: OptimConfig
+    steps: int
+    seed: int
+    save_every: int = 200
+    report: Callable[[Progress], None] = field(default=lambda progress: None)
+
+
+def rate_scale(config: OptimConfig, step: int, steps: int) -> float:
+    """Learning rate of a step as a share of the full one: warm-up, flat, linear decay."""
+    warm = min(1.0, (step + 1) / max(config.warmup, 1))
+    done = step / max(steps, 1)
+    if done <= config.flat:
+        return warm
+    return warm * (1 - (1 - config.final) * (done - config.flat) / (1 - config.flat))
+
+
+class _Run:
+    """A stage's moving parts: optimiser, average, position."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.optimizer = MuonWithAdamW(stage.module, stage.is_hidden, stage.optim)
+        self.average = {k: v.clone() for k, v in stage.module.state_dict().items()}
+        self.step = 0
+        self.seconds = 0.0
+        self.checkpoint = stage.folder / f"{stage.name}.checkpoint"
+
+    def load(self) -> None:
+        state = torch.load(self.checkpoint, weights_only=True)
+        self.stage.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average, self.step = state["average"], state["step"]
+        self.seconds = state["seconds"]
+
+    def save(self) -> None:
+        state = {
+            "module": self.stage.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        with whole_file(self.checkpoint) as temporary:
+            torch.save(state, temporary)
+
+    def advance(self) -> float:
+        """Take one step and return its loss."""
+        stage = self.stage
+        loss = stage.loss_at(step_at(stage.seed, stage.name, self.step, stage.steps))
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.optimizer.parameters, stage.optim.clip)
+        self.optimizer.step(rate_scale(stage.optim, self.step, stage.steps))
+        self.step += 1
+        # Early averages would be mostly the start; let the horizon grow with the steps taken.
+        decay = min(stage.optim.average, self.step / (self.step + 10))
+        with torch.no_grad():
+            for name, value in stage.module.state_dict().items():
+                self.average[name].lerp_(value, 1 - decay)
+        return float(loss.detach())
+
+
+def run_stage(stage: Stage) -> dict[str, Any]:
+    """Train a stage from its checkpoint, or from the start, to its end.
+
+    Args:
+        stage: What to train. Its module holds the averaged weights afterwards.
+
+    Returns:
+        A record: name, steps, seconds, and the mean loss of every twentieth of the stage.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the checkpoint is saved first.
+        FloatingPointError: The loss is not finite.
+    """
+    run = _Run(stage)
+    if run.checkpoint.exists():
+        run.load()
+    log = stage.folder / "log.jsonl"
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    stage.module.train()
+    with stop_signals() as stop:
+        while run.step < stage.steps:
+            started = time.perf_counter()
+            loss = run.advance()
+            run.seconds += time.perf_counter() - started
+            if loss != loss or loss in (float("inf"), float("-inf")):
+                raise FloatingPointError(f"{stage.name}: loss is {loss} at step {run.step}")
+            progress = Progress(stage.name, run.step, stage.steps, loss, run.seconds)
+            stage.report(progress)
+            with log.open("a") as file:
+                file.write(json.dumps(vars(progress)) + "\n")
+            if stop.is_set() or run.step % stage.save_every == 0 or run.step == stage.steps:
+                run.save()
+            if stop.is_set():
+                raise KeyboardInterrupt
+    stage.module.load_state_dict(deepcopy(run.average))
+    stage.module.eval()
+    return {
+        "stage": stage.name,
+        "steps": stage.steps,
+        "seconds": round(run.seconds, 1),
+        "losses": _loss_curve(log, stage.name),
+    }
+
+
+def _loss_curve(log: Path, stage: str, points: int = 20) -> list[float]:
+    """Mean loss of equal parts of a stage, from its log; a repeated step counts once."""
+    lines = _read_lines(log)
+    losses = {line["step"]: line["loss"] for line in lines if line["stage"] == stage}
+    ordered = [losses[step] for step in sorted(losses)]
+    size = max(1, -(-len(ordered) // points))
+    parts = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    return [round(sum(part) / len(part), 5) for part in parts]
+
+
+def _read_lines(log: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a log; a kill or a full disk may have cut others."""
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(json.JSONDecodeError):
+            yield json.loads(line)

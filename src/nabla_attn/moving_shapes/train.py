@@ -1,0 +1,246 @@
+"""The stages of the built-in model, each skipped when its result is already in the run folder."""
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+
+from nabla_attn import apply
+from nabla_attn.files import write_text
+from nabla_attn.moving_shapes.latents import LatentSet, encode_scenes
+from nabla_attn.moving_shapes.loop import Progress, Stage, Step, run_stage
+from nabla_attn.moving_shapes.recipe import BuiltinConfig, TransformerPhase
+from nabla_attn.moving_shapes.render import render
+from nabla_attn.moving_shapes.scene import sample_scene
+from nabla_attn.moving_shapes.text import CaptionEncoder, build_text_encoder, build_tokenizer
+from nabla_attn.moving_shapes.transformer import (
+    PadWeight,
+    build_transformer,
+    flow_loss,
+    is_hidden_matrix,
+    is_image_step,
+)
+from nabla_attn.moving_shapes.vae import (
+    build_vae,
+    encode_mean,
+    is_hidden_convolution,
+    to_model_range,
+    vae_loss,
+)
+from nabla_attn.record import RunRecord, collect_versions, describe_device
+
+Report = Callable[[Progress], None]
+
+
+def save_model(model: Any, folder: Path, *, texts: dict[str, str] | None = None) -> None:
+    """`model.save_pretrained(folder)` that leaves either nothing or the whole folder.
+
+    Args:
+        model: What to save.
+        folder: Must not be there yet.
+        texts: Further files of the folder, by name.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    for name, text in (texts or {}).items():
+        write_text(temporary / name, text)
+    temporary.replace(folder)
+
+
+@torch.no_grad()
+def _measure_latents(vae: Any, size: int, frames: int) -> None:
+    """Write the mean and deviation of every latent channel to the VAE's config."""
+    scenes = [sample_scene(index) for index in range(48)]
+    videos = torch.stack([to_model_range(render(s, frames, size, size)) for s in scenes])
+    latents = encode_mean(vae, videos).transpose(0, 1).flatten(1)
+    vae.register_to_config(
+        latents_mean=[round(x, 4) for x in latents.mean(1).tolist()],
+        latents_std=[round(x, 4) for x in latents.std(1).tolist()],
+    )
+
+
+def train_vae(config: BuiltinConfig, folder: Path, report: Report) -> dict[str, Any]:
+    """Train the VAE to `folder`/vae and return the stage's record."""
+    vae = build_vae(config.seed)
+    record = run_stage(
+        Stage(
+            name="vae",
+            folder=folder,
+            module=vae,
+            loss_at=lambda step: vae_loss(vae, config.vae, step),
+            is_hidden=is_hidden_convolution,
+            optim=config.vae.optim,
+            steps=config.vae.steps,
+            seed=config.seed,
+            report=report,
+        )
+    )
+    _measure_latents(vae, size=64, frames=max(phase.frames for phase in config.vae.phases))
+    save_model(vae, folder / "vae")
+    return record
+
+
+def _sparse_step(model: WanTransformer3DModel, phase: TransformerPhase, step: Step) -> Any:
+    """Attention of one step: NABLA with a random threshold, or dense; images are always dense."""
+    if phase.thresholds is None or is_image_step(phase, step.number):
+        return nullcontext()
+    if step.rng.random() < phase.dense_share:
+        return nullcontext()
+    threshold = round(step.rng.uniform(*phase.thresholds), 3)
+    return apply(model, f"nabla-{threshold}")
+
+
+def train_phase(
+    config: BuiltinConfig, phase: TransformerPhase, start: Path | None, folder: Path, report: Report
+) -> dict[str, Any]:
+    """Train one phase of the transformer to `folder`/<phase> and return the stage's record.
+
+    Args:
+        config: The recipe.
+        phase: Which phase.
+        start: The phase before, or None to start untrained.
+        folder: The run folder.
+        report: Called after every step.
+    """
+    text = CaptionEncoder(
+        build_tokenizer(), build_text_encoder(config.seed), num_tokens=config.text_tokens
+    )
+    vae = AutoencoderKLWan.from_pretrained(folder / "vae")
+
+    def encode(clips: int, frames: int) -> LatentSet:
+        name = f"encode-{frames}x{phase.size}"
+        return encode_scenes(
+            vae,
+            folder,
+            clips=clips,
+            frames=frames,
+            size=phase.size,
+            seed=config.seed,
+            report=lambda done, total: report(Progress(name, done, total, 0.0, 0.0)),
+        )
+
+    clips = encode(phase.clips, phase.frames)
+    images = encode(phase.images, 1) if phase.images else None
+    model = (
+        WanTransformer3DModel.from_pretrained(start) if start else build_transformer(config.seed)
+    )
+    padding = PadWeight(config.text_tokens)
+
+    def loss_at(step: Step) -> torch.Tensor:
+        low, high = phase.padding
+        padding.set(low + (high - low) * step.progress)
+        with padding.applied(model), _sparse_step(model, phase, step):
+            return flow_loss(model, clips, text, phase, step, images=images)
+
+    record = run_stage(
+        Stage(
+            name=phase.name,
+            folder=folder,
+            module=model,
+            loss_at=loss_at,
+            is_hidden=is_hidden_matrix,
+            optim=phase.optim,
+            steps=phase.steps,
+            seed=config.seed,
+            save_every=100,
+            report=report,
+        )
+    )
+    save_model(model, folder / phase.name)
+    return record
+
+
+def _load(model_class: Any, folder: Path) -> Any:
+    """Load a part without its origin, which would be saved with the pipeline."""
+    part = model_class.from_pretrained(folder)
+    part.register_to_config(_name_or_path="")
+    return part
+
+
+def build_pipeline(config: BuiltinConfig, folder: Path, transformer: Path) -> WanPipeline:
+    """Put the trained parts together as a standard `WanPipeline`."""
+    return WanPipeline(
+        tokenizer=build_tokenizer(),
+        text_encoder=build_text_encoder(config.seed),
+        vae=_load(AutoencoderKLWan, folder / "vae"),
+        transformer=_load(WanTransformer3DModel, transformer),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=config.flow_shift,
+        ),
+    )
+
+
+class _Log:
+    """`training.json` of a run folder: the recipe and a record of every finished stage."""
+
+    def __init__(self, config: BuiltinConfig, folder: Path) -> None:
+        self._path = folder / "training.json"
+        self._config = json.loads(json.dumps(asdict(config)))
+        self._seed = config.seed
+        self._stages: list[dict[str, Any]] = []
+        if self._path.exists():
+            record = RunRecord.load(self._path)
+            if record.config != self._config:
+                raise ValueError(
+                    f"{folder} was begun with another recipe. Choose a new --output folder."
+                )
+            self._stages = record.numbers["stages"]
+        self._save()
+
+    def add(self, stage: dict[str, Any]) -> None:
+        """Keep the record of a finished stage."""
+        self._stages = [kept for kept in self._stages if kept["stage"] != stage["stage"]]
+        self._stages.append(stage)
+        self._save()
+
+    def _save(self) -> None:
+        RunRecord(
+            kind="train",
+            config=self._config,
+            seed=self._seed,
+            versions=collect_versions(),
+            device=describe_device(),
+            numbers={"stages": self._stages},
+        ).save(self._path)
+
+
+def train_builtin(
+    config: BuiltinConfig, folder: Path, report: Report = lambda progress: None
+) -> Path:
+    """Run every stage that is not done yet and save the pipeline.
+
+    Args:
+        config: The recipe.
+        folder: The run folder: checkpoints, encoded clips, logs, `training.json`, `pipeline`.
+        report: Called after every step.
+
+    Returns:
+        The pipeline's directory.
+
+    Raises:
+        ValueError: The folder was begun with another recipe.
+        KeyboardInterrupt: Ctrl-C; the same call goes on from there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    log = _Log(config, folder)
+    if not (folder / "vae").exists():
+        log.add(train_vae(config, folder, report))
+    start = None
+    for phase in config.phases:
+        if not (folder / phase.name).exists():
+            log.add(train_phase(config, phase, start, folder, report))
+        start = folder / phase.name
+    if not (folder / "pipeline").exists():
+        assert start is not None, "a recipe has at least one phase"
+        texts = {"defaults.json": json.dumps(asdict(config.defaults), indent=2) + "\n"}
+        save_model(build_pipeline(config, folder, start), folder / "pipeline", texts=texts)
+    return folder / "pipeline"

@@ -1,0 +1,141 @@
+"""The transformer of the built-in model: a small `WanTransformer3DModel` and its loss."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+from nabla_attn.moving_shapes.caption import describe
+from nabla_attn.moving_shapes.latents import LatentSet
+from nabla_attn.moving_shapes.loop import Step
+from nabla_attn.moving_shapes.recipe import TransformerPhase
+from nabla_attn.moving_shapes.text import PIPELINE_TOKENS, CaptionEncoder
+from nabla_attn.training.flow import (
+    NUM_TRAIN_TIMESTEPS,
+    add_noise,
+    flow_target,
+    spread_times,
+)
+
+
+def build_transformer(seed: int) -> WanTransformer3DModel:
+    """Make an untrained transformer: 6 layers of 3 heads of 64, one latent pixel a token."""
+    torch.manual_seed(seed)
+    model = WanTransformer3DModel(
+        patch_size=(1, 1, 1),
+        num_attention_heads=3,
+        attention_head_dim=64,
+        in_channels=16,
+        out_channels=16,
+        text_dim=64,
+        freq_dim=128,
+        ffn_dim=768,
+        num_layers=6,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+    )
+    nn.init.zeros_(model.proj_out.weight)
+    for name, parameter in model.named_parameters():
+        # Padding is all zeros: without biases it starts as keys and values of zero.
+        if name.endswith("bias") and ("attn2.to_" in name or "text_embedder" in name):
+            nn.init.zeros_(parameter)
+    return model
+
+
+class PadWeight:
+    """Lets one padding token stand for the hundreds that `WanPipeline` appends to a prompt.
+
+    n equal keys are one key with log n added to its score. The weight grows slowly from 1 during
+    training: at full weight from the start, the padding would drown the words.
+
+    Args:
+        num_tokens: Length of the captions in training, padding included.
+    """
+
+    def __init__(self, num_tokens: int) -> None:
+        self._bias = torch.zeros(1, 1, 1, num_tokens)
+        self._full = PIPELINE_TOKENS - num_tokens + 1
+
+    def set(self, share: float) -> None:
+        """Let the last token count for full ** share tokens."""
+        self._bias[..., -1] = share * math.log(self._full)
+
+    def _add_bias(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden_states, text, _, *rest = args
+        return (hidden_states, text, self._bias, *rest)
+
+    @contextmanager
+    def applied(self, model: WanTransformer3DModel) -> Iterator[None]:
+        """Weigh the padding in every cross-attention of a model."""
+        hooks = [block.attn2.register_forward_pre_hook(self._add_bias) for block in model.blocks]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def is_image_step(phase: TransformerPhase, number: int) -> bool:
+    """Whether a step sees images; they are spread evenly over the phase."""
+    return int((number + 1) * phase.image_share) > int(number * phase.image_share)
+
+
+def _draw(
+    clips: LatentSet, images: LatentSet, phase: TransformerPhase, step: Step, drop: float
+) -> tuple[Tensor, list[str], float]:
+    """A batch of latents and captions, some empty for guidance, and the shift of their noise."""
+    is_image = is_image_step(phase, step.number)
+    data, batch, shift = clips, phase.batch, phase.shift
+    if is_image:
+        data, batch = images, phase.batch * clips.latents.shape[2]
+        shift = phase.shift if phase.image_shift is None else phase.image_shift
+    indices = [step.rng.randrange(len(data.scenes)) for _ in range(batch)]
+    latents = data.latents[indices].float()
+    captions = [
+        "" if step.rng.random() < drop else describe(data.scenes[index], step.rng)
+        for index in indices
+    ]
+    return (latents[:, :, :1] if is_image else latents), captions, shift
+
+
+def flow_loss(
+    model: nn.Module,
+    clips: LatentSet,
+    text: CaptionEncoder,
+    phase: TransformerPhase,
+    step: Step,
+    *,
+    images: LatentSet | None = None,
+    drop: float = 0.1,
+) -> Tensor:
+    """Mean squared error of the predicted velocity, in bfloat16 autocast.
+
+    Args:
+        model: The transformer.
+        clips: What video steps draw from.
+        text: Encodes captions.
+        phase: The stage.
+        step: The step, with all that is random about it.
+        images: What image steps draw from; None is the clips.
+        drop: Share of the captions left empty, for guidance.
+    """
+    latents, captions, shift = _draw(clips, images or clips, phase, step, drop)
+    noise = torch.randn(latents.shape, generator=step.generator)
+    sigma = spread_times(step.number, len(latents), shift)
+    with torch.autocast("cpu", torch.bfloat16):
+        predicted = model(
+            add_noise(latents, noise, sigma),
+            timestep=sigma * NUM_TRAIN_TIMESTEPS,
+            encoder_hidden_states=text(captions),
+            return_dict=False,
+        )[0]
+    return (predicted.float() - flow_target(latents, noise)).square().mean()
+
+
+def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon takes a parameter of the transformer: the matrices of its blocks."""
+    return parameter.ndim == 2 and name.startswith("blocks.")

@@ -1,0 +1,198 @@
+"""Model configs read off the shapes of the weights, so that checkpoints of any size load."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from nabla_attn.wan.tensor_files import TensorInfo
+
+Infos = Mapping[str, TensorInfo]
+Config = dict[str, Any]
+
+# Per-channel mean and spread of the Wan 2.2 latents (Wan2.2 wan/modules/vae2_2.py, Wan2_2_VAE).
+# fmt: off
+LATENTS_MEAN_2_2 = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813,
+    0.0891, 0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108,
+    -0.2158, 0.2502, -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313,
+    -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944,
+    0.3573, -0.0548, -0.1681, -0.0667,
+)
+LATENTS_STD_2_2 = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)
+# fmt: on
+CLIP_HEAD_DIM = 80  # ViT-H/14: 1280 wide, 16 heads
+WAN_HEAD_DIM = 128  # every released Wan
+
+
+def _count(infos: Infos, pattern: str) -> int:
+    """One more than the largest number that ``pattern`` captures, 0 if none."""
+    found = (re.match(pattern, name) for name in infos)
+    return max((int(match.group(1)) + 1 for match in found if match), default=0)
+
+
+def _num_heads(width: int, said: int | None, head_dim: int, remedy: str) -> int:
+    heads = said if said is not None else width // head_dim
+    is_guess_wrong = said is None and width % head_dim != 0
+    if not isinstance(heads, int) or heads < 1 or width % heads or is_guess_wrong:
+        raise ValueError(
+            f"{width} channels do not split into {heads} heads; weights do not say how many "
+            f"there are. {remedy}"
+        )
+    return heads
+
+
+def transformer_config(infos: Infos, original: Config) -> Config:
+    """Arguments of ``WanTransformer3DModel`` or, with ``vace_layers``, of the VACE one.
+
+    Args:
+        infos: tensors in the original layout, without prefix.
+        original: the checkpoint's config.json; heads, eps and VACE layers come from it.
+    """
+    width, in_channels, *patch = infos["patch_embedding.weight"].shape
+    heads = _num_heads(
+        width, original.get("num_heads"), WAN_HEAD_DIM, "Put num_heads into its config.json."
+    )
+    has_image = "blocks.0.cross_attn.k_img.weight" in infos
+    config: Config = {
+        "patch_size": tuple(patch),
+        "num_attention_heads": heads,
+        "attention_head_dim": width // heads,
+        "in_channels": in_channels,
+        "out_channels": infos["head.head.weight"].shape[0] // math.prod(patch),
+        "text_dim": infos["text_embedding.0.weight"].shape[1],
+        "freq_dim": infos["time_embedding.0.weight"].shape[1],
+        "ffn_dim": infos["blocks.0.ffn.0.weight"].shape[0],
+        "num_layers": _count(infos, r"blocks\.(\d+)\."),
+        "cross_attn_norm": "blocks.0.norm3.weight" in infos,
+        "qk_norm": "rms_norm_across_heads" if "blocks.0.self_attn.norm_q.weight" in infos else None,
+        "eps": float(original.get("eps", 1e-6)),
+        "image_dim": infos["img_emb.proj.0.weight"].shape[0] if has_image else None,
+        "added_kv_proj_dim": width if has_image else None,
+    }
+    if "img_emb.emb_pos" in infos:
+        config["pos_embed_seq_len"] = infos["img_emb.emb_pos"].shape[1]
+    if "vace_patch_embedding.weight" in infos:
+        config["vace_in_channels"] = infos["vace_patch_embedding.weight"].shape[1]
+        config["vace_layers"] = _vace_layers(infos, original, config["num_layers"])
+    return config
+
+
+def _vace_layers(infos: Infos, original: Config, num_layers: int) -> list[int]:
+    num_blocks = _count(infos, r"vace_blocks\.(\d+)\.")
+    layers = original.get("vace_layers") or list(range(0, num_layers, num_layers // num_blocks))
+    if len(layers) != num_blocks:
+        raise ValueError(
+            f"config.json names {len(layers)} vace_layers, the weights have {num_blocks} VACE "
+            "blocks. Take the config.json that came with the weights."
+        )
+    return [int(layer) for layer in layers]
+
+
+def vae_config(infos: Infos) -> Config:
+    """Arguments of ``AutoencoderKLWan`` for the Wan 2.1 VAE (flat list of blocks)."""
+    levels: list[list[int]] = [[]]
+    has_time_conv = []
+    for index in range(_count(infos, r"encoder\.downsamples\.(\d+)\.")):
+        block = f"encoder.downsamples.{index}"
+        if f"{block}.resample.1.weight" in infos:
+            has_time_conv.append(f"{block}.time_conv.weight" in infos)
+            levels.append([])
+        else:
+            levels[-1].append(infos[f"{block}.residual.6.weight"].shape[0])
+    base, in_channels = infos["encoder.conv1.weight"].shape[:2]
+    return {
+        "base_dim": base,
+        "z_dim": _latent_channels(infos, 16),
+        "dim_mult": [widths[-1] // base for widths in levels],
+        "num_res_blocks": len(levels[0]),
+        "attn_scales": [],
+        "temperal_downsample": has_time_conv,
+        "in_channels": in_channels,
+        "out_channels": infos["decoder.head.2.weight"].shape[0],
+        "scale_factor_temporal": 2 ** sum(has_time_conv),
+        "scale_factor_spatial": 2 ** len(has_time_conv),
+    }
+
+
+def vae_2_2_config(infos: Infos) -> Config:
+    """Arguments of ``AutoencoderKLWan`` for the Wan 2.2 VAE (nested residual levels)."""
+    base, in_channels = infos["encoder.conv1.weight"].shape[:2]
+    num_levels = _count(infos, r"encoder\.downsamples\.(\d+)\.")
+    level = "encoder.downsamples.{}.downsamples.{}"
+    num_res_blocks = _count(infos, r"encoder\.downsamples\.0\.downsamples\.(\d+)\.residual")
+    widths = [
+        infos[f"{level.format(i, num_res_blocks - 1)}.residual.6.weight"].shape[0]
+        for i in range(num_levels)
+    ]
+    has_time_conv = [
+        f"{level.format(i, num_res_blocks)}.time_conv.weight" in infos
+        for i in range(num_levels - 1)
+    ]
+    patch = math.isqrt(in_channels // 3)
+    return {
+        "base_dim": base,
+        "decoder_base_dim": infos["decoder.conv1.weight"].shape[0] // (widths[-1] // base),
+        "z_dim": _latent_channels(infos, 48),
+        "dim_mult": [width // base for width in widths],
+        "num_res_blocks": num_res_blocks,
+        "attn_scales": [],
+        "temperal_downsample": has_time_conv,
+        "latents_mean": list(LATENTS_MEAN_2_2),
+        "latents_std": list(LATENTS_STD_2_2),
+        "is_residual": True,
+        "in_channels": in_channels,
+        "out_channels": infos["decoder.head.2.weight"].shape[0],
+        "patch_size": patch,
+        "scale_factor_temporal": 2 ** sum(has_time_conv),
+        "scale_factor_spatial": 2 ** (num_levels - 1) * patch,
+    }
+
+
+def _latent_channels(infos: Infos, expected: int) -> int:
+    channels = infos["conv2.weight"].shape[0]
+    if channels != expected:
+        raise ValueError(
+            f"this VAE has {channels} latent channels; mean and spread of the latents are "
+            f"published for {expected} only."
+        )
+    return channels
+
+
+def t5_config(infos: Infos) -> Config:
+    """Arguments of ``UMT5Config``."""
+    vocab, width = infos["token_embedding.weight"].shape
+    buckets, heads = infos["blocks.0.pos_embedding.embedding.weight"].shape
+    return {
+        "vocab_size": vocab,
+        "d_model": width,
+        "d_kv": infos["blocks.0.attn.q.weight"].shape[0] // heads,
+        "d_ff": infos["blocks.0.ffn.fc1.weight"].shape[0],
+        "num_layers": _count(infos, r"blocks\.(\d+)\."),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+        "relative_attention_max_distance": 128,
+        "feed_forward_proj": "gated-gelu",
+        "dropout_rate": 0.0,
+    }
+
+
+def clip_config(infos: Infos, num_heads: int | None = None) -> Config:
+    """Arguments of ``CLIPVisionConfig``; ``num_heads`` if heads are not 80 wide."""
+    width, _, patch, _ = infos["visual.patch_embedding.weight"].shape
+    tokens = infos["visual.pos_embedding"].shape[1] - 1
+    return {
+        "hidden_size": width,
+        "intermediate_size": infos["visual.transformer.0.mlp.0.weight"].shape[0],
+        "num_hidden_layers": _count(infos, r"visual\.transformer\.(\d+)\."),
+        "num_attention_heads": _num_heads(width, num_heads, CLIP_HEAD_DIM, "Pass num_heads=."),
+        "image_size": math.isqrt(tokens) * patch,
+        "patch_size": patch,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+    }

@@ -1,0 +1,195 @@
+"""Defaults by task, sizes, and every family generating dense and sparse."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tiny_wan
+from nabla_attn.wan.command import generate_wan
+from nabla_attn.wan.request import WanRequest, video_size
+from nabla_attn.wan.tasks import NEGATIVE, TASKS
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*trained for", "ignore:the model does not know")
+
+# Wan2.1 generate.py and wan/configs, Wan2.2 wan/configs: steps, shift, guidance, frames, fps.
+REFERENCE = {
+    "t2v-1.3B": (50, 5.0, 5.0, 81, 16),
+    "t2v-14B": (50, 5.0, 5.0, 81, 16),
+    "t2i-14B": (50, 5.0, 5.0, 1, 16),
+    "i2v-14B": (40, 5.0, 5.0, 81, 16),
+    "flf2v-14B": (50, 16.0, 5.0, 81, 16),
+    "vace-1.3B": (50, 16.0, 5.0, 81, 16),
+    "vace-14B": (50, 16.0, 5.0, 81, 16),
+    "t2v-A14B": (40, 12.0, 4.0, 81, 16),
+    "i2v-A14B": (40, 5.0, 3.5, 81, 16),
+    "ti2v-5B": (50, 5.0, 5.0, 121, 24),
+}
+
+
+@pytest.fixture
+def image(tmp_path):
+    from PIL import Image
+
+    path = tmp_path / "image.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 140, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return str(path)
+
+
+def make_request(task, image, **values):
+    inputs = dict.fromkeys(TASKS[task].flags, image)
+    return WanRequest(Path("ckpt"), "a", task, inputs=inputs, **values)
+
+
+@pytest.mark.parametrize("task", REFERENCE)
+def test_defaults(task, image):
+    size = TASKS[task].sizes[-1]
+    request = make_request(task, image, size="1280*720").resolved()
+    steps, shift, guidance, frames, _ = REFERENCE[task]
+    assert (request.steps, request.shift, request.guidance) == (steps, shift, guidance)
+    assert request.frames == frames
+    assert TASKS[task].fps == REFERENCE[task][4]
+    assert request.negative_prompt.endswith(NEGATIVE)
+    small = make_request(task, image, size=size).resolved()
+    assert small.shift == (3.0 if task == "i2v-14B" else shift)
+    assert request.resolved() == request
+
+
+def test_every_reference_task_is_known():
+    assert REFERENCE.keys() == TASKS.keys()
+
+
+def test_untrained_size_is_said(image):
+    with pytest.warns(UserWarning, match="t2v-1.3B was trained for 480"):
+        make_request("t2v-1.3B", image, size="1280x720").resolved()
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "expected"),
+    [
+        ("1280*720", {}, (1280, 720)),
+        ("1280*720", {"crop": True}, (1280, 640)),
+        ("832*480", {"crop": True}, (768, 384)),
+        ("415*200", {"crop": True}, (384, 128)),
+        ("1280*720", {"aspect": 720 / 1280}, (1280, 720)),
+        ("1280*720", {"aspect": 1.0}, (960, 960)),
+        ("832*480", {"aspect": 90 / 140}, (784, 496)),
+    ],
+)
+def test_sizes(size, options, expected):
+    assert video_size(size, unit=16, latent_pixels=8, **options) == expected
+
+
+# 288*160 pixels in the aspect of the 140x90 image, on each model's token grid.
+SIZES_BY_IMAGE = {"i2v": (160, 256), "flf2v": (160, 256), "i2v-2.2": (160, 256)}
+SIZES_BY_IMAGE["ti2v-2.2"] = (160, 256)
+CASES = [
+    ("t2v-1.3B", "t2v", {}),
+    ("t2i-14B", "t2v", {}),
+    ("i2v-14B", "i2v", {}),
+    ("flf2v-14B", "flf2v", {}),
+    ("vace-14B", "vace", {}),
+    ("vace-1.3B", "vace", {"src_ref_images": "{image},{image}"}),
+    ("t2v-A14B", "t2v-2.2", {}),
+    ("i2v-A14B", "i2v-2.2", {}),
+    ("ti2v-5B", "ti2v-2.2", {}),
+    ("ti2v-5B", "ti2v-2.2", {"image": "{image}"}),
+]
+
+
+@pytest.mark.parametrize(("task", "family", "inputs"), CASES)
+def test_every_task_generates_sparse(tmp_path, image, task, family, inputs):
+    folder = tiny_wan.write_checkpoint(tmp_path / "ckpt", family, sparse_algo="nabla-0.4")
+    files = dict.fromkeys(TASKS[task].flags, image)
+    files |= {flag: value.format(image=image) for flag, value in inputs.items()}
+    frames = 1 if task == "t2i-14B" else 5
+    request = WanRequest(
+        folder, "a", task, size="288*160", frames=frames, steps=2, seed=1, inputs=files
+    )
+    video, record = generate_wan(request)
+    follows_image = {"image", "first_frame"} & files.keys()
+    height, width = SIZES_BY_IMAGE[family] if follows_image else (160, 288)
+    assert video.shape == (frames, height, width, 3)
+    assert record.config["sparse_algo"] == "nabla-0.4"
+    assert record.config["sparse_algo_source"] == "the checkpoint's own"
+    assert record.numbers["attention"]["density"] < 1
+
+
+def test_vace_follows_a_source_video(tmp_path):
+    from nabla_attn.generation.video import write_video
+
+    folder = tiny_wan.write_checkpoint(tmp_path / "ckpt", "vace")
+    source = str(tmp_path / "source.mp4")
+    write_video(np.zeros((5, 128, 128, 3), np.uint8), source, 16)
+    request = WanRequest(
+        folder, "a", "vace-14B", size="128*128", frames=5, steps=1, inputs={"src_video": source}
+    )
+    video, _ = generate_wan(request)
+    assert video.shape == (5, 128, 128, 3)
+    with pytest.raises(ValueError, match="has 5 frames, the video to make 9"):
+        generate_wan(WanRequest(**{**request.__dict__, "frames": 9}))
+
+
+def test_converted_directory_gives_the_same_video(tmp_path):
+    from nabla_attn.wan.convert import convert_wan
+
+    source = tiny_wan.write_checkpoint(tmp_path / "src", "t2v", sparse_algo="nabla-0.5")
+    target = convert_wan(source, tmp_path / "dst")
+    options = {"size": "128*128", "frames": 5, "steps": 2, "seed": 4}
+    original, _ = generate_wan(WanRequest(source, "a", **options))
+    converted, record = generate_wan(WanRequest(target, "a", **options))
+    assert np.array_equal(original, converted)
+    assert record.config["sparse_algo"] == "nabla-0.5"
+    with pytest.raises(ValueError, match="is a WanPipeline, vace-14B needs a WanVACEPipeline"):
+        generate_wan(WanRequest(target, "a", "vace-14B", **options))
+    rules = {"algorithm": "nabla-0.5", "dense_first_steps": 1}
+    defaults = target / "defaults.json"
+    defaults.write_text(json.dumps({"sparse_algo": "nabla-0.5", "schedule": rules}))
+    for asked, is_dense in [(None, True), ("nabla-0.5", False)]:
+        _, ruled = generate_wan(WanRequest(target, "a", sparse_algo=asked, **options))
+        first, second = ruled.numbers["attention"]["density_per_step_and_layer"]
+        assert (set(first) == {1.0}) is is_dense and max(second) < 1
+
+
+def test_prompt_extension_by_a_local_model(tmp_path):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from nabla_attn.wan.prompt_extension import check_method, extend_prompt
+
+    tiny_wan.write_tokenizer(tmp_path)
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    config = Qwen2Config(
+        vocab_size=60,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        eos_token_id=1,
+        bos_token_id=1,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    directory = check_method("local_qwen", "en", str(tmp_path))
+    first = extend_prompt("cat", directory, "en", 3, "cpu")
+    assert first and first == extend_prompt("cat", directory, "en", 3, "cpu")
+    with pytest.raises(ValueError, match="unknown prompt_extend_target_lang 'fr'"):
+        check_method("local_qwen", "fr", str(tmp_path))
+
+
+def test_docs_name_every_flag_and_default():
+    import typer
+    from typer.main import get_command
+
+    from nabla_attn.cli.wan import wan
+    from nabla_attn.wan.tasks import task_table
+
+    page = (Path(__file__).parents[2] / "docs" / "wan.md").read_text(encoding="utf-8")
+    assert task_table() in page
+    app = typer.Typer(add_completion=False)
+    app.command()(wan)
+    for option in get_command(app).params:
+        name = option.opts[0]
+        assert name == "--help" or f"`{name}`" in page, name
