@@ -12,10 +12,10 @@ import numpy as np
 from nabla_attn.calibrate.choose import Choice
 from nabla_attn.calibrate.losses import CandidateProbe, Losses
 from nabla_attn.config import SparseConfig, parse
-from nabla_attn.generation.clock import Progress
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import model_identity
 from nabla_attn.generation.request import GenerationRequest
+from nabla_attn.progress import ProgressCallback
 from nabla_attn.record import RunRecord, check_settings
 from nabla_attn.schedule import Schedule
 
@@ -58,7 +58,7 @@ class Calibration:
         self,
         prompts: Sequence[str],
         *,
-        progress: Callable[[str], Progress] = lambda label: lambda *stage: None,
+        progress: Callable[[str], ProgressCallback] = lambda label: lambda *stage: None,
     ) -> Losses:
         """Make a video of each prompt with everything kept, and measure candidates on the way.
 
@@ -82,7 +82,9 @@ class Calibration:
         others = {i: config for i, config in enumerate(choice.layers) if config != algorithm}
         return replace(self._rules(algorithm), layer_overrides=others)
 
-    def _record(self, index: int, prompt: str, progress: Callable[[str], Progress]) -> RunRecord:
+    def _record(
+        self, index: int, prompt: str, progress: Callable[[str], ProgressCallback]
+    ) -> RunRecord:
         path = self.folder / f"p{index:04d}.json"
         run = replace(
             self.request,

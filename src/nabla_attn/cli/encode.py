@@ -59,12 +59,12 @@ def encode(
     Videos that cannot be used are skipped, counted, and listed in skipped.jsonl. Any number of
     processes and machines may share the folder, and a run that was stopped goes on.
     """
+    from nabla_attn.distributed import local_device
     from nabla_attn.files import check_writable
     from nabla_attn.generation.pipeline import model_directory, resolve_device
     from nabla_attn.training.data.encode import EncodeRequest
     from nabla_attn.training.data.encode import encode as encode_all
     from nabla_attn.training.data.sizes import Size
-    from nabla_attn.wan.placement import local_device
 
     model_directory(model)
     wanted = _read_sizes(sizes or [], height, width, frames)

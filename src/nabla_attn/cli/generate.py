@@ -99,10 +99,10 @@ def _make_one(
     maps: dict[str, Any] | None,
     image: "Image | None",
 ) -> None:
+    from nabla_attn.distributed import process_index
     from nabla_attn.files import check_writable
     from nabla_attn.generation.generate import generate as make_video
     from nabla_attn.generation.video import write_video
-    from nabla_attn.wan.placement import rank
 
     if output.suffix.lower() != ".mp4":
         raise ValueError(f"the output must be an .mp4 file, got {output}.")
@@ -121,7 +121,7 @@ def _make_one(
                 inputs={} if image is None else {"image": image},
                 on_apply=recorder.attach if recorder else None,
             )
-    if rank() != 0:
+    if process_index() != 0:
         return
     if image is not None:
         digest = hashlib.sha256(image.tobytes()).hexdigest()
@@ -155,18 +155,19 @@ def _shared_pipeline(
     request: "GenerationRequest", options: opt.VideoOptions, *, has_maps: bool
 ) -> Iterator[Any]:
     """The pipeline; under torchrun, one whose transformers share each video between processes."""
+    from nabla_attn import distributed
     from nabla_attn.generation.pipeline import resolve_device
     from nabla_attn.wan import placement as wan_placement
     from nabla_attn.wan.command import WanPlacement
 
-    processes = wan_placement.world_size()
+    processes = distributed.num_processes()
     if processes == 1:
         yield options.load()
         return
     import torch
     import torch.distributed as dist
 
-    place = wan_placement.local_device(resolve_device(options.device))
+    place = distributed.local_device(resolve_device(options.device))
     gpus, here = torch.accelerator.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if gpus < here or (place.type == "cpu" and torch.cuda.is_available()):
         raise ValueError(

@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nabla_attn.generation.clock import Progress
+    from nabla_attn.progress import ProgressCallback
 
 STAGES = {"warm-up": "warming up", "text": "reading the prompt", "decode": "decoding"}
 
 
 @contextmanager
-def generation_bars(*, in_logs: bool = False) -> Iterator[Callable[[str], "Progress"]]:
+def generation_bars(*, in_logs: bool = False) -> Iterator[Callable[[str], "ProgressCallback"]]:
     """Yield a function from a label to the progress callback of its own bar.
 
     Args:
@@ -32,7 +32,7 @@ def generation_bars(*, in_logs: bool = False) -> Iterator[Callable[[str], "Progr
     console = Console(stderr=True)
     with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
 
-        def start(label: str) -> "Progress":
+        def start(label: str) -> "ProgressCallback":
             if in_logs and not console.is_terminal:
                 console.print(label, highlight=False)
             task = bars.add_task(label, total=None, stage="")

@@ -31,9 +31,9 @@ def make_list(
         fps: frames per second.
         options: the model, and where it runs.
     """
+    from nabla_attn.distributed import num_processes
     from nabla_attn.generation import prompt_list
     from nabla_attn.generation.pipeline import model_directory
-    from nabla_attn.wan.placement import world_size
 
     requests = prompt_list.read_requests(prompts, request)
     directory = model_directory(options.model)
@@ -54,7 +54,7 @@ def make_list(
     else:
         make = _maker(requests, options)
         # torchrun stops all when one ends with an error, so none ends before the others.
-        wait = world_size() > 1
+        wait = num_processes() > 1
         outcome = prompt_list.make_videos(folder, videos, make, fps, wait=wait, tell=tell)
     _summarise_list(folder, len(videos), outcome)
     if outcome.failed:
@@ -65,9 +65,9 @@ def make_list(
 def first_bars() -> Iterator[Any]:
     """Progress bars of the first process; the others' would overwrite them."""
     from nabla_attn.cli.progress import generation_bars
-    from nabla_attn.wan.placement import rank
+    from nabla_attn.distributed import process_index
 
-    if rank() != 0:
+    if process_index() != 0:
         yield lambda label: None
         return
     with generation_bars() as start:
@@ -78,10 +78,10 @@ def _maker(requests: "list[GenerationRequest]", options: opt.VideoOptions) -> "M
     """Load the pipeline on this process's own device; what makes a video with it."""
     import torch
 
+    from nabla_attn.distributed import local_device
     from nabla_attn.generation.generate import generate as make_video
     from nabla_attn.generation.pipeline import resolve_device
     from nabla_attn.generation.request import check_request
-    from nabla_attn.wan.placement import local_device
 
     place = local_device(resolve_device(options.device))
     if place.type == "cuda":
@@ -100,9 +100,9 @@ def _maker(requests: "list[GenerationRequest]", options: opt.VideoOptions) -> "M
 
 
 def _rank_label() -> str:
-    from nabla_attn.wan.placement import rank, world_size
+    from nabla_attn.distributed import num_processes, process_index
 
-    return f"[{rank()}] " if world_size() > 1 else ""
+    return f"[{process_index()}] " if num_processes() > 1 else ""
 
 
 def _summarise_list(folder: Path, count: int, outcome: "Outcome") -> None:

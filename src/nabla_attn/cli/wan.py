@@ -102,21 +102,21 @@ def wan(
 
 def _run(request: "WanRequest", placement: "WanPlacement", output: Path) -> None:
     from nabla_attn.cli.progress import generation_bars
+    from nabla_attn.distributed import process_index
     from nabla_attn.files import check_writable
     from nabla_attn.wan.command import chosen_sparsity, generate_wan
-    from nabla_attn.wan.placement import rank
     from nabla_attn.wan.tasks import find_task
 
     _check_suffix(request, output)
     check_writable(output)
     _check_space(request, output)
     algo, source = chosen_sparsity(request)
-    if rank() == 0:
+    if process_index() == 0:
         typer.echo(f"{request.task}: attention {algo} ({source}); seed {request.seed}", err=True)
     quiet_libraries()
     with opt.loading_bar() as load, generation_bars() as start:
         frames, record = generate_wan(request, placement, progress=start(algo), load_progress=load)
-    if rank() != 0:
+    if process_index() != 0:
         return
     if request.task.startswith("t2i"):
         _write_image(frames[0], output)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from nabla_attn.generation.clock import Progress
+    from nabla_attn.progress import ProgressCallback
     from nabla_attn.wan.request import WanRequest
 
 THEIRS, OURS = "The reference's flags", "Flags of nabla-attn"
@@ -129,7 +129,7 @@ def extend(
 
 
 @contextmanager
-def loading_bar() -> Iterator["Progress"]:
+def loading_bar() -> Iterator["ProgressCallback"]:
     """A bar on stderr for loading or converting, part by part."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn

@@ -9,9 +9,9 @@ import numpy as np
 
 from nabla_attn.config import parse
 from nabla_attn.evaluation.metrics import measure_fidelity
-from nabla_attn.generation.clock import Progress
 from nabla_attn.generation.generate import generate, warm_up
 from nabla_attn.generation.request import GenerationRequest, check_request
+from nabla_attn.progress import ProgressCallback
 from nabla_attn.record import RunRecord
 
 
@@ -39,7 +39,7 @@ def compare(
     algos: Sequence[str],
     *,
     rounds: int = 1,
-    progress: Callable[[str], Progress] | None = None,
+    progress: Callable[[str], ProgressCallback] | None = None,
 ) -> list[Run]:
     """Generate with dense attention and with each algorithm, from the same noise.
 

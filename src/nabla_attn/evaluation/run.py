@@ -18,14 +18,14 @@ from nabla_attn.evaluation.motion import measure_motion
 from nabla_attn.evaluation.probe import AttentionProbe
 from nabla_attn.evaluation.prompts import Item, judge_prompt
 from nabla_attn.files import fingerprint_files
-from nabla_attn.generation.clock import Progress
 from nabla_attn.generation.generate import generate, warm_up
 from nabla_attn.generation.pipeline import model_identity
 from nabla_attn.generation.request import GenerationRequest, check_request
 from nabla_attn.generation.video import write_video
+from nabla_attn.progress import ProgressCallback
 from nabla_attn.record import RunRecord, check_settings
 
-Report = Callable[[str, int, int], Progress | None]
+Report = Callable[[str, int, int], ProgressCallback | None]
 """Called with a label, videos done and videos in all; gives the progress callback of the next."""
 
 
@@ -129,7 +129,7 @@ class Evaluation:
                 done += 1
 
     def _make(
-        self, name: str, item: Item, dense: np.ndarray | None, progress: Progress | None
+        self, name: str, item: Item, dense: np.ndarray | None, progress: ProgressCallback | None
     ) -> np.ndarray:
         asked = self._asked(name, item)
         if name not in self._warm:
@@ -150,7 +150,7 @@ class Evaluation:
         replace(record, kind="evaluate", config=config, numbers=numbers).save(path)
         return frames
 
-    def _make_dense_again(self, item: Item, progress: Progress | None) -> np.ndarray:
+    def _make_dense_again(self, item: Item, progress: ProgressCallback | None) -> np.ndarray:
         """Dense frames of an interrupted item: the mp4 is lossy, and generation is exact."""
         frames, record = generate(self._pipeline, self._asked("dense", item), progress=progress)
         path = self._path("dense", item)

@@ -1,16 +1,14 @@
 """Wall seconds of a pipeline call by stage, read from hooks on its own modules."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from nabla_attn.progress import ProgressCallback
 from nabla_attn.sizes import denoisers
-
-Progress = Callable[[str, int, int], None]
-"""Called with a stage ("text", "denoise", "decode", "done"), steps done, and steps in all."""
 
 
 class StageClock:
@@ -26,7 +24,7 @@ class StageClock:
     """
 
     def __init__(
-        self, device: torch.device, num_steps: int, progress: Progress | None = None
+        self, device: torch.device, num_steps: int, progress: ProgressCallback | None = None
     ) -> None:
         self._device = device
         self._num_steps = num_steps

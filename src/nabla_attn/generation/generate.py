@@ -10,13 +10,14 @@ import numpy as np
 
 from nabla_attn.config import parse
 from nabla_attn.generation.call import sample
-from nabla_attn.generation.clock import Progress, StageClock
+from nabla_attn.generation.clock import StageClock
 from nabla_attn.generation.pipeline import model_identity
 from nabla_attn.generation.request import (
     GenerationRequest,
     check_request,
     video_tokens,
 )
+from nabla_attn.progress import ProgressCallback
 from nabla_attn.record import RunRecord, collect_versions, describe_device
 from nabla_attn.schedule import Schedule
 
@@ -25,7 +26,7 @@ def generate(
     pipeline: Any,
     request: GenerationRequest,
     *,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     inputs: dict[str, Any] | None = None,
     on_apply: Callable[[Any], None] | None = None,
 ) -> tuple[np.ndarray, RunRecord]:

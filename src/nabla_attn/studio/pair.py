@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from nabla_attn.generation.clock import Progress
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.record_maps import MapRecorder
 from nabla_attn.generation.recorded_maps import RecordedMaps
 from nabla_attn.generation.request import GenerationRequest
+from nabla_attn.progress import ProgressCallback
 from nabla_attn.record import RunRecord
 
 
@@ -70,7 +70,7 @@ def make_pair(pipeline: Any, request: GenerationRequest) -> Generator[Step | Mad
     events: queue.Queue[Step | Made | BaseException | None] = queue.Queue()
     stop = threading.Event()
 
-    def watch(algo: str) -> Progress:
+    def watch(algo: str) -> ProgressCallback:
         def show(stage: str, done: int, total: int) -> None:
             if stop.is_set():
                 raise _Stopped

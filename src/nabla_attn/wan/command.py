@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from nabla_attn.generation.clock import Progress
+from nabla_attn import distributed
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import load_pipeline, resolve_device, resolve_dtype
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults
+from nabla_attn.progress import ProgressCallback
 from nabla_attn.record import RunRecord
 from nabla_attn.schedule import Schedule
 from nabla_attn.wan import is_diffusers_directory, load_wan_pipeline, read_layout
@@ -77,8 +78,8 @@ def generate_wan(
     request: WanRequest,
     placement: WanPlacement | None = None,
     *,
-    progress: Progress | None = None,
-    load_progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
+    load_progress: ProgressCallback | None = None,
 ) -> tuple[np.ndarray, RunRecord]:
     """Make the video or image of one request.
 
@@ -100,8 +101,8 @@ def generate_wan(
     wan_placement.check(placement, is_sparse=algo != "dense")
     assert request.frames is not None
     inputs = read_inputs(request.inputs, request.frames)
-    device = wan_placement.local_device(resolve_device(placement.device))
-    request = wan_placement.same_everywhere(request, device)
+    device = distributed.local_device(resolve_device(placement.device))
+    request = distributed.same_everywhere(request, device)
     pipe, text_tokens = _load(request, placement, device, load_progress)
     if "image" in inputs:
         pipe = _with_image(pipe)
@@ -114,7 +115,10 @@ def generate_wan(
 
 
 def _load(
-    request: WanRequest, placement: WanPlacement, device: torch.device, progress: Progress | None
+    request: WanRequest,
+    placement: WanPlacement,
+    device: torch.device,
+    progress: ProgressCallback | None,
 ) -> tuple[Any, int]:
     dtype = resolve_dtype(placement.dtype, device)
     assert request.shift is not None
@@ -193,7 +197,7 @@ def _place(
         return embedded
     offload = placement.offload_model
     if offload is None:
-        offload = wan_placement.world_size() == 1
+        offload = distributed.num_processes() == 1
     if offload:
         pipe.enable_model_cpu_offload(device=device)
     else:

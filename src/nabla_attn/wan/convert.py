@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from nabla_attn.files import whole_file, write_text
+from nabla_attn.progress import ProgressCallback, ignore_progress
 from nabla_attn.wan.families import pipeline_class, pipeline_options
 from nabla_attn.wan.layout import WanLayout, read_layout
 from nabla_attn.wan.load import (
-    Progress,
-    no_progress,
     open_part,
     open_transformer,
     vae_kind,
@@ -34,7 +33,7 @@ def convert_wan(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int | None = None,
-    progress: Progress = no_progress,
+    progress: ProgressCallback = ignore_progress,
 ) -> Path:
     """Write the pipeline of an original Wan checkpoint as a diffusers directory.
 
@@ -133,7 +132,7 @@ def _write_part(
     folder: Path,
     dtype: torch.dtype | None,
     max_shard_bytes: int,
-    progress: Progress,
+    progress: ProgressCallback,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     shards = shards_of(plan, dtype, max_shard_bytes)

@@ -1,12 +1,12 @@
 """Fill a planned model with its weights, one tensor at a time."""
 
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nabla_attn.progress import ProgressCallback, ignore_progress
 from nabla_attn.wan.plan import PartPlan, plan_part
 from nabla_attn.wan.tensor_files import open_tensor_file
 
@@ -16,13 +16,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nabla_attn.wan.layout import TransformerFiles
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much is done and how much there is."""
-
-
-def no_progress(stage: str, done: int, total: int) -> None:
-    """Show nothing."""
 
 
 def stored_or(plan: PartPlan, name: str, dtype: torch.dtype | None) -> torch.dtype:
@@ -47,7 +40,7 @@ def stored_or(plan: PartPlan, name: str, dtype: torch.dtype | None) -> torch.dty
 
 
 def fill(
-    plan: PartPlan, dtype: torch.dtype | None, progress: Progress = no_progress
+    plan: PartPlan, dtype: torch.dtype | None, progress: ProgressCallback = ignore_progress
 ) -> "nn.Module":
     """Put the weights of ``plan`` into its model; the peak is the model and one tensor more.
 
@@ -89,7 +82,7 @@ def load_part(
     path: str | Path,
     *config_args: Any,
     dtype: torch.dtype | None = None,
-    progress: Progress = no_progress,
+    progress: ProgressCallback = ignore_progress,
 ) -> "nn.Module":
     """Load a VAE, text encoder or image encoder from its original file.
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nabla_attn.progress import ProgressCallback, ignore_progress
 from nabla_attn.wan import solvers
 from nabla_attn.wan.families import (
     IMAGE_FAMILIES,
@@ -15,10 +16,8 @@ from nabla_attn.wan.families import (
 from nabla_attn.wan.kinds import FAMILIES, check_task
 from nabla_attn.wan.layout import WanLayout, read_layout
 from nabla_attn.wan.load import (
-    Progress,
     fill,
     load_part,
-    no_progress,
     open_transformer,
     vae_kind,
 )
@@ -33,7 +32,7 @@ def load_wan_transformer(
     sparse_algo: str | None = None,
     *,
     dtype: torch.dtype | None = None,
-    progress: Progress = no_progress,
+    progress: ProgressCallback = ignore_progress,
 ) -> Any:
     """Load the transformer of an original Wan checkpoint as diffusers' class.
 
@@ -60,7 +59,7 @@ def load_wan_transformer(
 
 
 def _load_transformer(
-    layout: WanLayout, expert: int, dtype: torch.dtype | None, progress: Progress
+    layout: WanLayout, expert: int, dtype: torch.dtype | None, progress: ProgressCallback
 ) -> Any:
     with open_transformer(layout.transformers[expert]) as plan:
         return fill(plan, dtype, progress)
@@ -75,7 +74,7 @@ def load_wan_pipeline(
     text_dtype: torch.dtype = torch.bfloat16,
     solver: str = "unipc",
     shift: float = 5.0,
-    progress: Progress = no_progress,
+    progress: ProgressCallback = ignore_progress,
 ) -> Any:
     """Load a whole original Wan checkpoint as the diffusers pipeline of its task.
 

@@ -1,29 +1,13 @@
 """Several processes at one video: FSDP by torch, Ulysses and ring by diffusers."""
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nabla_attn.distributed import join_process_group, num_processes
+
 if TYPE_CHECKING:
     from nabla_attn.wan.command import WanPlacement
-
-
-def world_size() -> int:
-    """Processes that torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def rank() -> int:
-    """This process among them; the first writes the video."""
-    return int(os.environ.get("RANK", 0))
-
-
-def local_device(device: torch.device) -> torch.device:
-    """The device of this process: ``cuda`` becomes its own GPU."""
-    if device.type == "cuda" and device.index is None and world_size() > 1:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return device
 
 
 def check(placement: "WanPlacement", *, is_sparse: bool) -> None:
@@ -33,7 +17,7 @@ def check(placement: "WanPlacement", *, is_sparse: bool) -> None:
         ValueError: sharding without processes to share with, numbers that do not multiply to the
             processes, or ring attention with a sparse algorithm.
     """
-    ulysses, ring, processes = placement.ulysses_size, placement.ring_size, world_size()
+    ulysses, ring, processes = placement.ulysses_size, placement.ring_size, num_processes()
     if ulysses < 1 or ring < 1:
         raise ValueError(f"ulysses_size and ring_size start at 1, got {ulysses} and {ring}.")
     if ring > 1 and is_sparse:
@@ -63,27 +47,15 @@ def check(placement: "WanPlacement", *, is_sparse: bool) -> None:
         raise ValueError("offload_model moves whole parts, dit_fsdp shards them. Pass one.")
 
 
-def same_everywhere(value: Any, device: torch.device) -> Any:
-    """The first process's ``value`` in every process, such as a seed that each drew."""
-    if world_size() == 1:
-        return value
-    import torch.distributed as dist
-
-    _join(device)
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
-
-
 def distribute(pipe: Any, placement: "WanPlacement", device: torch.device) -> None:
     """Shard the parts that were asked for over the processes.
 
     Raises:
         ValueError: heads do not split over the processes.
     """
-    if world_size() == 1:
+    if num_processes() == 1:
         return
-    _join(device)
+    join_process_group(device)
     transformers = [pipe.transformer, getattr(pipe, "transformer_2", None)]
     for model in (model for model in transformers if model is not None):
         if placement.ulysses_size * placement.ring_size > 1:
@@ -92,15 +64,6 @@ def distribute(pipe: Any, placement: "WanPlacement", device: torch.device) -> No
             _shard(model, model.blocks, device)
     if placement.t5_fsdp and pipe.text_encoder is not None:
         _shard(pipe.text_encoder, pipe.text_encoder.encoder.block, device)
-
-
-def _join(device: torch.device) -> None:
-    import torch.distributed as dist
-
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
 def _split_sequence(model: Any, placement: "WanPlacement") -> None:
@@ -132,7 +95,7 @@ def _shard(model: Any, blocks: Any, device: torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(device.type, (world_size(),))
+    mesh = init_device_mesh(device.type, (num_processes(),))
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
