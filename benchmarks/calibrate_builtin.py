@@ -17,10 +17,10 @@ from nabla_attn.calibrate.choose import Choice, choose_within, one_for_all
 from nabla_attn.calibrate.run import Calibration
 from nabla_attn.config import parse
 from nabla_attn.evaluation.metrics import measure_ssim
-from nabla_attn.evaluation.prompts import judge_prompt, world_prompts
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import BUILTIN_DIRECTORY, load_pipeline, model_identity
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults, video_tokens
+from nabla_attn.moving_shapes.scorer import MovingShapesScorer
 from nabla_attn.record import RunRecord, collect_versions, describe_device
 from nabla_attn.schedule import Schedule
 
@@ -38,7 +38,7 @@ def main(
     pipeline, defaults = load_pipeline("builtin"), ModelDefaults.load(BUILTIN_DIRECTORY)
     names = ("height", "width", "frames", "steps", "guidance")
     request = GenerationRequest("", **{name: getattr(defaults, name) for name in names})
-    prompts = world_prompts(64)
+    prompts = MovingShapesScorer().prompts(64)
     texts = [*DEFAULT, UNION, *(f"topk-{budget}" for budget in BUDGETS)]
     calibration = Calibration(pipeline, request, read_candidates(texts), work)
     losses = calibration.measure(prompts[-calibrated:])
@@ -77,7 +77,7 @@ def measure(pipeline: object, request: GenerationRequest, rows: list[dict]) -> N
         schedule = entry["schedule"]
         run = replace(request, sparse_algo=str(schedule.algorithm), schedule=schedule)
         frames, record = generate(pipeline, run)
-        right = judge_prompt(frames, request.prompt)
+        right = MovingShapesScorer().score(frames, request.prompt)
         assert right is not None
         ssim = np.mean(measure_ssim(frames, dense))
         entry["videos"].append((record.numbers["attention"]["density"], ssim, right["all"]))

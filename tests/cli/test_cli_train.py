@@ -150,7 +150,7 @@ def test_samples_follow_the_schedule(tiny_wan, tmp_path, monkeypatch):
     path.write_text(schedule.to_json())
     requests = []
     monkeypatch.setattr(
-        "nabla_attn.evaluation.samples.SampleMaker",
+        "nabla_attn.training.samples.SampleMaker",
         lambda pipeline, request, *_: requests.append(request),
     )
     config = read_config("finetune", [*WORLD, f"sparsity.schedule={path}"], None)

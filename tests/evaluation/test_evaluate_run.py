@@ -19,6 +19,7 @@ from nabla_attn.evaluation.summary import read_records, resample, summarise, sum
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import load_pipeline
 from nabla_attn.generation.request import GenerationRequest
+from nabla_attn.moving_shapes.scorer import MovingShapesScorer
 from nabla_attn.record import RunRecord
 from nabla_attn.viz.report import build_report
 
@@ -35,7 +36,11 @@ def pipeline(tiny_wan):
 
 def evaluation(pipeline, folder, **changes):
     return Evaluation(
-        pipeline, replace(REQUEST, **changes), folder, fps=8, measures=Measures(num_probed=1)
+        pipeline,
+        replace(REQUEST, **changes),
+        folder,
+        fps=8,
+        measures=Measures(scorer=MovingShapesScorer(), num_probed=1),
     )
 
 
@@ -104,7 +109,7 @@ def test_other_settings_are_refused(pipeline, finished):
 
 def test_a_measure_asked_for_later_is_made(pipeline, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
-    more = Measures(num_probed=1, clip=lambda frames, prompt: 0.25)
+    more = Measures(scorer=MovingShapesScorer(), num_probed=1, clip=lambda frames, prompt: 0.25)
     again = Evaluation(pipeline, REQUEST, tmp_path / "run", fps=8, measures=more)
     again.run(ALGOS, ITEMS[:1])
     records = [RunRecord.load(tmp_path / "run" / name / "p0000-s0.json") for name in ALGOS]
@@ -123,7 +128,12 @@ def test_other_weights_of_a_measure_are_refused_before_any_video(
 
     def run(items, **places):
         weights = {name: describe_weights(path) for name, path in places.items()}
-        more = Measures(num_probed=1, weights=weights, **{name: measures[name] for name in places})
+        more = Measures(
+            scorer=MovingShapesScorer(),
+            num_probed=1,
+            weights=weights,
+            **{name: measures[name] for name in places},
+        )
         Evaluation(pipeline, REQUEST, tmp_path / "run", fps=8, measures=more).run(ALGOS, items)
 
     # The second prompt alone, so that the first lacks what the second was measured with.

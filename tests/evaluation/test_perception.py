@@ -1,4 +1,4 @@
-"""LPIPS, CLIP, motion, and the judge of prompts."""
+"""LPIPS, CLIP, motion, and lists of prompts."""
 
 import shutil
 
@@ -9,14 +9,8 @@ import torch
 from nabla_attn.evaluation.clip_score import ClipScore
 from nabla_attn.evaluation.lpips import CONVOLUTIONS, LPIPS, SCALE, SHIFT, measure_lpips
 from nabla_attn.evaluation.motion import measure_motion
-from nabla_attn.evaluation.prompts import (
-    judge_prompt,
-    make_items,
-    read_prompts,
-    take_prompts,
-    world_prompts,
-)
-from nabla_attn.moving_shapes import describe, held_out_scenes, render
+from nabla_attn.evaluation.prompts import make_items, read_prompts, take_prompts
+from nabla_attn.moving_shapes.scorer import MovingShapesScorer
 
 
 def noise(*shape, seed=0):
@@ -149,31 +143,16 @@ def test_motion_of_a_still_error_is_perfect():
         measure_motion(video, video[:2])
 
 
-def test_the_judge_of_prompts():
-    scene = held_out_scenes(1)[0]
-    video, prompt = render(scene, 17, 96, 96), describe(scene)
-    assert all(judge_prompt(video, prompt).values())
-    other = prompt.replace(scene.shapes[0].colour, "cyan" if "cyan" not in prompt else "red")
-    right = judge_prompt(video, other)
-    assert not right["colour"]
-    assert not right["all"]
-    assert right["direction"]
-    short = f"a {scene.shapes[0].colour} {scene.shapes[0].kind} moving {scene.shapes[0].direction}"
-    assert set(judge_prompt(video, short)) == {"number", "colour", "shape", "direction", "all"}
-    assert judge_prompt(video, "two cats in a field") is None
-
-
 def test_prompts(tmp_path):
-    assert len(set(world_prompts(20))) == 20
-    assert world_prompts(5) == world_prompts(20)[:5]
+    world = MovingShapesScorer()
     (tmp_path / "a.txt").write_text("one\n\ntwo\none\n")
     assert read_prompts(tmp_path / "a.txt") == ["one", "two"]
     (tmp_path / "a.json").write_text('[{"prompt_en": "one", "dimension": []}, "two"]')
     assert read_prompts(tmp_path / "a.json") == ["one", "two"]
-    assert take_prompts(tmp_path / "a.json", None) == ["one", "two"]
-    assert take_prompts(tmp_path / "a.json", 1) == ["one"]
-    assert take_prompts(None, None) == world_prompts(4)
-    assert take_prompts(None, 2) == world_prompts(2)
+    assert take_prompts(tmp_path / "a.json", None, world) == ["one", "two"]
+    assert take_prompts(tmp_path / "a.json", 1, world) == ["one"]
+    assert take_prompts(None, None, world) == world.prompts(4)
+    assert take_prompts(None, 2, world) == world.prompts(2)
     for wrong in ("[]", '{"a": 1}', '[{"prompt_en": ["one"]}]', '[{"prompt_en": 5}]', "[[]]"):
         (tmp_path / "b.json").write_text(wrong)
         with pytest.raises(ValueError, match=r"b\.json"):
@@ -183,9 +162,6 @@ def test_prompts(tmp_path):
     (tmp_path / "d.txt").write_text('{"prompt": "two", "seed": 1}\n')
     with pytest.raises(ValueError, match="--seeds"):
         read_prompts(tmp_path / "d.txt")
-    assert len(set(world_prompts(64))) == 64
-    with pytest.raises(ValueError, match="has 64 held-out prompts: got 65"):
-        world_prompts(65)
     assert [item.name for item in make_items(["a", "b"], [0, 7])] == [
         "p0000-s0", "p0000-s7", "p0001-s0", "p0001-s7",
     ]  # fmt: skip

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from nabla_attn.evaluation import samples
-from nabla_attn.evaluation.samples import SampleMaker
 from nabla_attn.generation.request import GenerationRequest
+from nabla_attn.moving_shapes.scorer import MovingShapesScorer
+from nabla_attn.training import samples
+from nabla_attn.training.samples import SampleMaker
 
 
 def device_of(module):
@@ -30,7 +31,7 @@ def pipeline():
 
 def sample(pipeline, transformer, folder):
     request = GenerationRequest("", frames=5, height=16, width=16, steps=1, guidance=1.0)
-    return SampleMaker(pipeline, request, 1, folder)(3, transformer)
+    return SampleMaker(pipeline, request, MovingShapesScorer(), 1, folder)(3, transformer)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

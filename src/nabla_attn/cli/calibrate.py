@@ -48,11 +48,12 @@ def calibrate(
     from nabla_attn.cli.progress import generation_bars
     from nabla_attn.evaluation.prompts import take_prompts
     from nabla_attn.files import check_writable, write_text
+    from nabla_attn.moving_shapes.scorer import MovingShapesScorer
 
     if (density is None) == (error is None):
         raise ValueError("calibration takes one budget: --density 0.2, or --error 0.1.")
     candidates = read_candidates(sparse_algo or DEFAULT)
-    texts = take_prompts(prompts, num_prompts)
+    texts = take_prompts(prompts, num_prompts, MovingShapesScorer())
     request = video.base_request(prompt=texts[0], seed=seed)
     target = check_writable(output / "schedule.json")
     calibration = Calibration(video.load(), request, candidates, output, num_rows)

@@ -66,13 +66,16 @@ def run(
     from nabla_attn.cli.progress import generation_bars
     from nabla_attn.evaluation.prompts import make_items, take_prompts
     from nabla_attn.evaluation.run import Evaluation, Measures, describe_weights
+    from nabla_attn.moving_shapes.scorer import MovingShapesScorer
 
-    texts = take_prompts(prompts, num_prompts)
+    scorer = MovingShapesScorer()
+    texts = take_prompts(prompts, num_prompts, scorer)
     items = make_items(texts, opt.read_indices(seeds) or ())
     request = video.base_request(prompt=texts[0], seed=items[0].seed)
     part = _read_shard(shard)
     rate = video.rate
     measures = Measures(
+        scorer=scorer,
         lpips=_load_lpips(lpips),
         clip=_load_clip(clip),
         weights={

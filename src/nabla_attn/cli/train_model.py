@@ -196,9 +196,10 @@ def _sampler(
     """What generates held-out prompts of the world and judges them, on the first process."""
     if not config.watch.prompts or not _is_main():
         return None
-    from nabla_attn.evaluation.samples import SampleMaker
     from nabla_attn.generation.request import GenerationRequest, ModelDefaults
+    from nabla_attn.moving_shapes.scorer import MovingShapesScorer
     from nabla_attn.training.families import family_of
+    from nabla_attn.training.samples import SampleMaker
     from nabla_attn.training.sparsity import read_schedule
 
     if family_of(pipeline).takes_image:
@@ -221,8 +222,14 @@ def _sampler(
         sparse_algo=str(schedule.algorithm) if schedule else config.sparsity.algorithm,
         schedule=schedule,
     )
-    samples = folder / "samples"
-    return SampleMaker(pipeline, request, config.watch.prompts, samples, config.part)
+    return SampleMaker(
+        pipeline,
+        request,
+        MovingShapesScorer(),
+        config.watch.prompts,
+        folder / "samples",
+        config.part,
+    )
 
 
 def _is_main() -> bool:

@@ -1,15 +1,12 @@
-"""What is evaluated: prompts x seeds, and whether a video shows its prompt."""
+"""What is evaluated: every prompt with every seed."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from nabla_attn.generation.prompt_list import read_lines
-from nabla_attn.moving_shapes import describe, held_out_scenes, parse_caption
-from nabla_attn.moving_shapes.scene import Scene, Shape
+from nabla_attn.generation.scorer import Scorer
 
 
 @dataclass(frozen=True)
@@ -46,38 +43,18 @@ def make_items(prompts: Sequence[str], seeds: Sequence[int]) -> list[Item]:
     return [Item(i, prompt, seed) for i, prompt in enumerate(prompts) for seed in seeds]
 
 
-def take_prompts(path: Path | None, count: int | None) -> list[str]:
-    """The first prompts of a list, or of the moving-shapes world where there is none.
+def take_prompts(path: Path | None, count: int | None, scorer: Scorer) -> list[str]:
+    """The first prompts of a list, or of a scorer where there is no list.
 
     Args:
-        path: as `read_prompts` takes it.
-        count: how many at most; None takes all of a list and 4 of the world.
+        path: The list, as `read_prompts` takes it.
+        count: The number of prompts at most; None takes all of a list, and 4 of the scorer.
+        scorer: The source of prompts without a list.
 
     Raises:
-        ValueError: the list cannot be read or is empty, or the world has not so many.
+        ValueError: The list cannot be read or is empty, or the scorer has fewer prompts.
     """
-    return world_prompts(count or 4) if path is None else read_prompts(path)[:count]
-
-
-def world_prompts(count: int) -> list[str]:
-    """Held-out prompts of the moving-shapes world: combinations never shown in training.
-
-    Raises:
-        ValueError: there are not so many different ones.
-    """
-    prompts: list[str] = []
-    scenes = held_out_scenes(64 * count)
-    for prompt in (describe(scene) for scene in scenes):
-        if prompt not in prompts:
-            prompts.append(prompt)
-        if len(prompts) == count:
-            break
-    if len(prompts) < count:
-        raise ValueError(
-            f"the built-in world has {len(prompts)} held-out prompts: got {count}. Ask for more "
-            "videos of each with --seeds, or pass other prompts with --prompts FILE."
-        )
-    return prompts
+    return scorer.prompts(count or 4) if path is None else read_prompts(path)[:count]
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -105,31 +82,3 @@ def read_prompts(path: str | Path) -> list[str]:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"cannot read prompts from {path}: {reason}.") from error
     return list(dict.fromkeys(prompts))
-
-
-def judge_prompt(frames: np.ndarray, prompt: str) -> dict[str, bool] | None:
-    """Which attributes of a prompt of the moving-shapes world a video gets right.
-
-    Attributes that the prompt does not name are left out; "all" is whether none is wrong. None for
-    prompts that are not of that world.
-
-    Args:
-        frames: uint8 [frames, height, width, 3].
-        prompt: the text.
-    """
-    from nabla_attn.moving_shapes import score
-
-    try:
-        words = parse_caption(prompt)
-    except ValueError:
-        return None
-    shapes = tuple(
-        Shape(shape.colour, shape.kind, shape.direction, shape.size or "", 0.5, 0.5)
-        for shape in words.shapes
-    )
-    right = score(frames, Scene(shapes, words.background or ""))
-    if any(shape.size is None for shape in words.shapes):
-        del right["size"]
-    if words.background is None:
-        del right["background"]
-    return right | {"all": all(right.values())}

@@ -16,11 +16,12 @@ from nabla_attn.config import parse
 from nabla_attn.evaluation.metrics import measure_fidelity
 from nabla_attn.evaluation.motion import measure_motion
 from nabla_attn.evaluation.probe import AttentionProbe
-from nabla_attn.evaluation.prompts import Item, judge_prompt
+from nabla_attn.evaluation.prompts import Item
 from nabla_attn.files import fingerprint_files
 from nabla_attn.generation.generate import generate, warm_up
 from nabla_attn.generation.pipeline import model_identity
 from nabla_attn.generation.request import GenerationRequest, check_request
+from nabla_attn.generation.scorer import Scorer
 from nabla_attn.generation.video import write_video
 from nabla_attn.progress import ProgressCallback
 from nabla_attn.record import RunRecord, check_settings
@@ -31,9 +32,10 @@ Report = Callable[[str, int, int], ProgressCallback | None]
 
 @dataclass(frozen=True)
 class Measures:
-    """What is measured besides PSNR, SSIM, motion, time and the world's judge.
+    """What is measured besides PSNR, SSIM, motion and time.
 
     Attributes:
+        scorer: the reader of facts from the videos of its prompts.
         lpips: ours, reference -> LPIPS per frame.
         clip: frames, prompt -> CLIP score.
         weights: "lpips" and "clip" -> their weights, as `describe_weights` names them; records keep
@@ -42,6 +44,7 @@ class Measures:
         num_rows: query tokens sampled per call there.
     """
 
+    scorer: Scorer | None = None
     lpips: Callable[[np.ndarray, np.ndarray], list[float]] | None = None
     clip: Callable[[np.ndarray, str], float] | None = None
     weights: Mapping[str, str] = field(default_factory=dict)
@@ -169,7 +172,10 @@ class Evaluation:
         return values
 
     def _judge(self, frames: np.ndarray, prompt: str) -> dict[str, Any]:
-        values: dict[str, Any] = {"world": judge_prompt(frames, prompt)}
+        scorer = self._measures.scorer
+        values: dict[str, Any] = {}
+        if scorer is not None:
+            values[scorer.name] = scorer.score(frames, prompt)
         if self._measures.clip is not None:
             values["clip"] = self._measures.clip(frames, prompt)
         return values

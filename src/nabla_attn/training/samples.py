@@ -1,4 +1,4 @@
-"""Samples of a model that is being trained: held-out prompts, the judge's scores, one sheet."""
+"""Samples of a model that is being trained: held-out prompts, their scores, one sheet."""
 
 import statistics
 from collections.abc import Iterator
@@ -13,10 +13,8 @@ import numpy as np
 from nabla_attn.files import whole_file
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.request import GenerationRequest
+from nabla_attn.generation.scorer import Scorer
 from nabla_attn.models.handle import remove
-from nabla_attn.moving_shapes.caption import describe
-from nabla_attn.moving_shapes.judge import score
-from nabla_attn.moving_shapes.scene import held_out_scenes
 
 Rows = list[tuple[str, np.ndarray]]
 
@@ -27,9 +25,10 @@ class SampleMaker:
     Args:
         pipeline: The pipeline that is trained; gets a copy of each transformer, and is on its
             device while it generates.
-        request: What to ask for; its prompt and seed are replaced.
+        request: The video to make; its prompt and seed are replaced.
+        scorer: The source of the prompts; it scores their videos.
         count: Number of prompts.
-        folder: Where `step-<number>.png` is written.
+        folder: The folder where `step-<number>.png` is written.
         part: The transformer's name in the pipeline.
     """
 
@@ -37,31 +36,33 @@ class SampleMaker:
         self,
         pipeline: Any,
         request: GenerationRequest,
+        scorer: Scorer,
         count: int,
         folder: Path,
         part: str = "transformer",
     ) -> None:
         self._pipeline, self._request, self._part = pipeline, request, part
-        self._scenes = held_out_scenes(count)
+        self._scorer, self._prompts = scorer, scorer.prompts(count)
         self._folder = folder
 
     def __call__(self, step: int, transformer: Any) -> dict[str, float]:
-        """Generate, judge, and write the sheet.
+        """Generate, score, and write the sheet.
 
         Returns:
-            Share of right answers by attribute, as {"right_colour": 0.75, ...}.
+            The share of videos that show each fact, such as {"right_colour": 0.75}.
         """
         rows: Rows = []
         right: list[dict[str, bool]] = []
         with self._placed(transformer) as pipeline:
-            for seed, scene in enumerate(self._scenes):
-                prompt = describe(scene)
+            for seed, prompt in enumerate(self._prompts):
                 video, _ = generate(pipeline, replace(self._request, prompt=prompt, seed=seed))
-                right.append(score(video, scene))
+                right.append(self._scorer.score(video, prompt) or {})
                 rows.append((prompt, video))
         draw_samples(rows, self._folder / f"step-{step:08d}.png")
         return {
-            f"right_{name}": statistics.fmean(answer[name] for answer in right) for name in right[0]
+            f"right_{name}": statistics.fmean(facts[name] for facts in right)
+            for name in right[0]
+            if all(name in facts for facts in right)
         }
 
     @contextmanager

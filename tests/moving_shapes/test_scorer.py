@@ -1,0 +1,28 @@
+import pytest
+
+from nabla_attn.moving_shapes import describe, held_out_scenes, render
+from nabla_attn.moving_shapes.scorer import MovingShapesScorer
+
+WORLD = MovingShapesScorer()
+
+
+def test_prompts_are_scored_by_what_they_name():
+    scene = held_out_scenes(1)[0]
+    video, prompt = render(scene, 17, 96, 96), describe(scene)
+    assert all(WORLD.score(video, prompt).values())
+    other = prompt.replace(scene.shapes[0].colour, "cyan" if "cyan" not in prompt else "red")
+    right = WORLD.score(video, other)
+    assert not right["colour"]
+    assert not right["all"]
+    assert right["direction"]
+    short = f"a {scene.shapes[0].colour} {scene.shapes[0].kind} moving {scene.shapes[0].direction}"
+    assert set(WORLD.score(video, short)) == {"number", "colour", "shape", "direction", "all"}
+    assert WORLD.score(video, "two cats in a field") is None
+
+
+def test_prompts_are_different_and_limited():
+    assert len(set(WORLD.prompts(20))) == 20
+    assert WORLD.prompts(5) == WORLD.prompts(20)[:5]
+    assert len(set(WORLD.prompts(64))) == 64
+    with pytest.raises(ValueError, match="has 64 held-out prompts: got 65"):
+        WORLD.prompts(65)
