@@ -1,5 +1,6 @@
 # make demo   set up .venv, then compare dense and NABLA attention on one prompt with the built-in model
-# make test   set up .venv, then lint, types, layer contracts and tests
+# make test   set up .venv, then lint, types, layer contracts, the documentation site and tests
+# make docs   the documentation site, into out/site; a broken link or a missing name fails
 # make coverage    the tests of core, backends and models, and the lines that they do not reach
 # make test-diffusers VERSION=0.42.0   the tests of models with another release of diffusers
 # make bench  set up .venv, then the CPU benchmark table
@@ -12,7 +13,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint types contracts tests coverage test-diffusers bench bench-gpu tune-gpu clean
+.PHONY: demo test lint types contracts docs tests coverage test-diffusers bench bench-gpu tune-gpu clean
 
 $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (torch, diffusers and the development tools; a few minutes the first time)"
@@ -26,12 +27,13 @@ demo: $(READY)
 	$(BIN)/nabla compare --prompt "a small yellow square moving left on a black background" --frames 81 \
 		--sparse-algo nabla-0.3_sta-3-3-3 --sparse-algo nabla-0.5 --rounds 3 --output out/demo
 
-test: lint types contracts tests
+test: lint types contracts docs tests
 
 lint: $(READY)
 	@echo "Lint"
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/ruff format --check src tests benchmarks docs
+	$(BIN)/codespell
 
 types: $(READY)
 	@echo "Types"
@@ -40,6 +42,10 @@ types: $(READY)
 contracts: $(READY)
 	@echo "Layer contracts"
 	$(BIN)/lint-imports
+
+docs: $(READY)
+	@echo "Documentation site"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 tests: $(READY)
 	@echo "Tests"
