@@ -46,6 +46,6 @@ def golden():
 @pytest.fixture(scope="session")
 def tiny_wan(tmp_path_factory):
     """A random Wan pipeline directory; copy it before changing it."""
-    from nabla_attn.testing import tiny_wan_pipeline
+    from tests.tiny_diffusers import tiny_wan_pipeline
 
     return tiny_wan_pipeline(tmp_path_factory.mktemp("tiny_wan"))

@@ -179,7 +179,7 @@ def test_a_model_without_vae_is_named(tiny_wan, tmp_path):
 
 
 def test_data_of_another_model_is_refused_before_training(tiny_wan, tmp_path):
-    from nabla_attn.testing import tiny_wan_pipeline
+    from tests.tiny_diffusers import tiny_wan_pipeline
 
     other = tiny_wan_pipeline(tmp_path / "other", text_dim=24)
     encoded = tmp_path / "encoded"

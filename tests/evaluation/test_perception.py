@@ -80,9 +80,8 @@ def test_other_weights_are_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def clip_directory(tmp_path_factory):
+    from tests.tiny_diffusers import tiny_tokenizer
     from transformers import CLIPConfig, CLIPModel
-
-    from nabla_attn.testing import tiny_tokenizer
 
     folder = tmp_path_factory.mktemp("clip")
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}

@@ -2,9 +2,8 @@
 
 import torch
 from tests.models.tiny_models import MAX_TEXT, TINY, randn
+from tests.tiny_diffusers import tiny_wan_vae
 from tests.training.tiny_pipelines import ltx2 as whole_ltx2
-
-from nabla_attn.testing import tiny_wan_vae
 
 STEPS = 3
 VIDEO = dict(num_inference_steps=STEPS, output_type="latent", num_frames=9, height=176, width=208)

@@ -3,9 +3,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.tiny_diffusers import tiny_wan_transformer
 
 import nabla_attn as na
-from nabla_attn.testing import tiny_wan_transformer
 from nabla_attn.training.data.packs import PackSampler, pack
 from nabla_attn.training.families import find_family
 from nabla_attn.training.family import Family

@@ -1,9 +1,9 @@
 import pytest
 import torch
+from tests.tiny_diffusers import tiny_wan_transformer
 
 from nabla_attn.config import DENSE, parse
 from nabla_attn.schedule import Schedule
-from nabla_attn.testing import tiny_wan_transformer
 from nabla_attn.training.config import SparsityConfig
 from nabla_attn.training.sparsity import Sparsity, ramped, read_schedule
 

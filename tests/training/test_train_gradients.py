@@ -4,13 +4,13 @@ from copy import deepcopy
 
 import pytest
 import torch
+from tests.tiny_diffusers import tiny_wan_transformer
 from torch.nn import functional
 
 from nabla_attn.attention import build_block_map
 from nabla_attn.config import parse
 from nabla_attn.core.grid import TokenGrid
 from nabla_attn.core.order import TokenLayout, to_raster
-from nabla_attn.testing import tiny_wan_transformer
 from nabla_attn.training.adapters import copied_teacher
 from nabla_attn.training.config import SparsityConfig
 from nabla_attn.training.family import Family

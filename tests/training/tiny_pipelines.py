@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import torch
 from tests.models.tiny_models import TINY
+from tests.tiny_diffusers import tiny_tokenizer, tiny_wan_vae
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -13,8 +14,6 @@ from transformers import (
     T5EncoderModel,
 )
 from transformers.modeling_outputs import BaseModelOutput
-
-from nabla_attn.testing import tiny_tokenizer, tiny_wan_vae
 
 SIZES = dict.fromkeys(("ltx", "ltx_i2v", "ltx2", "ltx2_i2v"), (9, 32, 64)) | {"mochi": (7, 32, 48)}
 KINDS = [

@@ -1,4 +1,4 @@
-"""Small random models in the real layouts, for tests."""
+"""Tiny random models in diffusers' layout."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ TEXT = (
 
 
 def tiny_tokenizer() -> Any:
-    """A word-level tokenizer of :data:`TEXT`, closing every prompt with ``</s>``."""
+    """A word-level tokenizer of `TEXT`, closing every prompt with `</s>`."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -28,10 +28,10 @@ def tiny_tokenizer() -> Any:
 
 
 def tiny_wan_transformer(**changes: Any) -> Any:
-    """A random ``WanTransformer3DModel``: 2 layers, 2 heads of 16, 4 latent channels.
+    """A random `WanTransformer3DModel`: 2 layers, 2 heads of 16, 4 latent channels.
 
     Args:
-        changes: config values to change.
+        changes: Config values to change.
     """
     import torch
     from diffusers import WanTransformer3DModel
@@ -72,11 +72,11 @@ def tiny_wan_vae(base_dim: int = 8) -> Any:
 
 
 def tiny_wan_pipeline(directory: str | Path, **changes: Any) -> Path:
-    """Write a random ``WanPipeline`` of 0.4 MB; its VAE takes sizes 16n and frames 4n+1.
+    """Write a random `WanPipeline` of 0.4 MB; its VAE takes sizes 16n and frames 4n+1.
 
     Args:
-        directory: where to write it.
-        changes: transformer config values to change.
+        directory: The folder to write.
+        changes: Values of the transformer's config to change.
 
     Returns:
         The directory.
