@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from contextlib import contextmanager
 
@@ -7,7 +8,7 @@ from torch import nn
 
 from nabla_attn.training.config import ObjectiveConfig
 from nabla_attn.training.family import Family
-from nabla_attn.training.noise import FlowPath, VelocityPath, path_of
+from nabla_attn.training.noise import FlowPath, VelocityPath, path_of, served_levels
 from nabla_attn.training.objective import Distillation, FlowMatching
 
 FAMILY = Family(pipeline="WanPipeline")
@@ -186,6 +187,66 @@ def test_levels_are_in_range_and_shifted_to_noise():
     # Mean of 5u / (1 + 4u) over uniform u: (5 / 16)(4 - ln 5).
     assert high.mean() == pytest.approx(5 / 16 * (4 - math.log(5)), abs=0.01)
     assert normal.std() == pytest.approx(0.2083, abs=0.01)
+
+
+@pytest.mark.parametrize("times", ["uniform", "logit-normal"])
+@pytest.mark.parametrize("shift", [1.0, 5.0, 12.0])
+@pytest.mark.parametrize("boundary", [0.875, 0.9])
+def test_each_expert_draws_the_levels_it_serves_as_often_as_before(times, shift, boundary):
+    index = {"boundary_ratio": boundary}
+    everywhere = FlowPath(FAMILY, shift=shift, times=times)
+    levels = everywhere.draw_levels(50_000, torch.Generator().manual_seed(0))
+    for part, is_served in (
+        ("transformer", lambda level: level >= boundary),
+        ("transformer_2", lambda level: level < boundary),
+    ):
+        path = dataclasses.replace(everywhere, served=served_levels(index, part))
+        drawn = path.draw_levels(20_000, torch.Generator().manual_seed(1))
+        noised = path.add_noise(torch.zeros(500, 1), torch.Generator().manual_seed(2))
+        # As the pipeline compares them: in timesteps of float32.
+        assert is_served(noised.timestep.double() / 1000).all() and is_served(drawn).all()
+        expected = levels[is_served(levels)]
+        places = torch.tensor([0.1, 0.5, 0.9])
+        spread = float(expected.max() - expected.min())
+        assert torch.allclose(drawn.quantile(places), expected.quantile(places), atol=0.03 * spread)
+
+
+def test_a_pipeline_without_boundary_has_one_transformer_for_all_levels():
+    for index in ({}, {"boundary_ratio": None}):
+        assert served_levels(index, "transformer") == (0, 1)
+        with pytest.raises(ValueError, match=r"never calls transformer_2.*boundary_ratio"):
+            served_levels(index, "transformer_2")
+    with pytest.raises(ValueError, match="never calls transformer: its boundary_ratio is 1"):
+        served_levels({"boundary_ratio": 1.0}, "transformer")
+    for wrong in (2, "0.9", True, float("nan")):
+        with pytest.raises(ValueError, match="boundary_ratio must be from 0 to 1: got"):
+            served_levels({"boundary_ratio": wrong}, "transformer")
+
+
+@pytest.mark.parametrize("part", ["transformer", "transformer_2"])
+def test_experts_train_and_validate_at_their_own_levels(tmp_path, part):
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+    from tests.tiny_diffusers import tiny_wan_transformer
+    from tests.training.clips import make_clips, small_config
+
+    from nabla_attn.training.model import Parts
+    from nabla_attn.training.setup import prepare
+    from nabla_attn.training.trainer import Trainer
+
+    model, times = tiny_wan_transformer(), []
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=12.0
+    )
+    index = {"_class_name": "WanPipeline", "boundary_ratio": 0.875}
+    config = small_config(steps=12, watch__validate=4)
+    parts = Parts(tmp_path / "model", part, model, scheduler, WanPipeline, index)
+    run = prepare(config, parts, make_clips())
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: times.extend(kwargs["timestep"].tolist()), with_kwargs=True
+    )
+    Trainer(run, tmp_path / "run").fit()
+    assert len(times) == 12 + 3 * 2
+    assert all((time >= 875) == (part == "transformer") for time in times)
 
 
 def test_mochi_runs_from_noise_to_data():

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 import warnings
@@ -173,7 +174,7 @@ def test_steps_skipped_in_a_row_are_counted_on(tiny_wan, tmp_path):
     # A checkpoint of an older version does not have the count.
     path = again.checkpoints.latest() / "state.json"
     state = json.loads(path.read_text())
-    del state["skipped_in_a_row"]
+    del state["skipped_in_a_row"], state["hash"]
     path.write_text(json.dumps(state))
     again.resume()
     assert again.skipped_in_a_row == 0
@@ -214,6 +215,117 @@ def test_what_killed_processes_left_is_removed(tmp_path):
         (tmp_path / name / "model.safetensors").touch()
     Checkpoints(tmp_path).save(3, {"validation": None}, lambda folder: None)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_only_names_of_eight_digits_are_checkpoints(tiny_wan, tmp_path):
+    config = small_config(steps=3, checkpoint__every=1, checkpoint__keep=1, checkpoint__best=False)
+    folder = tmp_path / "checkpoints"
+    kept = ("step-00000003-good", "step-00000004.bak", "step-9", ".step-mine", "step-99999999.tmp")
+    for name in kept:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "mine.txt").touch()
+    (folder / "step-00000008").touch()
+    run(config, tiny_wan, tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        (*kept, "step-00000003", "step-00000008")
+    )
+    assert all((folder / name / "mine.txt").exists() for name in kept)
+    assert Checkpoints(folder).latest() == folder / "step-00000003"
+    run(config, tiny_wan, tmp_path, resume=True)
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_wan, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    run(small_config(steps=2, ema=0.9, checkpoint__every=1), tiny_wan, folder)
+    return folder
+
+
+def resume_after(change, model, saved, folder):
+    """Resume a copy of a run whose newest checkpoint was changed."""
+    shutil.copytree(saved, folder)
+    change(folder / "checkpoints" / "step-00000002")
+    return run(small_config(steps=2, ema=0.9, checkpoint__every=1), model, folder, resume=True)
+
+
+FILES = ("model.safetensors", "average.safetensors", "optimizer.pt", "random.pt", "state.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_is_named_and_the_checkpoint_before_it_offered(
+    tiny_wan, tmp_path, saved, name
+):
+    def flip(checkpoint):
+        content = bytearray((checkpoint / name).read_bytes())
+        place = content.index(b'"seconds": ') + 13 if name == "state.json" else len(content) // 2
+        content[place] ^= 1
+        (checkpoint / name).write_bytes(content)
+
+    match = (
+        rf"step-00000002/{name} is damaged: .*Remove .*step-00000002 to go on from step-00000001"
+    )
+    with pytest.raises(ValueError, match=match) as error:
+        resume_after(flip, tiny_wan, saved, tmp_path / "run")
+    assert "\n" not in str(error.value)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000002")
+    again = small_config(steps=2, ema=0.9, checkpoint__every=1)
+    run(again, tiny_wan, tmp_path / "run", resume=True)
+    assert same(tmp_path / "run", saved)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([1], "expected an object, got list"),
+        ({"step": 10**9}, "step must be the number in the folder's name, got 1000000000"),
+        ({"step": -2}, "got -2"),
+        ({"step": "2"}, "got '2'"),
+        ({"step": True}, "got True"),
+        ({"seconds": "long"}, "seconds has a value of the wrong type, 'long'"),
+        ({"seconds": float("nan")}, "seconds must be 0 or more, got nan"),
+        ({"skipped": -1}, "skipped must be 0 or more"),
+        ({"best": []}, "best has a value of the wrong type"),
+        ({"feed": None}, "feed has a value of the wrong type"),
+        ({"files": {"../../config.json": ""}}, "files of other folders"),
+        ({"config": 3}, "config has a value of the wrong type"),
+    ],
+)
+def test_an_odd_state_is_one_line(tiny_wan, tmp_path, saved, values, words):
+    def change(checkpoint):
+        path = checkpoint / "state.json"
+        state = json.loads(path.read_text())
+        # Written by hand, or by an earlier version: without a hash.
+        del state["hash"]
+        path.write_text(json.dumps(values if isinstance(values, list) else state | values))
+
+    with pytest.raises(ValueError) as error:
+        resume_after(change, tiny_wan, saved, tmp_path / "run")
+    assert words in str(error.value) and "step-00000001" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_odd_checkpoint_does_not_end_the_run_that_prunes_it(tmp_path):
+    (tmp_path / "step-00000001").mkdir()
+    (tmp_path / "step-00000001" / "state.json").write_text("{")
+    Checkpoints(tmp_path, keep=1).save(2, {"validation": 1.0}, lambda folder: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_checkpoints_without_hashes_are_taken(tiny_wan, tmp_path, saved):
+    def change(checkpoint):
+        path = checkpoint / "state.json"
+        state = json.loads(path.read_text())
+        del state["hash"], state["files"]
+        path.write_text(json.dumps(state))
+
+    resume_after(change, tiny_wan, saved, tmp_path / "run")
+
+
+def test_a_checkpoint_past_the_last_step_is_refused(tiny_wan, tmp_path, saved):
+    shutil.copytree(saved, tmp_path / "run")
+    shorter = small_config(steps=1, ema=0.9, checkpoint__every=1)
+    with pytest.raises(ValueError, match=r"step-00000002 is past the end: steps=1"):
+        run(shorter, tiny_wan, tmp_path / "run", resume=True, allow_changes=True)
 
 
 def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path):

@@ -14,7 +14,7 @@ from nabla_attn.moving_shapes.latents import LatentSet
 from nabla_attn.moving_shapes.loop import Step
 from nabla_attn.moving_shapes.recipe import TransformerPhase
 from nabla_attn.moving_shapes.text import PIPELINE_TOKENS, CaptionEncoder
-from nabla_attn.training.flow import (
+from nabla_attn.training.noise import (
     NUM_TRAIN_TIMESTEPS,
     add_noise,
     flow_target,

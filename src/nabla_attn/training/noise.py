@@ -1,6 +1,7 @@
-"""Noise levels and noisy latents, exactly as a pipeline's scheduler has them."""
+"""Noise levels, noisy latents and targets, exactly as a pipeline's scheduler has them."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -9,7 +10,82 @@ from torch import Tensor
 
 from nabla_attn.training.config import ObjectiveConfig
 from nabla_attn.training.family import CLEAN, Family
-from nabla_attn.training.flow import add_noise
+
+NUM_TRAIN_TIMESTEPS = 1000
+GOLDEN = (5**0.5 - 1) / 2
+"""Multiples of it, without their whole part, cover 0 to 1 evenly however many there are."""
+
+Range = tuple[float, float]
+ALL_LEVELS: Range = (0.0, 1.0)
+
+
+def spread_times(step: int, batch: int, shift: float) -> Tensor:
+    """Noise levels [batch] in (0, 1), spread evenly within a batch and over successive batches.
+
+    An additive golden-ratio sequence covers the levels evenly at any batch size, 1 included.
+
+    Args:
+        step: Number of the training step.
+        batch: Number of levels.
+        shift: Factor by which the levels move to more noise, as the scheduler's `flow_shift` does.
+    """
+    index = torch.arange(step * batch + 1, (step + 1) * batch + 1, dtype=torch.float64)
+    return shift_levels((index * GOLDEN) % 1, shift).float()
+
+
+def shift_levels(levels: Tensor, shift: float) -> Tensor:
+    """Noise levels moved to more noise (shift above 1), as flow-matching schedulers do it."""
+    return shift * levels / (1 + (shift - 1) * levels)
+
+
+def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """The straight path from data to noise: (1 - sigma) latents + sigma noise.
+
+    Args:
+        latents: Clean latents, [batch, ...].
+        noise: Gaussian noise, of the shape of `latents`.
+        sigma: Noise level of every sample, [batch].
+    """
+    sigma = sigma.view(-1, *[1] * (latents.ndim - 1))
+    return (1 - sigma) * latents + sigma * noise
+
+
+def flow_target(latents: Tensor, noise: Tensor) -> Tensor:
+    """What the network predicts: the path's velocity, noise - latents."""
+    return noise - latents
+
+
+def served_levels(index: Mapping[str, Any], part: str) -> Range:
+    """The noise levels at which a pipeline calls one of its transformers.
+
+    Pipelines with a `boundary_ratio`, such as Wan 2.2 A14B, give `transformer` the levels from the
+    boundary up and `transformer_2` those below it.
+
+    Args:
+        index: The pipeline's `model_index.json`.
+        part: The transformer's name in it.
+
+    Raises:
+        ValueError: The boundary is not a share, or the pipeline never calls that transformer.
+    """
+    boundary = index.get("boundary_ratio")
+    if boundary is None:
+        if part == "transformer":
+            return ALL_LEVELS
+        raise ValueError(
+            f"the pipeline never calls {part}: its model_index.json has no boundary_ratio. Use "
+            "part=transformer, or set the boundary_ratio that the model was made for."
+        )
+    is_number = isinstance(boundary, int | float) and not isinstance(boundary, bool)
+    if not is_number or not 0 <= boundary <= 1:
+        raise ValueError(f"boundary_ratio must be from 0 to 1: got {boundary!r}.")
+    served = (float(boundary), 1.0) if part == "transformer" else (0.0, float(boundary))
+    if served[0] == served[1]:
+        raise ValueError(
+            f"the pipeline never calls {part}: its boundary_ratio is {boundary}. Train its other "
+            "transformer."
+        )
+    return served
 
 
 @dataclass(frozen=True)
@@ -59,10 +135,11 @@ class FlowPath:
 
     Attributes:
         family: What the network is told of a level, and what it predicts.
-        shift: More than 1 moves the levels to more noise.
-        times: "uniform" or "logit-normal" before the shift.
-        logit_mean: Of the logit-normal levels.
-        logit_std: Of the logit-normal levels.
+        shift: Factor by which the levels move to more noise.
+        times: Distribution of the levels before the shift, "uniform" or "logit-normal".
+        logit_mean: Mean of the logit-normal levels.
+        logit_std: Deviation of the logit-normal levels.
+        served: Lowest and highest level that the network is called at; no other one is drawn.
     """
 
     family: Family
@@ -70,15 +147,39 @@ class FlowPath:
     times: str = "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0
+    served: Range = ALL_LEVELS
 
     def draw_levels(self, count: int, generator: torch.Generator) -> Tensor:
         """Noise levels in (0, 1), float32 [count]."""
+        if self.served != ALL_LEVELS:
+            return self._draw_served(count, generator)
         if self.times == "uniform":
             levels = torch.rand(count, generator=generator, dtype=torch.float64)
         else:
             normal = torch.randn(count, generator=generator, dtype=torch.float64)
             levels = torch.sigmoid(self.logit_mean + self.logit_std * normal)
-        return (self.shift * levels / (1 + (self.shift - 1) * levels)).float()
+        return shift_levels(levels, self.shift).float()
+
+    def _draw_served(self, count: int, generator: torch.Generator) -> Tensor:
+        """Levels of the same distribution, given that they are served: its inverse, cut."""
+        ends = torch.tensor(self.served, dtype=torch.float64)
+        low, high = self._share_below(shift_levels(ends, 1 / self.shift))
+        share = low + (high - low) * torch.rand(count, generator=generator, dtype=torch.float64)
+        if self.times == "uniform":
+            levels = share
+        else:
+            levels = torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(share))
+        # A margin beyond float32's rounding: a level on the boundary would be the other network's.
+        lowest, highest = (ends + ends.new_tensor([1e-6, -1e-6])).tolist()
+        return shift_levels(levels, self.shift).clamp(lowest, highest).float()
+
+    def _share_below(self, levels: Tensor) -> Tensor:
+        """The share of unshifted levels below each of some."""
+        if self.times == "uniform":
+            return levels
+        return torch.special.ndtr(
+            (torch.logit(levels.clamp(0, 1)) - self.logit_mean) / self.logit_std
+        )
 
     def add_noise(self, latents: Tensor, generator: torch.Generator) -> Noised:
         """Draw a level and noise for every sample of [batch, ...]."""
@@ -110,13 +211,16 @@ class VelocityPath:
         return Noised(noisy, step, kept.sqrt() * noise - (1 - kept).sqrt() * latents)
 
 
-def path_of(scheduler: Any, family: Family, objective: ObjectiveConfig) -> NoisePath:
+def path_of(
+    scheduler: Any, family: Family, objective: ObjectiveConfig, served: Range = ALL_LEVELS
+) -> NoisePath:
     """The path that a pipeline's scheduler walks back; warns of a shift that has no effect.
 
     Args:
-        scheduler: Of diffusers.
-        family: Of the pipeline.
+        scheduler: The pipeline's scheduler.
+        family: The pipeline's family.
         objective: How levels are drawn, and perhaps another shift.
+        served: Lowest and highest level at which the pipeline calls the trained transformer.
 
     Raises:
         ValueError: The scheduler does not fit the family, or shifts by the size of the video.
@@ -151,4 +255,5 @@ def path_of(scheduler: Any, family: Family, objective: ObjectiveConfig) -> Noise
         times=objective.times,
         logit_mean=objective.logit_mean,
         logit_std=objective.logit_std,
+        served=served,
     )

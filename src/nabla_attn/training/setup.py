@@ -17,7 +17,7 @@ from nabla_attn.training.families import find_family
 from nabla_attn.training.family import Family
 from nabla_attn.training.feed import Feed
 from nabla_attn.training.model import Parts
-from nabla_attn.training.noise import path_of
+from nabla_attn.training.noise import path_of, served_levels
 from nabla_attn.training.objective import Objective, Teacher, make_objective
 from nabla_attn.training.packing import let_pack
 from nabla_attn.training.processes import make_accelerator, reshard, share_sequences
@@ -98,7 +98,8 @@ def prepare(config: TrainConfig, parts: Parts, dataset: Any = None) -> Run:
     """
     accelerator = make_accelerator(config, parts.transformer)
     family = find_family(parts.pipeline_class, parts.index)
-    path = path_of(parts.scheduler, family, config.objective)
+    served = served_levels(parts.index, parts.name)
+    path = path_of(parts.scheduler, family, config.objective, served)
     if config.data.pack:
         let_pack(parts.transformer, family)
     if dataset is None:

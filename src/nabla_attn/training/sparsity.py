@@ -12,7 +12,7 @@ from nabla_attn.config import DENSE, SparseConfig, parse
 from nabla_attn.models import apply
 from nabla_attn.schedule import Schedule
 from nabla_attn.training.config import SparsityConfig
-from nabla_attn.training.flow import GOLDEN
+from nabla_attn.training.noise import GOLDEN
 
 
 class Sparsity:

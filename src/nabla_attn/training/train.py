@@ -16,7 +16,7 @@ from nabla_attn.files import write_text
 from nabla_attn.record import RunRecord, collect_versions, describe_device
 from nabla_attn.training.chart import draw_losses
 from nabla_attn.training.check import probe
-from nabla_attn.training.checkpoint import SaveFailed
+from nabla_attn.training.checkpoint import Checkpoints, SaveFailed
 from nabla_attn.training.config import TrainConfig
 from nabla_attn.training.logbook import curve, read_log
 from nabla_attn.training.model import load_parts, save_lora, save_pipeline
@@ -89,8 +89,7 @@ def refuse_begun(folder: Path, resume: bool) -> None:
     Raises:
         ValueError: There is one, and it is not to be resumed.
     """
-    begun = any((folder / "checkpoints").glob("step-*"))
-    if begun and not resume:
+    if Checkpoints(folder / "checkpoints").latest() and not resume:
         raise ValueError(
             f"{folder} holds a run already. Pass --resume to go on with it, or another --output."
         )

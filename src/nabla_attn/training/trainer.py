@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nabla_attn.training.checkpoint import Checkpoints, SaveFailed, read_state
+from nabla_attn.training.checkpoint import Checkpoints, SaveFailed, read_state, verify
 from nabla_attn.training.config import OptimConfig
 from nabla_attn.training.feed import to_device
 from nabla_attn.training.logbook import Entry, Logbook
@@ -23,6 +23,8 @@ from nabla_attn.training.state import collect, restore, whole_tensor
 # (steps done, the transformer with the weights that would be saved) -> numbers for the log.
 Sample = Callable[[int, Any], dict[str, float]]
 Report = Callable[[Entry], None]
+# What every checkpoint of a run says.
+_NEEDED = ("config", "processes", "skipped", "seconds", "best", "feed")
 
 
 def rate_at(config: OptimConfig, step: int, steps: int) -> float:
@@ -85,7 +87,12 @@ class Trainer:
         path = self.checkpoints.latest()
         if path is None:
             return 0
-        state = read_state(path)
+        state = self._verified(path)
+        if state["step"] > self.config.steps:
+            raise ValueError(
+                f"{path} is past the end: steps={self.config.steps}. Raise steps, or choose "
+                "another --output."
+            )
         changes = differences(
             state["config"] | {"processes": state["processes"]},
             to_plain(self.config) | {"processes": self.run.accelerator.num_processes},
@@ -245,6 +252,20 @@ class Trainer:
             if is_last:
                 raise
             warnings.warn(f"{error} Training goes on.", stacklevel=2)
+
+    def _verified(self, path: Path) -> dict[str, Any]:
+        """The state of a checkpoint whose files are whole; offers the one before where not."""
+        try:
+            state = read_state(path)
+            if missing := [name for name in _NEEDED if name not in state]:
+                raise ValueError(f"{path} is not a checkpoint of a run: it lacks {missing[0]}.")
+            if self.is_main:
+                verify(path)
+        except ValueError as error:
+            before = self.checkpoints.before(path)
+            remedy = f"to go on from {before.name}" if before else "to start anew"
+            raise ValueError(f"{error} Remove {path} {remedy}.") from error
+        return state
 
     def _restore_feed(self, state: dict[str, Any], has_changes: bool) -> None:
         try:

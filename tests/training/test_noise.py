@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
 
-from nabla_attn.training.flow import add_noise, flow_target, spread_times
+from nabla_attn.training.noise import add_noise, flow_target, spread_times
 
 
 @pytest.mark.parametrize("batch", [1, 3, 32])
