@@ -5,7 +5,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from nabla_attn.cli import app
-from nabla_attn.generation.video import read_video
+from nabla_attn.media import read_video
 from nabla_attn.record import RunRecord
 
 

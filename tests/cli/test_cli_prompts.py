@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nabla_attn.cli import app
-from nabla_attn.generation.video import read_video
+from nabla_attn.media import read_video
 from nabla_attn.record import RunRecord
 
 SIZE = ["--height", "32", "--width", "32", "--frames", "5", "--steps", "2", "--device", "cpu"]

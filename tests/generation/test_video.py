@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from nabla_attn.generation.video import read_video, write_video
+from nabla_attn.generation.video import write_video
+from nabla_attn.media import read_video
 
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 255, 255), (20, 20, 20)]
 

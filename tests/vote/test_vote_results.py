@@ -10,7 +10,7 @@ pytest.importorskip("sqlalchemy")
 
 from tests.vote.study_helpers import make_small_study, write_run
 
-from nabla_attn.generation.video import read_video
+from nabla_attn.media import read_video
 from nabla_attn.record import RunRecord
 from nabla_attn.vote.export import draw_chart, results_page, votes_csv
 from nabla_attn.vote.make import damage, make_study

@@ -12,7 +12,7 @@ import pytest
 
 import tiny_wan
 from nabla_attn.cli import app
-from nabla_attn.generation.video import read_video
+from nabla_attn.media import read_video
 from nabla_attn.wan import tasks as wan_tasks
 
 ROOT = Path(__file__).parents[2]

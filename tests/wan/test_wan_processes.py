@@ -48,7 +48,7 @@ def test_two_processes(tmp_path, family, flags):
     assert code == 0, said
     code, said, two = run(torchrun, task, checkpoint, tmp_path / "two.mp4", flags)
     assert code == 0, said
-    from nabla_attn.generation.video import read_video
+    from nabla_attn.media import read_video
 
     difference = abs(read_video(one).astype(int) - read_video(two))
     assert difference.max() <= 2

@@ -138,7 +138,7 @@ def _make_one(
 
 
 def _read_first(path: Path, request: "GenerationRequest") -> "Image":
-    from nabla_attn.wan.inputs import read_image
+    from nabla_attn.media import read_image
 
     image = read_image(path)
     if image.size != (request.width, request.height):

@@ -1,7 +1,6 @@
-"""Videos as uint8 arrays [frames, height, width, 3], to and from H.264 mp4 files through PyAV."""
+"""Videos as uint8 arrays [frames, height, width, 3], to H.264 mp4 files through PyAV."""
 
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -72,29 +71,6 @@ def write_video(frames: np.ndarray, path: str | Path, fps: float) -> None:
         for index in range(count):
             container.mux(stream.encode(_to_yuv(frames[index])))
         container.mux(stream.encode())
-
-
-def read_video(path: str | Path, limit: int | None = None) -> np.ndarray:
-    """Decode a video file to uint8 [frames, height, width, 3], at most ``limit`` frames.
-
-    Raises:
-        ValueError: missing, damaged, or without a video stream; the file is named.
-    """
-    import av
-
-    try:
-        # Absolute: a relative name with a colon would be the address of something elsewhere.
-        with av.open(str(Path(path).absolute())) as container:
-            if not container.streams.video:
-                raise ValueError("it has no video stream")
-            decoded = islice(container.decode(container.streams.video[0]), limit)
-            frames = [frame.to_ndarray(format="rgb24") for frame in decoded]
-    except (av.FFmpegError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ValueError(f"cannot read the video {path}: {reason}.") from error
-    if not frames:
-        raise ValueError(f"cannot read the video {path}: it has no frames.")
-    return np.stack(frames)
 
 
 def _describe_stream(stream: Any, height: int, width: int) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from nabla_attn.config import parse
-from nabla_attn.generation.video import read_video, write_video
+from nabla_attn.generation.video import write_video
+from nabla_attn.media import read_video
 from nabla_attn.record import RunRecord
 from nabla_attn.vote.study import Pair, Study, database_path, new_token, videos_folder
 

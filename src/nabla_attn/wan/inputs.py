@@ -1,29 +1,11 @@
 """Image and video files as the arguments of the pipeline of each task."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from nabla_attn.media import read_image, read_video
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-MAX_IMAGE_PIXELS = 2**28
-
-
-def read_image(path: str | Path) -> "Image":
-    """An image file as RGB.
-
-    Raises:
-        ValueError: it is no image, or far too large.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise ValueError(f"{path}: {image.width}x{image.height} pixels are too many.")
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is no readable image ({error}).") from error
 
 
 def read_inputs(files: dict[str, str], frames: int) -> dict[str, Any]:
@@ -54,8 +36,6 @@ def read_inputs(files: dict[str, str], frames: int) -> dict[str, Any]:
 
 def _read_frames(path: str, frames: int, flag: str) -> list["Image"]:
     from PIL import Image
-
-    from nabla_attn.generation.video import read_video
 
     video = read_video(path, limit=frames)
     if len(video) < frames:

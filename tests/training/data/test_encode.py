@@ -69,7 +69,7 @@ def encoded(pipeline, videos, tmp_path_factory):
 def test_each_video_keeps_its_own_first_frame(videos, tmp_path):
     from tests.training.tiny_pipelines import wan_i2v
 
-    from nabla_attn.generation.video import read_video
+    from nabla_attn.media import read_video
 
     pipeline = wan_i2v()
     encode(FolderSource(videos), pipeline, tmp_path, EncodeRequest(shard_size=4))
@@ -88,7 +88,7 @@ def test_what_is_written_is_what_the_pipeline_makes(encoded, pipeline, videos):
     data = EncodedSet(encoded)
     assert len(data) == 7
     assert sorted(set(data.grids)) == [(4, 2, 2, 2), (4, 2, 2, 4)]
-    from nabla_attn.generation.video import read_video
+    from nabla_attn.media import read_video
 
     wanted = encode_video(pipeline, read_video(videos / "4.mp4"))
     text = encode_caption(pipeline, "a square 4", frames=5, height=16, width=16)
