@@ -3,7 +3,8 @@
 # make docs   the documentation site, into out/site; a broken link or a missing name fails
 # make coverage    the tests of core, backends and models, and the lines that they do not reach
 # make test-diffusers VERSION=0.42.0   the tests of models with another release of diffusers
-# make bench  set up .venv, then the CPU benchmark table
+# make bench  set up .venv, then ours and the baselines on this CPU, and the pages
+# make pages  the generated pages and charts of docs/, from the records
 # make bench-gpu   the same on a CUDA machine; needs Python and PyTorch only, no network
 # make tune-gpu    search FlexAttention's options for that machine
 # A second call reuses the set-up.
@@ -13,7 +14,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint types contracts docs tests coverage test-diffusers bench bench-gpu tune-gpu clean
+.PHONY: demo test lint types contracts docs tests coverage test-diffusers bench pages bench-gpu tune-gpu clean
 
 $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (torch, diffusers and the development tools; a few minutes the first time)"
@@ -65,11 +66,14 @@ test-diffusers: $(READY)
 	PYTHONPATH=$(VENV)/diffusers-$(VERSION) $(BIN)/python -m pytest tests/models -m "not gpu"
 
 bench: $(READY)
-	$(BIN)/nabla bench
-	$(BIN)/nabla bench --docs docs
+	$(BIN)/python -m benchmarks.suite --device cpu
+	$(MAKE) pages
+
+pages: $(READY)
+	$(BIN)/python -m benchmarks.pages
 
 bench-gpu:
-	PYTHONPATH=src $(PYTHON) -m nabla_attn.bench --device cuda --budget 400
+	PYTHONPATH=src $(PYTHON) -m benchmarks.suite --device cuda --budget 400
 
 tune-gpu:
 	PYTHONPATH=src $(PYTHON) -m nabla_attn.bench.tune --device cuda --budget 400

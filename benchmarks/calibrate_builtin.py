@@ -2,7 +2,7 @@
 
 Calibrated on the last held-out prompts, compared with dense attention on the first ones.
 
-    python benchmarks/calibrate_builtin.py runs/calibrate; then `nabla bench --docs docs`
+    python -m benchmarks.calibrate_builtin runs/calibrate; then `python -m benchmarks.pages`
 """
 
 import sys

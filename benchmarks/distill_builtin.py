@@ -3,13 +3,13 @@
 In the form of the paper's Table 2 (arXiv:2507.13546), on the built-in world. Run it again after an
 interruption: rows that the record holds are not repeated.
 
-    python benchmarks/distill_builtin.py runs/distill_builtin
+    python -m benchmarks.distill_builtin runs/distill_builtin
 """
 
 import argparse
 from pathlib import Path
 
-from training_study import (
+from benchmarks.training_study import (
     SIZE,
     STUDENTS,
     Study,
@@ -19,7 +19,6 @@ from training_study import (
     result_of,
     train_one,
 )
-
 from nabla_attn.generation.pipeline import load_pipeline, model_directory
 from nabla_attn.training.data import WorldSet
 

@@ -3,7 +3,7 @@
 Dense videos are sampled with guidance; every call of their transformer is repeated with sparse
 attention on the same latents, without the model's adapters and with them.
 
-python benchmarks/guidance_error.py; then `nabla bench --docs docs` makes the table.
+python -m benchmarks.guidance_error; then `python -m benchmarks.pages` makes the table.
 """
 
 import sys
@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 import typer
-from map_reuse import distance
 from torch import Tensor
 
 import nabla_attn as na
+from benchmarks.map_reuse import distance
 from nabla_attn.generation.call import sample
 from nabla_attn.generation.pipeline import BUILTIN_DIRECTORY, load_pipeline, model_identity
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults, video_tokens

@@ -2,16 +2,16 @@
 
 Run it again after an interruption: prompts that a record already holds are not repeated.
 
-    python benchmarks/judge_builtin.py dense nabla-0.7 nabla-0.4 nabla-0.2_sta-3-3-3
+    python -m benchmarks.judge_builtin dense nabla-0.7 nabla-0.4 nabla-0.2_sta-3-3-3
 
 With adapters, and what these ask for besides (their guidance):
 
-    python benchmarks/judge_builtin.py nabla-0.7_block-1-16-16 --lora builtin
+    python -m benchmarks.judge_builtin nabla-0.7_block-1-16-16 --lora builtin
 
 A student of `distill_builtin.py` is judged in a folder of its own, so that no record of the shipped
 model is in the way; `judge_distilled_ALGORITHM.json` is such a record:
 
-    python benchmarks/judge_builtin.py nabla-0.4_block-1-16-16 --output runs/judged \\
+    python -m benchmarks.judge_builtin nabla-0.4_block-1-16-16 --output runs/judged \\
         --model runs/students/distill-nabla-0.4_block-1-16-16-0
 """
 

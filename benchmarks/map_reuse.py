@@ -1,6 +1,6 @@
 """What reusing maps costs: the built-in model under schedules that keep maps, against fresh ones.
 
-python benchmarks/map_reuse.py; then `nabla bench --docs docs` makes the table.
+python -m benchmarks.map_reuse; then `python -m benchmarks.pages` makes the table.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """Seconds of a training step of the built-in model on long clips: dense and sparse in turn.
 
 nabla train builtin --output runs/builtin
-python benchmarks/training_study.py runs/builtin
-python benchmarks/training_step.py runs/builtin
+python -m benchmarks.training_study runs/builtin
+python -m benchmarks.training_step runs/builtin
 """
 
 import argparse
@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from training_study import SIZE, SPARSE, configure, parse_options
 
+from benchmarks.training_study import SIZE, SPARSE, configure, parse_options
 from nabla_attn.bench.measure import Timing
 from nabla_attn.generation.pipeline import load_pipeline
 from nabla_attn.record import RunRecord, collect_versions, describe_device

@@ -5,7 +5,7 @@ short ones. Distillation: students of the densely trained result, before
 and after. Run it again after an interruption: what the record holds is not repeated.
 
     nabla train builtin --output runs/builtin
-    python benchmarks/training_study.py runs/builtin
+    python -m benchmarks.training_study runs/builtin
 """
 
 import argparse

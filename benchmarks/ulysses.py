@@ -1,6 +1,6 @@
 """What sharing a video over processes changes: outputs and gradients of every model with a plan.
 
-PYTHONPATH=. python benchmarks/ulysses.py; then `nabla bench --docs docs` makes the table.
+python -m benchmarks.ulysses; then `python -m benchmarks.pages` makes the table.
 """
 
 import tempfile

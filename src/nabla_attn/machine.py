@@ -1,14 +1,22 @@
-"""Where measurements of this machine are kept: the user's cache, by device and PyTorch version."""
+"""What was measured on this machine: files in the user's cache, by device and PyTorch version.
+
+One of them says from which length on sparse attention wins: `nabla bench --crossover` measures it.
+"""
 
 import os
 import re
+import warnings
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from nabla_attn.record import describe_device
+from nabla_attn.record import RunRecord, describe_device
 
 VARIABLE = "NABLA_ATTN_CACHE"
+CROSSOVER = "bench-crossover"
+"""The kind of the records of `nabla bench --crossover`."""
 
 
 def cache_folder() -> Path:
@@ -30,3 +38,65 @@ def machine_file(kind: str, device: torch.device) -> Path:
 def device_slug(device: torch.device) -> str:
     """A device's name in file names."""
     return re.sub(r"[^a-z0-9.]+", "-", describe_device(device).lower()).strip("-")
+
+
+def crossover_file(device: torch.device) -> Path:
+    """Where the record of this machine lies."""
+    return machine_file("crossover", device)
+
+
+def min_tokens(results: list[dict[str, Any]], *, density: float = 0.3) -> int | None:
+    """The shortest measured length from which sparse wins at `density` or less; None if never."""
+    lengths = sorted({point["tokens"] for point in results})
+    for length in lengths:
+        longer = [p for p in results if p["tokens"] >= length and p["density"] <= density]
+        if longer and all(point["speed_up"] > 1 for point in longer):
+            return int(length)
+    return None
+
+
+def load_min_tokens(path: str | Path) -> int:
+    """`min_tokens` of a record; where sparse never won, one more than the longest measured.
+
+    Raises:
+        ValueError: no such file, or it is not a record of `nabla bench --crossover`.
+    """
+    try:
+        record = RunRecord.load(path)
+    except OSError as error:
+        raise ValueError(f"crossover record {path}: {error.strerror}.") from error
+    try:
+        if record.kind != CROSSOVER:
+            raise ValueError(f"its kind is {record.kind!r}")
+        results = record.numbers["results"]
+        return min_tokens(results) or max(int(point["tokens"]) for point in results) + 1
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a record of `nabla bench --crossover` ({error}). Measure again."
+        ) from error
+
+
+def min_tokens_here(device: torch.device, default: int) -> int:
+    """`load_min_tokens` of this machine's record; without one `default`, and one warning."""
+    path = crossover_file(device)
+    try:
+        changed = path.stat().st_mtime_ns
+    except OSError:
+        # No file, or one of another user's home: containers keep the home of root.
+        _warn_once(path, default)
+        return default
+    return _load_once(path, changed)
+
+
+@lru_cache(maxsize=32)
+def _warn_once(path: Path, default: int) -> None:
+    warnings.warn(
+        f"min_tokens='auto' finds no record of this machine at {path}, so {default} stays. Measure "
+        "once with `nabla bench --crossover`.",
+        stacklevel=3,
+    )
+
+
+@lru_cache(maxsize=32)
+def _load_once(path: Path, changed: int) -> int:
+    return load_min_tokens(path)

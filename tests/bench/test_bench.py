@@ -1,27 +1,14 @@
-import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 import nabla_attn as na
-from nabla_attn import crossover
-from nabla_attn.bench import (
-    attention,
-    contenders,
-    gate,
-    reuse_table,
-    revisions,
-    scaling,
-    suite,
-    tables,
-)
+from nabla_attn import machine
+from nabla_attn.bench import attention, contenders, gate, report, scaling, suite
 from nabla_attn.bench.inputs import make_inputs
 from nabla_attn.bench.maps import measure_map_share, measure_maps
 from nabla_attn.bench.measure import time_in_turn
-from nabla_attn.bench.rivals import diffusers_block_map
 from nabla_attn.bench.workloads import WORKLOADS, workload
 from nabla_attn.cli import bench as cli_bench
 from nabla_attn.record import RunRecord
@@ -121,19 +108,6 @@ def test_a_contender_is_held_to_its_own_map(monkeypatch, own_block):
         assert result["density"] == build(inputs.q, inputs.k).density
 
 
-def test_diffusers_map_is_ours_where_sums_are_exact_enough():
-    inputs = make_inputs(replace(SMALL, dtype=torch.float32), 0.4, CPU)
-    theirs = diffusers_block_map(inputs.q, inputs.k, SMALL.grid, inputs.config.threshold)
-    ours = na.build_block_map(inputs.q, inputs.k, SMALL.grid, inputs.config)
-    assert torch.equal(theirs.mask, ours.mask)
-
-
-def test_all_builders_make_the_same_map():
-    result = measure_maps(SMALL, 0.3, CPU, rounds=1)
-    assert set(result["differing_entries"].values()) == {0}
-    assert measure_map_share(SMALL, 0.3, CPU, rounds=1)["map_share_of_dense"] > 0
-
-
 def test_contenders_take_turns():
     calls = []
     runs = {name: lambda name=name: calls.append(name) for name in "ab"}
@@ -161,8 +135,8 @@ def test_crossover_is_the_length_from_which_sparse_always_wins():
             (2048, 0.3, 1.5),
         ]
     ]
-    assert crossover.min_tokens(points) == 1024
-    assert crossover.min_tokens(points[:2]) is None
+    assert machine.min_tokens(points) == 1024
+    assert machine.min_tokens(points[:2]) is None
 
 
 def test_too_large_a_workload_is_refused_before_it_starts(tmp_path, monkeypatch):
@@ -172,17 +146,6 @@ def test_too_large_a_workload_is_refused_before_it_starts(tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
-def test_suite_writes_records_and_the_page_comes_from_them(no_compiler, tmp_path, monkeypatch):
-    monkeypatch.setitem(WORKLOADS, "toy-cpu", replace(SMALL, densities=(0.4,)))
-    paths = suite.run_suite(("toy-cpu",), CPU, tmp_path / "results", rounds=1)
-    record = RunRecord.load(paths[0])
-    page = tables.build_docs(tmp_path / "results", tmp_path / "docs")
-    density = record.numbers["results"][0]["density"]
-    assert f"{density:.3f}" in page and "ours (gather)" in page
-    assert (tmp_path / "docs" / "images" / "speed_by_density.png").stat().st_size > 1000
-    assert page == tables.build_docs(tmp_path / "results", tmp_path / "docs")
-
-
 def test_a_table_of_contenders_that_failed_is_made():
     seconds, gate = {"median": 1.0, "min": 1.0, "max": 1.0}, {"error": 1.0, "budget": 2.0}
     broken = {"is_dense": True, "gate": {"error": None, "budget": 2.0, "passed": False}}
@@ -190,94 +153,37 @@ def test_a_table_of_contenders_that_failed_is_made():
     result = {"dtype": "float32", "direction": "forward", "density": 0.2}
     result["contenders"] = {"dense (flash)": broken, "ours (gather)": ours}
     numbers = {"results": [result]}
-    text = tables.section(RunRecord("bench", {"workload": "w"}, 0, {}, "cpu", numbers))
+    text = report.section(RunRecord("bench", {"workload": "w"}, 0, {}, "cpu", numbers))
     assert "- dense (flash): not run, output is not finite." in text
     assert "| ours (gather) | 1.000 (1.000 to 1.000) | – | – | 0.50 | 0.50 |" in text
 
 
-def bench_record(*results):
-    def entry(density, **shares):
-        case = {"workload": "w", "dtype": "float32", "density": density, "direction": "forward"}
-        ran = {name: {"share_of_ideal": share, "is_dense": False} for name, share in shares.items()}
-        dense = {"dense": {"share_of_ideal": 1.0, "is_dense": True}}
-        return case | {"contenders": ran | dense | {"absent": {"why_not": "no compiler"}}}
-
-    numbers = {"results": [entry(density, **shares) for density, shares in results]}
-    # Parts of a record that no contender ran in.
-    numbers["results"].append({"workload": "w", "dtype": "float32", "map_share_of_dense": 0.1})
-    return RunRecord("bench", {}, 0, {}, "cpu", json.loads(json.dumps(numbers)))
+def test_the_map_is_timed_beside_dense_attention():
+    alone = measure_maps(SMALL, 0.3, CPU, rounds=1)
+    assert list(alone["seconds"]) == ["ours (raster order in)"] and not alone["differing_entries"]
+    assert measure_map_share(SMALL, 0.3, CPU, rounds=1)["map_share_of_dense"] > 0
 
 
-def test_revisions_are_compared_case_by_case_and_name_what_one_lacks(monkeypatch, capsys, tmp_path):
-    ours = bench_record((0.0521, {"gather": 0.5}), (0.1987, {"gather": 0.9, "new": 0.8}))
-    base = bench_record((0.2, {"gather": 0.6}), (0.3, {"gather": 0.7}))
-    (row,) = revisions.ratios(ours, base)
-    assert (row["density"], row["contender"]) == (0.2, "gather")
-    assert row["ratio"] == pytest.approx(1.5)
-    monkeypatch.setattr(revisions, "measure_revision", lambda *_: base)
-    ours.save(tmp_path / "ours.json")
-    cli_bench._compare_with("main", {"w": tmp_path / "ours.json"}, "cpu", 1)
-    assert capsys.readouterr().out.splitlines() == [
-        "w float32 0.2 forward gather: 1.50x the share of ideal at main",
-        "w float32 0.05 forward gather: not measured at main",
-        "w float32 0.2 forward new: not measured at main",
-        "w float32 0.3 forward gather: measured at main alone",
-    ]
-
-
-def test_an_unknown_revision_is_named():
-    with pytest.raises(ValueError, match="git rev-parse failed"):
-        revisions.measure_revision("no-such-revision", "toy-cpu", "cpu", 1)
-
-
-def test_dry_listing_gives_reasons():
-    found = contenders.list_contenders(workload("wan14b-720p"), CPU)
-    assert found["ours (gather)"] == (None, None)
-    assert "no backward on CPU" in found["ours (flex)"][1]
-    assert "multiples of 8" in found["diffusers NABLA"][0]
-
-
-def test_the_benchmark_needs_only_torch(tmp_path):
-    # A GPU machine without a network: none of these can be imported there.
-    absent = ["jaxtyping", "diffusers", "transformers", "typer", "rich", "scipy", "matplotlib"]
-    absent.append("psutil")
-    code = (
-        f"import sys, runpy; sys.modules.update(dict.fromkeys({absent}));"
-        f"sys.argv = ['bench', '--device', 'cpu', '--rounds', '1', '--output', {str(tmp_path)!r}];"
-        "from dataclasses import replace; from nabla_attn.bench import suite, workloads as w;"
-        "from nabla_attn.core.grid import TokenGrid;"
-        "toy = replace(w.WORKLOADS['toy-cpu'], grid=TokenGrid(2, 11, 13), densities=(0.5,));"
-        "w.WORKLOADS['toy-cpu'] = toy; suite.CPU_SUITE = ('toy-cpu',);"
-        "import nabla_attn.backends.flex as f; f.why_not_compile = lambda device: 'not in tests';"
-        "runpy.run_module('nabla_attn.bench', run_name='__main__')"
+def test_a_suite_writes_a_record_that_has_tables(no_compiler, tmp_path, monkeypatch):
+    monkeypatch.setitem(WORKLOADS, "toy-cpu", replace(SMALL, densities=(0.4,)))
+    said = []
+    (path,) = suite.run_suite(
+        ("toy-cpu",), CPU, tmp_path, rounds=1, on_progress=lambda *where: said.append(where)
     )
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    assert "| float32 | forward |" in process.stdout
-    assert len(list(tmp_path.glob("bench_toy-cpu_*.json"))) == 1
+    record = RunRecord.load(path)
+    density = record.numbers["results"][0]["density"]
+    text = report.section(record)
+    assert f"{density:.3f}" in text and "ours (gather)" in text and "the map takes" in text.lower()
+    assert said[0] == ("toy-cpu float32 density 0.4 forward", 0, 5)
+    assert [done for _, done, _ in said] == list(range(5))
 
 
-def page_of(kind, config, row, folder):
-    """The page of benchmarks with one record of one row."""
-    RunRecord(kind, config, 0, {}, "cpu", {"results": [row]}).save(folder / f"{kind}.json")
-    return tables.build_docs(folder, folder / "docs")
+def test_a_package_without_its_checkout_says_what_pages_need(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli_bench, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match="need a checkout of nabla-attn, got a package in"):
+        cli_bench.bench(device="cpu", docs=tmp_path / "docs")
 
 
-def test_the_cost_of_map_reuse_has_a_table(tmp_path):
-    row = {"rule": "nabla-0.5; one map for 2 steps", "reuse_steps": 2}
-    row |= dict.fromkeys(reuse_table.COLUMNS, 0.25) | {"recall": 0.9449}
-    config = {"workload": "map reuse", "tokens": [9, 16, 16], "steps": 6}
-    config |= {"guidance": 3.0, "prompts": ["a", "b"]}
-    page = page_of("map_reuse", config, row, tmp_path)
-    assert "| nabla-0.5; one map for 2 steps | 0.2500 | 0.9449 |" in page
-    assert "9x16x16 tokens, 6 steps, guidance 3, 2 prompts" in page
-
-
-def test_what_guidance_makes_of_errors_has_a_table(tmp_path):
-    row = {"algorithm": "nabla-0.7", "prompted": 0.1, "free": 0.12, "guided": 0.25, "ratio": 2.5}
-    row |= {"kept": 0.9, "adapters": True}
-    config = {"workload": "guidance", "tokens": [16, 16, 16], "steps": 6}
-    config |= {"guidance": 3.0, "prompts": ["a", "b"]}
-    page = page_of("guidance_error", config, row, tmp_path)
-    assert "| `nabla-0.7`, adapters | 0.100 | 0.120 | 0.250 | 2.500 | 0.900 |" in page
-    assert "every step of 6, guidance 3, of 2 dense videos" in page
+def test_the_command_makes_the_pages_of_a_checkout(tmp_path):
+    cli_bench.bench(device="cpu", docs=tmp_path / "docs", output=tmp_path / "none")
+    assert "Contenders run in turn" in (tmp_path / "docs/benchmarks.md").read_text()

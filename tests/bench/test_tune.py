@@ -13,8 +13,7 @@ import nabla_attn as na
 from nabla_attn import backends
 from nabla_attn.backends import flex_options, gather
 from nabla_attn.backends.flex_options import FlexOptions, choose_options
-from nabla_attn.bench import attention, suite, tables, tune, variants
-from nabla_attn.bench.contenders import contenders, list_contenders
+from nabla_attn.bench import attention, report, suite, tune
 from nabla_attn.bench.workloads import WORKLOADS, workload
 from nabla_attn.record import RunRecord
 
@@ -133,31 +132,6 @@ def test_dry_run_needs_only_torch():
     assert "wan14b-720p: FlexOptions(tile_rows=2" in process.stdout
 
 
-def test_variants_are_listed_with_reasons_and_run_on_gpus_alone(no_flex):
-    listed = list_contenders(workload("paper-768p"), CPU)
-    names = [f"ours (flex, {name})" for name, *_ in variants.VARIANTS]
-    assert set(names) < set(listed)
-    assert all("not in tests" in listed[name][0] for name in names)
-    inputs = attention.make_inputs(SMALL, 0.4, CPU)
-    assert not set(names) & {c.name for c in contenders(SMALL, inputs, CPU)}
-
-
-def test_variants_are_held_to_their_own_maps(monkeypatch):
-    monkeypatch.setattr(variants, "BACKEND", "gather")
-    monkeypatch.setattr(variants, "why_not_flash", lambda *_: None)
-    monkeypatch.setattr("nabla_attn.backends.flex.why_not_compile", lambda device: "not in tests")
-    both = lambda *arguments, **options: contenders(*arguments, **options, has_variants=True)  # noqa: E731
-    monkeypatch.setattr(attention, "contenders", both)
-    result = attention.measure_attention(SMALL, 0.4, CPU, rounds=1)
-    found = {name: result["contenders"][f"ours (flex, {name})"] for name, *_ in variants.VARIANTS}
-    assert all(entry["gate"]["passed"] for entry in found.values())
-    assert found["pairs share the union"]["density"] > result["density"]
-    assert "density" not in found["tiles of 128"]
-    for entry in found.values():
-        useful = min(result["density"], entry.get("density", 1))
-        assert entry["share_of_ideal"] == pytest.approx(entry["speed_up"] * useful)
-
-
 def test_a_contender_that_fails_ends_nothing(no_flex, monkeypatch):
     def fail(*args, **options):
         raise RuntimeError("CUDA error: out of memory\nmore")
@@ -173,7 +147,7 @@ def test_a_contender_that_fails_ends_nothing(no_flex, monkeypatch):
 def test_a_budget_leaves_measurements_out_and_says_which(no_flex, monkeypatch, tmp_path):
     monkeypatch.setitem(WORKLOADS, "toy-cpu", replace(SMALL, densities=(0.4,)))
     path = suite.run_suite(("toy-cpu",), CPU, tmp_path, rounds=1, budget=-1.0)[0]
-    page = tables.section(RunRecord.load(path))
+    page = report.section(RunRecord.load(path))
     assert "Left out for want of time: toy-cpu float32 density 0.4 forward," in page
 
 

@@ -7,7 +7,7 @@ import torch
 from tests.models.tiny_models import TINY, run
 
 import nabla_attn as na
-from nabla_attn import crossover
+from nabla_attn import machine
 from nabla_attn.machine import cache_folder
 from nabla_attn.record import RunRecord
 
@@ -26,7 +26,7 @@ def make_record(path, *, win_from):
         {"tokens": tokens, "density": 0.2, "speed_up": 2.0 if tokens >= win_from else 0.5}
         for tokens in (256, 512, 1024)
     ]
-    RunRecord(crossover.KIND, {}, 0, {}, "cpu", {"results": points}).save(path)
+    RunRecord(machine.CROSSOVER, {}, 0, {}, "cpu", {"results": points}).save(path)
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def density(**options):
 
 @pytest.mark.parametrize(("win_from", "is_dense"), [(256, False), (512, True), (9999, True)])
 def test_auto_uses_this_machines_record(win_from, is_dense):
-    make_record(crossover.crossover_file(CPU), win_from=win_from)
+    make_record(machine.crossover_file(CPU), win_from=win_from)
     assert (density(min_tokens="auto") == 1) == is_dense
 
 
@@ -57,7 +57,7 @@ def test_auto_without_a_record_warns_once_and_keeps_the_default():
 @pytest.mark.filterwarnings("ignore:min_tokens")
 def test_a_record_made_later_in_the_same_process_counts():
     assert density(min_tokens="auto") < 1
-    make_record(crossover.crossover_file(CPU), win_from=512)
+    make_record(machine.crossover_file(CPU), win_from=512)
     assert density(min_tokens="auto") == 1
 
 
@@ -87,7 +87,7 @@ def test_what_is_not_a_record_is_named(tmp_path):
 
 def test_lengths_at_which_sparse_never_won_stay_dense(tmp_path):
     make_record(tmp_path / "never.json", win_from=9999)
-    assert crossover.load_min_tokens(tmp_path / "never.json") == 1025
+    assert machine.load_min_tokens(tmp_path / "never.json") == 1025
 
 
 def test_cache_folder(monkeypatch, tmp_path):
@@ -98,11 +98,11 @@ def test_cache_folder(monkeypatch, tmp_path):
 
 
 def test_the_benchmark_writes_it(monkeypatch, tmp_path):
-    from nabla_attn.bench import scaling
+    from nabla_attn.bench import suite
     from nabla_attn.cli.bench import bench
 
     points = [{"tokens": 256, "density": 0.2, "speed_up": 3.0}]
-    monkeypatch.setattr(scaling, "measure_crossover", lambda *_, **__: points)
+    monkeypatch.setattr(suite, "measure_crossover", lambda *_, **__: points)
     bench(device="cpu", output=tmp_path / "results", crossover=True)
-    assert crossover.load_min_tokens(crossover.crossover_file(CPU)) == 256
+    assert machine.load_min_tokens(machine.crossover_file(CPU)) == 256
     assert (tmp_path / "results" / "bench_crossover.json").is_file()

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.pages import models as catalogue
 from tests.models.tiny_models import TINY, relative_error
 
 import nabla_attn as na
-from nabla_attn.models import catalogue, register_model, table
+from nabla_attn.models import register_model, table
 from nabla_attn.models.grids import framepack_history, named_grid
 from nabla_attn.models.table import ModelRow
 
@@ -20,7 +21,7 @@ def test_documented_table_is_the_generated_one(tmp_path):
     copy = tmp_path / "models.md"
     copy.write_text((DOCS / "models.md").read_text())
     catalogue.write_table(copy)
-    fresh = "run python -m nabla_attn.models.catalogue docs/models.md"
+    fresh = "run python -m benchmarks.pages"
     assert copy.read_text() == (DOCS / "models.md").read_text(), fresh
     (tmp_path / "empty.md").write_text("no table")
     with pytest.raises(ValueError, match="has no place for the table"):

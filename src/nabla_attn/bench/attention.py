@@ -1,4 +1,4 @@
-"""Attention of one workload: contenders checked, then timed in turn, forward or with backward."""
+"""Attention of one workload: contenders checked, then timed in turn; where the time goes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,14 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nabla_attn import backends
 from nabla_attn.attention import build_block_map
-from nabla_attn.bench.contender import Contender
-from nabla_attn.bench.contenders import contenders
+from nabla_attn.bench.contenders import Baselines, Contender, contenders
 from nabla_attn.bench.gate import check_output, sample_rows, token_rows
 from nabla_attn.bench.inputs import Inputs, make_inputs
 from nabla_attn.bench.measure import matmul_flops, peak_bytes, time_in_turn
-from nabla_attn.bench.stages import measure_stages
 from nabla_attn.bench.workloads import Workload
+from nabla_attn.core.grid import TokenGrid
+from nabla_attn.core.order import TokenLayout, to_blocks, to_raster
+from nabla_attn.mapping import map_blocks
 
 
 def measure_attention(
@@ -23,15 +25,17 @@ def measure_attention(
     *,
     backward: bool = False,
     rounds: int = 5,
+    baselines: Baselines | None = None,
 ) -> dict[str, Any]:
-    """Gate and time every contender at one density.
+    """Check and time every contender at one density.
 
     Args:
-        workload: the shape.
-        density: wanted share of kept token pairs; the true one is in the result.
-        device: where to run.
-        backward: time forward and backward together.
-        rounds: timed rounds.
+        workload: The shape.
+        density: The wanted share of kept token pairs; the true one is in the result.
+        device: The device to run on.
+        backward: Whether forward and backward are timed together.
+        rounds: Number of timed rounds.
+        baselines: What else is measured.
 
     Returns:
         Plain numbers for a record: the density, and per contender its gate, seconds, speed-up over
@@ -46,7 +50,7 @@ def measure_attention(
     ceiling = matmul_flops(workload.dtype, device)
     results: dict[str, dict[str, Any]] = {}
     runs: dict[str, Callable[[], object]] = {}
-    for contender in contenders(workload, inputs, device, needs_grad=backward):
+    for contender in contenders(workload, inputs, device, needs_grad=backward, baselines=baselines):
         if contender.run is None:
             results[contender.name] = {"why_not": contender.why_not}
             continue
@@ -85,7 +89,7 @@ def measure_attention(
         "contenders": results,
     }
     if not backward:
-        result["stages"] = measure_stages(workload.grid, inputs, device, rounds=rounds)
+        result["stages"] = _measure_stages(workload.grid, inputs, device, rounds=rounds)
     return result
 
 
@@ -137,3 +141,31 @@ def _runner(
         return torch.autograd.grad(run(*leaves), leaves, grad)
 
     return both
+
+
+def _measure_stages(
+    grid: TokenGrid, inputs: Inputs, device: torch.device, *, rounds: int
+) -> dict[str, Any]:
+    """Seconds of each stage of a forward, run alone, by the backend that "auto" takes here.
+
+    "reorder" is q, k and v into block order and the output back.
+    """
+    layout = TokenLayout(grid)
+    q, k, v = inputs.q, inputs.k, inputs.v
+    attend = backends.resolve("auto", q, k, v)
+    blocks = [to_blocks(x, layout) for x in (q, k, v)]
+    block_map = map_blocks(blocks[0], blocks[1], layout, inputs.config)
+
+    def reorder() -> object:
+        return [to_blocks(x, layout) for x in (q, k, v)], to_raster(blocks[0], layout)
+
+    timings = time_in_turn(
+        {
+            "reorder": reorder,
+            "map": lambda: map_blocks(blocks[0], blocks[1], layout, inputs.config),
+            "attention": lambda: attend(*blocks, block_map, scale=None),
+        },
+        device,
+        rounds=rounds,
+    )
+    return {name: timing.to_dict() for name, timing in timings.items()}

@@ -1,7 +1,8 @@
-"""What is measured against what: name -> attention function, or the reason why it cannot run."""
+"""What is measured against what: ways to compute attention, or the reason why one cannot run."""
 
-from collections.abc import Callable
-from importlib.util import find_spec
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nabla_attn import backends
 from nabla_attn.attention import nabla_attention
-from nabla_attn.bench.contender import Contender
 from nabla_attn.bench.inputs import THRESHOLD, Inputs
-from nabla_attn.bench.variants import variants
 from nabla_attn.bench.workloads import Workload
 from nabla_attn.config import SparseConfig
+from nabla_attn.core.block_map import BlockMap
 from nabla_attn.core.grid import TokenGrid
 
 _SDPA = {
@@ -27,39 +27,70 @@ _SDPA = {
 }
 
 
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute attention over raster-order q, k, v.
+
+    Attributes:
+        name: The name in records and tables.
+        run: The function of q, k, v that returns the output; None when it cannot run.
+        why_not: The reason, or None.
+        is_dense: Whether it attends every pair, so that it is held to the dense result.
+        own_map: The function of q and k that returns the map it attends by, where that is not the
+            workload's.
+        grid: The token grid, where its blocks are not the workload's.
+    """
+
+    name: str
+    run: Callable[[Tensor, Tensor, Tensor], Tensor] | None
+    why_not: str | None = None
+    is_dense: bool = False
+    own_map: Callable[[Tensor, Tensor], BlockMap] | None = None
+    grid: TokenGrid | None = None
+
+
+class Baselines(Protocol):
+    """What else is measured, beside dense attention and ours."""
+
+    def attention(
+        self, grid: TokenGrid, inputs: Inputs, device: torch.device, *, needs_grad: bool
+    ) -> list[Contender]:
+        """More ways to compute attention."""
+
+    def map_builders(
+        self, q_blocks: Tensor, k_blocks: Tensor, window: Tensor, threshold: float
+    ) -> Mapping[str, Callable[[], Any]]:
+        """More builders of the same map, each a function that returns a `BlockMask`, by name."""
+
+
 def contenders(
     workload: Workload,
     inputs: Inputs,
     device: torch.device,
     *,
     needs_grad: bool = False,
-    has_variants: bool | None = None,
+    baselines: Baselines | None = None,
 ) -> list[Contender]:
-    """Dense attention by every backend of the device, ours, and diffusers' own NABLA.
-
-    `has_variants` adds other ways to tile; None does so on CUDA, for which they are.
-    """
-    if has_variants is None:
-        has_variants = device.type == "cuda"
-    more = variants(workload.grid, inputs, device, needs_grad) if has_variants else []
-    return [
-        *_dense(device),
-        *(_ours(name, workload.grid, inputs, device, needs_grad) for name in ("gather", "flex")),
-        *more,
-        _diffusers(workload.grid, inputs, device, needs_grad),
-    ]
+    """Dense attention by every backend of the device, ours, and the baselines."""
+    ours = (_ours(name, workload.grid, inputs, device, needs_grad) for name in ("gather", "flex"))
+    found = [*_dense(device), *ours]
+    if baselines is not None:
+        found += baselines.attention(workload.grid, inputs, device, needs_grad=needs_grad)
+    return found
 
 
 def list_contenders(
-    workload: Workload, device: torch.device
+    workload: Workload, device: torch.device, *, baselines: Baselines | None = None
 ) -> dict[str, tuple[str | None, str | None]]:
     """Every contender's reason not to run, forward and with backward; None where it runs."""
     empty = torch.empty(0)
     inputs = Inputs(empty, empty, empty, SparseConfig(threshold=THRESHOLD), 0.0)
     forward, backward = (
         {
-            c.name: c.why_not
-            for c in contenders(workload, inputs, device, needs_grad=needs_grad, has_variants=True)
+            contender.name: contender.why_not
+            for contender in contenders(
+                workload, inputs, device, needs_grad=needs_grad, baselines=baselines
+            )
         }
         for needs_grad in (False, True)
     )
@@ -92,26 +123,3 @@ def _ours(
         return nabla_attention(q, k, v, grid, inputs.config, backend=name)
 
     return Contender(f"ours ({name})", run)
-
-
-def _diffusers(
-    grid: TokenGrid, inputs: Inputs, device: torch.device, needs_grad: bool
-) -> Contender:
-    """diffusers' map and compiled FlexAttention, reordered as ours."""
-    name = "diffusers NABLA"
-    reason = backends.why_not("flex", device, needs_grad=needs_grad)
-    if reason is None and grid.is_ragged:
-        reason = f"it needs rows and columns in multiples of 8: got {grid}"
-    if reason is not None:
-        return Contender(name, None, reason)
-    if find_spec("diffusers") is None:
-        return Contender(name, None, "diffusers is not installed")
-    from nabla_attn.bench.rivals import diffusers_attention, diffusers_block_map
-
-    threshold = inputs.config.threshold
-    assert threshold is not None
-    return Contender(
-        name,
-        diffusers_attention(grid, threshold),
-        own_map=lambda q, k: diffusers_block_map(q, k, grid, threshold),
-    )

@@ -1,15 +1,14 @@
-"""The map alone: ours from raster order against other builders, stage by stage."""
+"""The map alone: against other builders of the same map, and against dense attention."""
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from nabla_attn.attention import build_block_map
+from nabla_attn.bench.contenders import Baselines
 from nabla_attn.bench.inputs import THRESHOLD, make_inputs
 from nabla_attn.bench.measure import time_in_turn
-from nabla_attn.bench.rivals import diffusers_map, five_sort_map
 from nabla_attn.bench.workloads import Workload
 from nabla_attn.config import SparseConfig
 from nabla_attn.core.order import to_blocks
@@ -20,11 +19,16 @@ OURS = "ours (raster order in)"
 
 
 def measure_maps(
-    workload: Workload, density: float, device: torch.device, *, rounds: int = 5
+    workload: Workload,
+    density: float,
+    device: torch.device,
+    *,
+    rounds: int = 5,
+    baselines: Baselines | None = None,
 ) -> dict[str, Any]:
     """Time the builders of one map, after checking that they build the same one.
 
-    Ours starts from raster order; the others are given block order for free.
+    Ours starts from raster order; the baselines are given block order for free.
 
     Returns:
         Plain numbers for a record: seconds per builder, the ratio to ours, entries that differ.
@@ -32,16 +36,11 @@ def measure_maps(
     inputs = make_inputs(workload, density, device)
     grid, q, k = workload.grid, inputs.q, inputs.k
     config = SparseConfig(threshold=THRESHOLD, window=WINDOW)
-    window = build_window_map(grid, WINDOW, device)
-    q_blocks, k_blocks = (to_blocks(x, grid) for x in (q, k))
-    builders: dict[str, Any] = {
-        OURS: lambda: build_block_map(q, k, grid, config),
-        "reference, five sorts": lambda: five_sort_map(q_blocks, k_blocks, window, THRESHOLD),
-    }
-    if find_spec("diffusers") is not None:
-        builders["diffusers 0.42 nabla_block_mask"] = lambda: diffusers_map(
-            q_blocks, k_blocks, window, THRESHOLD
-        )
+    builders: dict[str, Any] = {OURS: lambda: build_block_map(q, k, grid, config)}
+    if baselines is not None:
+        window = build_window_map(grid, WINDOW, device)
+        q_blocks, k_blocks = (to_blocks(x, grid) for x in (q, k))
+        builders |= baselines.map_builders(q_blocks, k_blocks, window, THRESHOLD)
     ours = build_block_map(q, k, grid, config)
     differing = {
         name: int((build().to_dense().bool() != ours.mask).sum())

@@ -1,6 +1,5 @@
 """How time grows with tokens, and below which length dense attention is faster."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from nabla_attn.bench.inputs import Inputs, make_inputs
 from nabla_attn.bench.measure import time_in_turn
 from nabla_attn.bench.workloads import Workload, workload
 from nabla_attn.core.grid import TokenGrid
+from nabla_attn.progress import ProgressCallback, ignore_progress
 
 # Frames of 32x32 tokens: attention to 65,536 tokens, the map alone to 327,680.
 ATTENTION_FRAMES = (2, 4, 8, 16, 32, 64)
@@ -21,15 +21,14 @@ CROSSOVER_DENSITIES = (0.1, 0.2, 0.3, 0.5, 0.7)
 
 
 def measure_scaling(
-    device: torch.device, *, rounds: int = 3, on_job: Callable[[str], None] | None = None
+    device: torch.device, *, rounds: int = 3, on_progress: ProgressCallback = ignore_progress
 ) -> list[dict[str, Any]]:
     """Seconds of dense, sparse and map over growing lengths, and the fitted exponents."""
     base = workload("toy-cpu")
     points: list[dict[str, Any]] = []
-    for frames in MAP_FRAMES:
+    for index, frames in enumerate(MAP_FRAMES):
         work = base.with_grid(TokenGrid(frames, 32, 32))
-        if on_job:
-            on_job(f"{work.grid.num_tokens} tokens")
+        on_progress(f"{work.grid.num_tokens} tokens", index, len(MAP_FRAMES))
         inputs = make_inputs(work, 0.2, device)
         runs = _runs(work.grid, inputs, has_attention=frames in ATTENTION_FRAMES)
         timings = time_in_turn(runs, device, rounds=rounds)
@@ -59,15 +58,14 @@ def fit_exponents(points: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def measure_crossover(
-    device: torch.device, *, rounds: int = 3, on_job: Callable[[str], None] | None = None
+    device: torch.device, *, rounds: int = 3, on_progress: ProgressCallback = ignore_progress
 ) -> list[dict[str, Any]]:
     """Speed-up over dense for small grids and growing densities."""
     base = workload("toy-cpu")
     results = []
-    for sizes in CROSSOVER_GRIDS:
+    for index, sizes in enumerate(CROSSOVER_GRIDS):
         work = base.with_grid(TokenGrid(*sizes))
-        if on_job:
-            on_job(f"{work.grid.num_tokens} tokens")
+        on_progress(f"{work.grid.num_tokens} tokens", index, len(CROSSOVER_GRIDS))
         for density in CROSSOVER_DENSITIES:
             results.append(_crossover_point(work, density, device, rounds))
     return results

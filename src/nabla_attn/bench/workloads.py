@@ -7,29 +7,30 @@ import torch
 from nabla_attn.core.grid import TokenGrid
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Workload:
     """One attention layer's shape.
 
     Attributes:
-        name: how the command line calls it.
-        grid: latent patch tokens of the video.
-        heads: attention heads.
-        dim: dimension of a head.
-        dtype: of queries, keys and values.
-        densities: kept shares of token pairs to measure at.
-        is_map_only: attention of this length is too long to run here; only the map is measured.
-        source: what the shape is.
+        name: The name on the command line.
+        grid: Latent patch tokens of the video.
+        heads: Number of attention heads.
+        dim: Dimension of a head.
+        source: What has this shape.
+        dtype: Data type of queries, keys and values.
+        densities: Kept shares of token pairs to measure at.
+        is_map_only: Whether only the map is measured, because attention of this length takes too
+            long here.
     """
 
     name: str
     grid: TokenGrid
     heads: int
     dim: int
+    source: str
     dtype: torch.dtype = torch.bfloat16
     densities: tuple[float, ...] = (0.08, 0.2)
     is_map_only: bool = False
-    source: str
 
     def dense_flops(self) -> int:
         """Floating point operations of dense attention, forward: two products."""
@@ -44,80 +45,22 @@ class Workload:
         return replace(self, grid=grid)
 
 
-WORKLOADS = {
-    workload.name: workload
-    for workload in (
-        Workload(
-            name="toy-cpu",
-            grid=TokenGrid(10, 32, 32),
-            heads=4,
-            dim=128,
-            densities=(0.05, 0.1, 0.2, 0.3),
-            source="10,240 tokens in four heads of 128, for a CPU",
-        ),
-        Workload(
-            name="toy-16k",
-            grid=TokenGrid(16, 32, 32),
-            heads=2,
-            dim=128,
-            densities=(0.1, 0.2),
-            source="16,384 tokens in two heads of 128, for a CPU",
-        ),
-        Workload(
-            name="map-36k",
-            grid=TokenGrid(9, 64, 64),
-            heads=12,
-            dim=128,
-            dtype=torch.float32,
-            densities=(0.2,),
-            is_map_only=True,
-            source="36,864 tokens in 12 heads of 128, map only",
-        ),
-        Workload(
-            name="wan1.3b-480p",
-            grid=TokenGrid(21, 30, 52),
-            heads=12,
-            dim=128,
-            source="Wan2.1 1.3B, 832x480, 81 frames (ragged: 30 rows)",
-        ),
-        Workload(
-            name="wan14b-720p",
-            grid=TokenGrid(21, 45, 80),
-            heads=40,
-            dim=128,
-            source="Wan2.1 14B, 1280x720, 81 frames (ragged: 45 rows)",
-        ),
-        Workload(
-            name="paper-768p",
-            grid=TokenGrid(21, 48, 80),
-            heads=40,
-            dim=128,
-            source="Wan2.1 14B, 1280x768, 81 frames, as in arXiv:2507.13546 Table 1",
-        ),
-        Workload(
-            name="kandinsky5-10s",
-            grid=TokenGrid(61, 32, 48),
-            heads=28,
-            dim=64,
-            source="Kandinsky 5 Lite, 768x512, 10 s",
-        ),
-        Workload(
-            name="hunyuan-720p",
-            grid=TokenGrid(33, 45, 80),
-            heads=24,
-            dim=128,
-            source="HunyuanVideo, 1280x720, 129 frames, without its text",
-        ),
-        Workload(
-            name="long-327k",
-            grid=TokenGrid(80, 64, 64),
-            heads=40,
-            dim=128,
-            is_map_only=True,
-            source="327,680 tokens in 40 heads, map only",
-        ),
-    )
-}
+_FP32, _CPU = torch.float32, "for a CPU"
+_KNOWN = (
+    Workload("toy-cpu", TokenGrid(10, 32, 32), 4, 128, _CPU, densities=(0.05, 0.1, 0.2, 0.3)),
+    Workload("toy-16k", TokenGrid(16, 32, 32), 2, 128, _CPU, densities=(0.1, 0.2)),
+    Workload("map-36k", TokenGrid(9, 64, 64), 12, 128, _CPU, _FP32, (0.2,), is_map_only=True),
+    # Ragged: 30 rows, and 45.
+    Workload("wan1.3b-480p", TokenGrid(21, 30, 52), 12, 128, "Wan2.1 1.3B, 832x480, 81 frames"),
+    Workload("wan14b-720p", TokenGrid(21, 45, 80), 40, 128, "Wan2.1 14B, 1280x720, 81 frames"),
+    # As in arXiv:2507.13546, Table 1.
+    Workload("paper-768p", TokenGrid(21, 48, 80), 40, 128, "Wan2.1 14B, 1280x768, 81 frames"),
+    Workload("kandinsky5-10s", TokenGrid(61, 32, 48), 28, 64, "Kandinsky 5 Lite, 768x512, 10 s"),
+    # Without its text.
+    Workload("hunyuan-720p", TokenGrid(33, 45, 80), 24, 128, "HunyuanVideo, 1280x720, 129 frames"),
+    Workload("long-327k", TokenGrid(80, 64, 64), 40, 128, "a long video", is_map_only=True),
+)
+WORKLOADS = {work.name: work for work in _KNOWN}
 
 
 def workload(name: str) -> Workload:

@@ -1,14 +1,14 @@
-"""``nabla bench``: check, time and record."""
+"""`nabla bench`: check, time and record."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    import torch
-
-    from nabla_attn.record import RunRecord
+ROOT = Path(__file__).parents[3]
 
 
 def bench(
@@ -26,32 +26,28 @@ def bench(
     ] = False,
     model: Annotated[bool, typer.Option("--model", help="A whole transformer forward.")] = False,
     layers: Annotated[int | None, typer.Option(min=1, help="Layers of --model.")] = None,
-    base: Annotated[str | None, typer.Option(help="Compare with another commit.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Compare with another commit of the checkout.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List contenders and why some cannot run.")
     ] = False,
     docs: Annotated[
         Path | None,
-        typer.Option(help="Write the generated pages and charts into this folder."),
+        typer.Option(help="Write the generated pages and charts of a checkout into this folder."),
     ] = None,
 ) -> None:
     """Benchmark attention and maps: outputs are checked before anything is timed."""
-    from nabla_attn.bench.suite import default_suite, make_record, run_suite
+    from nabla_attn.bench.report import contender_table
+    from nabla_attn.bench.suite import default_suite, run_shapes, run_suite
     from nabla_attn.generation.pipeline import resolve_device
 
-    shapes = [
-        name
-        for name, is_on in {
-            "--scaling": scaling,
-            "--crossover": crossover,
-            "--model": model,
-        }.items()
-        if is_on
-    ]
+    is_on = {"bench-scaling": scaling, "bench-crossover": crossover, "bench-model": model}
+    shapes = [kind for kind, wanted in is_on.items() if wanted]
     if shapes and (workload or base or dry_run):
         raise ValueError(
-            f"{' and '.join(shapes)} measure shapes of their own: drop --workload, --base and "
-            "--dry-run."
+            "--scaling, --crossover and --model measure shapes of their own: drop --workload, "
+            "--base and --dry-run."
         )
     if docs and base and not workload:
         raise ValueError("--docs alone measures nothing: add --workload, or drop --base.")
@@ -63,91 +59,57 @@ def bench(
         where = resolve_device("cpu")
     names = tuple(workload or default_suite(where))
     if dry_run:
-        _list_contenders(names, where)
+        _print(contender_table(names, where))
     elif shapes:
-        from nabla_attn.bench.scaling import measure_crossover, measure_scaling
-        from nabla_attn.bench.whole_model import measure_model
-        from nabla_attn.crossover import crossover_file
-
-        if scaling:
-            results = measure_scaling(where, rounds=rounds, on_job=_say)
-            _save(make_record("bench-scaling", {"rounds": rounds}, results, where), output)
-        if crossover:
-            results = measure_crossover(where, rounds=rounds, on_job=_say)
-            record = make_record("bench-crossover", {"rounds": rounds}, results, where)
-            _save(record, output)
-            record.save(crossover_file(where))
-            typer.echo(f"for min_tokens='auto': {crossover_file(where)}")
-        if model:
-            results = [
-                measure_model(where, density, num_layers=layers, rounds=rounds)
-                for density in (0.1, 0.2)
-            ]
-            _save(
-                make_record("bench-model", {"layers": layers, "rounds": rounds}, results, where),
-                output,
-            )
+        for path in run_shapes(
+            shapes, where, output, rounds=rounds, num_layers=layers, on_progress=_say
+        ):
+            _print_record(path)
     elif docs is None or workload:
-        paths = run_suite(names, where, output, rounds=rounds, on_job=_say)
+        paths = run_suite(names, where, output, rounds=rounds, on_progress=_say)
         for path in paths:
             _print_record(path)
         if base is not None:
-            _compare_with(base, dict(zip(names, paths, strict=True)), str(where), rounds)
+            records = [str(path) for path in paths]
+            _run_in_checkout("revisions", base, "--device", str(where), *records)
     if docs is not None:
-        from nabla_attn.bench import correctness_page, training_page
-        from nabla_attn.bench.tables import build_docs
-        from nabla_attn.files import write_text
-
-        write_text(docs / "benchmarks.md", build_docs(output, docs))
-        write_text(docs / "correctness.md", correctness_page.build_page(output))
-        write_text(docs / "training_study.md", training_page.build_page(output))
+        _run_in_checkout("pages", "--docs", str(docs), "--records", str(output))
 
 
-def _say(title: str) -> None:
-    typer.echo(f"measuring {title}", err=True)
-
-
-def _save(record: "RunRecord", output: Path) -> None:
-    path = output / f"{record.kind.replace('-', '_')}.json"
-    record.save(path)
-    _print_record(path)
+def _say(stage: str, done: int, total: int) -> None:
+    typer.echo(f"measuring {stage}", err=True)
 
 
 def _print_record(path: Path) -> None:
+    from nabla_attn.bench.report import section
+    from nabla_attn.machine import CROSSOVER
+    from nabla_attn.record import RunRecord
+
+    record = RunRecord.load(path)
+    _print(section(record))
+    typer.echo(f"record: {path}")
+    if record.kind == CROSSOVER:
+        typer.echo("min_tokens='auto' uses it on this machine.")
+
+
+def _print(markdown: str) -> None:
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from nabla_attn.bench.tables import section
-    from nabla_attn.record import RunRecord
-
-    Console().print(Markdown(section(RunRecord.load(path))))
-    typer.echo(f"record: {path}")
+    Console().print(Markdown(markdown))
 
 
-def _list_contenders(names: tuple[str, ...], where: "torch.device") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from nabla_attn.bench.contenders import list_contenders
-    from nabla_attn.bench.workloads import workload
-
-    table = Table("workload", "contender", "forward", "forward + backward")
-    for name in names:
-        for contender, reasons in list_contenders(workload(name), where).items():
-            table.add_row(name, contender, *(reason or "runs" for reason in reasons))
-    Console().print(table)
-
-
-def _compare_with(base: str, records: dict[str, Path], device: str, rounds: int) -> None:
-    from nabla_attn.bench.revisions import measure_revision, only_in, ratios
-    from nabla_attn.record import RunRecord
-
-    for name, path in records.items():
-        ours, theirs = RunRecord.load(path), measure_revision(base, name, device, rounds)
-        for row in ratios(ours, theirs):
-            *case, ratio = row.values()
-            typer.echo(f"{' '.join(map(str, case))}: {ratio:.2f}x the share of ideal at {base}")
-        for line in only_in(ours, theirs):
-            typer.echo(f"{line}: not measured at {base}")
-        for line in only_in(theirs, ours):
-            typer.echo(f"{line}: measured at {base} alone")
+def _run_in_checkout(module: str, *arguments: str) -> None:
+    """Run a tool of `benchmarks/`, which stays in the checkout when the package is installed."""
+    if not (ROOT / "benchmarks" / "pages").is_dir():
+        raise ValueError(
+            f"--docs and --base need a checkout of nabla-attn, got a package in {ROOT}. Clone it "
+            "and install it with `pip install -e`."
+        )
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    process = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", *arguments],
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    if process.returncode:
+        raise typer.Exit(process.returncode)

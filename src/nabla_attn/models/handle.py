@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from nabla_attn.config import SparseConfig, as_config
-from nabla_attn.crossover import load_min_tokens
+from nabla_attn.machine import load_min_tokens
 from nabla_attn.mapping import check_pairing
 from nabla_attn.models.hook import STATE_NAME
 from nabla_attn.models.modules import unwrap

@@ -11,7 +11,7 @@ from torch import nn
 
 from nabla_attn.config import DENSE, SparseConfig
 from nabla_attn.core.grid import TokenGrid
-from nabla_attn.crossover import min_tokens_here
+from nabla_attn.machine import min_tokens_here
 from nabla_attn.models.checkpointing import unwrap_checkpoint, wrap_checkpoint
 from nabla_attn.models.grids import packed_clips
 from nabla_attn.models.hook import STATE_NAME, PlanForward

@@ -1,4 +1,5 @@
-from nabla_attn.bench.correctness_page import JUDGED, build_page
+from benchmarks.pages.correctness import JUDGED, build_page
+
 from nabla_attn.record import RunRecord
 
 

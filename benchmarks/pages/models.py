@@ -1,14 +1,11 @@
-"""What each row gains, as the table of docs/models.md.
+"""The table of docs/models.md: what each row of the models gains."""
 
-Run `python -m nabla_attn.models.catalogue docs/models.md` after a change of the table.
-"""
-
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nabla_attn.files import write_text
 from nabla_attn.models.row import ModelRow
 from nabla_attn.models.table import model_rows
 
@@ -215,7 +212,7 @@ def write_table(path: Path) -> None:
     if BEGIN not in text or END not in text:
         raise ValueError(f"{path} has no place for the table: it needs {BEGIN} and {END}.")
     head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    path.write_text(f"{head}{BEGIN}\n{render_table()}\n{END}{tail}", encoding="utf-8")
+    write_text(path, f"{head}{BEGIN}\n{render_table()}\n{END}{tail}")
 
 
 def _ranks(row: ModelRow) -> str:
@@ -251,7 +248,3 @@ def _cells(row: ModelRow) -> Iterator[str]:
     yield "port" if row.ports else "door"
     yield _ranks(row)
     yield "model, pipeline" if usual and usual.pipeline else "model"
-
-
-if __name__ == "__main__":
-    write_table(Path(sys.argv[1]))

@@ -1,6 +1,6 @@
 """Golden parity and backend errors as a record: the figures behind docs/correctness.md.
 
-python -m nabla_attn.bench.correctness tests/golden benchmarks/results/correctness.json
+python -m benchmarks.correctness tests/golden benchmarks/results/correctness.json
 """
 
 import sys
@@ -76,7 +76,7 @@ def measure_backends() -> list[dict[str, Any]]:
     results = []
     for name, grid in GRIDS.items():
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            work = Workload(name=name, grid=grid, heads=2, dim=64, dtype=dtype, source="")
+            work = Workload(name, grid, 2, 64, "", dtype)
             inputs = make_inputs(work, 0.3, CPU)
             q, k, v = inputs.q, inputs.k, inputs.v
             rows = torch.arange(grid.num_tokens)

@@ -1,4 +1,7 @@
-"""The benchmark where only Python and PyTorch are installed: `python -m nabla_attn.bench`."""
+"""The benchmark beside its baselines, where only Python and PyTorch are installed.
+
+PYTHONPATH=src python -m benchmarks.suite
+"""
 
 import argparse
 import sys
@@ -6,14 +9,15 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.baselines import Baselines
+from nabla_attn.bench.report import contender_table, section
 from nabla_attn.bench.suite import default_suite, run_suite
-from nabla_attn.bench.tables import section
 from nabla_attn.record import RunRecord
 
 
 def main() -> None:
     """Measure, save the records and print their tables as Markdown."""
-    parser = argparse.ArgumentParser(prog="python -m nabla_attn.bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=__doc__)
     parser.add_argument("workloads", nargs="*", help="default: those of the device")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=3)
@@ -21,19 +25,25 @@ def main() -> None:
     parser.add_argument(
         "--budget", type=float, help="seconds after which no new measurement starts"
     )
+    parser.add_argument("--dry-run", action="store_true", help="list the contenders and end")
     options = parser.parse_args()
     device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device is here. Use --device cpu.")
     names = tuple(options.workloads) or default_suite(device)
     try:
+        if options.dry_run:
+            baselines = Baselines(has_variants=True)
+            sys.stdout.write(contender_table(names, device, baselines=baselines))
+            return
+        if device.type == "cuda" and not torch.cuda.is_available():
+            parser.error("no CUDA device is here. Use --device cpu.")
         paths = run_suite(
             names,
             device,
             options.output,
             rounds=options.rounds,
-            on_job=_say,
+            on_progress=_say,
             budget=options.budget,
+            baselines=Baselines(),
         )
     except ValueError as error:
         parser.error(str(error))
@@ -41,8 +51,8 @@ def main() -> None:
         sys.stdout.write(section(RunRecord.load(path)) + "\n")
 
 
-def _say(title: str) -> None:
-    sys.stderr.write(f"measuring {title}\n")
+def _say(stage: str, done: int, total: int) -> None:
+    sys.stderr.write(f"measuring {stage} ({done + 1} of {total})\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from nabla_attn.bench.markdown import table
+from nabla_attn.bench.report import table
 from nabla_attn.record import RunRecord
 
 HEADER = """# Correctness

@@ -1,4 +1,5 @@
-from nabla_attn.bench.training_page import build_page
+from benchmarks.pages.training import build_page
+
 from nabla_attn.record import RunRecord
 
 RIGHT = {"colour": 1.0, "direction": 0.5, "shape": 0.75, "number": 1.0}
@@ -24,7 +25,7 @@ def write(folder, rows):
 
 
 def test_without_a_record_it_says_how_to_make_one(tmp_path):
-    assert "python benchmarks/training_study.py" in build_page(tmp_path)
+    assert "python -m benchmarks.training_study" in build_page(tmp_path)
 
 
 def test_ratios_and_shares(tmp_path):

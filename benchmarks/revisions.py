@@ -1,4 +1,7 @@
-"""The same benchmark on another commit, in a throwaway worktree."""
+"""The same benchmark on another commit, in a throwaway worktree.
+
+python -m benchmarks.revisions COMMIT benchmarks/results/bench_toy-cpu_cpu.json
+"""
 
 import os
 import subprocess
@@ -6,6 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import typer
 
 from nabla_attn.record import RunRecord
 
@@ -85,3 +90,32 @@ def _shares(record: RunRecord) -> dict[tuple[Any, ...], float]:
                 case = result | {"contender": name, "density": round(result["density"], 2)}
                 shares[tuple(case[key] for key in CASE)] = numbers["share_of_ideal"]
     return shares
+
+
+def main(base: str, records: list[Path], device: str = "cpu") -> None:
+    """Measure what records of `nabla bench` measured at another commit, and compare.
+
+    Args:
+        base: The commit, by any name that git knows.
+        records: Records of this tree.
+        device: The device they were measured on.
+    """
+    for path in records:
+        ours = RunRecord.load(path)
+        name, rounds = ours.config["workload"], ours.config["rounds"]
+        compare(base, ours, measure_revision(base, name, device, rounds))
+
+
+def compare(base: str, ours: RunRecord, theirs: RunRecord) -> None:
+    """Print the ratio of every case that ran in both, and the cases that one of them lacks."""
+    for row in ratios(ours, theirs):
+        *case, ratio = row.values()
+        typer.echo(f"{' '.join(map(str, case))}: {ratio:.2f}x the share of ideal at {base}")
+    for line in only_in(ours, theirs):
+        typer.echo(f"{line}: not measured at {base}")
+    for line in only_in(theirs, ours):
+        typer.echo(f"{line}: measured at {base} alone")
+
+
+if __name__ == "__main__":
+    typer.run(main)

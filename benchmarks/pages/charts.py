@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
+from nabla_attn.bench.report import attention_results
 from nabla_attn.files import whole_file
 from nabla_attn.record import RunRecord
 
@@ -10,12 +13,12 @@ from nabla_attn.record import RunRecord
 def draw_charts(records: list[RunRecord], folder: Path) -> list[tuple[str, str]]:
     """Draw what the records allow; returns (title, file name) of each chart."""
     drawn = []
-    attention = [r for rec in records for r in rec.numbers["results"] if "contenders" in r]
+    attention = [result for record in records for result in attention_results(record)]
     forward = [r for r in attention if r["direction"] == "forward"]
     if forward:
         _draw(folder / "speed_by_density.png", lambda axes: _speed_by_density(axes, forward))
         drawn.append(("Speed-up over dense by density", "speed_by_density.png"))
-    scaling = [rec.numbers["results"][0] for rec in records if rec.kind == "bench-scaling"]
+    scaling = [r.numbers["results"][0] for r in records if r.kind == "bench-scaling"]
     if scaling:
         _draw(folder / "time_by_tokens.png", lambda axes: _time_by_tokens(axes, scaling[0]))
         drawn.append(("Seconds by number of tokens", "time_by_tokens.png"))
@@ -23,8 +26,6 @@ def draw_charts(records: list[RunRecord], folder: Path) -> list[tuple[str, str]]
 
 
 def _draw(path: Path, plot: Any) -> None:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
     plot(axes)

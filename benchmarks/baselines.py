@@ -1,16 +1,73 @@
-"""Other builders of the same map, run as they are published, for comparison."""
+"""What `nabla bench` is compared with: diffusers' NABLA, the reference's map, and other tilings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from benchmarks.variants import variants
+from nabla_attn import backends
+from nabla_attn.bench.contenders import Contender
+from nabla_attn.bench.inputs import Inputs
 from nabla_attn.core.block_map import BlockMap, block_map_of
 from nabla_attn.core.grid import TokenGrid
 from nabla_attn.core.order import TokenLayout, to_blocks, to_raster
+
+
+class Baselines:
+    """diffusers' NABLA, and other ways to tile FlexAttention."""
+
+    def __init__(self, *, has_variants: bool | None = None) -> None:
+        """Choose what is measured.
+
+        Args:
+            has_variants: Whether other ways to tile are among it; None has them on CUDA, for which
+                they are.
+        """
+        self.has_variants = has_variants
+
+    def attention(
+        self, grid: TokenGrid, inputs: Inputs, device: torch.device, *, needs_grad: bool
+    ) -> list[Contender]:
+        """More ways to compute attention."""
+        has_variants = device.type == "cuda" if self.has_variants is None else self.has_variants
+        found = variants(grid, inputs, device, needs_grad) if has_variants else []
+        return [*found, _diffusers(grid, inputs, device, needs_grad)]
+
+    def map_builders(
+        self, q_blocks: Tensor, k_blocks: Tensor, window: Tensor, threshold: float
+    ) -> Mapping[str, Callable[[], Any]]:
+        """More builders of the same map, by name."""
+        arguments = (q_blocks, k_blocks, window, threshold)
+        builders = {"reference, five sorts": lambda: five_sort_map(*arguments)}
+        if find_spec("diffusers") is not None:
+            builders["diffusers 0.42 nabla_block_mask"] = lambda: diffusers_map(*arguments)
+        return builders
+
+
+def _diffusers(
+    grid: TokenGrid, inputs: Inputs, device: torch.device, needs_grad: bool
+) -> Contender:
+    """diffusers' map and compiled FlexAttention, reordered as ours."""
+    name = "diffusers NABLA"
+    reason = backends.why_not("flex", device, needs_grad=needs_grad)
+    if reason is None and grid.is_ragged:
+        reason = f"it needs rows and columns in multiples of 8: got {grid}"
+    if reason is None and find_spec("diffusers") is None:
+        reason = "diffusers is not installed"
+    if reason is not None:
+        return Contender(name, None, reason)
+    threshold = inputs.config.threshold
+    assert threshold is not None
+    return Contender(
+        name,
+        diffusers_attention(grid, threshold),
+        own_map=lambda q, k: diffusers_block_map(q, k, grid, threshold),
+    )
 
 
 def diffusers_map(

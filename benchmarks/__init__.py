@@ -1,0 +1,1 @@
+"""Measurements behind the documents: studies, baselines, and the pages made of their records."""
