@@ -8,6 +8,8 @@ AXES = ("temporal", "spatial")
 STRIDES = ("vae_scale_factor_{}", "vae_{}_scale_factor", "vae_{}_compression_ratio")
 # Their VAEs have no first frame of its own where the number of frames is even.
 WITHOUT_FIRST_FRAME = ("AllegroPipeline",)
+# Their VAEs decode latent frames in pairs after the first, and make more of an odd number.
+IN_PAIRS = ("CogVideoX", "ConsisID")
 
 
 def denoisers(pipeline: Any) -> list[Any]:
@@ -53,10 +55,15 @@ def side_multiple(pipeline: Any) -> tuple[int, int]:
     return math.lcm(16, spatial * height), math.lcm(16, spatial * width)
 
 
+def frame_step(pipeline: Any) -> int:
+    """What the number of frames beside the first must be a multiple of."""
+    temporal, _ = vae_strides(pipeline)
+    return temporal * (2 if type(pipeline).__name__.startswith(IN_PAIRS) else 1)
+
+
 def fits_frames(pipeline: Any, frames: int) -> bool:
     """Whether the VAE gives back as many frames as are asked for."""
-    temporal, _ = vae_strides(pipeline)
-    return (frames - _has_first_frame(pipeline, frames)) % temporal == 0
+    return (frames - _has_first_frame(pipeline, frames)) % frame_step(pipeline) == 0
 
 
 def token_grid(pipeline: Any, frames: int, height: int, width: int) -> tuple[int, int, int]:

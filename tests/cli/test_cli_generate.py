@@ -101,7 +101,7 @@ def test_a_first_frame_is_gone_on_from(tiny_wan, tmp_path):
     for options, words in [
         ((*model, "--image", tmp_path / "large.png"), "64x32 pixels and the video 48x32"),
         ((*model, "--image", tmp_path / "list.txt"), "is no readable image"),
-        (model, "needs image, which is not asked for here: `nabla generate` takes --image"),
+        (model, "makes videos from a first frame, and got none. Add --image FIRST_FRAME.png"),
         (("--model", tiny_wan, "--image", tmp_path / "red.png"), "WanPipeline takes no image"),
     ]:
         result = make("no", *options)

@@ -20,7 +20,7 @@ def test_dense_first_then_each_algorithm_once(pipeline):
         return lambda stage, done, total: None
 
     runs = compare(
-        pipeline, REQUEST, ["nabla-0.1", "dense", "nabla-1.0", "nabla-0.1"], progress=start
+        pipeline, REQUEST, ["nabla-0.1", "dense", "nabla-1.0", "nabla-0.1"], on_progress=start
     )
     assert [run.algo for run in runs] == ["dense", "nabla-0.1", "nabla-1"] == labels
     dense, sparse, full = (run.record.numbers["to_dense"] for run in runs)
@@ -39,7 +39,7 @@ def test_rounds_run_in_turn_and_the_median_counts(pipeline):
         labels.append(label)
         return lambda stage, done, total: None
 
-    runs = compare(pipeline, REQUEST, ["nabla-0.1"], rounds=3, progress=start)
+    runs = compare(pipeline, REQUEST, ["nabla-0.1"], rounds=3, on_progress=start)
     assert labels == ["dense", "nabla-0.1"] * 3
     for run in runs:
         numbers = run.record.numbers

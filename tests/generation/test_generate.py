@@ -90,14 +90,14 @@ def test_a_stopped_run_restores_the_model(pipeline):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        generate(pipeline, REQUEST.with_algo("nabla-0.4"), progress=stop)
+        generate(pipeline, REQUEST.with_algo("nabla-0.4"), on_progress=stop)
     assert [type(block.attn1.processor) for block in pipeline.transformer.blocks] == before
     assert not pipeline.transformer._forward_hooks
 
 
 def test_progress_tells_every_stage_and_step(pipeline):
     told = []
-    generate(pipeline, REQUEST, progress=lambda *event: told.append(event))
+    generate(pipeline, REQUEST, on_progress=lambda *event: told.append(event))
     steps = [("denoise", done, 3) for done in range(4)]
     assert told == [("text", 0, 1), *steps, ("decode", 0, 1), ("done", 1, 1)]
 

@@ -19,7 +19,7 @@ from nabla_attn.generation.request import (
 )
 from nabla_attn.models import replaced
 from nabla_attn.models.plan import plan_of
-from nabla_attn.sizes import fits_frames, vae_strides
+from nabla_attn.sizes import fits_frames, frame_step, vae_strides
 
 # Name of the pipeline, frames, height, width, and the tokens that its transformer sees.
 FAMILIES = [
@@ -67,7 +67,7 @@ def test_a_request_makes_its_video(name, frames, height, width, tokens):
     seen.clear()
     warm_up(pipeline, replace(wanted, guidance=1.0))
     assert len(seen) == 1
-    step, _ = vae_strides(pipeline)
+    step = frame_step(pipeline)
     with pytest.raises(ValueError, match=f"takes {step}n\\+1. Nearest: {frames} or"):
         check_request(pipeline, replace(wanted, frames=frames + 1))
 
@@ -161,7 +161,31 @@ def test_a_pipeline_that_cannot_be_asked_is_named():
     Guided.guider = None
     with pytest.raises(ValueError, match="Guided takes no generator, guidance_scale"):
         sample(Guided(), request(5, 64, 64))
-    with pytest.raises(ValueError, match="WanImageToVideoPipeline needs image, which is not asked"):
+    with pytest.raises(
+        ValueError,
+        match="WanImageToVideoPipeline makes videos from a first",
+    ):
         sample(tiny_pipelines.wan_i2v(), request(5, 32, 48))
     with pytest.raises(ValueError, match="none of vae_scale_factor_temporal"):
         vae_strides(OtherPipeline())
+
+
+@pytest.mark.parametrize("name", [entry[0] for entry in FAMILIES])
+def test_every_number_of_frames_that_is_taken_is_made(name):
+    pipeline = getattr(tiny_pipelines, name)()
+    first = next(entry for entry in FAMILIES if entry[0] == name)
+    fitting = [frames for frames in range(1, 26) if fits_frames(pipeline, frames)][1:5]
+    for frames in fitting:
+        wanted = replace(request(frames, *first[2:4]), steps=1, guidance=1.0, sparse_algo="dense")
+        if name == "mochi":
+            wanted = replace(wanted, steps=2)
+        video, record = generate(pipeline, wanted)
+        assert len(video) == frames == record.config["frames"]
+
+
+def test_the_record_says_what_was_made(monkeypatch):
+    pipeline = tiny_pipelines.cogvideox()
+    monkeypatch.setattr("nabla_attn.generation.request.fits_frames", lambda *_: True)
+    with pytest.warns(UserWarning, match="made 48x32 and 16 frames where 48x32 and 13"):
+        video, record = generate(pipeline, request(13, 32, 48))
+    assert len(video) == record.config["frames"] == 16

@@ -7,7 +7,7 @@ from tests.training.clips import small_config
 from typer.testing import CliRunner
 
 from nabla_attn.cli import app
-from nabla_attn.lora import load_lora
+from nabla_attn.generation.lora import load_lora
 from nabla_attn.training.adapters import add_lora
 from nabla_attn.training.check import probe
 from nabla_attn.training.config import LoraConfig

@@ -97,7 +97,9 @@ class Calibration:
         if path.is_file():
             return check_settings(path, settings)
         probe = CandidateProbe(self.candidates, run.steps, num_rows=self.num_rows)
-        _, record = generate(self.pipeline, run, progress=progress(prompt), on_apply=probe.attach)
+        _, record = generate(
+            self.pipeline, run, on_progress=progress(prompt), on_apply=probe.attach
+        )
         numbers = {name: np.round(x, 6).tolist() for name, x in asdict(probe.losses()).items()}
         record = replace(record, kind="calibrate", config=settings, numbers=numbers)
         record.save(path)

@@ -43,7 +43,7 @@ def compare(
     check_writable(output / "contact_sheet.png")
     pipeline = video.load()
     with generation_bars() as start:
-        runs = run_all(pipeline, requests[0], algos, rounds=rounds, progress=start)
+        runs = run_all(pipeline, requests[0], algos, rounds=rounds, on_progress=start)
     _write(runs, output, rate)
     _print_table(runs, output)
 

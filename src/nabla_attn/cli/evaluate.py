@@ -93,7 +93,7 @@ def run(
             algos,
             items,
             shard=part,
-            report=lambda label, done, total: start(f"{done + 1}/{total} {label}"),
+            on_video=lambda label, done, total: start(f"{done + 1}/{total} {label}"),
         )
     _finish(output)
 

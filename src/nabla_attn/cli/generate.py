@@ -117,7 +117,7 @@ def _make_one(
             video, record = make_video(
                 pipeline,
                 request,
-                progress=start(request.sparse_algo),
+                on_progress=start(request.sparse_algo),
                 inputs={} if image is None else {"image": image},
                 on_apply=recorder.attach if recorder else None,
             )

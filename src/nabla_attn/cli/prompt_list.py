@@ -93,7 +93,7 @@ def _maker(requests: "list[GenerationRequest]", options: opt.VideoOptions) -> "M
     def make(request: "GenerationRequest") -> Any:
         with first_bars() as start:
             return make_video(
-                pipeline, request, progress=start(" ".join(request.prompt.split())[:30])
+                pipeline, request, on_progress=start(" ".join(request.prompt.split())[:30])
             )
 
     return make

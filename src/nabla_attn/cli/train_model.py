@@ -68,8 +68,8 @@ def _use(config: "TrainConfig", result: Path) -> str:
     """How a result is loaded."""
     import diffusers
 
+    from nabla_attn.generation.model_index import read_model_index
     from nabla_attn.generation.pipeline import model_directory
-    from nabla_attn.model_index import read_model_index
     from nabla_attn.training.families import find_family
 
     index = read_model_index(model_directory(config.model))
@@ -85,7 +85,7 @@ def _use(config: "TrainConfig", result: Path) -> str:
 
 def _in_code(config: "TrainConfig", kind: type, result: Path) -> str:
     """How adapters are loaded with diffusers alone."""
-    from nabla_attn.lora import LORA_WEIGHTS
+    from nabla_attn.generation.lora import LORA_WEIGHTS
 
     if not hasattr(kind, "load_lora_weights"):
         part = f"pipeline.{config.part}"

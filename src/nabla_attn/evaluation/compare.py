@@ -11,7 +11,7 @@ from nabla_attn.config import parse
 from nabla_attn.evaluation.metrics import measure_fidelity
 from nabla_attn.generation.generate import generate, warm_up
 from nabla_attn.generation.request import GenerationRequest, check_request
-from nabla_attn.progress import ProgressCallback
+from nabla_attn.progress import ProgressCallback, ignore_progress
 from nabla_attn.record import RunRecord
 
 
@@ -39,7 +39,7 @@ def compare(
     algos: Sequence[str],
     *,
     rounds: int = 1,
-    progress: Callable[[str], ProgressCallback] | None = None,
+    on_progress: Callable[[str], ProgressCallback] = lambda algo: ignore_progress,
 ) -> list[Run]:
     """Generate with dense attention and with each algorithm, from the same noise.
 
@@ -52,7 +52,7 @@ def compare(
         request: what to make; its own algorithm is not used.
         algos: algorithms to compare with dense.
         rounds: how often every algorithm runs.
-        progress: gives the progress callback of an algorithm's run.
+        on_progress: Called with an algorithm, gives the progress callback of its run.
 
     Returns:
         One run per algorithm, dense first.
@@ -71,13 +71,12 @@ def compare(
     seconds: dict[str, list[float]] = {name: [] for name in ("dense", *names)}
     for _ in range(rounds):
         for name in seconds:
-            watch = progress(name) if progress else None
+            watch = on_progress(name)
             asked = request.with_algo(name)
             if name not in made:
-                if watch:
-                    watch("warm-up", 0, 1)
+                watch("warm-up", 0, 1)
                 warm_up(pipeline, asked)
-            frames, record = generate(pipeline, asked, progress=watch)
+            frames, record = generate(pipeline, asked, on_progress=watch)
             seconds[name].append(record.numbers["seconds"]["transformer"])
             made.setdefault(name, (frames, record))
     runs = [Run(made[name][0], _with_rounds(made[name][1], seconds[name])) for name in made]

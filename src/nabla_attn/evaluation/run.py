@@ -23,10 +23,10 @@ from nabla_attn.generation.pipeline import model_identity
 from nabla_attn.generation.request import GenerationRequest, check_request
 from nabla_attn.generation.scorer import Scorer
 from nabla_attn.generation.video import write_video
-from nabla_attn.progress import ProgressCallback
+from nabla_attn.progress import ProgressCallback, ignore_progress
 from nabla_attn.record import RunRecord, check_settings
 
-Report = Callable[[str, int, int], ProgressCallback | None]
+VideoCallback = Callable[[str, int, int], ProgressCallback]
 """Called with a label, videos done and videos in all; gives the progress callback of the next."""
 
 
@@ -98,7 +98,7 @@ class Evaluation:
         items: Sequence[Item],
         *,
         shard: tuple[int, int] = (0, 1),
-        report: Report = lambda label, done, total: None,
+        on_video: VideoCallback = lambda label, done, total: ignore_progress,
     ) -> None:
         """Make and measure what is missing; dense first, since all others compare with it.
 
@@ -106,7 +106,7 @@ class Evaluation:
             algos: algorithms; dense is always added.
             items: prompts and seeds.
             shard: (k, n): this process takes every n-th item from k on.
-            report: told about every video.
+            on_video: Called before every video.
 
         Raises:
             ValueError: an unknown algorithm, a shard outside 0 to n-1, or records in the folder
@@ -125,21 +125,23 @@ class Evaluation:
             dense: np.ndarray | None = None
             for name in missing:
                 if dense is None and name != "dense":
-                    dense = self._make_dense_again(item, report(f"dense {item.name}", done, total))
-                progress = report(f"{name} {item.name}", done, total)
-                frames = self._make(name, item, dense, progress)
+                    dense = self._make_dense_again(
+                        item, on_video(f"dense {item.name}", done, total)
+                    )
+                on_progress = on_video(f"{name} {item.name}", done, total)
+                frames = self._make(name, item, dense, on_progress)
                 dense = frames if name == "dense" else dense
                 done += 1
 
     def _make(
-        self, name: str, item: Item, dense: np.ndarray | None, progress: ProgressCallback | None
+        self, name: str, item: Item, dense: np.ndarray | None, on_progress: ProgressCallback
     ) -> np.ndarray:
         asked = self._asked(name, item)
         if name not in self._warm:
             warm_up(self._pipeline, asked)
             self._warm.add(name)
         with peak_memory(self._pipeline.device) as memory:
-            frames, record = generate(self._pipeline, asked, progress=progress)
+            frames, record = generate(self._pipeline, asked, on_progress=on_progress)
         numbers = record.numbers | {"memory_bytes": memory.get("bytes")}
         numbers["to_dense"] = self._compare(frames, frames if dense is None else dense)
         numbers["to_prompt"] = self._judge(frames, item.prompt)
@@ -153,9 +155,11 @@ class Evaluation:
         replace(record, kind="evaluate", config=config, numbers=numbers).save(path)
         return frames
 
-    def _make_dense_again(self, item: Item, progress: ProgressCallback | None) -> np.ndarray:
+    def _make_dense_again(self, item: Item, on_progress: ProgressCallback) -> np.ndarray:
         """Dense frames of an interrupted item: the mp4 is lossy, and generation is exact."""
-        frames, record = generate(self._pipeline, self._asked("dense", item), progress=progress)
+        frames, record = generate(
+            self._pipeline, self._asked("dense", item), on_progress=on_progress
+        )
         path = self._path("dense", item)
         if RunRecord.load(path).numbers["frames_sha256"] != record.numbers["frames_sha256"]:
             raise ValueError(

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from nabla_attn.generation.request import GenerationRequest, guider_scale
+from nabla_attn.generation.text import warn_of_unread
 
 StepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
-"""diffusers' ``callback_on_step_end``: pipeline, step, timestep and tensors to tensors."""
+"""diffusers' `callback_on_step_end`: pipeline, step, timestep and tensors to tensors."""
 
 
 def sample(
@@ -21,13 +22,13 @@ def sample(
     """The request's frames, as the pipeline gives them.
 
     Args:
-        pipeline: a diffusers text-to-video pipeline.
-        request: what to make; attention is left as it is.
-        on_step_end: called after every step.
-        options: further arguments of the pipeline's call, or others than the request's.
+        pipeline: A diffusers pipeline of videos.
+        request: The video to make; attention is left as it is.
+        on_step_end: Called after every step.
+        options: Further arguments of the pipeline's call, or others than the request's.
 
     Raises:
-        ValueError: the pipeline does not take one of the arguments, or needs another.
+        ValueError: The pipeline does not take one of the arguments, or needs another.
     """
     pipeline.set_progress_bar_config(disable=True)
     known = inspect.signature(pipeline.__call__).parameters
@@ -53,6 +54,7 @@ def sample(
             stack.enter_context(_watched(pipeline, on_step_end))
         call |= options
         _check_call(pipeline, call, known)
+        warn_of_unread(pipeline, call)
         made = pipeline(**call)
     if getattr(made, "audio", None) is not None:
         warnings.warn(
@@ -112,10 +114,14 @@ def _check_call(pipeline: Any, call: Mapping[str, Any], known: Mapping[str, Para
             f"{name} takes no {', '.join(sorted(unknown))}, so it cannot be run from here. {remedy}"
         )
     missing = [key for key, value in known.items() if _is_needed(value) and key not in call]
+    if missing == ["image"]:
+        raise ValueError(
+            f"{name} makes videos from a first frame, and got none. Add --image FIRST_FRAME.png, "
+            'or inputs={"image": image} to `generate`.'
+        )
     if missing:
         raise ValueError(
-            f"{name} needs {', '.join(missing)}, which is not asked for here: `nabla generate` "
-            f"takes --image. {remedy}"
+            f"{name} needs {', '.join(missing)}, which cannot be asked for here. {remedy}"
         )
 
 

@@ -1,6 +1,7 @@
 """One video from one request: apply the algorithm, sample, measure, restore."""
 
 import hashlib
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -12,12 +13,9 @@ from nabla_attn.config import parse
 from nabla_attn.generation.call import sample
 from nabla_attn.generation.clock import StageClock
 from nabla_attn.generation.pipeline import model_identity
-from nabla_attn.generation.request import (
-    GenerationRequest,
-    check_request,
-    video_tokens,
-)
-from nabla_attn.progress import ProgressCallback
+from nabla_attn.generation.request import GenerationRequest, check_request, video_tokens
+from nabla_attn.generation.text import warn_of_unknown_words, watch_texts
+from nabla_attn.progress import ProgressCallback, ignore_progress
 from nabla_attn.record import RunRecord, collect_versions, describe_device
 from nabla_attn.schedule import Schedule
 
@@ -26,31 +24,36 @@ def generate(
     pipeline: Any,
     request: GenerationRequest,
     *,
-    progress: ProgressCallback | None = None,
+    on_progress: ProgressCallback = ignore_progress,
     inputs: dict[str, Any] | None = None,
     on_apply: Callable[[Any], None] | None = None,
 ) -> tuple[np.ndarray, RunRecord]:
     """Make one video. The same request on the same machine gives the same bytes.
 
     Args:
-        pipeline: from :func:`~nabla_attn.generation.pipeline.load_pipeline`, or any diffusers
-            text-to-video pipeline of a supported model.
-        request: what to make.
-        progress: told about every stage and step.
-        inputs: further arguments of the pipeline call, such as ``image`` or ``generator``.
-        on_apply: given the handle of the sparse attention before sampling, to observe it.
+        pipeline: A pipeline of `load_pipeline`, or any other of diffusers for a supported model.
+        request: The video to make.
+        on_progress: Called at every stage and step.
+        inputs: Further arguments of the pipeline's call, such as `image` or `generator`.
+        on_apply: Called with the handle of the sparse attention before sampling, to observe it.
 
     Returns:
         The frames, uint8 [frames, height, width, 3], and the record of the run.
 
     Raises:
-        ValueError: the model cannot take the request, or its numbers overflowed.
+        ValueError: The model cannot take the request, or its numbers overflowed.
     """
     check_request(pipeline, request)
+    for name in ("prompt", "negative_prompt"):
+        warn_of_unknown_words(pipeline, name.replace("_", " "), getattr(request, name))
     # With offloading the pipeline rests on the CPU and works elsewhere.
     device = getattr(pipeline, "_execution_device", pipeline.device)
-    clock = StageClock(device, request.steps, progress)
-    with _attending(pipeline, request) as handle, clock.watch(pipeline):
+    clock = StageClock(device, request.steps, on_progress)
+    with (
+        _attending(pipeline, request) as handle,
+        watch_texts(pipeline, request) as cut,
+        clock.watch(pipeline),
+    ):
         if on_apply is not None and handle is not None:
             on_apply(handle)
         video = sample(pipeline, request, on_step_end=clock.on_step_end, **(inputs or {}))
@@ -58,13 +61,15 @@ def generate(
         attention = _attention_numbers(handle)
     frames = _to_uint8(video[0])
     grid = dict(zip(("frames", "height", "width"), video_tokens(pipeline, request), strict=True))
-    config = request.to_dict() | model_identity(pipeline)
+    config = request.to_dict() | model_identity(pipeline) | _made(frames, request)
     numbers = {
         "seconds": seconds,
         "attention": attention,
         "tokens": grid,
         "frames_sha256": hashlib.sha256(frames.tobytes()).hexdigest(),
     }
+    if cut:
+        numbers["cut"] = cut
     record = RunRecord(
         kind="generate",
         config=config,
@@ -74,6 +79,16 @@ def generate(
         numbers=numbers,
     )
     return frames, record
+
+
+def _made(frames: np.ndarray, request: GenerationRequest) -> dict[str, int]:
+    """The size of the video as the pipeline made it, with a warning where it is another."""
+    asked = {name: getattr(request, name) for name in ("frames", "height", "width")}
+    made = dict(zip(asked, frames.shape, strict=False))
+    if made != asked:
+        sizes = ("{width}x{height} and {frames} frames".format(**size) for size in (made, asked))
+        warnings.warn("the pipeline made {} where {} were asked for.".format(*sizes), stacklevel=3)
+    return made
 
 
 def warm_up(pipeline: Any, request: GenerationRequest) -> None:

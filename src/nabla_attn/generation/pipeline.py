@@ -9,8 +9,8 @@ import torch
 
 from nabla_attn.errors import first_line
 from nabla_attn.files import fingerprint_files, read_json
-from nabla_attn.lora import load_lora, lora_fingerprint, lora_place
-from nabla_attn.model_index import find_class, named_parts, read_model_index
+from nabla_attn.generation.lora import load_lora, lora_fingerprint, lora_place
+from nabla_attn.generation.model_index import find_class, named_parts, read_model_index
 from nabla_attn.sizes import denoisers
 
 BUILTIN = "builtin"
@@ -34,7 +34,7 @@ def load_pipeline(
         device: ``"auto"`` (a GPU if there is one), or a torch device such as ``"cuda:0"``.
         dtype: of transformer and text encoder: a name of :data:`DTYPES`, or ``"auto"``. The VAE
             stays in float32, where its decoder is exact, unless its pipeline wants one dtype.
-        lora: adapters to put in, each as :func:`~nabla_attn.lora.load_lora` takes it.
+        lora: adapters to put in, each as :func:`~nabla_attn.generation.lora.load_lora` takes it.
 
     Returns:
         The diffusers pipeline, on the device.

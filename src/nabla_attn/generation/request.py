@@ -1,25 +1,28 @@
 """What to generate, and whether a pipeline can take it."""
 
-import inspect
 import json
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt
 
 from nabla_attn.config import parse
 from nabla_attn.files import read_json
-from nabla_attn.lora import lora_place
+from nabla_attn.generation.lora import lora_place
 from nabla_attn.schedule import Schedule
 from nabla_attn.sizes import (
     denoisers,
     fits_frames,
+    frame_step,
     side_multiple,
     token_grid,
-    vae_strides,
 )
+from nabla_attn.validation import check_values, read_values
+
+Count = Annotated[int, Ge(1)]
 
 
 @dataclass(frozen=True)
@@ -27,42 +30,41 @@ class GenerationRequest:
     """One video to make.
 
     Attributes:
-        prompt: the text.
-        negative_prompt: what guidance steers away from.
-        height: pixels.
-        width: pixels.
-        frames: video frames.
-        steps: denoising steps.
-        guidance: classifier-free guidance scale; 1 and below means none.
-        seed: seed of the starting noise.
-        sparse_algo: an algorithm string such as ``"nabla-0.7"``, or ``"dense"``.
-        schedule: per step and layer choices; ``None`` is the algorithm's own default.
+        prompt: The text.
+        negative_prompt: The text that guidance steers away from.
+        height: Pixels.
+        width: Pixels.
+        frames: Number of video frames.
+        steps: Number of denoising steps.
+        guidance: Scale of classifier-free guidance; 1 and below means none.
+        seed: Seed of the starting noise.
+        sparse_algo: An algorithm string such as `"nabla-0.7"`, or `"dense"`.
+        schedule: Choices by step and layer; None is the algorithm's own default.
+
+    Raises:
+        ValueError: A value is out of bounds, a text has half a character, the algorithm is unknown,
+            or the schedule is of another one.
     """
 
     prompt: str
     negative_prompt: str = ""
-    height: int = 480
-    width: int = 832
-    frames: int = 81
-    steps: int = 50
-    guidance: float = 5.0
+    height: Count = 480
+    width: Count = 832
+    frames: Count = 81
+    steps: Count = 50
+    guidance: Annotated[float, Ge(0)] = 5.0
     seed: int = 0
     sparse_algo: str = "dense"
     schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
-        for name in ("height", "width", "frames", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_values(self)
         check_seed(self.seed)
-        if not math.isfinite(self.guidance) or self.guidance < 0:
-            raise ValueError(f"guidance must be a number from 0 up, got {self.guidance}.")
+        for name in ("prompt", "negative_prompt"):
+            check_text(getattr(self, name), name.replace("_", " "))
         config = parse(self.sparse_algo)
         if self.schedule is not None and self.schedule.algorithm != config:
-            raise ValueError(
-                f"the schedule's algorithm is {self.schedule.algorithm} and the request's "
-                f"{self.sparse_algo}. Pass the same in both."
-            )
+            raise ValueError(_other_algorithm(self.schedule, self.sparse_algo, "Pass"))
 
     @property
     def is_dense(self) -> bool:
@@ -87,78 +89,133 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class ModelDefaults:
-    """What a model directory says of itself; where it says nothing, the 480p values of Wan 2.1.
+    """The values that a model directory asks for; where it says nothing, those of Wan 2.1 at 480p.
 
     Attributes:
-        height: pixels.
-        width: pixels.
-        frames: video frames.
-        steps: denoising steps.
-        guidance: guidance scale.
-        fps: frames per second of the mp4.
-        sparse_algo: algorithm used when none is asked for.
-        schedule: rules used with it then; its algorithm is `sparse_algo`.
+        height: Pixels.
+        width: Pixels.
+        frames: Number of video frames.
+        steps: Number of denoising steps.
+        guidance: Guidance scale.
+        fps: Frames per second of the mp4.
+        sparse_algo: The algorithm where none is asked for.
+        schedule: The rules used with it then; its algorithm is `sparse_algo`.
     """
 
-    height: int = 480
-    width: int = 832
-    frames: int = 81
-    steps: int = 50
-    guidance: float = 5.0
-    fps: float = 16
+    height: Count = 480
+    width: Count = 832
+    frames: Count = 81
+    steps: Count = 50
+    guidance: Annotated[float, Ge(0)] = 5.0
+    fps: Annotated[float, Gt(0)] = 16
     sparse_algo: str = "dense"
     schedule: Schedule | None = None
 
     @classmethod
     def load(cls, directory: Path, lora: Sequence[str] = ()) -> "ModelDefaults":
-        """Read ``directory/defaults.json`` if there is one; a guider says its own guidance.
+        """Read `defaults.json` of a model if there is one; a guider brings its own guidance.
 
         Args:
-            directory: the model.
-            lora: adapters, as of ``load_pipeline``; a ``defaults.json`` beside their weights comes
-                before the model's.
+            directory: The model.
+            lora: Adapters, as `load_pipeline` takes them; a `defaults.json` beside their weights
+                goes before the model's.
 
         Raises:
-            ValueError: a file is not JSON, has an unknown name or a value of the wrong type, or a
+            ValueError: A file is not JSON, has an unknown name or a value that does not fit, or a
                 schedule of another algorithm; or there are no such adapters.
         """
         scale = guider_scale(_read_if_there(directory / "guider" / "guider_config.json"))
         defaults = cls() if scale is None else cls(guidance=scale)
         for folder in (directory, *(lora_place(each)[1].parent for each in lora)):
-            defaults = _updated(defaults, folder / "defaults.json")
+            path = folder / "defaults.json"
+            try:
+                defaults = _updated(defaults, _read_if_there(path))
+            except ValueError as error:
+                raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
         return defaults
 
 
-def _updated(defaults: ModelDefaults, path: Path) -> ModelDefaults:
+def make_request(
+    defaults: ModelDefaults,
+    *,
+    prompt: str,
+    seed: int = 0,
+    sparse_algo: str | None = None,
+    schedule: Schedule | None = None,
+    negative_prompt: str = "",
+    **given: Any,
+) -> GenerationRequest:
+    """A request with the model's values wherever none is given.
+
+    Args:
+        defaults: The model's.
+        prompt: The text.
+        seed: Seed of the starting noise.
+        sparse_algo: The algorithm; it replaces the schedule's own, whose other rules stay. None
+            takes the schedule's, or without one the model's with the model's rules.
+        schedule: Rules by step and layer.
+        negative_prompt: The text that guidance steers away from.
+        given: height, width, frames, steps and guidance; None takes the model's.
+    """
+    if sparse_algo is None:
+        schedule = schedule or defaults.schedule
+        sparse_algo = str(schedule.algorithm) if schedule else defaults.sparse_algo
+    config = parse(sparse_algo)
+    names = ("height", "width", "frames", "steps", "guidance")
+    sizes = {
+        name: getattr(defaults, name) if given.get(name) is None else given[name] for name in names
+    }
+    return GenerationRequest(
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        seed=seed,
+        sparse_algo=str(config),
+        schedule=None if schedule is None else replace(schedule, algorithm=config),
+        **sizes,
+    )
+
+
+def _updated(defaults: ModelDefaults, values: Any) -> ModelDefaults:
     """Defaults with those of a file in their place; rules go with the algorithm they are of."""
-    values = _read_if_there(path)
-    known = asdict(defaults)
-    if not isinstance(values, dict) or (values.keys() - known.keys()):
-        raise ValueError(f"{path}: expected an object with {', '.join(known)}, got {values!r}.")
-    rules = values.pop("schedule", None)
-    for name, value in values.items():
-        wanted = str if name == "sparse_algo" else float if name in ("guidance", "fps") else int
-        fits = isinstance(value, int | float) if wanted is float else isinstance(value, wanted)
-        if not fits or isinstance(value, bool):
-            raise ValueError(f"{path}: {name} must be {wanted.__name__}, got {value!r}.")
+    rules = values.pop("schedule", None) if isinstance(values, dict) else None
+    read_values(ModelDefaults, values)
     schedule = None if "sparse_algo" in values else defaults.schedule
     defaults = replace(defaults, schedule=schedule, **values)
+    config = parse(defaults.sparse_algo)
     if rules is None:
         return defaults
-    return replace(defaults, schedule=_read_rules(path, rules, defaults.sparse_algo))
-
-
-def _read_rules(path: Path, rules: Any, sparse_algo: str) -> Schedule:
-    try:
-        schedule, config = Schedule.from_dict(rules), parse(sparse_algo)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    schedule = Schedule.from_dict(rules)
     if schedule.algorithm != config:
+        raise ValueError(_other_algorithm(schedule, defaults.sparse_algo, "Write"))
+    return replace(defaults, schedule=schedule)
+
+
+def _other_algorithm(schedule: Schedule, sparse_algo: str, verb: str) -> str:
+    return (
+        f"the schedule's algorithm is {schedule.algorithm} and sparse_algo {sparse_algo}. {verb} "
+        "the same in both, or drop the schedule."
+    )
+
+
+def check_text(text: str, name: str) -> str:
+    """Return `text` if it is whole.
+
+    Args:
+        text: A prompt or a caption.
+        name: Its name in the message.
+
+    Raises:
+        ValueError: It has half a character: a lone surrogate, as a text cut inside an emoji has, or
+            bytes that are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
         raise ValueError(
-            f"{path}: the schedule's algorithm is {schedule.algorithm} and sparse_algo "
-            f"{sparse_algo}. Write the same in both, or drop the schedule."
-        )
-    return schedule
+            f"the {name} has half a character, {text[error.start]!a}, at position {error.start}: "
+            "it was cut inside an emoji, or is not UTF-8. Take it out, or save the text as UTF-8."
+        ) from None
+    return text
 
 
 def check_request(pipeline: Any, request: GenerationRequest) -> None:
@@ -169,8 +226,6 @@ def check_request(pipeline: Any, request: GenerationRequest) -> None:
     """
     _check_size(pipeline, request)
     _check_schedule(request)
-    for name in ("prompt", "negative_prompt"):
-        _check_text(pipeline, name.replace("_", " "), getattr(request, name))
 
 
 def guider_scale(config: Any) -> float | None:
@@ -212,7 +267,7 @@ def _check_size(pipeline: Any, request: GenerationRequest) -> None:
                 f"Nearest: {f'{below} or {above}' if below else above}."
             )
     if not fits_frames(pipeline, request.frames):
-        step, _ = vae_strides(pipeline)
+        step = frame_step(pipeline)
         below = (request.frames - 1) // step * step + 1
         raise ValueError(
             f"frames {request.frames} does not fit this model: it takes {step}n+1. "
@@ -234,30 +289,5 @@ def _check_schedule(request: GenerationRequest) -> None:
         warnings.warn(
             f"{request.sparse_algo} changes nothing here: its schedule keeps {dense_steps} steps "
             f"dense, and there are {request.steps}. Ask for more steps or pass another schedule.",
-            stacklevel=3,
-        )
-
-
-def _check_text(pipeline: Any, name: str, text: str) -> None:
-    tokenizer = getattr(pipeline, "tokenizer", None)
-    limit = inspect.signature(pipeline.__call__).parameters.get("max_sequence_length")
-    if tokenizer is None or limit is None or not text:
-        return
-    tokens = tokenizer(text, truncation=False, verbose=False).input_ids
-    if len(tokens) > limit.default:
-        warnings.warn(
-            f"the {name} has {len(tokens)} tokens and the text encoder reads {limit.default}: "
-            "the rest is ignored.",
-            stacklevel=3,
-        )
-    if tokenizer.unk_token_id in tokens:
-        known = tokenizer.unk_token_id
-        words = [
-            word
-            for word in dict.fromkeys(text.split())
-            if known in tokenizer(word, add_special_tokens=False).input_ids
-        ]
-        warnings.warn(
-            f"the model does not know these words of the {name}: {', '.join(words[:8])}.",
             stacklevel=3,
         )

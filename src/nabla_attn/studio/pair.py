@@ -85,7 +85,7 @@ def make_pair(pipeline: Any, request: GenerationRequest) -> Generator[Step | Mad
                 frames, record = generate(
                     pipeline,
                     asked,
-                    progress=watch(asked.sparse_algo),
+                    on_progress=watch(asked.sparse_algo),
                     on_apply=recorder.attach if recorder else None,
                 )
                 if recorder is None:

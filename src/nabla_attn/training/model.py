@@ -13,8 +13,8 @@ import torch
 
 from nabla_attn.errors import first_line
 from nabla_attn.files import read_json, write_text
-from nabla_attn.lora import LORA_WEIGHTS
-from nabla_attn.model_index import find_class, named_parts, read_model_index
+from nabla_attn.generation.lora import LORA_WEIGHTS
+from nabla_attn.generation.model_index import find_class, named_parts, read_model_index
 from nabla_attn.schedule import Schedule
 
 DEFAULTS = "defaults.json"

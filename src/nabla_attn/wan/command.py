@@ -11,7 +11,7 @@ from nabla_attn import distributed
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import load_pipeline, resolve_device, resolve_dtype
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults
-from nabla_attn.progress import ProgressCallback
+from nabla_attn.progress import ProgressCallback, ignore_progress
 from nabla_attn.record import RunRecord
 from nabla_attn.schedule import Schedule
 from nabla_attn.wan import is_diffusers_directory, load_wan_pipeline, read_layout
@@ -109,7 +109,7 @@ def generate_wan(
     inputs |= _call_options(pipe, request, text_tokens, device)
     inputs |= _place(pipe, placement, device, request, text_tokens)
     video = _to_generation_request(pipe, request, algo, aspect_of(inputs))
-    frames, record = generate(pipe, video, progress=progress, inputs=inputs)
+    frames, record = generate(pipe, video, on_progress=progress or ignore_progress, inputs=inputs)
     config = record.config | {"wan": request.to_dict(), "sparse_algo_source": source}
     return frames, replace(record, config=config | {"model": Path(request.ckpt_dir).name})
 

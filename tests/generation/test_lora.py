@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 import nabla_attn as na
 from nabla_attn.cli import app
+from nabla_attn.generation.lora import BUILTIN_LORA, LORA_WEIGHTS, load_lora, lora_fingerprint
 from nabla_attn.generation.pipeline import BUILTIN_DIRECTORY, load_pipeline, model_identity
 from nabla_attn.generation.request import ModelDefaults
-from nabla_attn.lora import BUILTIN_LORA, LORA_WEIGHTS, load_lora, lora_fingerprint
 from nabla_attn.record import RunRecord
 from nabla_attn.training.data import WorldSet
 

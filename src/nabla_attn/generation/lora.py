@@ -12,7 +12,7 @@ from nabla_attn.sizes import denoisers
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 PARTS = ("transformer", "transformer_2")
-BUILTIN_LORA = Path(__file__).parent / "moving_shapes" / "lora"
+BUILTIN_LORA = Path(__file__).parents[1] / "moving_shapes" / "lora"
 
 
 def lora_place(source: str) -> tuple[str, Path]:
