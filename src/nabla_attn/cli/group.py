@@ -41,11 +41,19 @@ class VerbCommand(TyperCommand):
 
 
 class VerbGroup(TyperGroup):
-    """The verbs, imported one by one on use, and what happens when one fails."""
+    """The verbs, imported one by one on use, and what happens when one fails.
+
+    Attributes:
+        verbs: Names of the verbs in reading order.
+        package: The package that has a module for each.
+    """
+
+    verbs: tuple[str, ...] = VERBS
+    package = "nabla_attn.cli"
 
     def list_commands(self, ctx: Any) -> list[str]:
         """All verbs, in reading order."""
-        return list(VERBS)
+        return list(self.verbs)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the verb; ``generate --task`` is the reference command, which ``wan`` runs."""
@@ -56,9 +64,9 @@ class VerbGroup(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Import a verb's module and make its function a command."""
-        if cmd_name not in VERBS:
+        if cmd_name not in self.verbs:
             return None
-        function = getattr(import_module(f"nabla_attn.cli.{cmd_name}"), cmd_name)
+        function = getattr(import_module(f"{self.package}.{cmd_name}"), cmd_name)
         if isinstance(function, typer.Typer):
             return typer.main.get_command(function)
         single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -73,7 +81,7 @@ class VerbGroup(TyperGroup):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                warnings.filterwarnings("always", category=UserWarning, module="nabla_attn")
+                warnings.filterwarnings("always", category=UserWarning, module="nabla_attn|isynet")
                 warnings.showwarning = _say_each_once()
                 code = super().main(*args, **(options | {"standalone_mode": False}))
         except KeyboardInterrupt:

@@ -1,0 +1,40 @@
+"""The `isynet` command: one short module per verb, imported when the verb is used."""
+
+import os
+from importlib.metadata import version as installed_version
+from typing import Annotated
+
+import typer
+
+from nabla_attn.cli.group import VerbGroup
+
+# Idle OpenMP threads would spin on cores that other threads and programs need. Read by torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+class IsynetGroup(VerbGroup):
+    """The verbs of `isynet`, found and failing as those of `nabla` do."""
+
+    verbs = ("list", "show", "mem", "export", "convert")
+    package = "isynet.cli"
+
+
+app = typer.Typer(
+    name="isynet",
+    cls=IsynetGroup,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def isynet(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+) -> None:
+    """Convolutional networks that suit a machine: measure, search, scale, train, export."""
+    if version:
+        typer.echo(f"isynet {installed_version('nabla-attn')}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())

@@ -1,0 +1,5 @@
+"""`python -m isynet.cli` is `isynet`."""
+
+from isynet.cli import app
+
+app(prog_name="isynet")

@@ -1,0 +1,37 @@
+"""`isynet show`: the stages of a network."""
+
+from typing import Annotated
+
+import typer
+
+from isynet.cli.output import AsJson, Model, Size, print_rows
+
+
+def show(
+    model: Model,
+    size: Size = 224,
+    num_classes: Annotated[int, typer.Option(min=0, help="Number of classes.")] = 1000,
+    as_json: AsJson = False,
+) -> None:
+    """Show a network part by part: channels, parameters, work and plain MEM."""
+    import torch
+
+    from isynet.checkpoint import create
+    from isynet.counting import count_parts
+
+    with torch.device("meta"):
+        net = create(model, num_classes)
+    rows = [
+        {
+            "part": part.name,
+            "channels": part.channels,
+            "pixels": part.pixels,
+            "M parameters": part.parameters / 1e6,
+            "M MACs": part.work.matrix / 1e6,
+            "M moved": part.work.moved / 1e6,
+            "M vector": part.work.vector / 1e6,
+            "MEM": part.work.mem,
+        }
+        for part in count_parts(net, size)
+    ]
+    print_rows(rows, as_json=as_json, title=str(net.architecture))

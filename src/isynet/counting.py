@@ -1,0 +1,112 @@
+"""The work of networks that see images."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from isynet.architecture import Architecture
+from isynet.checkpoint import create
+from isynet.family import find_architecture
+from isynet.network import ISyNet
+from isynet.peers import PEERS
+from nabla_attn.cost import count as counter
+from nabla_attn.cost.work import Work
+
+TABLE_SIZE = 244
+"""Pixels at which the published table counts operations; a slip for 224, which it names."""
+
+
+def count(
+    source: nn.Module | str | Path | Architecture,
+    size: int | tuple[int, int] = 224,
+    *,
+    in_chans: int = 3,
+    num_classes: int = 1000,
+) -> Work:
+    """Count the work of a network on one image, on the meta device.
+
+    Args:
+        source: Any module that takes images, or what `isynet.create` takes as an architecture.
+        size: Pixels of the image, one number or (height, width).
+        in_chans: Channels of the image.
+        num_classes: Number of classes where `source` is an architecture.
+
+    Raises:
+        ValueError: An unknown name, or a size that is not positive.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1:
+        raise ValueError(f"the size must be positive, got {size}.")
+    if not isinstance(source, nn.Module):
+        with torch.device("meta"):
+            source = ISyNet(find_architecture(source), num_classes, in_chans)
+    return counter.count(source, (1, in_chans, height, width))
+
+
+class Part(NamedTuple):
+    """A stage of a network, or its head.
+
+    Attributes:
+        name: The stage's string, or `head`.
+        channels: Channels of its result.
+        pixels: Height of its result.
+        parameters: Number of parameters.
+        work: Its work on one image.
+    """
+
+    name: str
+    channels: int
+    pixels: int
+    parameters: int
+    work: Work
+
+
+def count_parts(net: ISyNet, size: int = 224) -> list[Part]:
+    """Count the stages and the head of a network on one square image."""
+    parts: list[Part] = []
+    shape = (1, net.in_chans, size, size)
+    for stage, module in zip(net.architecture.stages, net.stages, strict=True):
+        work = counter.count(module, shape)
+        channels, pixels = net.feature_info[len(parts)]["num_chs"], -(-shape[2] // 2)
+        shape = (1, channels, pixels, pixels)
+        parts.append(Part(str(stage), channels, pixels, _parameters(module), work))
+    rest = _Head(net)
+    work = counter.count(rest, shape)
+    return [*parts, Part("head", net.num_classes or net.num_features, 1, _parameters(rest), work)]
+
+
+def find_network(source: str | Path) -> nn.Module:
+    """A network of ours, or of another family by its name, with random weights.
+
+    Raises:
+        ValueError: An unknown name; the known are listed.
+    """
+    return PEERS[str(source)]() if str(source) in PEERS else create(source)
+
+
+class _Head(nn.Module):
+    def __init__(self, net: ISyNet) -> None:
+        super().__init__()
+        self.neck, self.fc, self.bn = net.neck, net.fc, net.bn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(self.fc(self.neck(x).mean((2, 3))))
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(value.numel() for value in module.parameters())
+
+
+def table_macs(module: nn.Module) -> float:
+    """Operations as the table published with ISyNet counts them.
+
+    Multiply-accumulates, plus two per element of a batch norm and one per element of a ReLU, at 244
+    pixels. All ten published rows come out to both decimals.
+    """
+    work = count(module, TABLE_SIZE)
+    norms = sum(item.elements for item in work.operators if item.name == "batch_norm")
+    relus = sum(item.elements for item in work.operators if item.name == "relu")
+    depthwise = sum(item.vector for item in work.operators if item.name == "depthwise")
+    return work.matrix + depthwise + 2 * norms + relus

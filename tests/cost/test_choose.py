@@ -1,0 +1,65 @@
+"""The exact choice within a budget, against trying everything."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nabla_attn.cost.choose import choose
+
+
+def by_trying(loss, seconds, budget):
+    units, options = loss.shape
+    best = np.inf
+    for picked in itertools.product(range(options), repeat=units):
+        rows = np.arange(units), np.array(picked)
+        if seconds[rows].sum() <= budget:
+            best = min(best, loss[rows].sum())
+    return best
+
+
+@given(
+    st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 4), st.floats(0, 1), st.booleans()
+)
+def test_no_choice_loses_less(seed, units, options, share, is_whole):
+    rng = np.random.default_rng(seed)
+    loss, seconds = rng.normal(size=(2, units, options)) * 10.0 ** rng.integers(-6, 6)
+    seconds = np.abs(seconds)
+    if is_whole:
+        loss, seconds = rng.integers(-3, 4, (units, options)), rng.integers(0, 4, (units, options))
+    least, most = seconds.min(axis=1).sum(), seconds.max(axis=1).sum()
+    budget = float(least + share * (most - least))
+    picked = choose(loss, seconds, budget)
+    rows = np.arange(units), picked
+    assert seconds[rows].sum() <= budget * (1 + 1e-9)
+    assert loss[rows].sum() == pytest.approx(by_trying(loss, seconds, budget), rel=1e-6, abs=1e-12)
+
+
+def test_greedy_would_be_wrong():
+    # The best gain per second first leaves no room for the option that gains most.
+    loss, seconds = [[0, -6, -10], [0, -5, -5]], [[0, 5, 10], [0, 6, 6]]
+    assert choose(loss, seconds, 10).tolist() == [2, 0]
+
+
+def test_infinite_options_are_never_taken():
+    assert choose([[np.inf, 1.0], [0.0, np.inf]], [[0, 1], [1, 0]], 2).tolist() == [1, 0]
+    with pytest.raises(ValueError, match="unit 1 has no option"):
+        choose([[0.0, 1.0], [np.inf, np.inf]], [[0, 1], [1, 0]], 2)
+
+
+@pytest.mark.parametrize(
+    ("loss", "seconds", "budget", "words"),
+    [
+        ([[0.0]], [[2.0]], 1.0, "at least 2"),
+        ([[0.0]], [[2.0]], float("nan"), "at least 2"),
+        ([[float("nan")]], [[2.0]], 3.0, "numbers"),
+        ([[0.0]], [[-2.0]], 3.0, "not negative"),
+        ([0.0], [1.0], 3.0, r"\[units, options\]"),
+        ([[0.0]], [[1.0, 2.0]], 3.0, "one shape"),
+    ],
+)
+def test_what_cannot_be_is_said(loss, seconds, budget, words):
+    with pytest.raises(ValueError, match=words):
+        choose(loss, seconds, budget)

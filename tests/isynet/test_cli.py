@@ -1,0 +1,79 @@
+"""The command: tables, JSON, and one line on bad input."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import isynet
+from isynet.cli import IsynetGroup, app
+
+SMALL = "1x3 2x3,1+ h0"
+
+
+def run(*args):
+    return CliRunner().invoke(app, list(args))
+
+
+def as_json(*args):
+    result = run(*args, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("verb", IsynetGroup.verbs)
+def test_every_verb_has_help(verb):
+    result = run(verb, "--help")
+    assert result.exit_code == 0 and "Usage" in result.output
+
+
+def test_list_and_show():
+    rows = as_json("list")
+    assert [row["name"] for row in rows][:2] == ["isynet-n0", "isynet-n1"] and len(rows) == 8
+    assert "isynet-n3-s2" in run("list").stdout
+    parts = as_json("show", SMALL, "--size", "64", "--num-classes", "5")
+    assert [part["pixels"] for part in parts] == [32, 16, 1]
+    whole = isynet.count(SMALL, 64, num_classes=5)
+    assert sum(part["M MACs"] for part in parts) * 1e6 == pytest.approx(whole.matrix)
+
+
+def test_mem_of_networks_and_attention():
+    rows = as_json(
+        "mem", "n0", "resnet18", "--machine", "ascend310", "--attention", "4096,8,64,0.1"
+    )
+    assert [row["name"] for row in rows] == ["n0", "resnet18", "attention 4096,8,64,0.1"]
+    assert all(0 < row["MEM ascend310"] < 1 for row in rows)
+    assert rows[0]["predicted ms"] == pytest.approx(0.43, rel=0.07)
+
+
+def test_convert_and_export(tmp_path):
+    pytest.importorskip("onnxruntime")
+    isynet.save(isynet.create(SMALL, 5), tmp_path / "a.safetensors")
+    file = tmp_path / "a.onnx"
+    done = as_json("export", str(tmp_path / "a.safetensors"), "--output", str(file), "--size", "32")
+    assert done["error"] < 1e-5 and file.is_file()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("show", "n9"), ["n9", "isynet-n0"]),
+        (("show", "1x4"), ["unknown edge '4'"]),
+        (("show", "nowhere.json"), ["nowhere.json"]),
+        (("show", "n0", "--size", "0"), ["--size"]),
+        (("mem",), ["name a network"]),
+        (("mem", "--attention", "3,4"), ["TOKENS,HEADS,DIM"]),
+        (("mem", "--attention", "3,4,5,2"), ["density"]),
+        (("mem", "n0", "--machine", "abacus"), ["abacus"]),
+        (("convert", "nowhere.ckpt"), ["nowhere.ckpt"]),
+        (("export", SMALL, "--output", "a.txt"), [".onnx", "a.txt"]),
+        (("dance",), ["dance"]),
+    ],
+)
+def test_bad_input_is_one_line(args, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*args)
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    assert all(word in lines[0] for word in words), lines[0]
