@@ -1,6 +1,7 @@
 # make demo   set up .venv, then compare dense and NABLA attention on one prompt with the built-in model
 # make test   set up .venv, then lint, types, layer contracts, the documentation site and tests
 # make docs   the documentation site, into out/site; a broken link or a missing name fails
+# make wheel  build the wheel, install it in an environment of its own, and use it there
 # make coverage    the tests of core, backends and models, and the lines that they do not reach
 # make test-diffusers VERSION=0.42.0   the tests of models with another release of diffusers
 # make bench  set up .venv, then ours and the baselines on this CPU, and the pages
@@ -14,7 +15,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint types contracts docs tests coverage test-diffusers bench pages bench-gpu tune-gpu clean
+.PHONY: demo test lint types contracts docs tests wheel coverage test-diffusers bench pages bench-gpu tune-gpu clean
 
 $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (torch, diffusers and the development tools; a few minutes the first time)"
@@ -51,6 +52,9 @@ docs: $(READY)
 tests: $(READY)
 	@echo "Tests"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+wheel: $(READY)
+	$(BIN)/python -m pytest -m slow tests/test_wheel.py
 
 coverage: $(READY)
 	$(BIN)/python -m pytest tests/core tests/backends tests/models --cov=nabla_attn.core \
