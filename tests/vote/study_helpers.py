@@ -1,6 +1,7 @@
 """Small studies, a plain HTTP client, and a server in its own process, for the tests of votes."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 
 from nabla_attn.generation.video import write_video
 from nabla_attn.record import RunRecord
-from nabla_attn.vote.make import make_study
+from nabla_attn.vote.create import make_study
 from nabla_attn.vote.study import QUESTIONS
 
 ALGOS = ("dense", "nabla-0.7")
@@ -47,23 +48,18 @@ def ballot(trial, answer="first", **changes):
 
 
 @contextmanager
-def running(folder, *options):
-    """`nabla vote FOLDER` in a process of its own; yields (process, base address, link, admin)."""
+def running(folder, *, environment=None, settings="pass"):
+    """`nabla vote FOLDER` in a process of its own; yields (process, base address, link, admin).
+
+    `settings` is a line of Python that the process runs first.
+    """
+    code = f"{settings}\nfrom nabla_attn.cli import app\napp()"
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-u",
-            "-m",
-            "nabla_attn.cli",
-            "vote",
-            str(folder),
-            "--port",
-            "0",
-            *options,
-        ],
+        [sys.executable, "-u", "-c", code, "vote", str(folder), "--port", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env=os.environ | (environment or {}),
     )
     try:
         lines = process.stdout.readline() + process.stdout.readline()
@@ -95,7 +91,7 @@ def fetch(address, body=None, **headers):
     }
     request = urllib.request.Request(address, data, headers)
     try:
-        with urllib.request.urlopen(request) as response:
+        with urllib.request.urlopen(request, timeout=60) as response:
             return response.status, json.loads(response.read())
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())

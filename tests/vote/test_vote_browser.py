@@ -20,7 +20,7 @@ from tests.vote.study_helpers import running
 from nabla_attn.generation.video import write_video
 from nabla_attn.moving_shapes import describe, render, sample_scene
 from nabla_attn.record import RunRecord
-from nabla_attn.vote.make import make_study
+from nabla_attn.vote.create import make_study
 
 pytestmark = pytest.mark.slow
 

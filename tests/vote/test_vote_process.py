@@ -199,7 +199,7 @@ def test_a_link_for_others_has_the_name_of_the_machine(tmp_path, monkeypatch):
     from nabla_attn.vote import server
 
     make_small_study(tmp_path)
-    monkeypatch.setattr(server, "serve", lambda application, bound: bound.close())
+    monkeypatch.setattr(server, "run_server", lambda application, bound: bound.close())
     for host, shown in (("0.0.0.0", socket.gethostname()), ("127.0.0.1", "127.0.0.1")):
         asked = ["vote", str(tmp_path / "study"), "--host", host, "--port", "0"]
         result = CliRunner().invoke(app, asked)

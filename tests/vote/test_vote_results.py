@@ -10,13 +10,22 @@ pytest.importorskip("sqlalchemy")
 
 from tests.vote.study_helpers import make_small_study, write_run
 
+from nabla_attn.generation.video import write_video
 from nabla_attn.media import read_video
+from nabla_attn.moving_shapes import render, sample_scene
+from nabla_attn.moving_shapes.judge import score
 from nabla_attn.record import RunRecord
+from nabla_attn.vote.analysis import Exclusion, Judgement, count_votes, measure_agreement
+from nabla_attn.vote.create import damage, make_study
 from nabla_attn.vote.export import draw_chart, results_page, votes_csv
-from nabla_attn.vote.make import damage, make_study
-from nabla_attn.vote.order import draw_showings
-from nabla_attn.vote.results import Exclusion, Judgement, count_votes, measure_agreement
-from nabla_attn.vote.study import QUESTIONS, Pair, Study, database_path, videos_folder
+from nabla_attn.vote.study import (
+    QUESTIONS,
+    Pair,
+    Study,
+    database_path,
+    draw_assignments,
+    videos_folder,
+)
 
 
 def study_of(num_pairs=4):
@@ -99,17 +108,29 @@ def test_agreement_is_krippendorffs_alpha():
 def test_least_shown_pairs_come_first_and_repeats_last():
     study = study_of(4)
     study = Study(**vars(study) | {"pairs_per_rater": 2, "num_repeats": 1})
-    showings = draw_showings(study, {"p0": 5, "p1": 5}, random.Random(0))
-    assert {s.pair_id for s in showings[:3]} == {"p2", "p3", "c"}
-    assert [s.is_repeat for s in showings] == [False, False, False, True]
+    drawn = draw_assignments(study, {"p0": 5, "p1": 5}, random.Random(0))
+    assert {s.pair_id for s in drawn[:3]} == {"p2", "p3", "c"}
+    assert [s.is_repeat for s in drawn] == [False, False, False, True]
 
 
-def test_the_damaged_video_is_plainly_worse():
-    rng = np.random.default_rng(0)
-    video = rng.integers(255, size=(4, 33, 40, 3), dtype=np.uint8)
-    worse = damage(video)
-    assert worse.shape == video.shape
-    assert len(np.unique(worse[1].reshape(-1, 3), axis=0)) < 150
+def test_the_damaged_video_looks_broken_to_the_judge_of_the_built_in_world(tmp_path):
+    for seed in range(12):
+        scene = sample_scene(seed, 1 + seed % 3)
+        video = render(scene, 17, 128, 128)
+        assert all(score(video, scene).values())
+        write_video(damage(video), tmp_path / "damaged.mp4", fps=12)
+        right = score(read_video(tmp_path / "damaged.mp4"), scene)
+        assert not any(right[name] for name in ("colour", "shape", "background")), (seed, right)
+
+
+def test_a_damaged_video_keeps_its_shape_and_half_of_it_stands_still():
+    video = np.random.default_rng(0).integers(255, size=(4, 33, 41, 3), dtype=np.uint8)
+    damaged = damage(video)
+    assert damaged.shape == video.shape
+    assert damaged.dtype == np.uint8
+    is_still = (damaged[0] == damaged[3]).all(axis=-1)
+    assert is_still[:, :20].mean() > 0.3 > is_still[:, 20:].mean()
+    assert np.array_equal(damaged, damage(video))
 
 
 def test_a_study_is_made_from_a_run(tmp_path):

@@ -1,1 +1,1 @@
-"""Blind side-by-side studies: who votes does not know which video is which."""
+"""Blind side-by-side studies: raters do not know which video comes from which algorithm."""

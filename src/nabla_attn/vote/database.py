@@ -1,88 +1,44 @@
-"""Raters, showings and votes in SQLite. What was acknowledged is on disk."""
+"""Raters, trials and votes in SQLite: a vote that was acknowledged is on the disk."""
 
+import contextlib
+import itertools
+import os
 import random
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import (
-    URL,
-    CheckConstraint,
-    Engine,
-    ForeignKey,
-    Select,
-    UniqueConstraint,
-    bindparam,
-    create_engine,
-    event,
-    func,
-    insert,
-    select,
+from sqlalchemy import URL, Engine, create_engine, event, func, insert, select
+
+from nabla_attn.vote.study import QUESTIONS, Study, draw_assignments, new_token
+from nabla_attn.vote.tables import (
+    ALL_VOTES,
+    INSERT_VOTE,
+    SUFFIXES,
+    TRIALS_OF_RATER,
+    Base,
+    Rater,
+    Trial,
+    Vote,
+    check_study,
+    check_whole,
+    one_line_errors,
+    placed_raters,
+    timestamp,
 )
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
-from sqlalchemy.exc import DatabaseError
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-
-from nabla_attn.vote.order import draw_showings
-from nabla_attn.vote.study import ANSWERS, QUESTIONS, Study, new_token
-from nabla_attn.vote.sync import SharedSync
-
-PLACE_KEPT = timedelta(hours=1)
-"""How long a rater's place is kept before their first vote; after it, it is theirs."""
-
-
-class Base(DeclarativeBase):
-    """All tables."""
-
-
-class Rater(Base):
-    """Somebody with a link of their own; no name is kept."""
-
-    __tablename__ = "raters"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    token: Mapped[str] = mapped_column(unique=True)
-    created: Mapped[str]
-
-
-class Trial(Base):
-    """One pair on one rater's way. The constraint shows a pair once, and once more as a repeat."""
-
-    __tablename__ = "trials"
-    __table_args__ = (
-        UniqueConstraint("rater_id", "pair_id", "is_repeat"),
-        UniqueConstraint("rater_id", "position"),
-    )
-    token: Mapped[str] = mapped_column(primary_key=True)
-    rater_id: Mapped[int] = mapped_column(ForeignKey("raters.id"))
-    position: Mapped[int]
-    pair_id: Mapped[str]
-    is_swapped: Mapped[bool]
-    is_repeat: Mapped[bool]
-
-
-class Vote(Base):
-    """The answers to one trial; its key makes a second vote impossible."""
-
-    __tablename__ = "votes"
-    __table_args__ = tuple(
-        CheckConstraint(f"{question} IN {ANSWERS!r}", name=f"{question}_is_an_answer")
-        for question in QUESTIONS
-    )
-    trial: Mapped[str] = mapped_column(ForeignKey("trials.token"), primary_key=True)
-    semantic: Mapped[str]
-    visual: Mapped[str]
-    motion: Mapped[str]
-    overall: Mapped[str]
-    seconds: Mapped[float]
-    created: Mapped[str]
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What a rater judges next, and how far they are; ``trial`` is None at the end."""
+    """The trial that a rater judges next, and how far they are.
+
+    Attributes:
+        trial: Row of the trial, or None after the last one.
+        done: Number of trials with a vote.
+        total: Number of trials.
+    """
 
     trial: Any
     done: int
@@ -94,172 +50,217 @@ class StudyFull(Exception):
 
 
 class AlreadyVoted(Exception):
-    """The trial has another vote already."""
+    """The trial has other answers already."""
+
+
+class StorageFailed(Exception):
+    """The disk refused to store votes, so nothing is acknowledged until the server restarts."""
+
+
+class GroupSync:
+    """Brings a log file to the disk; threads that wait at the same time share one `fsync`.
+
+    SQLite would wait for the disk inside each transaction, one after the other.
+
+    After one failure every later call fails too: the system reports a lost write once only, so a
+    second `fsync` that succeeds says nothing about it.
+
+    Args:
+        path: The file. It exists and is not replaced while this object lives.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_RDONLY)
+        self._syncing = threading.Lock()
+        self._tickets = itertools.count(1)
+        self._asked = self._synced = 0
+        self._has_failed = False
+        _sync_folder(path.parent)
+
+    def sync(self) -> None:
+        """Return once everything written before this call is on the disk.
+
+        Raises:
+            StorageFailed: It is not known to be, or an earlier call failed.
+        """
+        # Threads may set `_asked` out of order; too low a value only costs one more fsync.
+        ticket = self._asked = next(self._tickets)
+        with self._syncing:
+            self.check()
+            if self._synced >= ticket:
+                return
+            upto = self._asked
+            try:
+                os.fsync(self._file)
+            except OSError as error:
+                self._has_failed = True
+                raise StorageFailed(error.strerror or str(error)) from error
+            self._synced = max(self._synced, upto)
+
+    def check(self) -> None:
+        """Raise `StorageFailed` if a call of `sync` has failed."""
+        if self._has_failed:
+            raise StorageFailed("an earlier write was lost")
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
 
 
 class VoteStore:
-    """The database of one study, for one process and many threads.
+    """The database of one study, for one process with many threads.
+
+    Every method raises `StorageFailed` after the disk has refused a write, and SQLAlchemy's
+    `OperationalError` at once where another program has locked the database.
 
     Args:
-        path: the SQLite file; made when missing.
-        study: the study whose votes it holds.
+        path: The SQLite file; created when missing, and readable by its owner only.
+        study: The study whose votes it holds.
 
     Raises:
-        ValueError: the file is damaged, cannot be opened, or holds the votes of another study.
+        ValueError: The file is damaged, cannot be opened, or holds the votes of another study.
     """
 
     def __init__(self, path: str | Path, study: Study) -> None:
-        self._study = study
         path = Path(path).resolve()
-        self._engine = _make_engine(path)
+        self._study = study
         # SQLite lets one writer in; waiting here is cheaper than in its busy loop.
         self._writing = threading.Lock()
-        _prepare(self._engine, study)
-        self._log = SharedSync(f"{path}-wal")
+        with one_line_errors(path):
+            _make_private(path)
+            self._engine = _make_engine(path)
+            # One connection stays open, or SQLite would remove the log after the last one.
+            self._anchor = self._engine.connect()
+            _prepare(self._anchor, path, study)
+            self._log = GroupSync(path.with_name(f"{path.name}-wal"))
 
     def close(self) -> None:
-        """Fold the log into the database file and let go of it."""
+        """Fold the log into the database file and close it."""
         with self._writing, self._engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
         self._log.close()
+        self._anchor.close()
         self._engine.dispose()
 
     def join(self) -> str:
-        """Admit a rater, draw their way, and return their token.
+        """Admit a rater, draw their trials, and return their token.
 
         Raises:
-            StudyFull: `max_raters` have voted or joined of late.
+            StudyFull: `max_raters` have voted or joined recently.
         """
-        token, now = new_token(), _now()
-        placed = _placed()
+        self._log.check()
+        token, placed = new_token(), placed_raters()
         with self._writing, self._engine.begin() as connection:
             count = connection.scalar(select(func.count()).select_from(placed.subquery()))
             if (count or 0) >= self._study.max_raters:
                 raise StudyFull
-            shown = select(Trial.pair_id, func.count()).where(~Trial.is_repeat)
-            # Pairs on the ways of those who only looked were judged by nobody.
-            shown = shown.where(Trial.rater_id.in_(placed)).group_by(Trial.pair_id)
-            times_shown = {pair_id: count for pair_id, count in connection.execute(shown)}
+            assigned = select(Trial.pair_id, func.count()).where(~Trial.is_repeat)
+            # Raters without a place judged nothing, so their pairs do not count as assigned.
+            assigned = assigned.where(Trial.rater_id.in_(placed)).group_by(Trial.pair_id)
+            times = {pair_id: count for pair_id, count in connection.execute(assigned)}
             rater_id = connection.scalar(
-                insert(Rater).values(token=token, created=now).returning(Rater.id)
+                insert(Rater).values(token=token, created=timestamp()).returning(Rater.id)
             )
-            showings = draw_showings(self._study, times_shown, random.SystemRandom())
+            drawn = draw_assignments(self._study, times, random.SystemRandom())
             rows = [
-                {"token": new_token(), "rater_id": rater_id, "position": position} | vars(showing)
-                for position, showing in enumerate(showings)
+                {"token": new_token(), "rater_id": rater_id, "position": position} | vars(entry)
+                for position, entry in enumerate(drawn)
             ]
             connection.execute(insert(Trial), rows)
         self._log.sync()
         return token
 
     def next_turn(self, rater: str) -> Turn | None:
-        """The first trial without a vote; None for an unknown rater."""
-        with self._engine.connect() as connection:
-            way = connection.execute(_WAY, {"rater": rater}).all()
-        return _turn(way) if way else None
+        """Return the first trial without a vote; None for an unknown rater."""
+        trials = self._trials_of(rater)
+        return _turn(trials) if trials else None
 
     def find_trial(self, rater: str, trial: str) -> Any:
-        """A trial of this rater, or None."""
-        with self._engine.connect() as connection:
-            way = connection.execute(_WAY, {"rater": rater}).all()
-        return next((row for row in way if row.token == trial), None)
+        """Return a trial of this rater, or None."""
+        return next((row for row in self._trials_of(rater) if row.token == trial), None)
 
     def vote(self, rater: str, trial: str, answers: dict[str, str], seconds: float) -> Turn | None:
-        """Store one vote in one transaction; it is on disk when this returns.
+        """Store one vote in one transaction; it is on the disk when this returns.
 
         The same vote again changes nothing, so that a browser may retry.
 
         Returns:
-            What comes next; None when the trial is not this rater's.
+            What comes next; None when the trial does not belong to this rater.
 
         Raises:
-            AlreadyVoted: the trial has other answers already.
+            AlreadyVoted: The trial has other answers already.
         """
-        with self._engine.connect() as connection:
-            way = connection.execute(_WAY, {"rater": rater}).all()
-            if all(row.token != trial for row in way):
-                return None
-        values = answers | {"trial": trial, "seconds": seconds, "created": _now()}
+        trials = self._trials_of(rater)
+        if all(row.token != trial for row in trials):
+            return None
+        values = answers | {"trial": trial, "seconds": seconds, "created": timestamp()}
         with self._writing, self._engine.begin() as connection:
-            if connection.execute(_CAST, values).rowcount == 0:
+            if connection.execute(INSERT_VOTE, values).rowcount == 0:
                 columns = [getattr(Vote, question) for question in QUESTIONS]
                 stored = connection.execute(select(*columns).where(Vote.trial == trial)).one()
                 if tuple(stored) != tuple(answers[question] for question in QUESTIONS):
                     raise AlreadyVoted
         self._log.sync()
-        return _turn(way, just_voted=trial)
+        return _turn(trials, just_voted=trial)
 
     def all_votes(self) -> list[Any]:
-        """Every vote with its trial, oldest first: rows of the columns of both tables."""
-        query = (
-            select(Trial.rater_id, Trial.position, Trial.pair_id, Trial.is_swapped)
-            .add_columns(Trial.is_repeat, Vote.semantic, Vote.visual, Vote.motion, Vote.overall)
-            .add_columns(Vote.seconds, Vote.created)
-            .join(Vote, Vote.trial == Trial.token)
-            .order_by(Vote.created, Trial.rater_id, Trial.position)
-        )
+        """Return every vote with its trial, oldest first, as rows with the columns of both."""
         with self._engine.connect() as connection:
-            return list(connection.execute(query))
+            return list(connection.execute(ALL_VOTES))
+
+    def _trials_of(self, rater: str) -> Sequence[Any]:
+        self._log.check()
+        with self._engine.connect() as connection:
+            return connection.execute(TRIALS_OF_RATER, {"rater": rater}).all()
 
 
-def _turn(way: Sequence[Any], just_voted: str | None = None) -> Turn:
-    open_trials = [row for row in way if not row.has_vote and row.token != just_voted]
-    following = open_trials[0] if open_trials else None
-    return Turn(following, done=len(way) - len(open_trials), total=len(way))
+def _turn(trials: Sequence[Any], just_voted: str | None = None) -> Turn:
+    pending = [row for row in trials if not row.has_vote and row.token != just_voted]
+    return Turn(pending[0] if pending else None, len(trials) - len(pending), len(trials))
 
 
-_WAY = (
-    select(Trial.token, Trial.pair_id, Trial.is_swapped, Vote.trial.is_not(None).label("has_vote"))
-    .join(Rater, Rater.id == Trial.rater_id)
-    .join(Vote, Vote.trial == Trial.token, isouter=True)
-    .where(Rater.token == bindparam("rater"))
-    .order_by(Trial.position)
-)
-_CAST = sqlite_insert(Vote).on_conflict_do_nothing()
+def _make_private(path: Path) -> None:
+    """Create the file if it is missing, and let only its owner read it and its log."""
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    for suffix in SUFFIXES:
+        # Another owner's file is theirs to protect.
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            path.with_name(f"{path.name}{suffix}").chmod(0o600)
 
 
 def _make_engine(path: Path) -> Engine:
     # From its parts: in one string, signs of the path would be read as signs of an address.
     address = URL.create("sqlite", database=str(path))
-    engine = create_engine(address, pool_size=8, max_overflow=40)
+    # No time-out: where another program holds the database, raters are told at once.
+    engine = create_engine(address, pool_size=8, max_overflow=40, connect_args={"timeout": 0})
 
     @event.listens_for(engine, "connect")
     def _set_up(connection: Any, _: Any) -> None:
-        # NORMAL leaves the waiting for the disk to `SharedSync`.
+        # NORMAL leaves the waiting for the disk to `GroupSync`.
         for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
-        connection.execute("PRAGMA busy_timeout=5000")
 
     return engine
 
 
-def _prepare(engine: Engine, study: Study) -> None:
-    """Make missing tables, and see that the file is whole and of this study."""
-    path = engine.url.database
+def _prepare(connection: Any, path: Path, study: Study) -> None:
+    """Check the file, create missing tables, and begin a new log."""
+    with connection.begin():
+        check_whole(connection)
+        Base.metadata.create_all(connection)
+        check_study(connection, path, study)
+    # An earlier server may have lost writes in the middle of its log, and appending to that log
+    # would lose ours with them after a power cut.
+    busy, *_ = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()
+    connection.rollback()
+    if busy:
+        raise ValueError(f"another program reads or writes {path}. Wait for it, or stop it.")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the names of new files to the disk."""
+    opened = os.open(folder, os.O_RDONLY)
     try:
-        with engine.begin() as connection:
-            fault = str(connection.exec_driver_sql("PRAGMA quick_check(1)").scalar())
-            Base.metadata.create_all(connection)
-            shown = set(connection.scalars(select(Trial.pair_id).distinct()))
-    except DatabaseError as error:
-        fault = str(error.orig)
-    if fault != "ok":
-        raise ValueError(
-            f"the votes in {path} cannot be opened: {' '.join(fault.split())}. Check that the file "
-            "may be written, or restore it from a copy."
-        )
-    if not shown <= {pair.id for pair in study.pairs}:
-        raise ValueError(
-            f"{path} holds the votes of another study. Put that study's study.json back, or move "
-            "the file away."
-        )
-
-
-def _placed() -> Select[Any]:
-    """Raters whose places are taken: they voted, or joined less than `PLACE_KEPT` ago."""
-    voted = select(Trial.rater_id).join(Vote, Vote.trial == Trial.token)
-    return select(Rater.id).where((Rater.created > _now(-PLACE_KEPT)) | Rater.id.in_(voted))
-
-
-def _now(shift: timedelta = timedelta()) -> str:
-    return (datetime.now(UTC) + shift).isoformat(timespec="milliseconds")
+        os.fsync(opened)
+    finally:
+        os.close(opened)

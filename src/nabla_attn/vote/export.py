@@ -1,15 +1,20 @@
-"""Results as CSV, as one HTML page, and as a chart."""
+"""The results of a study as a table, a CSV file, an HTML page, a chart and a record."""
 
 import csv
 import io
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from nabla_attn.files import whole_file
-from nabla_attn.vote.results import OUTCOMES, read_judgements
-from nabla_attn.vote.study import QUESTIONS, Study
+from jinja2 import Environment, FileSystemLoader
+from rich.console import Console
+from rich.table import Table
+
+from nabla_attn.files import whole_file, write_text
+from nabla_attn.record import RunRecord, collect_versions
+from nabla_attn.vote.analysis import PREFERENCES, Exclusion, count_votes, read_judgements
+from nabla_attn.vote.study import QUESTIONS, Study, database_path
+from nabla_attn.vote.tables import read_votes
 
 COLOURS = {
     "baseline": "#b45309",
@@ -23,70 +28,77 @@ CSV_COLUMNS = (
     *("seconds", "created"),
 )
 INK, MUTED = "#1b1f24", "#667080"
+TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent / "page"), autoescape=True)
 
 
-def outcome_label(outcome: str, baseline: str, method: str) -> str:
-    """A reader's name of an outcome."""
-    better = {"baseline": f"{baseline} better", "method": f"{method} better"}
-    return better.get(outcome, outcome.replace("_", " "))
+def export_results(folder: Path, output: Path | None, rule: Exclusion) -> list[Any]:
+    """Count the votes of the study in a folder, and write the files of an output folder.
+
+    Args:
+        folder: The folder of the study; nothing is written in it.
+        output: The folder for `results.json`, `votes.csv` and `chart.png`, or None for none.
+        rule: The rule for raters who do not count.
+
+    Returns:
+        What to print: texts and tables of Rich.
+
+    Raises:
+        ValueError: There is no study, or it has no votes.
+    """
+    study = Study.load(folder)
+    if not database_path(folder).is_file():
+        raise ValueError(f"{folder} has no votes yet. Serve it: nabla vote {folder}.")
+    rows = read_votes(database_path(folder), study)
+    results = count_votes(study, rows, rule)
+    lines = _describe(results)
+    if output is None:
+        return lines
+    record = RunRecord("vote", {"title": study.title}, 0, collect_versions(), "raters", results)
+    record.save(output / "results.json")
+    write_text(output / "votes.csv", votes_csv(study, rows))
+    if not results["votes_counted"]:
+        return [*lines, f"Written: {output}, without a chart, because no vote counts yet."]
+    draw_chart(results, output / "chart.png")
+    return [*lines, f"Written: {output}"]
+
+
+def print_lines(lines: Sequence[Any]) -> None:
+    """Print texts and tables; nothing is cut where a terminal is narrow."""
+    console = Console(highlight=False, markup=False)
+    for line in lines:
+        console.print(line)
 
 
 def votes_csv(study: Study, rows: Sequence[Any]) -> str:
-    """Every vote, one line each, exclusions not applied."""
+    """Return every vote, one record each, without exclusions (RFC 4180)."""
     prompts = {pair.id: pair.prompt for pair in study.pairs}
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    # With these line ends, Python quotes every kind of line end inside a cell.
+    writer = csv.writer(text, lineterminator="\r\n")
     writer.writerow(CSV_COLUMNS)
     for item in read_judgements(study, rows):
         kind = "control" if item.is_control else "repeat" if item.is_repeat else "pair"
         first = "method" if item.method_first else "baseline"
         prompt, method = _as_text(prompts[item.pair_id]), _as_text(item.method)
-        shown = (item.rater, item.position, item.pair_id, prompt, method, kind, first)
-        writer.writerow((*shown, *item.outcomes.values(), item.seconds, item.created))
+        described = (item.rater, item.position, item.pair_id, prompt, method, kind, first)
+        writer.writerow((*described, *item.preferences.values(), item.seconds, item.created))
     return text.getvalue()
 
 
 def results_page(study: Study, results: dict[str, Any]) -> str:
-    """The results as one HTML page without scripts."""
-    rows = []
-    for method, questions in results["methods"].items():
-        for question, shares in questions.items():
-            cells = "".join(
-                f"<td>{_share(shares, name)}</td>" for name in (*OUTCOMES, "difference")
-            )
-            alpha = results["agreement"][question]
-            rows.append(
-                f"<tr><th scope=row>{escape(method)}</th><td>{question}</td>{cells}"
-                f"<td>{shares['votes']}</td><td>{'' if alpha is None else alpha}</td></tr>"
-            )
-    excluded = "".join(
-        f"<li>rater {escape(rater)}: {escape(reason)}</li>"
-        for rater, reason in results["excluded"].items()
-    )
-    controls, repeats = results["controls"], results["repeats"]
-    notice = f"<p><strong>{escape(study.notice)}</strong></p>" if study.notice else ""
-    heads = (study.baseline + " better", "method better", "both good", "both bad")
-    header = "".join(f"<th scope=col>{escape(head)}</th>" for head in heads)
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Results</title>'
-        '<link rel="icon" href="data:,"><link rel="stylesheet" href="/static/vote.css">'
-        '<main class="results">'
-        f"<h1>{escape(study.title)}</h1>{notice}"
-        f"<p>{results['votes_counted']} votes of {results['raters_counted']} raters "
-        f"({results['raters']} voted). {escape(results['rule'])}</p>"
-        f"<table><thead><tr><th scope=col>method</th><th scope=col>question</th>{header}"
-        "<th scope=col>method − baseline</th><th scope=col>votes</th>"
-        f"<th scope=col>agreement</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
-        "<p>Shares of votes with 95 % intervals over raters; agreement is Krippendorff’s alpha.</p>"
-        f"<p>Controls right: {controls['right']} of {controls['of']}. Repeated pairs answered "
-        f"alike: {repeats['same']} of {repeats['of']}.</p>"
-        f"{f'<h2>Left out</h2><ul>{excluded}</ul>' if excluded else ''}"
-        "</main></html>"
+    """Return the results as one HTML page without scripts."""
+    columns = (*PREFERENCES, "difference")
+    return TEMPLATES.get_template("results.html").render(
+        study=study, results=results, columns=columns
     )
 
 
 def draw_chart(results: dict[str, Any], path: str | Path) -> None:
-    """Stacked bars of every method and question, as PNG; whole or not at all."""
+    """Draw stacked bars of every method and question as PNG; whole or not at all.
+
+    Raises:
+        ValueError: There are no votes.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -105,14 +117,16 @@ def draw_chart(results: dict[str, Any], path: str | Path) -> None:
 
 
 def _draw_bars(axes: Any, baseline: str, method: str, questions: dict[str, Any]) -> None:
+    names = {"baseline": f"{baseline} better", "method": f"{method} better"}
     for row, question in enumerate(QUESTIONS):
         left = 0.0
-        for outcome in ("baseline", "both_good", "both_bad", "method"):
-            share = questions[question][outcome][0]
-            label = outcome_label(outcome, baseline, method) if row == 0 else None
-            axes.barh(row, share, left=left, color=COLOURS[outcome], height=0.7, label=label)
+        for preference in ("baseline", "both_good", "both_bad", "method"):
+            share = questions[question][preference][0]
+            name = names.get(preference, preference.replace("_", " "))
+            label = name if row == 0 else None
+            axes.barh(row, share, left=left, color=COLOURS[preference], height=0.7, label=label)
             if share >= 0.06:
-                ink = INK if outcome == "both_good" else "white"
+                ink = INK if preference == "both_good" else "white"
                 axes.text(
                     left + share / 2, row, f"{share:.0%}", ha="center", va="center", color=ink
                 )
@@ -126,14 +140,42 @@ def _draw_bars(axes: Any, baseline: str, method: str, questions: dict[str, Any])
     axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, 0), frameon=False, fontsize=8)
 
 
-def _share(shares: dict[str, Any], name: str) -> str:
-    if name not in shares:
-        return ""
-    value, low, high = shares[name]
-    interval = "" if low is None else f" <small>[{100 * low:.0f}, {100 * high:.0f}]</small>"
-    return f"{100 * value:.1f} %{interval}"
+def _describe(results: dict[str, Any]) -> list[Any]:
+    controls, repeats = results["controls"], results["repeats"]
+    summary = (
+        f"{results['raters_counted']} of {results['raters']} raters count. {results['rule']} "
+        f"Control pairs right: {controls['right']} of {controls['of']}; repeated pairs answered "
+        f"alike: {repeats['same']} of {repeats['of']}."
+    )
+    excluded = [f"left out: rater {name}, {why}" for name, why in results["excluded"].items()]
+    return [*filter(None, [results["notice"]]), _table(results), summary, *excluded]
+
+
+def _table(results: dict[str, Any]) -> Table:
+    table = Table()
+    for name in ("method", "question"):
+        table.add_column(name, overflow="fold")
+    headings = (f"{results['baseline']} better", "method better", "both good", "both bad")
+    for name in (*headings, "method - baseline, 95 %", "votes", "agreement"):
+        table.add_column(name, justify="right", overflow="fold")
+    for method, questions in results["methods"].items():
+        for question, shares in questions.items():
+            if not shares["votes"]:
+                continue
+            value, low, high = shares["difference"]
+            spread = "" if low is None else f" [{low:+.0%}, {high:+.0%}]"
+            alpha = results["agreement"][question]
+            table.add_row(
+                method,
+                question,
+                *(f"{shares[preference][0]:.1%}" for preference in PREFERENCES),
+                f"{value:+.1%}{spread}",
+                str(shares["votes"]),
+                "" if alpha is None else f"{alpha:.2f}",
+            )
+    return table
 
 
 def _as_text(value: str) -> str:
-    """Spreadsheets run cells that start like a formula."""
-    return f"'{value}" if value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+    """Return a cell that spreadsheets do not run as a formula."""
+    return f"'{value}" if value[:1] in ("=", "+", "-", "@", "\t", "\r", "\n") else value

@@ -1,160 +1,219 @@
-"""The web application of a study.
+"""Serving a study to people nobody knows: bounded requests, connections and waiting times."""
 
-Raters are known by a token that their page sends with each request. No cookie is used, so another
-site cannot act in a rater's name.
-"""
-
-import secrets
+import asyncio
+import logging
+import resource
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Annotated, Any, Literal
+import time
+from typing import Any
 
-from fastapi import FastAPI, Header, HTTPException, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse
-from pydantic import BaseModel, ConfigDict, Field
+import uvicorn
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from nabla_attn.vote.database import AlreadyVoted, StudyFull, Turn, VoteStore
-from nabla_attn.vote.guard import Guard
-from nabla_attn.vote.study import Study, database_path, videos_folder
+MAX_BODY = 4096  # bytes; a vote has about 200
+MAX_CONNECTIONS = 500
+REQUEST_SECONDS = 10  # for a whole request to arrive, on a new connection or a kept one
+STALLED_SECONDS = 30  # without a byte taken by a client that is being answered
+REPEAT_SECONDS = 60  # until the same line may be logged again
 
-PAGE = Path(__file__).parent / "page"
-STATIC = {"vote.js": "text/javascript", "vote.css": "text/css"}
-
-Answer = Literal["first", "second", "both_good", "both_bad"]
-Token = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
-RaterToken = Annotated[str, Header(alias="X-Rater", max_length=64)]
-
-
-class Ballot(BaseModel):
-    """A rater's answers to one pair."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    trial: Token
-    semantic: Answer
-    visual: Answer
-    motion: Answer
-    overall: Answer
-    seconds: Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)] = 0.0
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+        "media-src 'self' blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",  # addresses hold tokens
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
 
 
-def create_app(folder: str | Path) -> FastAPI:
-    """The application of the study in a folder.
+class SecurityMiddleware:
+    """ASGI middleware that bounds bodies, refuses other sites, and sets strict headers.
 
-    Raises:
-        ValueError: there is no whole study.
+    Args:
+        app: The application behind it.
+        max_body: Largest body of a request in bytes, whatever its headers say.
     """
-    study = Study.load(folder)
-    store = VoteStore(database_path(folder), study)
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        store.close()
+    def __init__(self, app: Any, max_body: int = MAX_BODY) -> None:
+        self._app = app
+        self._max_body = max_body
 
-    app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
-    app.state.folder = Path(folder)
-    app.add_middleware(Guard)
-    app.add_exception_handler(RequestValidationError, _refuse_malformed)
-    _add_pages(app, study)
-    _add_voting(app, study, store, Path(folder))
-    _add_results(app, study, store)
-    return app
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer 4xx, or pass the request on with its body read."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
 
+        async def send_with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers[name] = value
+            await send(message)
 
-def _add_pages(app: FastAPI, study: Study) -> None:
-    @app.get("/s/{link}")
-    def page(link: str) -> FileResponse:
-        _check_token(link, study.link_token)
-        return FileResponse(PAGE / "vote.html", media_type="text/html")
-
-    @app.get("/static/{name}")
-    def static(name: str) -> FileResponse:
-        if name not in STATIC:
-            raise HTTPException(404, "not found.")
-        return FileResponse(PAGE / name, media_type=STATIC[name])
-
-
-def _add_voting(app: FastAPI, study: Study, store: VoteStore, folder: Path) -> None:
-    @app.post("/api/s/{link}/raters", status_code=201)
-    def join(link: str) -> dict[str, str]:
-        _check_token(link, study.link_token)
-        try:
-            return {"rater": store.join()}
-        except StudyFull:
-            raise HTTPException(409, "the study has all its raters. Thank you.") from None
-
-    @app.get("/api/next")
-    def next_turn(rater: RaterToken) -> dict[str, Any]:
-        return _describe(study, store.next_turn(rater))
-
-    @app.get("/api/video/{trial}/{side}")
-    def video(trial: str, side: str, rater: RaterToken) -> FileResponse:
-        found = store.find_trial(rater, trial)
-        if found is None or side not in ("first", "second"):
-            raise HTTPException(404, "not found.")
-        pair = study.pair(found.pair_id)
-        is_method = (side == "first") == found.is_swapped
-        path = videos_folder(folder) / (pair.method_video if is_method else pair.baseline_video)
-        if not path.is_file():
-            raise HTTPException(404, "the video is gone.")
-        return FileResponse(path, media_type="video/mp4")
-
-    @app.post("/api/votes")
-    def vote(ballot: Ballot, rater: RaterToken) -> dict[str, Any]:
-        answers = ballot.model_dump(exclude={"trial", "seconds"})
-        try:
-            turn = store.vote(rater, ballot.trial, answers, ballot.seconds)
-        except AlreadyVoted:
-            raise HTTPException(409, "this pair has your vote already.") from None
-        return _describe(study, turn)
+        headers = Headers(scope=scope)
+        refusal = _refuse(scope["method"], headers)
+        body = b"" if refusal else await _read_body(receive, headers, self._max_body)
+        if body is None:
+            refusal = (413, f"the body is larger than {self._max_body} bytes.")
+        if refusal:
+            status, reason = refusal
+            response = JSONResponse({"detail": reason}, status, headers={"Connection": "close"})
+            await response(scope, receive, send_with_headers)
+            return
+        await self._app(scope, _replay(body or b"", receive), send_with_headers)
 
 
-def _add_results(app: FastAPI, study: Study, store: VoteStore) -> None:
-    from nabla_attn.vote.export import results_page, votes_csv
-    from nabla_attn.vote.results import count_votes
-
-    @app.get("/results/{admin}")
-    def results(admin: str) -> HTMLResponse:
-        _check_token(admin, study.admin_token)
-        return HTMLResponse(results_page(study, count_votes(study, store.all_votes())))
-
-    @app.get("/results/{admin}/votes.csv")
-    def csv(admin: str) -> PlainTextResponse:
-        _check_token(admin, study.admin_token)
-        return PlainTextResponse(votes_csv(study, store.all_votes()), media_type="text/csv")
+def is_foreign(headers: Headers) -> bool:
+    """Return whether a request comes from a page of another site."""
+    origin = headers.get("origin")
+    return origin is not None and origin.partition("://")[2] != headers.get("host")
 
 
-def _describe(study: Study, turn: Turn | None) -> dict[str, Any]:
-    """What the browser may know of a turn: nothing that tells the videos apart."""
-    if turn is None:
-        raise HTTPException(404, "unknown rater or pair. Open the study's link again.")
-    state: dict[str, Any] = {"title": study.title, "done": turn.done, "total": turn.total}
-    if turn.trial is not None:
-        prompt = study.pair(turn.trial.pair_id).prompt
-        state |= {"trial": turn.trial.token, "prompt": prompt, "fps": study.fps}
-    return state
+def _refuse(method: str, headers: Headers) -> tuple[int, str] | None:
+    """Return why a request that changes something is refused, or None."""
+    if method in ("GET", "HEAD"):
+        return None
+    if method != "POST":
+        return 405, "only GET and POST are served."
+    if is_foreign(headers):
+        return 403, "requests from other sites are refused."
+    if headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        return 415, "the body must be application/json."
+    return None
 
 
-def _check_token(given: str, expected: str) -> None:
-    # Without a page for guesses to be told apart, and in constant time.
-    if not expected or not secrets.compare_digest(given.encode(), expected.encode()):
-        raise HTTPException(404, "not found.")
+async def _read_body(receive: Any, headers: Headers, limit: int) -> bytes | None:
+    """Return the whole body, or None as soon as it is over the limit."""
+    length = headers.get("content-length", "0")
+    if not length.isascii() or not length.isdigit() or int(length[:12]) > limit:
+        return None
+    body, more = b"", True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            break
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+        if len(body) > limit:
+            return None
+    return body
 
 
-async def _refuse_malformed(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
-    parts = [".".join(str(step) for step in entry["loc"][:3])[:80] for entry in error.errors()[:5]]
-    return JSONResponse({"detail": f"malformed request: {', '.join(parts)}."}, 422)
+def _replay(body: bytes, receive: Any) -> Any:
+    is_sent = False
+
+    async def replay() -> Any:
+        nonlocal is_sent
+        if is_sent:
+            return await receive()
+        is_sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+class PatientProtocol(H11Protocol):
+    """HTTP/1.1 that waits for a client only so long.
+
+    A connection that does not deliver a whole request within `REQUEST_SECONDS`, or does not take
+    its answer for `STALLED_SECONDS`, is closed. Where there are too many connections, the one that
+    has kept the server waiting longest makes room for a new one.
+    """
+
+    _timer: asyncio.TimerHandle | None = None
+    _since = 0.0
+
+    def connection_made(self, transport: Any) -> None:
+        """Begin to wait for a request."""
+        super().connection_made(transport)
+        if len(self.connections) > max_connections():
+            others: set[Any] = set(self.connections)
+            waiting = [each for each in others if each._timer is not None]
+            min(waiting, key=lambda each: each._since, default=self).give_up()
+        self._wait(REQUEST_SECONDS)
+
+    def data_received(self, data: bytes) -> None:
+        """Stop waiting once the request is whole."""
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        """Begin to wait for the next request of the same connection."""
+        self._stop_waiting()
+        super().on_response_complete()
+        self._watch()
+
+    def pause_writing(self) -> None:
+        """Begin to wait for a client that does not read."""
+        super().pause_writing()
+        self._wait(STALLED_SECONDS)
+
+    def resume_writing(self) -> None:
+        """Stop waiting once the client reads."""
+        super().resume_writing()
+        self._stop_waiting()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting for good."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def give_up(self) -> None:
+        """Close the connection without an answer."""
+        self._stop_waiting()
+        self.connections.discard(self)
+        self.transport.abort()
+
+    def _watch(self) -> None:
+        cycle = self.cycle
+        if cycle is not None and not cycle.more_body and not cycle.response_complete:
+            self._stop_waiting()
+        elif self._timer is None:
+            self._wait(REQUEST_SECONDS)
+
+    def _wait(self, seconds: float) -> None:
+        self._stop_waiting()
+        self._since = time.monotonic()
+        self._timer = self.loop.call_later(seconds, self.give_up)
+
+    def _stop_waiting(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def max_connections() -> int:
+    """Return the number of connections served at a time; other files need descriptors too."""
+    return min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+
+
+class OncePerMinute(logging.Filter):
+    """Lets each kind of log line pass once per `REPEAT_SECONDS`, so that no client fills a disk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: dict[tuple[str, int], float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the line is new enough."""
+        kind, now = (record.pathname, record.lineno), time.monotonic()
+        if now - self._last.get(kind, -REPEAT_SECONDS) < REPEAT_SECONDS:
+            return False
+        self._last[kind] = now
+        return True
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket; port 0 takes a free one.
+    """Return a bound socket; port 0 takes a free one.
 
     Raises:
-        ValueError: the port is taken, or the host is not of this machine.
+        ValueError: The port is taken, or the host is not an address of this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
@@ -170,11 +229,18 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
-def serve(app: FastAPI, bound: socket.socket) -> None:
+def run_server(app: Any, bound: socket.socket) -> None:
     """Serve until Ctrl-C or SIGTERM; votes under way are finished, then the database is closed."""
-    import uvicorn
-
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, backlog=1024
+        app,
+        http=PatientProtocol,
+        ws="none",
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+        backlog=1024,
     )
+    for name in ("uvicorn.error", "asyncio"):
+        logging.getLogger(name).addFilter(OncePerMinute())
     uvicorn.Server(config).run(sockets=[bound])

@@ -13,7 +13,7 @@ const LINK = location.pathname.split("/").pop();
 const STORED = "rater-" + LINK;
 const $ = (id) => document.getElementById(id);
 const videos = [$("first"), $("second")];
-const WHOM_TO_ASK = "Please tell whoever sent you the link. Your votes so far are stored.";
+const WHOM_TO_ASK = "Please tell whoever sent you the link. Your earlier votes are stored.";
 
 let rater = localStorage.getItem(STORED);
 let turn = null;
@@ -28,7 +28,8 @@ async function request(path, body) {
   if (response.ok) return response;
   // What stands between page and server may refuse in words of its own.
   const answer = await response.json().catch(() => ({}));
-  const error = new Error(answer.detail || "The server did not understand.");
+  const reason = response.status < 500 ? "The server did not understand." : "The server is busy.";
+  const error = new Error(answer.detail || reason);
   error.status = response.status;
   throw error;
 }
@@ -43,7 +44,7 @@ async function retry(work) {
       return result;
     } catch (error) {
       if (error.status && error.status < 500) throw error;
-      $("message").textContent = "No connection. Trying again…";
+      $("message").textContent = `${error.status ? error.message : "No connection."} Trying again…`;
       await new Promise((resolve) => setTimeout(resolve, wait));
     }
   }

@@ -1,4 +1,4 @@
-"""Make a study from a folder of records and videos, as evaluate and compare write them."""
+"""Creating a study from the records and videos of `nabla evaluate` or `nabla compare`."""
 
 import os
 import random
@@ -10,16 +10,20 @@ from pathlib import Path
 import numpy as np
 
 from nabla_attn.config import parse
+from nabla_attn.errors import first_line
 from nabla_attn.generation.video import write_video
 from nabla_attn.media import read_video
 from nabla_attn.record import RunRecord
 from nabla_attn.vote.study import Pair, Study, database_path, new_token, videos_folder
 
+NOISE_SHARE = 0.4
+"""Share of a damaged picture that noise covers."""
+
 Videos = dict[tuple[str, int], dict[str, Path]]
 """(prompt, seed) -> algorithm -> video."""
 
 Chosen = list[tuple[str, str, Path, Path]]
-"""Prompt, algorithm, the baseline's video, and the algorithm's."""
+"""Prompt, algorithm, the baseline's video, and the algorithm's video."""
 
 
 def make_study(
@@ -38,19 +42,20 @@ def make_study(
     """Copy the videos of a run under meaningless names and write the study.
 
     Args:
-        folder: where the study goes; must hold neither a study nor votes.
-        run: folder of records, each with its mp4 of the same name beside it.
-        methods: algorithms to compare with the baseline; none means all.
-        baseline: the algorithm they are compared with.
-        title: what raters read; must not name an algorithm.
-        num_controls: trivial pairs: a baseline video against itself, damaged.
-        num_repeats: pairs a rater sees twice.
-        pairs_per_rater: real pairs per rater.
-        seed: chooses which videos become controls.
-        notice: shown with every result.
+        folder: The folder for the study, without a study or votes.
+        run: The folder of records, each with an mp4 of the same name beside it.
+        methods: Algorithms to compare with the baseline; none means all.
+        baseline: The algorithm they are compared with.
+        title: Heading that raters read; it must not name an algorithm.
+        num_controls: Number of pairs of a baseline video and a damaged copy of it.
+        num_repeats: Number of pairs that a rater judges twice.
+        pairs_per_rater: Number of real pairs that one rater judges.
+        seed: Seed of the choice of videos for controls.
+        notice: Text shown with every result.
 
     Raises:
-        ValueError: the folder is taken, or the run has no pairs of one of these algorithms.
+        ValueError: The folder is taken, the run has no pairs of one of these algorithms, or a video
+            cannot be read.
     """
     folder = Path(folder)
     _check_free(folder)
@@ -58,8 +63,9 @@ def make_study(
     chosen = _choose_pairs(Path(run), base, [str(parse(method)) for method in methods])
     if any(name in title for name in (base, *(method for _, method, _, _ in chosen))):
         raise ValueError(f"the title {title!r} names an algorithm, and raters read it.")
+    rates = [_frames_per_second(video) for *_, theirs, ours in chosen for video in (theirs, ours)]
     videos_folder(folder).mkdir(parents=True, exist_ok=True)
-    fps = _frames_per_second(chosen[0][2])
+    fps = rates[0]
     pairs = [
         Pair(new_token(), prompt, method, _take(folder, theirs), _take(folder, ours))
         for prompt, method, theirs, ours in chosen
@@ -81,17 +87,25 @@ def make_study(
 
 
 def damage(frames: np.ndarray) -> np.ndarray:
-    """What nobody should prefer: coarse pixels, in every second frame the picture upside down.
+    """Return a video that looks broken to any rater: wrong colours, noise, and a frozen half.
 
     Args:
         frames: uint8 [frames, height, width, 3].
     """
-    height, width = frames.shape[1:3]
-    side = max(2, min(height, width) // 8)
-    rows, columns = (np.arange(size) // side * side for size in (height, width))
-    coarse = frames[:, rows][:, :, columns].copy()
-    coarse[::2] = coarse[::2, ::-1]
-    return coarse
+    count, height, width, _ = frames.shape
+    broken = 255 - frames[..., [2, 0, 1]]
+    broken[:, :, : width // 2] = broken[:1, :, : width // 2]
+    rng = np.random.default_rng(0)
+    # Grains of several pixels, because a codec smooths finer noise away.
+    grain = max(2, min(height, width) // 48)
+    shape = (count, -(-height // grain), -(-width // grain))
+    colours = rng.integers(256, size=(*shape, 3), dtype=np.uint8)
+    is_noise = rng.random(shape) < NOISE_SHARE
+    for values in (1, 2):
+        colours = colours.repeat(grain, axis=values)
+        is_noise = is_noise.repeat(grain, axis=values)
+    is_noise = is_noise[:, :height, :width, None]
+    return np.where(is_noise, colours[:, :height, :width], broken)
 
 
 def _check_free(folder: Path) -> None:
@@ -105,7 +119,7 @@ def _check_free(folder: Path) -> None:
 
 
 def _choose_pairs(run: Path, base: str, names: Sequence[str]) -> Chosen:
-    """The pairs of the named algorithms, or of all where none is named."""
+    """Return the pairs of the named algorithms, or of all where none is named."""
     found = _find_videos(run)
     known = sorted({algo for group in found.values() for algo in group})
     wanted = names or [algo for algo in known if algo != base]
@@ -166,5 +180,8 @@ def _forget_time(path: Path) -> None:
 def _frames_per_second(path: Path) -> float:
     import av
 
-    with av.open(str(path.absolute())) as container:
-        return float(container.streams.video[0].average_rate or 16)
+    try:
+        with av.open(str(path.absolute())) as container:
+            return float(container.streams.video[0].average_rate or 16)
+    except (av.FFmpegError, IndexError) as error:
+        raise ValueError(f"cannot read the video {path}: {first_line(error)}.") from error

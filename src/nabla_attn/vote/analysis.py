@@ -1,4 +1,4 @@
-"""Votes to numbers: shares with intervals over raters, agreement, consistency, exclusions."""
+"""From votes to numbers: shares with intervals, agreement, consistency, excluded raters."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -9,29 +9,30 @@ import numpy as np
 
 from nabla_attn.vote.study import QUESTIONS, Study
 
-OUTCOMES = ("baseline", "method", "both_good", "both_bad")
-"""An answer once sides are undone: which is better, or a tie."""
+PREFERENCES = ("baseline", "method", "both_good", "both_bad")
+"""An answer with its sides undone: which video is better, or a tie."""
 
 NUM_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class Exclusion:
-    """Which raters do not count; decided before looking at their other answers.
+    """The rule for raters who do not count, to be set before looking at results.
 
     Attributes:
-        min_votes: pairs a rater must have judged.
-        min_controls: share of the controls a rater must get right. Right is to call the whole
-            video better than the damaged one, or both bad.
+        min_votes: Number of pairs that a rater must have judged.
+        min_controls: Share of the control pairs that a rater must get right. Right is to call the
+            undamaged video better, or both bad.
     """
 
     min_votes: int = 1
     min_controls: float = 0.5
 
     def __str__(self) -> str:
+        pairs = f"{self.min_votes} pair{'' if self.min_votes == 1 else 's'}"
         return (
-            f"A rater counts who judged at least {self.min_votes} pairs and was right on at least "
-            f"{self.min_controls:.0%} of the control pairs seen."
+            f"A rater counts after judging at least {pairs}, with at least "
+            f"{self.min_controls:.0%} of the control pairs right."
         )
 
 
@@ -40,16 +41,16 @@ class Judgement:
     """One vote with its sides undone.
 
     Attributes:
-        rater: the rater's number.
-        position: place on the rater's way.
-        pair_id: the pair.
-        method: the algorithm, or "control".
-        is_control: whether the answer is known.
-        is_repeat: whether the rater saw the pair before.
-        method_first: whether the method's video stood first.
-        outcomes: question -> one of `OUTCOMES`.
-        seconds: from seeing the pair to voting.
-        created: UTC time.
+        rater: Number of the rater.
+        position: Place of the pair among the rater's pairs.
+        pair_id: The pair.
+        method: The algorithm, or "control".
+        is_control: Whether the right answer is known.
+        is_repeat: Whether the rater had judged the pair before.
+        method_first: Whether the method's video stood first.
+        preferences: One of `PREFERENCES` for each question.
+        seconds: Time from seeing the pair to voting.
+        created: UTC time of the vote.
     """
 
     rater: int
@@ -59,13 +60,13 @@ class Judgement:
     is_control: bool
     is_repeat: bool
     method_first: bool
-    outcomes: dict[str, str]
+    preferences: dict[str, str]
     seconds: float
     created: str
 
 
 def read_judgements(study: Study, rows: Sequence[Any]) -> list[Judgement]:
-    """Rows of `VoteStore.all_votes` with sides undone."""
+    """Return the rows of `VoteStore.all_votes` with sides undone."""
     pairs = {pair.id: pair for pair in study.pairs}
     judgements = []
     for row in rows:
@@ -83,7 +84,7 @@ def read_judgements(study: Study, rows: Sequence[Any]) -> list[Judgement]:
                 is_control=pair.is_control,
                 is_repeat=row.is_repeat,
                 method_first=row.is_swapped,
-                outcomes={
+                preferences={
                     question: sides.get(getattr(row, question), getattr(row, question))
                     for question in QUESTIONS
                 },
@@ -95,15 +96,15 @@ def read_judgements(study: Study, rows: Sequence[Any]) -> list[Judgement]:
 
 
 def count_votes(study: Study, rows: Sequence[Any], rule: Exclusion | None = None) -> dict[str, Any]:
-    """All results as plain values.
+    """Return all results as plain values.
 
-    Shares are over votes; their 95 % intervals come from resampling raters, not votes, because one
-    rater's votes resemble each other. Repeats count for consistency only.
+    Shares are over votes. Their 95 % intervals come from resampling raters, not votes, because the
+    votes of one rater resemble each other. Repeats count for consistency only.
 
     Args:
-        study: the study.
-        rows: from `VoteStore.all_votes`.
-        rule: who counts.
+        study: The study.
+        rows: Rows of `VoteStore.all_votes` or `read_votes`.
+        rule: The rule for raters who do not count.
     """
     rule = rule or Exclusion()
     judgements = read_judgements(study, rows)
@@ -120,28 +121,30 @@ def count_votes(study: Study, rows: Sequence[Any], rule: Exclusion | None = None
         "votes_counted": len(counted),
         "methods": {
             method: {
-                question: _shares([item for item in counted if item.method == method], question)
+                question: _measure_shares(
+                    [item for item in counted if item.method == method], question
+                )
                 for question in QUESTIONS
             }
             for method in study.methods
         },
         "agreement": {question: measure_agreement(counted, question) for question in QUESTIONS},
-        "controls": _controls(judgements),
-        "repeats": _repeats(kept),
+        "controls": _count_controls(judgements),
+        "repeats": _count_repeats(kept),
     }
 
 
 def measure_agreement(judgements: Sequence[Judgement], question: str) -> float | None:
-    """Krippendorff's alpha for nominal answers: 1 is perfect, 0 is chance.
-
-    Returns:
-        None where no pair has two raters, or all answers are the same.
+    """Return Krippendorff's alpha for nominal answers: 1 is perfect agreement, 0 is chance.
 
     Source: Krippendorff, Content Analysis (2004), chapter 11: 1 - observed / expected disagreement.
+
+    Returns:
+        The coefficient, or None where no pair has two raters or all answers are the same.
     """
     by_pair: dict[str, Counter[str]] = defaultdict(Counter)
     for item in judgements:
-        by_pair[item.pair_id][item.outcomes[question]] += 1
+        by_pair[item.pair_id][item.preferences[question]] += 1
     units = [unit for unit in by_pair.values() if unit.total() > 1]
     total: Counter[str] = sum(units, Counter())
     count = total.total()
@@ -155,12 +158,12 @@ def measure_agreement(judgements: Sequence[Judgement], question: str) -> float |
     return round(1 - observed * (count - 1) / expected, 4)
 
 
-def _shares(judgements: Sequence[Judgement], question: str) -> dict[str, Any]:
-    """Share of every outcome, and method minus baseline, each as [value, low, high]."""
+def _measure_shares(judgements: Sequence[Judgement], question: str) -> dict[str, Any]:
+    """Return each preference's share, and method minus baseline, as [value, low, high]."""
     raters = {rater: row for row, rater in enumerate(sorted({item.rater for item in judgements}))}
-    counts = np.zeros((len(raters), len(OUTCOMES)))
+    counts = np.zeros((len(raters), len(PREFERENCES)))
     for item in judgements:
-        counts[raters[item.rater], OUTCOMES.index(item.outcomes[question])] += 1
+        counts[raters[item.rater], PREFERENCES.index(item.preferences[question])] += 1
     if not raters:
         return {"votes": 0}
     rng = np.random.default_rng(0)
@@ -168,7 +171,7 @@ def _shares(judgements: Sequence[Judgement], question: str) -> dict[str, Any]:
     drawn = counts[picks].sum(axis=1)
     drawn /= drawn.sum(axis=1, keepdims=True)
     shares = counts.sum(axis=0) / counts.sum()
-    columns = dict(zip(OUTCOMES, zip(shares, drawn.T, strict=True), strict=True))
+    columns = dict(zip(PREFERENCES, zip(shares, drawn.T, strict=True), strict=True))
     columns["difference"] = (shares[1] - shares[0], drawn[:, 1] - drawn[:, 0])
     is_spread = len(raters) > 1
     return {"votes": int(counts.sum())} | {
@@ -177,12 +180,16 @@ def _shares(judgements: Sequence[Judgement], question: str) -> dict[str, Any]:
     }
 
 
+def _of_method(judgements: Sequence[Judgement], method: str) -> list[Judgement]:
+    return [item for item in judgements if item.method == method]
+
+
 def _interval(sample: np.ndarray) -> list[float]:
     return [round(float(bound), 4) for bound in np.percentile(sample, [2.5, 97.5])]
 
 
 def _is_right(item: Judgement) -> bool:
-    return item.outcomes["overall"] in ("baseline", "both_bad")
+    return item.preferences["overall"] in ("baseline", "both_bad")
 
 
 def _excluded_raters(judgements: Sequence[Judgement], rule: Exclusion) -> dict[int, str]:
@@ -199,18 +206,18 @@ def _excluded_raters(judgements: Sequence[Judgement], rule: Exclusion) -> dict[i
     return excluded
 
 
-def _controls(judgements: Sequence[Judgement]) -> dict[str, int]:
+def _count_controls(judgements: Sequence[Judgement]) -> dict[str, int]:
     right = [_is_right(item) for item in judgements if item.is_control]
     return {"right": sum(right), "of": len(right)}
 
 
-def _repeats(judgements: Sequence[Judgement]) -> dict[str, int]:
-    """How often a rater gave the same overall answer when the pair came again, sides swapped."""
+def _count_repeats(judgements: Sequence[Judgement]) -> dict[str, int]:
+    """Count how often a rater answered alike overall when a pair came again, sides swapped."""
     first = {
-        (item.rater, item.pair_id): item.outcomes["overall"]
+        (item.rater, item.pair_id): item.preferences["overall"]
         for item in judgements
         if not item.is_repeat
     }
     again = [item for item in judgements if item.is_repeat and (item.rater, item.pair_id) in first]
-    same = [item.outcomes["overall"] == first[item.rater, item.pair_id] for item in again]
+    same = [item.preferences["overall"] == first[item.rater, item.pair_id] for item in again]
     return {"same": sum(same), "of": len(same)}
