@@ -16,6 +16,7 @@ ELSEWHERE = {
     "index.md": "README.md",
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
+    "security.md": "SECURITY.md",
     "comfyui.md": "comfyui/README.md",
 }
 COMMANDS = "reference/commands.md"

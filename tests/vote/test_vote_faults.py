@@ -27,7 +27,7 @@ from tests.vote.test_vote_server import join, vote_all
 from nabla_attn.vote import database
 from nabla_attn.vote.app import create_app
 from nabla_attn.vote.database import GroupSync, StorageFailed
-from nabla_attn.vote.study import Study, database_path, videos_folder
+from nabla_attn.vote.study import database_path, videos_folder
 
 
 @pytest.fixture
@@ -308,7 +308,3 @@ def test_a_run_with_a_video_that_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"cannot read the video .*p1\.mp4"):
         make_study(tmp_path / "study", run)
     assert not (tmp_path / "study").exists()
-
-
-def test_a_study_loads_as_it_was_made(study, folder):
-    assert Study.load(folder) == study
