@@ -20,7 +20,7 @@ from benchmarks.training_study import (
     train_one,
 )
 from nabla_attn.generation.pipeline import load_pipeline, model_directory
-from nabla_attn.training.data import WorldSet
+from nabla_attn.moving_shapes.dataset import WorldSet
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ import torch
 from benchmarks.training_study import SIZE, SPARSE, configure, parse_options
 from nabla_attn.bench.measure import Timing
 from nabla_attn.generation.pipeline import load_pipeline
+from nabla_attn.moving_shapes.dataset import WorldSet
 from nabla_attn.record import RunRecord, collect_versions, describe_device
-from nabla_attn.training.data import WorldSet
 from nabla_attn.training.model import load_parts
 from nabla_attn.training.setup import prepare
 from nabla_attn.training.trainer import Trainer

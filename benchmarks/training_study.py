@@ -19,22 +19,22 @@ from nabla_attn.config import parse
 from nabla_attn.evaluation.judging import judge_prompts
 from nabla_attn.generation.pipeline import load_pipeline, model_directory
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults
+from nabla_attn.moving_shapes.dataset import WorldSet
 from nabla_attn.moving_shapes.recipe import builtin
 from nabla_attn.moving_shapes.train import build_pipeline, save_model
 from nabla_attn.record import RunRecord, collect_versions, describe_device
 from nabla_attn.schedule import Schedule
-from nabla_attn.training.config import (
+from nabla_attn.training.config import TrainConfig
+from nabla_attn.training.model import load_parts, save_pipeline
+from nabla_attn.training.sections import (
     CheckpointConfig,
     DataConfig,
     LoraConfig,
     ObjectiveConfig,
     OptimConfig,
     SparsityConfig,
-    TrainConfig,
     WatchConfig,
 )
-from nabla_attn.training.data import WorldSet
-from nabla_attn.training.model import load_parts, save_pipeline
 from nabla_attn.training.setup import prepare
 from nabla_attn.training.state import whole_weights
 from nabla_attn.training.trainer import Trainer

@@ -1,6 +1,10 @@
-"""Processes that work together: which one this is, where it runs, and how they meet."""
+"""Processes that work together: which one this is, how they meet, share and stop."""
 
 import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,3 +52,114 @@ def same_everywhere(value: Any, device: torch.device) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """Turn Ctrl-C and SIGTERM into an event, so that a step is never cut in half."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    previous = {kind: signal.signal(kind, lambda *_: stop.set()) for kind in kinds}
+    try:
+        yield stop
+    finally:
+        for kind, handler in previous.items():
+            signal.signal(kind, handler)
+
+
+def make_accelerator(
+    transformer: Any, *, precision: str, sharding: str, context_parallel: int
+) -> Any:
+    """The Accelerator of a training run, under python, `accelerate launch` or `torchrun`.
+
+    Args:
+        transformer: The trained transformer; its class names the blocks that FSDP shards.
+        precision: "float32" or "bfloat16".
+        sharding: "none" or "fsdp".
+        context_parallel: Number of processes that share one sequence.
+
+    Raises:
+        ValueError: FSDP without GPUs, or processes that do not divide.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    # Another run in this process may have had another precision.
+    AcceleratorState._reset_state()
+    options: dict[str, Any] = {}
+    if sharding == "fsdp":
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "sharding=fsdp needs GPUs, and there is none here. Use sharding=none: every "
+                "process then holds the whole model."
+            )
+        options["fsdp_plugin"] = _fsdp_plugin(transformer)
+    mixed = "bf16" if precision == "bfloat16" else "no"
+    # Unless it is told, accelerate makes nothing of several processes without GPUs.
+    on_cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(mixed_precision=mixed, cpu=on_cpu, **options)
+    expected = num_processes()
+    if accelerator.num_processes != expected:
+        raise ValueError(
+            f"{expected} processes were started, but accelerate sees {accelerator.num_processes}."
+        )
+    if accelerator.num_processes % context_parallel:
+        raise ValueError(
+            f"context_parallel={context_parallel} does not divide the "
+            f"{accelerator.num_processes} processes. Start a multiple of it."
+        )
+    return accelerator
+
+
+def share_sequences(modules: Sequence[Any], count: int, device: torch.device) -> None:
+    """Let `count` processes share every sequence of some transformers (Ulysses).
+
+    Args:
+        modules: Transformers of diffusers; NABLA is already on those that it is meant for.
+        count: Number of processes that share a sequence; 1 changes nothing.
+        device: The device of this process.
+
+    Raises:
+        ValueError: A model has no plan for it, or there are no GPUs, which diffusers asks for.
+    """
+    if count == 1:
+        return
+    if torch.accelerator.device_count() == 0:
+        raise ValueError("context_parallel needs GPUs, and there is none here. Leave it at 1.")
+    from diffusers import ContextParallelConfig
+    from torch.distributed import get_world_size
+    from torch.distributed.device_mesh import init_device_mesh
+
+    shape = (get_world_size() // count, 1, count)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replica", "ring", "ulysses"))
+    for module in modules:
+        if getattr(module, "_cp_plan", None) is None:
+            raise ValueError(
+                f"{type(module).__name__} has no plan for context_parallel. Use context_parallel=1."
+            )
+        module.enable_parallelism(config=ContextParallelConfig(ulysses_degree=count, mesh=mesh))
+
+
+def reshard(module: torch.nn.Module) -> None:
+    """Let FSDP give back what a forward without gradients has gathered; no effect without FSDP.
+
+    Until then the outermost weights are whole copies, which see no change of the shards.
+    """
+    for part in module.modules():
+        give_back: Any = getattr(part, "reshard", None)
+        if give_back is not None:
+            give_back()
+
+
+def _fsdp_plugin(transformer: Any) -> Any:
+    from accelerate import FullyShardedDataParallelPlugin
+
+    blocks = getattr(transformer, "_repeated_blocks", None) or transformer._no_split_modules
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=list(blocks),
+    )

@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,11 +8,13 @@ from tests.training.tiny_pipelines import wan_i2v
 from typer.testing import CliRunner
 
 from nabla_attn.cli import app
-from nabla_attn.cli.train_model import _sampler, read_config
 from nabla_attn.config import parse
 from nabla_attn.generation.pipeline import load_pipeline
+from nabla_attn.moving_shapes.scorer import MovingShapesScorer
 from nabla_attn.schedule import Schedule
-from nabla_attn.training.logbook import read_log
+from nabla_attn.training.job import make_sampler
+from nabla_attn.training.metrics import read_log
+from nabla_attn.training.recipes import read_config
 
 WORLD = ("data.folder=world", "data.clips=3", "data.validation=1", "data.frames=5")
 SIZE = ("data.height=32", "data.width=32", "watch.tensorboard=false")
@@ -42,10 +45,9 @@ def test_check_shows_what_would_happen_and_writes_nothing(tiny_wan, tmp_path):
     assert result.exit_code == 0, result.output
     for word in ("WanTransformer3DModel", "2 clips of 1 grid, 1 held out", "8 tokens"):
         assert word in result.stdout
-    for word in ("distillation", "density", "1,600", "nothing was trained"):
+    for word in ("distillation", "density", "1,600", "nothing was trained", "GiB", "at most"):
         assert word in result.stdout
-    assert "optim.lr: 1e-06" in result.stderr
-    assert not list(folder.iterdir())
+    assert not folder.exists()
 
 
 def test_a_run_is_saved_with_its_configuration_and_generates(tiny_wan, tmp_path):
@@ -64,6 +66,85 @@ def test_a_run_is_saved_with_its_configuration_and_generates(tiny_wan, tmp_path)
     one_line(nabla_train(*arguments, "--output", folder), "--resume")
     again = nabla_train(*arguments, "steps=3", "--output", folder, "--resume")
     one_line(again, "steps: 2 -> 3", "--allow-changes")
+
+
+def test_alone_it_lists_what_there_is_and_starts_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = nabla_train()
+    assert result.exit_code == 0
+    for word in ("pretrain", "finetune", "distill", "builtin", "nabla train distill --check"):
+        assert word in result.stdout
+    assert not list(tmp_path.iterdir())
+    for arguments in (["steps=3"], ["--resume"], ["--check"], ["--output", "run"]):
+        one_line(nabla_train(*arguments), "no recipe given", "builtin")
+    assert not list(tmp_path.iterdir())
+
+
+def test_before_the_first_step_what_differs_and_what_it_takes(tiny_wan, tmp_path):
+    arguments = ("finetune", f"model={tiny_wan}", *SMALL, "steps=2")
+    result = nabla_train(*arguments, "--output", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    for word in (
+        "steps: 2000 -> 2",
+        "data.clips: 256 -> 3",
+        "2 clips of 1 grid, 1 held out",
+        "GiB for weights",
+        "2, of 1 clip each",
+        "time:    about",
+    ):
+        assert word in result.stderr, word
+    # What the recipe says already is in the file alone.
+    assert "optim.betas" not in result.stderr and "checkpoint.keep" not in result.stderr
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["checkpoint"]["keep"] == 2
+
+
+def test_a_log_file_gets_lines_and_quiet_nothing(tiny_wan, tmp_path):
+    arguments = ("finetune", f"model={tiny_wan}", *SMALL, "steps=3")
+    logged = nabla_train(*arguments, "--output", tmp_path / "a")
+    lines = [line for line in logged.stderr.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["1/3", "3/3"]
+    assert all("loss" in line and "tokens/s" in line for line in lines)
+    quiet = nabla_train(*arguments, "--output", tmp_path / "b", "--quiet")
+    assert quiet.exit_code == 0 and quiet.stderr == ""
+
+
+def test_lines_come_every_some_seconds_with_the_time_left():
+    from nabla_attn.cli import train_progress
+    from nabla_attn.training.metrics import StepMetrics
+
+    seconds = iter(range(0, 2000, 10))
+    show, said = train_progress._lines(lambda: next(seconds)), []
+    train_progress.typer.echo, echo = lambda text, err: said.append(text), train_progress.typer.echo
+    try:
+        for step in range(1, 11):
+            show(StepMetrics(step, 10, {"loss": 0.5, "tokens_per_second": 2048.0}, stage="small"))
+    finally:
+        train_progress.typer.echo = echo
+    steps = [line.split()[2] for line in said]
+    assert steps == ["1/10", "4/10", "7/10", "10/10"]
+    assert said[1] == "small step 4/10  loss 0.5  2,048 tokens/s  ETA 1 min 00 s"
+
+
+def test_results_as_json(tiny_wan, tmp_path):
+    arguments = ("finetune", f"model={tiny_wan}", *SMALL, "steps=1", "--json")
+    checked = json.loads(nabla_train(*arguments, "--check", "--output", tmp_path / "a").stdout)
+    assert checked["stages"]["a"]["steps"] == "1, of 1 clip each"
+    result = json.loads(nabla_train(*arguments, "--output", tmp_path / "a").stdout)
+    assert result["result"] == str(tmp_path / "a" / "pipeline")
+    assert result["numbers"]["steps"] == 1 and Path(result["record"]).is_file()
+    assert result["use"] == f"--model {tmp_path / 'a' / 'pipeline'}"
+
+
+@pytest.mark.parametrize("mode", [[], ["--check"]])
+def test_a_run_that_cannot_start_leaves_no_folder(tiny_wan, tmp_path, mode):
+    folder = tmp_path / "runs" / "deep" / "run"
+    arguments = ("finetune", f"model={tiny_wan}", *SMALL, "data.height=33", *mode)
+    one_line(nabla_train(*arguments, "--output", folder), "33")
+    assert not list(tmp_path.glob("runs*"))
+    # One that was there stays.
+    folder.mkdir(parents=True)
+    one_line(nabla_train(*arguments, "--output", folder), "33")
+    assert folder.is_dir()
 
 
 def test_stages_hand_on_their_weights(tiny_wan, tmp_path):
@@ -130,7 +211,7 @@ def test_what_was_not_saved_is_not_said_to_be(tiny_wan, tmp_path, monkeypatch, i
             (folder / "checkpoints" / "step-00000001").mkdir(parents=True)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nabla_attn.training.train.train", stop)
+    monkeypatch.setattr("nabla_attn.training.job.train", stop)
     result = nabla_train("finetune", f"model={tiny_wan}", *SMALL, "--output", tmp_path / "run")
     assert result.exit_code == 130 and ("saved" in result.stderr) == is_saved
 
@@ -139,7 +220,7 @@ def test_too_little_memory_is_one_line(tiny_wan, tmp_path, monkeypatch):
     def fill(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nSee ...")
 
-    monkeypatch.setattr("nabla_attn.training.train.train", fill)
+    monkeypatch.setattr("nabla_attn.training.job.train", fill)
     result = nabla_train("finetune", f"model={tiny_wan}", *SMALL, "--output", tmp_path / "run")
     one_line(result, "9 GiB", "gradient_checkpointing=true")
 
@@ -150,18 +231,25 @@ def test_samples_follow_the_schedule(tiny_wan, tmp_path, monkeypatch):
     path.write_text(schedule.to_json())
     requests = []
     monkeypatch.setattr(
-        "nabla_attn.training.samples.SampleMaker",
+        "nabla_attn.training.job.SampleMaker",
         lambda pipeline, request, *_: requests.append(request),
     )
-    config = read_config("finetune", [*WORLD, f"sparsity.schedule={path}"], None)
+    config = read_config("finetune", [*WORLD, f"sparsity.schedule={path}"])
     pipeline = load_pipeline(tiny_wan, device="cpu")
-    _sampler(config, tiny_wan, tmp_path, pipeline, (5, 32, 32))
+    rest = ((5, 32, 32), MovingShapesScorer())
+    make_sampler(config, tiny_wan, tmp_path, pipeline, *rest)
     assert [request.schedule for request in requests] == [schedule]
-    shared = read_config("finetune", [*WORLD, "context_parallel=2"], None)
+    shared = read_config("finetune", [*WORLD, "context_parallel=2"])
     with pytest.warns(UserWarning, match="no samples"):
-        assert _sampler(shared, tiny_wan, tmp_path, pipeline, (5, 32, 32)) is None
+        assert (
+            make_sampler(shared, tiny_wan, tmp_path, pipeline, (5, 32, 32), MovingShapesScorer())
+            is None
+        )
     with pytest.warns(UserWarning, match="no samples are made of pipelines that take an image"):
-        assert _sampler(config, tiny_wan, tmp_path, wan_i2v(), (5, 32, 32)) is None
+        assert (
+            make_sampler(config, tiny_wan, tmp_path, wan_i2v(), (5, 32, 32), MovingShapesScorer())
+            is None
+        )
 
 
 def test_other_models_need_data_of_their_own(tiny_wan, tmp_path):

@@ -12,8 +12,8 @@ from nabla_attn.cli import app
 from nabla_attn.generation.lora import BUILTIN_LORA, LORA_WEIGHTS, load_lora, lora_fingerprint
 from nabla_attn.generation.pipeline import BUILTIN_DIRECTORY, load_pipeline, model_identity
 from nabla_attn.generation.request import ModelDefaults
+from nabla_attn.moving_shapes.dataset import WorldSet
 from nabla_attn.record import RunRecord
-from nabla_attn.training.data import WorldSet
 
 SIZE = ["--height=32", "--width=32", "--frames=5", "--steps=1", "--device=cpu", "--dtype=float32"]
 NAMES = ("to_q", "to_k", "to_v", "to_out.0")

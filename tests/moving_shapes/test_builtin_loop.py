@@ -54,7 +54,7 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, kind):
             os.kill(os.getpid(), kind)
 
     with pytest.raises(KeyboardInterrupt):
-        run_stage(make_stage(tmp_path / "cut", report=stop))
+        run_stage(make_stage(tmp_path / "cut", on_log=stop))
     resumed = make_stage(tmp_path / "cut")
     record = run_stage(resumed)
     assert torch.equal(weights(resumed), weights(whole))
@@ -70,7 +70,7 @@ def test_resumed_from_an_old_checkpoint_equals_uninterrupted(tmp_path):
             raise RuntimeError("power cut")
 
     with pytest.raises(RuntimeError, match="power cut"):
-        run_stage(make_stage(tmp_path / "cut", report=crash))
+        run_stage(make_stage(tmp_path / "cut", on_log=crash))
     resumed = make_stage(tmp_path / "cut")
     run_stage(resumed)
     assert torch.equal(weights(resumed), weights(whole))
@@ -79,7 +79,7 @@ def test_resumed_from_an_old_checkpoint_equals_uninterrupted(tmp_path):
 def test_a_finished_stage_is_not_trained_again(tmp_path):
     first = make_stage(tmp_path)
     run_stage(first)
-    second = make_stage(tmp_path, report=lambda progress: pytest.fail("trained again"))
+    second = make_stage(tmp_path, on_log=lambda progress: pytest.fail("trained again"))
     run_stage(second)
     assert torch.equal(weights(first), weights(second))
 
@@ -90,7 +90,7 @@ def test_a_torn_line_of_the_log_costs_that_line_alone(tmp_path):
             with (tmp_path / "log.jsonl").open("ab") as file:
                 file.write(b'{"stage": "toy", "st' + b"\xe2\n" * (progress.step == 5))
 
-    record = run_stage(make_stage(tmp_path, report=tear))
+    record = run_stage(make_stage(tmp_path, on_log=tear))
     assert len(record["losses"]) == 20
     assert run_stage(make_stage(tmp_path)) == record
 

@@ -69,7 +69,7 @@ def whole(tiny_wan, tmp_path_factory):
 def test_a_resumed_run_equals_an_uninterrupted_one(tiny_wan, tmp_path, whole, step):
     config = small_config(**FULL)
     with pytest.raises(Stopped):
-        run(config, tiny_wan, tmp_path, report=stop_after(step))
+        run(config, tiny_wan, tmp_path, on_log=stop_after(step))
     run(config, tiny_wan, tmp_path, resume=True)
     assert same(tmp_path, whole)
     rows = (tmp_path / "log.csv").read_text().splitlines()
@@ -81,7 +81,7 @@ def test_distilling_with_lora_resumes_bit_for_bit(tiny_wan, tmp_path):
     config = small_config("distill", lora__rank=2, steps=5)
     run(config, tiny_wan, tmp_path / "whole")
     with pytest.raises(Stopped):
-        run(config, tiny_wan, tmp_path / "cut", report=stop_after(3))
+        run(config, tiny_wan, tmp_path / "cut", on_log=stop_after(3))
     run(config, tiny_wan, tmp_path / "cut", resume=True)
     # Tensors, not bytes: safetensors writes its metadata in no fixed order.
     name = "lora/pytorch_lora_weights.safetensors"
@@ -95,7 +95,7 @@ def test_signals_save_and_stop(tiny_wan, tmp_path, whole, kind):
             os.kill(os.getpid(), kind)
 
     with pytest.raises(KeyboardInterrupt):
-        run(small_config(**FULL), tiny_wan, tmp_path, report=report)
+        run(small_config(**FULL), tiny_wan, tmp_path, on_log=report)
     assert Checkpoints(tmp_path / "checkpoints").latest().name == "step-00000003"
     run(small_config(**FULL), tiny_wan, tmp_path, resume=True)
     assert same(tmp_path, whole)
@@ -262,7 +262,7 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_it_offered(
         (checkpoint / name).write_bytes(content)
 
     match = (
-        rf"step-00000002/{name} is damaged: .*Remove .*step-00000002 to go on from step-00000001"
+        rf"step-00000002/{name} is damaged: .*Remove .*step-00000002 to continue from step-00000001"
     )
     with pytest.raises(ValueError, match=match) as error:
         resume_after(flip, tiny_wan, saved, tmp_path / "run")
@@ -338,7 +338,7 @@ def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path):
 def test_a_better_validation_loss_is_saved_at_once(tiny_wan, tmp_path):
     config = small_config(steps=7, checkpoint__every=100, checkpoint__keep=1, watch__validate=2)
     entries = []
-    run(config, tiny_wan, tmp_path, report=entries.append)
+    run(config, tiny_wan, tmp_path, on_log=entries.append)
     losses = {e.step: e.numbers["validation"] for e in entries if "validation" in e.numbers}
     assert list(losses) == [2, 4, 6, 7]
     best = min(losses, key=losses.get)
@@ -397,7 +397,7 @@ def test_a_result_that_cannot_be_written_loses_nothing(tiny_wan, tmp_path, monke
 
 
 def test_a_full_disk_ends_no_log_and_no_sample(tiny_wan, tmp_path, monkeypatch):
-    from nabla_attn.training import logbook
+    from nabla_attn.training import metrics
 
     class Full:
         def add_scalar(self, *_):
@@ -408,7 +408,7 @@ def test_a_full_disk_ends_no_log_and_no_sample(tiny_wan, tmp_path, monkeypatch):
     def sample(step, transformer):
         raise OSError(28, "No space left on device")
 
-    append, failures = logbook.Logbook._append, []
+    append, failures = metrics.MetricsLogger._append, []
 
     def fail_once(self, row):
         if not failures:
@@ -419,8 +419,8 @@ def test_a_full_disk_ends_no_log_and_no_sample(tiny_wan, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         append(self, row)
 
-    monkeypatch.setattr(logbook, "_summary_writer", lambda *_: Full())
-    monkeypatch.setattr(logbook.Logbook, "_append", fail_once)
+    monkeypatch.setattr(metrics, "_summary_writer", lambda *_: Full())
+    monkeypatch.setattr(metrics.MetricsLogger, "_append", fail_once)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         config = small_config(steps=3, watch__tensorboard=True)
@@ -428,7 +428,7 @@ def test_a_full_disk_ends_no_log_and_no_sample(tiny_wan, tmp_path, monkeypatch):
     messages = " ".join(str(warning.message) for warning in said)
     assert "tensorboard's log ends: No space left" in messages
     assert "sample of step 3 not written" in messages
-    assert [row["step"] for row in logbook.read_log(tmp_path)] == ["1", "2", "3"]
+    assert [row["step"] for row in metrics.read_log(tmp_path)] == ["1", "2", "3"]
 
 
 def test_steps_without_a_finite_loss_change_nothing(tiny_wan, tmp_path, monkeypatch):
@@ -462,7 +462,7 @@ def test_nan_latents_are_skipped_counted_and_stop_at_last(tiny_wan, tmp_path):
 
     entries = []
     config = small_config(steps=8, data__validation=0, checkpoint__every=1)
-    train(config, tiny_wan, tmp_path / "some", dataset=Broken(clips.shapes), report=entries.append)
+    train(config, tiny_wan, tmp_path / "some", dataset=Broken(clips.shapes), on_log=entries.append)
     assert entries[-1].numbers["skipped"] == 4
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "some").values())
     with pytest.raises(ValueError, match="no finite loss in 2 steps in a row"):
@@ -471,7 +471,7 @@ def test_nan_latents_are_skipped_counted_and_stop_at_last(tiny_wan, tmp_path):
             tiny_wan,
             tmp_path / "all",
             dataset=Broken((clips.shapes[0],) * 2),
-            report=lambda entry: None,
+            on_log=lambda entry: None,
         )
 
 

@@ -4,7 +4,7 @@ from tests.tiny_diffusers import tiny_wan_transformer
 
 from nabla_attn.config import DENSE, parse
 from nabla_attn.schedule import Schedule
-from nabla_attn.training.config import SparsityConfig
+from nabla_attn.training.sections import SparsityConfig
 from nabla_attn.training.sparsity import Sparsity, ramped, read_schedule
 
 

@@ -2,23 +2,17 @@ import json
 
 import pytest
 
-from nabla_attn.training.config import StageConfig, TrainConfig
-from nabla_attn.training.overrides import (
-    differences,
-    from_plain,
-    override,
-    read_override,
-    read_yaml,
-    to_plain,
-)
+from nabla_attn.training.config import StageConfig, TrainConfig, differences, to_plain
+from nabla_attn.training.overrides import override, read_override, read_yaml
 from nabla_attn.training.recipes import RECIPES, distill, find_recipe, pretrain
+from nabla_attn.training.sections import ObjectiveConfig
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_are_valid_and_survive_json(name):
     config = override(find_recipe(name), {})
     assert config.recipe == name
-    assert from_plain(json.loads(json.dumps(to_plain(config)))) == config
+    assert override(TrainConfig(), json.loads(json.dumps(to_plain(config)))) == config
 
 
 def test_distilling_starts_with_the_papers_numbers():
@@ -67,7 +61,12 @@ def test_values_take_the_type_of_their_key(text, expected):
         ("steps=1.5", "steps must be a whole number: got 1.5"),
         ("steps=true", "steps must be a whole number: got True"),
         ("optim.lr=fast", "optim.lr must be a number: got 'fast'"),
-        ("optim.lr=.nan", "optim.lr must be more than 0: got nan"),
+        ("optim.lr=0", "optim.lr must be more than 0: got 0"),
+        ("optim.betas=0.9,1", "optim.betas must be less than 1: got 1"),
+        ("data.shapes=4", "data.shapes must be a list such as"),
+        ("data.shapes=[4]", "data.shapes must be 3 or less: got 4"),
+        ("sparsity={algorithm: dense, algorithms: x}", "Did you mean sparsity.algorithm"),
+        ("optim.lr=.nan", "optim.lr must be a finite number: got nan"),
         ("optim.betas=[0.9]", "optim.betas must have 2 values"),
         ("data.shapes=1,2.5", "data.shapes must be a whole number: got 2.5"),
         ("data.shapes=1,{", "data.shapes must be a whole number: got '{'"),
@@ -80,17 +79,20 @@ def test_values_take_the_type_of_their_key(text, expected):
         ("data.drop=1.5", "data.drop must be from 0 to 1: got 1.5"),
         ("precision=fp8", "precision must be one of float32, bfloat16: got 'fp8'"),
         ("sparsity.algorithm=nabla-2", r"nabla threshold must be in \(0, 1\]"),
-        ("objective.data_weight=1", "stand beside distillation"),
+        ("objective.data_weight=1", "are terms of distillation: got objective.kind=flow"),
         ("objective.guidance=0.5", "objective.guidance must be 1 or more: got 0.5"),
-        ("stages=[{name: a, folder: b}]", "an entry lacks steps"),
-        ("stages=[{name: a, folder: b, step: 1}]", "entries with name, steps, folder"),
+        ("stages=[{name: a, folder: b}]", r"stages\.0 lacks steps"),
+        (
+            "stages=[{name: a, folder: b, step: 1}]",
+            r"unknown key 'stages\.0\.step'\. Did you mean stages\.0\.steps\?.*stages\.0\.folder",
+        ),
         ("stages=[{name: a, steps: 0}]", "steps must be 1 or more: got 0"),
         ("stages=[{name: a, steps: 1, algorithm: x}]", "'x' is not an algorithm"),
         ("stages=[{name: .., folder: b, steps: 1}]", "names of their own"),
         ("sparsity.thresholds=0.5", "must be a list such as"),
         ("sparsity.thresholds=0.8,0.3", "must be lowest, highest"),
-        ("sparsity.thresholds=[0, 0.3]", "from more than 0 to 1: got 0.0, 0.3"),
-        ("sparsity.thresholds=[.nan, 0.3]", "from more than 0 to 1: got nan"),
+        ("sparsity.thresholds=[0, 0.3]", "more than 0 and at most 1: got 0.0, 0.3"),
+        ("sparsity.thresholds=[.nan, 0.3]", "sparsity.thresholds must be a finite number: got nan"),
     ],
 )
 def test_bad_overrides_are_one_clear_line(text, message):
@@ -99,22 +101,31 @@ def test_bad_overrides_are_one_clear_line(text, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_configuration_in_code_is_checked_too():
+    with pytest.raises(ValueError, match="should be greater than or equal to 1"):
+        TrainConfig(steps=0)
+    with pytest.raises(ValueError, match=r"Use objective\.kind=distill"):
+        ObjectiveConfig(guidance=5)
+    with pytest.raises(ValueError, match="sharding=fsdp with context_parallel"):
+        TrainConfig(sharding="fsdp", context_parallel=2)
+
+
 def test_combinations_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="a dense student has nothing to learn"):
         override(distill(), {"sparsity.algorithm": "dense"})
     with pytest.raises(ValueError, match=r"sparsity\.ramp lowers a threshold"):
         override(pretrain(), {"sparsity.algorithm": "sta-3-3-3", "sparsity.ramp": 10})
     for values in ({"algorithm": "topk-0.3"}, {"schedule": "layers.json"}):
-        with pytest.raises(ValueError, match="those of one NABLA algorithm for all layers"):
+        with pytest.raises(ValueError, match="need one NABLA algorithm for all layers"):
             override(distill(), {"sparsity": values | {"thresholds": [0.3, 0.8]}})
     with pytest.raises(ValueError, match="Turn these off"):
         override(distill(), {"objective.layer_weight": 1, "compile": True})
     with pytest.raises(ValueError, match=r"Use objective\.kind=distill"):
         override(pretrain(), {"objective.guidance": 5})
-    with pytest.raises(ValueError, match="which guidance does not guide"):
+    with pytest.raises(ValueError, match="which guidance does not change"):
         override(distill(), {"objective.guidance": 5, "objective.layer_weight": 1})
     stages = [{"name": name, "steps": 1} for name in "ab"]
-    with pytest.raises(ValueError, match="guide what is guided already"):
+    with pytest.raises(ValueError, match="guide predictions that include guidance"):
         override(distill(), {"objective.guidance": 5, "stages": stages})
 
 

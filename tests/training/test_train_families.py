@@ -8,12 +8,12 @@ from typer.testing import CliRunner
 
 from nabla_attn.cli import app
 from nabla_attn.generation.lora import load_lora
+from nabla_attn.moving_shapes.dataset import WorldSet
 from nabla_attn.training.adapters import add_lora
 from nabla_attn.training.check import probe
-from nabla_attn.training.config import LoraConfig
-from nabla_attn.training.data import WorldSet
 from nabla_attn.training.model import Parts
 from nabla_attn.training.objective import predict
+from nabla_attn.training.sections import LoraConfig
 from nabla_attn.training.setup import prepare
 from nabla_attn.training.train import finish
 from nabla_attn.training.trainer import Trainer
@@ -43,7 +43,7 @@ def test_a_family_trains_and_its_weights_load(kind, recipe, tmp_path):
     parts = parts_of(pipeline, tmp_path / "model")
     run = prepare(config, parts, clips)
     probe(run)
-    trainer = Trainer(run, tmp_path / "run", report=entries.append)
+    trainer = Trainer(run, tmp_path / "run", on_log=entries.append)
     trainer.fit()
     result = finish(run, trainer)
     assert len(entries) == 2 and entries[-1].numbers["skipped"] == 0
@@ -95,7 +95,7 @@ def test_what_ltx2_has_for_sound_stays_and_is_not_heard(kind, rank):
     clips = WorldSet(pipeline, clips=2, frames=frames, height=height, width=width)
     config = small_config(steps=1, lora__rank=rank, objective__shift=2, data__validation=0)
     run = prepare(config, parts_of(pipeline, "model"), clips)
-    batch, generator = run.feed.largest()
+    batch, generator = run.loader.largest()
     run.objective(run.module, batch, generator)["loss"].backward()
     trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert trained and all(gradient is not None for gradient in trained.values())

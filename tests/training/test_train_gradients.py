@@ -12,10 +12,10 @@ from nabla_attn.config import parse
 from nabla_attn.core.grid import TokenGrid
 from nabla_attn.core.order import TokenLayout, to_raster
 from nabla_attn.training.adapters import copied_teacher
-from nabla_attn.training.config import SparsityConfig
 from nabla_attn.training.family import Family
 from nabla_attn.training.noise import FlowPath
 from nabla_attn.training.objective import Distillation, FlowMatching
+from nabla_attn.training.sections import SparsityConfig
 from nabla_attn.training.sparsity import Sparsity
 
 FAMILY = Family(pipeline="WanPipeline")

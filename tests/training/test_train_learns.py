@@ -7,11 +7,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.training.clips import make_clips, small_config
 
-from nabla_attn.cli.train_model import train_model
 from nabla_attn.config import parse
+from nabla_attn.moving_shapes.dataset import MovingShapes
 from nabla_attn.record import RunRecord
 from nabla_attn.schedule import Schedule
+from nabla_attn.training.job import check_job, run_job
 from nabla_attn.training.model import load_parts
+from nabla_attn.training.recipes import read_config
 from nabla_attn.training.setup import prepare
 from nabla_attn.training.train import train
 
@@ -23,7 +25,7 @@ def test_fine_tuning_learns(tiny_wan, tmp_path):
     config = small_config(
         steps=80, optim__lr=1e-2, optim__warmup=10, data__batch=4, ema=0.9, watch__validate=50
     )
-    train(config, tiny_wan, tmp_path, dataset=make_clips(6), report=entries.append)
+    train(config, tiny_wan, tmp_path, dataset=make_clips(6), on_log=entries.append)
     losses = [entry.numbers["loss"] for entry in entries]
     first, last = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
     # Measured: 1.63 to 0.22.
@@ -58,7 +60,7 @@ def test_distilling_brings_the_student_to_its_teacher(attentive, tmp_path):
         watch__validate=1,
     )
     entries = []
-    train(config, attentive, tmp_path, dataset=make_clips(6), report=entries.append)
+    train(config, attentive, tmp_path, dataset=make_clips(6), on_log=entries.append)
     errors = [entry.numbers["validation"] for entry in entries]
     # Measured: 0.062 to 0.028.
     assert min(errors[-10:]) < 0.7 * errors[0]
@@ -71,7 +73,7 @@ def test_a_student_learns_guidance_and_is_used_without(attentive, tmp_path):
         "distill", steps=30, optim__lr=3e-3, data__batch=2, objective__guidance=4, watch__validate=1
     )
     entries = []
-    result = train(config, attentive, tmp_path, dataset=make_clips(6), report=entries.append)
+    result = train(config, attentive, tmp_path, dataset=make_clips(6), on_log=entries.append)
     errors = [entry.numbers["validation"] for entry in entries]
     assert min(errors[-10:]) < 0.7 * errors[0], (errors[0], errors[-10:])
     assert ModelDefaults.load(attentive).guidance > 1
@@ -158,9 +160,10 @@ def test_an_output_inside_the_model_is_refused_before_training(
     said = pytest.raises(ValueError, match=r"inside the model .*another --output")
     with said:
         train(small_config(steps=1), model, Path(place), dataset=make_clips(4))
-    for check in (False, True):
+    config = read_config("finetune", ["model=.", "data.folder=none"])
+    for run in (run_job, check_job):
         with said:
-            train_model("finetune", ["model=.", "data.folder=none"], None, Path(place), check=check)
+            run(config, Path(place), MovingShapes())
     assert sorted(model.rglob("*")) == before
 
 
@@ -211,7 +214,7 @@ def test_the_lora_teacher_is_the_dense_model_without_a_copy(tiny_wan):
     for name, parameter in run.bare.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    batch, _ = run.feed.largest()
+    batch, _ = run.loader.largest()
     arguments = run.family.inputs(batch["latents"], torch.tensor([500.0]), batch["conditions"])
     with torch.no_grad():
         student = run.bare(**arguments, return_dict=False)[0]
@@ -243,7 +246,7 @@ def test_the_lora_teacher_is_the_dense_model_without_a_copy(tiny_wan):
 def test_ways_to_train_run_and_stay_finite(tiny_wan, tmp_path, values):
     entries = []
     config = small_config(steps=2, **values)
-    train(config, tiny_wan, tmp_path, dataset=make_clips(5, odd=True), report=entries.append)
+    train(config, tiny_wan, tmp_path, dataset=make_clips(5, odd=True), on_log=entries.append)
     assert [entry.step for entry in entries] == [1, 2]
     assert entries[-1].numbers["skipped"] == 0
 
@@ -257,7 +260,7 @@ def test_checkpointing_gives_the_same_losses(tiny_wan, tmp_path):
             tiny_wan,
             tmp_path / name,
             dataset=clips,
-            report=entries.append,
+            on_log=entries.append,
         )
         return [entry.numbers["loss"] for entry in entries]
 
@@ -273,7 +276,7 @@ def test_compiled_blocks_give_the_same_losses(tiny_wan, tmp_path):
             tiny_wan,
             tmp_path / name,
             dataset=make_clips(4),
-            report=entries.append,
+            on_log=entries.append,
         )
         return [entry.numbers["loss"] for entry in entries]
 

@@ -132,41 +132,51 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tiny_wan, tmp_pat
 def test_more_processes_than_clips_are_refused():
     from tests.training.clips import make_clips, small_config
 
-    from nabla_attn.training.feed import Feed
+    from nabla_attn.training.loader import BatchLoader
 
     config = small_config(data__validation=2)
     with pytest.raises(ValueError, match="more processes than clips: 7 for 6"):
-        Feed(make_clips(8), config, replica=0, replicas=7)
+        BatchLoader(make_clips(8), config, replica=0, replicas=7)
 
 
 def test_clips_of_validation_must_divide_over_processes_too():
     from tests.training.clips import Clips, small_config
 
-    from nabla_attn.training.feed import Feed
+    from nabla_attn.training.loader import BatchLoader
     from nabla_attn.training.setup import _check_sharing
 
     config = small_config(data__validation=1, context_parallel=2)
     # The first clip is held out.
-    feed = Feed(Clips(((4, 3, 6, 6), (4, 2, 6, 6))), config, replica=0, replicas=1)
-    run = SimpleNamespace(config=config, feed=feed, tokens=lambda shape: shape[1] * 9)
+    loader = BatchLoader(Clips(((4, 3, 6, 6), (4, 2, 6, 6))), config, replica=0, replicas=1)
+    run = SimpleNamespace(config=config, loader=loader, tokens=lambda shape: shape[1] * 9)
     with pytest.raises(ValueError, match=r"27 tokens .* do not divide"):
         _check_sharing(run)
+
+
+@pytest.mark.parametrize(
+    ("clips", "held_out"), [(1, 0), (2, 1), (9, 1), (25, 2), (80, 8), (5000, 8)]
+)
+def test_the_default_validation_scales_with_the_data(clips, held_out):
+    from nabla_attn.training.loader import hold_out
+
+    found = hold_out(clips, None)
+    assert len(found) == held_out and len(set(found)) == held_out
 
 
 def test_shares_of_a_step_are_those_of_one_process():
     from tests.training.clips import make_clips, small_config
 
-    from nabla_attn.training.feed import Feed
+    from nabla_attn.training.loader import BatchLoader
 
     clips = make_clips(9, odd=True)
 
     def latents(accumulation, replica, replicas):
         config = small_config(accumulation=accumulation, data__batch=2)
-        feed = Feed(clips, config, replica=replica, replicas=replicas)
+        loader = BatchLoader(clips, config, replica=replica, replicas=replicas)
         return [
             (batch["latents"], torch.rand(1, generator=generator))
             for number in range(5)
-            for batch, generator in feed.step(number)
+            for batch, generator in loader.step(number)
         ]
 
     whole = latents(2, 0, 1)

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -11,10 +12,13 @@ from torch.utils.data import Dataset
 from nabla_attn.moving_shapes.caption import describe
 from nabla_attn.moving_shapes.render import render
 from nabla_attn.moving_shapes.scene import Scene, sample_scene
+from nabla_attn.moving_shapes.scorer import MovingShapesScorer
 from nabla_attn.training.data.clip import Clip
 from nabla_attn.training.data.dataset import Item
+from nabla_attn.training.data.origin import world_size
 from nabla_attn.training.data.sizes import Size
 from nabla_attn.training.encoders import encode_caption, encode_first_frame, encode_video
+from nabla_attn.training.sections import DataConfig
 
 
 def draw_scene(seed: int, index: int, shapes: tuple[int, ...] = (1,)) -> tuple[Scene, str]:
@@ -140,6 +144,32 @@ class WorldSet(Dataset[Item]):
         if caption not in self._conditions:
             self._conditions[caption] = encode_caption(self._pipeline, caption, **self._size)
         return self._conditions[caption]
+
+
+class MovingShapes:
+    """This world as `nabla train` knows it: a `nabla_attn.training.job.DrawnClips`."""
+
+    name = "world"
+    scorer = MovingShapesScorer()
+
+    def size_of(self, folder: Path) -> tuple[int, int, int] | None:
+        """The largest (frames, height, width) of encoded clips of this world; None for others."""
+        return world_size(folder)
+
+    def dataset(
+        self, pipeline: Any, data: DataConfig, size: tuple[int, int, int], seed: int
+    ) -> WorldSet:
+        """Clips of one size, rendered and encoded when they are first read."""
+        frames, height, width = size
+        return WorldSet(
+            pipeline,
+            clips=data.clips,
+            frames=frames,
+            height=height,
+            width=width,
+            seed=seed,
+            shapes=data.shapes,
+        )
 
 
 def _check(clips: int, shapes: tuple[int, ...]) -> None:

@@ -1,7 +1,6 @@
 """Scenes encoded once and kept: the transformer trains on latents, never on pixels."""
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from nabla_attn.files import whole_file
 from nabla_attn.moving_shapes.render import render
 from nabla_attn.moving_shapes.scene import Scene, sample_scene
 from nabla_attn.moving_shapes.vae import encode_mean, to_model_range
+from nabla_attn.progress import ProgressCallback, ignore_progress
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def encode_scenes(
     frames: int,
     size: int,
     seed: int,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: ProgressCallback = ignore_progress,
 ) -> LatentSet:
     """Encode random training scenes, or read them back if that was done before.
 
@@ -64,7 +64,7 @@ def encode_scenes(
         frames: Frames of a clip, 4 n + 1.
         size: Height and width in pixels.
         seed: Seeds the scenes.
-        report: Called with (clips done, clips).
+        on_progress: Called with the clips that are done.
     """
     rng = random.Random(f"{seed} clips {frames} {size}")
     scenes = [sample_scene(rng.getrandbits(40)) for _ in range(clips)]
@@ -74,7 +74,7 @@ def encode_scenes(
         parts = []
         for start in range(0, clips, batch):
             parts.append(_encode(vae, scenes[start : start + batch], frames, size))
-            report(min(start + batch, clips), clips)
+            on_progress("encode", min(start + batch, clips), clips)
         with whole_file(path) as temporary:
             save_file({"latents": torch.cat(parts)}, temporary)
     return LatentSet(load_file(path)["latents"], scenes)

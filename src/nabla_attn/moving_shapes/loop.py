@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nabla_attn.distributed import stop_signals
 from nabla_attn.files import whole_file
 from nabla_attn.moving_shapes.muon import MuonWithAdamW
 from nabla_attn.moving_shapes.recipe import OptimConfig
-from nabla_attn.training.signals import stop_signals
+from nabla_attn.training.metrics import StepMetrics
+from nabla_attn.training.trainer import OnLog
 
 
 @dataclass(frozen=True)
@@ -44,17 +46,6 @@ def step_at(seed: int, stage: str, number: int, total: int) -> Step:
     return Step(number, total, rng, torch.Generator().manual_seed(rng.getrandbits(63)))
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What the loop reports after a step."""
-
-    stage: str
-    step: int
-    steps: int
-    loss: float
-    seconds: float
-
-
 @dataclass
 class Stage:
     """One run of the loop.
@@ -69,7 +60,7 @@ class Stage:
         steps: Number of steps.
         seed: The recipe's seed.
         save_every: Steps between checkpoints.
-        report: Called after every step.
+        on_log: Called with the metrics of every step.
     """
 
     name: str
@@ -81,7 +72,7 @@ class Stage:
     steps: int
     seed: int
     save_every: int = 200
-    report: Callable[[Progress], None] = field(default=lambda progress: None)
+    on_log: OnLog = field(default=lambda metrics: None)
 
 
 def rate_scale(config: OptimConfig, step: int, steps: int) -> float:
@@ -164,10 +155,11 @@ def run_stage(stage: Stage) -> dict[str, Any]:
             run.seconds += time.perf_counter() - started
             if loss != loss or loss in (float("inf"), float("-inf")):
                 raise FloatingPointError(f"{stage.name}: loss is {loss} at step {run.step}")
-            progress = Progress(stage.name, run.step, stage.steps, loss, run.seconds)
-            stage.report(progress)
+            numbers = {"loss": loss, "seconds": run.seconds}
+            stage.on_log(StepMetrics(run.step, stage.steps, numbers, stage=stage.name))
+            line = {"stage": stage.name, "step": run.step, "steps": stage.steps} | numbers
             with log.open("a") as file:
-                file.write(json.dumps(vars(progress)) + "\n")
+                file.write(json.dumps(line) + "\n")
             if stop.is_set() or run.step % stage.save_every == 0 or run.step == stage.steps:
                 run.save()
             if stop.is_set():

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from nabla_attn import apply
 from nabla_attn.files import write_text
 from nabla_attn.moving_shapes.latents import LatentSet, encode_scenes
-from nabla_attn.moving_shapes.loop import Progress, Stage, Step, run_stage
+from nabla_attn.moving_shapes.loop import Stage, Step, run_stage
 from nabla_attn.moving_shapes.recipe import BuiltinConfig, TransformerPhase
 from nabla_attn.moving_shapes.render import render
 from nabla_attn.moving_shapes.scene import sample_scene
@@ -34,8 +33,8 @@ from nabla_attn.moving_shapes.vae import (
     vae_loss,
 )
 from nabla_attn.record import RunRecord, collect_versions, describe_device
-
-Report = Callable[[Progress], None]
+from nabla_attn.training.metrics import StepMetrics
+from nabla_attn.training.trainer import OnLog
 
 
 def save_model(model: Any, folder: Path, *, texts: dict[str, str] | None = None) -> None:
@@ -66,7 +65,7 @@ def _measure_latents(vae: Any, size: int, frames: int) -> None:
     )
 
 
-def train_vae(config: BuiltinConfig, folder: Path, report: Report) -> dict[str, Any]:
+def train_vae(config: BuiltinConfig, folder: Path, on_log: OnLog) -> dict[str, Any]:
     """Train the VAE to `folder`/vae and return the stage's record."""
     vae = build_vae(config.seed)
     record = run_stage(
@@ -79,7 +78,7 @@ def train_vae(config: BuiltinConfig, folder: Path, report: Report) -> dict[str, 
             optim=config.vae.optim,
             steps=config.vae.steps,
             seed=config.seed,
-            report=report,
+            on_log=on_log,
         )
     )
     _measure_latents(vae, size=64, frames=max(phase.frames for phase in config.vae.phases))
@@ -98,7 +97,7 @@ def _sparse_step(model: WanTransformer3DModel, phase: TransformerPhase, step: St
 
 
 def train_phase(
-    config: BuiltinConfig, phase: TransformerPhase, start: Path | None, folder: Path, report: Report
+    config: BuiltinConfig, phase: TransformerPhase, start: Path | None, folder: Path, on_log: OnLog
 ) -> dict[str, Any]:
     """Train one phase of the transformer to `folder`/<phase> and return the stage's record.
 
@@ -107,7 +106,7 @@ def train_phase(
         phase: Which phase.
         start: The phase before, or None to start untrained.
         folder: The run folder.
-        report: Called after every step.
+        on_log: Called with the metrics of every step.
     """
     text = CaptionEncoder(
         build_tokenizer(), build_text_encoder(config.seed), num_tokens=config.text_tokens
@@ -123,7 +122,7 @@ def train_phase(
             frames=frames,
             size=phase.size,
             seed=config.seed,
-            report=lambda done, total: report(Progress(name, done, total, 0.0, 0.0)),
+            on_progress=lambda _, done, total: on_log(StepMetrics(done, total, {}, stage=name)),
         )
 
     clips = encode(phase.clips, phase.frames)
@@ -150,7 +149,7 @@ def train_phase(
             steps=phase.steps,
             seed=config.seed,
             save_every=100,
-            report=report,
+            on_log=on_log,
         )
     )
     save_model(model, folder / phase.name)
@@ -214,14 +213,14 @@ class _Log:
 
 
 def train_builtin(
-    config: BuiltinConfig, folder: Path, report: Report = lambda progress: None
+    config: BuiltinConfig, folder: Path, on_log: OnLog = lambda metrics: None
 ) -> Path:
     """Run every stage that is not done yet and save the pipeline.
 
     Args:
         config: The recipe.
         folder: The run folder: checkpoints, encoded clips, logs, `training.json`, `pipeline`.
-        report: Called after every step.
+        on_log: Called with the metrics of every step.
 
     Returns:
         The pipeline's directory.
@@ -233,11 +232,11 @@ def train_builtin(
     folder.mkdir(parents=True, exist_ok=True)
     log = _Log(config, folder)
     if not (folder / "vae").exists():
-        log.add(train_vae(config, folder, report))
+        log.add(train_vae(config, folder, on_log))
     start = None
     for phase in config.phases:
         if not (folder / phase.name).exists():
-            log.add(train_phase(config, phase, start, folder, report))
+            log.add(train_phase(config, phase, start, folder, on_log))
         start = folder / phase.name
     if not (folder / "pipeline").exists():
         assert start is not None, "a recipe has at least one phase"

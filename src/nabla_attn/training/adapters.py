@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nabla_attn.training.config import LoraConfig
 from nabla_attn.training.objective import Teacher
+from nabla_attn.training.sections import LoraConfig
 from nabla_attn.training.sparsity import Sparsity
 
 # Of q, k, v and the output; below are Kandinsky 5's, which has other layers named out_layer.

@@ -1,25 +1,30 @@
-"""A look before the long work: whether the data fits the model, and what a run would do."""
+"""Before the first step: whether the data fits the model, and what a run will take."""
 
+import math
 import time
 from pathlib import Path
 
 import torch
 
 from nabla_attn.errors import first_line
-from nabla_attn.training.feed import to_device
-from nabla_attn.training.setup import Run
+from nabla_attn.training.loader import to_device
+from nabla_attn.training.setup import TrainRun
 from nabla_attn.training.trainer import Trainer
 
 
-def probe(run: Run) -> None:
+def probe(run: TrainRun) -> float:
     """Run the objective once on the largest grid, without gradients.
+
+    Returns:
+        The seconds it took.
 
     Raises:
         ValueError: The model cannot take the data.
     """
-    batch, generator = run.feed.largest()
+    batch, generator = run.loader.largest()
     module = run.module if run.config.sharding == "fsdp" else run.bare
     run.sparsity.set_target()
+    started = time.perf_counter()
     try:
         with torch.random.fork_rng(), torch.no_grad(), run.accelerator.autocast():
             run.objective(module, to_device(batch, run.accelerator.device), generator)
@@ -32,20 +37,66 @@ def probe(run: Run) -> None:
             f"{sorted(batch['conditions'])}: {first_line(error)}. Encode the data with the model "
             "that is trained."
         ) from error
+    return time.perf_counter() - started
 
 
-def check(run: Run, folder: Path) -> dict[str, str]:
-    """One batch forward and backward, and what would happen; nothing is changed or written.
+def foresee(run: TrainRun, steps: int, seconds: float) -> dict[str, str]:
+    """What a run will take: its clips, steps, memory and time.
+
+    Args:
+        run: The run.
+        steps: Number of steps that are left.
+        seconds: Seconds of one batch of the largest grid, forward and backward.
+    """
+    config, loader = run.config, run.loader
+    clips = config.data.batch * config.accumulation * loader.replicas
+    unit = "pack" if config.data.pack else "clip"
+    grids = _count(len(loader.shapes()), "grid")
+    total = seconds * config.accumulation * steps
+    return {
+        "data": f"{_count(len(loader.trained_on), 'clip')} of {grids}, "
+        f"{len(loader.held_out)} held out",
+        "steps": f"{steps:,}, of {_count(clips, unit)} each",
+        "memory": f"{_state_bytes(run) / 2**30:.2f} GiB for weights, gradients and optimiser; "
+        "activations come on top",
+        "time": f"about {describe_seconds(total)} at most, if all batches are like the largest",
+    }
+
+
+def _state_bytes(run: TrainRun) -> int:
+    """Bytes that one process holds from the first step to the last."""
+    config = run.config
+    trained = sum(p.numel() for p in run.trained())
+    weights = sum(p.numel() * p.element_size() for p in run.bare.parameters())
+    # A gradient and AdamW's two averages, in float32.
+    states = trained * 4 * (4 if config.ema else 3)
+    has_copy = config.objective.kind == "distill" and not config.lora.rank
+    copy = weights // (2 if config.precision == "bfloat16" else 1) if has_copy else 0
+    shares = run.accelerator.num_processes if config.sharding == "fsdp" else 1
+    return (weights + states) // shares + copy
+
+
+def describe_seconds(seconds: float) -> str:
+    """A duration such as `2 h 05 min`, `4 min 10 s` or `12 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def check(run: TrainRun, folder: Path) -> dict[str, str]:
+    """Run one batch forward and backward and say what would happen; nothing is changed or written.
 
     Returns:
         What to show, by name.
 
     Raises:
-        ValueError: The loss or its gradient is not finite.
+        ValueError: The data does not fit, or the loss or its gradient is not finite.
     """
     probe(run)
-    config, feed = run.config, run.feed
-    batch, generator = feed.largest()
+    config = run.config
+    batch, generator = run.loader.largest()
     run.sparsity.set_target()
     run.module.train()
     started = time.perf_counter()
@@ -53,39 +104,35 @@ def check(run: Run, folder: Path) -> dict[str, str]:
         terms = run.objective(run.module, to_device(batch, run.accelerator.device), generator)
     run.accelerator.backward(terms["loss"])
     seconds = time.perf_counter() - started
-    norm = float(
-        torch.nn.utils.get_total_norm([p.grad for p in run.trained() if p.grad is not None])
-    )
+    gradients = [p.grad for p in run.trained() if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients))
     run.optimizer.zero_grad(set_to_none=True)
     loss = float(terms["loss"].detach())
-    if not (torch.isfinite(torch.tensor([loss, norm])).all()):
-        raise ValueError(f"the first batch gives loss {loss} and gradient norm {norm}.")
-    shapes, largest = feed.shapes(), tuple(batch["latents"].shape[1:])
-    layers = run.sparsity.densities()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise ValueError(
+            f"the first batch gives loss {loss} and gradient norm {norm}, which are not finite. "
+            "Look for clips that are not, or use precision=float32."
+        )
+    largest, layers = tuple(batch["latents"].shape[1:]), run.sparsity.densities()
     trained = sum(p.numel() for p in run.trained())
     total = sum(p.numel() for p in run.bare.parameters())
-    clips = config.data.batch * config.accumulation * feed.replicas
-    unit = "pack" if config.data.pack else "clip"
+    values = [f"{name} {float(term.detach()):.4g}" for name, term in terms.items()]
     result = "LoRA weights" if config.lora.rank else "a pipeline"
     shown = {
         "model": f"{type(run.bare).__name__}, {trained:,} of {total:,} weights trained",
-        "data": f"{len(feed.trained_on)} clips of {_count(len(shapes), 'grid')}, "
-        f"{len(feed.held_out)} held out",
         "largest": f"{run.tokens(largest):,} tokens, latents {'x'.join(map(str, largest))}",
         "attention": _describe_attention(str(run.sparsity.schedule.algorithm), layers),
-        "objective": ", ".join(
-            f"{name} {float(term.detach()):.4g}" for name, term in terms.items()
-        ),
+        "objective": ", ".join(values),
         "gradient": f"norm {norm:.4g}, clipped to {config.optim.max_norm or 'nothing'}",
-        "steps": f"{config.steps:,}, of {_count(clips, unit)} each",
-        "time": f"{seconds:.2f} s for a batch of {len(batch['latents'])}, first call",
         "writes": f"checkpoints every {config.checkpoint.every} steps, then {result}, to {folder}",
     }
+    shown |= foresee(run, config.steps, seconds)
     if run.accelerator.device.type == "cuda":
-        shown["memory"] = f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB at most"
-    last = Trainer(run, folder).checkpoints.latest()
-    if last:
-        shown["resume"] = f"{last} is there; --resume goes on from it"
+        shown["memory"] += (
+            f"; {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB were used at most"
+        )
+    if last := Trainer(run, folder).checkpoints.latest():
+        shown["resume"] = f"{last} is there; --resume continues from it"
     return shown
 
 
@@ -97,4 +144,4 @@ def _describe_attention(algorithm: str, layers: list[float]) -> str:
 
 
 def _count(number: int, name: str) -> str:
-    return f"{number} {name}" + ("s" if number > 1 else "")
+    return f"{number:,} {name}" + ("" if number == 1 else "s")

@@ -1,240 +1,223 @@
-"""The configuration of `nabla train` for any model: frozen dataclasses, all defaults in sight."""
+"""The configuration of `nabla train`, checked as a whole, and how two of them differ."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import field, replace
+from typing import Any, Literal
 
+from pydantic import TypeAdapter, model_validator
+from pydantic.dataclasses import dataclass
 
-@dataclass(frozen=True)
-class DataConfig:
-    """What is trained on: clips encoded once by `nabla encode`, or the built-in world.
-
-    Attributes:
-        folder: The encoded clips; "world" draws and encodes the built-in world on the way. Empty
-            is the world for the built-in model.
-        batch: Clips of one grid in a step of one process.
-        drop: Share of the captions that are replaced by the empty one, for guidance.
-        validation: Clips held out for validation, spread evenly over the data; 0 is none.
-        pack: Clips of different length are put into sequences of at most so many latent frames, in
-            place of batches of one length; 0 does not.
-        clips: Of the world: number of clips. The run's seed draws them.
-        frames: Of the world: video frames; None is the model's default, and so are the sides.
-        height: Of the world, in pixels.
-        width: Of the world, in pixels.
-        shapes: Of the world: numbers of shapes in a scene, each as likely.
-    """
-
-    folder: str = ""
-    batch: int = 1
-    drop: float = 0.1
-    validation: int = 8
-    pack: int = 0
-    clips: int = 256
-    frames: int | None = None
-    height: int | None = None
-    width: int | None = None
-    shapes: tuple[int, ...] = (1,)
+from nabla_attn.config import parse
+from nabla_attn.training.sections import (
+    CONFIG,
+    Algorithm,
+    CheckpointConfig,
+    Count,
+    DataConfig,
+    LoraConfig,
+    Natural,
+    ObjectiveConfig,
+    OptimConfig,
+    Positive,
+    Share,
+    SparsityConfig,
+    Switch,
+    Text,
+    WatchConfig,
+)
 
 
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """What is learnt.
-
-    Attributes:
-        kind: "flow" learns the data; "distill" what the dense model predicts (arXiv:2507.13546,
-            section 4.1).
-        times: How noise levels are drawn before the shift: "uniform" or "logit-normal".
-        logit_mean: Mean of the logit-normal levels.
-        logit_std: Deviation of the logit-normal levels.
-        shift: Moves the levels to more noise; None is the scheduler's own. Not for v-prediction,
-            whose steps fix their levels.
-        data_weight: Weight of the data term beside distillation, 0 in the paper.
-        layer_weight: Weight of the attention outputs' error beside distillation, 0 in the paper.
-        guidance: Of distillation: the student learns the teacher's prediction with classifier-free
-            guidance of this scale, and is then used without guidance; 1 is the plain prediction.
-    """
-
-    kind: str = "flow"
-    times: str = "uniform"
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    shift: float | None = None
-    data_weight: float = 0.0
-    layer_weight: float = 0.0
-    guidance: float = 1.0
-
-    @property
-    def is_guided(self) -> bool:
-        """Whether what is learnt has guidance in it."""
-        return self.guidance != 1
-
-
-@dataclass(frozen=True)
-class SparsityConfig:
-    """Which attention is trained.
-
-    Attributes:
-        algorithm: Such as "nabla-0.7"; "dense" for none.
-        schedule: JSON file that says which layers run which algorithm, instead of `algorithm`.
-        thresholds: (lowest, highest) that every step draws its threshold from, so that one set of
-            weights serves them all; None keeps the algorithm's own, as validation always does.
-        ramp: Steps over which the threshold, or share, falls from 1 to its target.
-        dense_share: Share of the steps that stay dense, spread evenly.
-        backend: "auto" or one of `nabla_attn.backends.NAMES`.
-        keep_first_frame: Every block attends the first latent frame.
-    """
-
-    algorithm: str = "nabla-0.7"
-    schedule: str | None = None
-    thresholds: tuple[float, float] | None = None
-    ramp: int = 0
-    dense_share: float = 0.0
-    backend: str = "auto"
-    keep_first_frame: bool = False
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW and its learning rate; the defaults are the paper's (appendix A).
-
-    Attributes:
-        lr: Learning rate after warm-up.
-        betas: Decay of the running averages of gradients and their squares.
-        eps: Added to the denominator.
-        weight_decay: Decoupled weight decay.
-        max_norm: Largest gradient norm; 0 does not clip.
-        warmup: Steps of linear warm-up.
-        decay: "constant", "linear" or "cosine", to `final` at the last step.
-        final: Learning rate at the end, as a share of the full one.
-    """
-
-    lr: float = 1e-6
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    max_norm: float = 0.01
-    warmup: int = 0
-    decay: str = "constant"
-    final: float = 0.0
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters, through PEFT.
-
-    Attributes:
-        rank: Rank of the adapters; 0 trains all weights instead.
-        alpha: Scale; None is the rank.
-        targets: Ends of the names of the linear layers that get one; none is attention's four
-            projections, as the model names them.
-    """
-
-    rank: int = 0
-    alpha: float | None = None
-    targets: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """When the run is saved.
-
-    Attributes:
-        every: Steps between checkpoints.
-        keep: How many of the last are kept.
-        best: Whether the one of the lowest validation loss is kept as well.
-    """
-
-    every: int = 200
-    keep: int = 2
-    best: bool = True
-
-
-@dataclass(frozen=True)
-class WatchConfig:
-    """What is measured on the way.
-
-    Attributes:
-        log: Steps between lines of the log.
-        validate: Steps between measurements of the validation loss.
-        sample: Steps between generated samples with the judge's scores; built-in world only.
-        prompts: Held-out prompts of a sample.
-        tensorboard: Whether a tensorboard log is written beside `log.csv`.
-    """
-
-    log: int = 1
-    validate: int = 100
-    sample: int = 500
-    prompts: int = 4
-    tensorboard: bool = True
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CONFIG)
 class StageConfig:
-    """One stage of several: it starts from the weights of the one before.
+    """One of several stages; it starts from the weights of the stage before.
 
     Attributes:
-        name: Names the stage's folder.
-        steps: Its optimiser steps.
-        folder: Its encoded clips; None is `data.folder`, and so on for the other values.
-        batch: Clips in a step of one process.
-        frames: Of the world: video frames.
-        height: Of the world, in pixels.
-        width: Of the world, in pixels.
+        name: Name of the stage and of its folder.
+        steps: Number of its optimiser steps.
+        folder: Its encoded clips; None takes `data.folder`, and likewise for the other values.
+        batch: Number of clips in one batch.
+        frames: Video frames of a clip drawn from the built-in world.
+        height: Height of a drawn clip in pixels.
+        width: Width of a drawn clip in pixels.
         shift: Shift of the noise levels; larger grids need more.
         algorithm: Its attention.
         lr: Its learning rate.
     """
 
-    name: str
-    steps: int
-    folder: str | None = None
-    batch: int | None = None
-    frames: int | None = None
-    height: int | None = None
-    width: int | None = None
-    shift: float | None = None
-    algorithm: str | None = None
-    lr: float | None = None
+    name: Text
+    steps: Count
+    folder: Text | None = None
+    batch: Count | None = None
+    frames: Count | None = None
+    height: Count | None = None
+    width: Count | None = None
+    shift: Positive | None = None
+    algorithm: Algorithm | None = None
+    lr: Positive | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CONFIG)
 class TrainConfig:
-    """Everything a training run is made of.
+    """Everything that a training run follows from.
 
     Attributes:
-        recipe: Name of the recipe it came from.
+        recipe: Name of the recipe that the other values began as.
         model: "builtin" or a diffusers pipeline directory.
-        part: The pipeline's transformer to train (Wan 2.2 has two).
-        data: See `DataConfig`; the others likewise.
-        steps: Optimiser steps.
-        accumulation: Batches of one process in a step.
+        part: The transformer to train; Wan 2.2 A14B also has a `transformer_2`.
+        data: The clips.
+        objective: The loss.
+        sparsity: The attention.
+        optim: The optimiser and its learning rate.
+        steps: Number of optimiser steps.
+        accumulation: Number of batches in a step of one process.
         precision: "float32" or "bfloat16" (autocast; the trained weights stay float32).
-        ema: Decay of a running average of the weights, which is what is saved; 0 is none.
-        gradient_checkpointing: Recompute activations in the backward pass.
-        compile: Compile the repeated blocks.
+        ema: Decay of a running average of the weights, which is then what is saved; 0 keeps none.
+        lora: Adapters that are trained instead of the weights.
+        gradient_checkpointing: Whether activations are computed again in the backward pass.
+        compile: Whether the repeated blocks are compiled.
         sharding: "none", or "fsdp" to share weights and optimiser among GPUs.
-        context_parallel: Processes that share one sequence (Ulysses).
-        max_skipped: Steps in a row without a finite loss after which training stops.
-        seed: Seeds order, noise, captions and adapters.
-        stages: Stages with their own data, steps and attention; empty is one stage.
+        context_parallel: Number of processes that share one sequence (Ulysses).
+        checkpoint: When the run is saved.
+        watch: What is measured during training.
+        max_skipped: Number of steps in a row without a finite loss after which training stops.
+        seed: Seed of the order, the noise, the dropped captions and the adapters.
+        stages: Stages with data, steps and attention of their own; none means a single one.
     """
 
-    recipe: str = "finetune"
-    model: str = "builtin"
-    part: str = "transformer"
+    recipe: Text = "finetune"
+    model: Text = "builtin"
+    part: Text = "transformer"
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    steps: int = 1000
-    accumulation: int = 1
-    precision: str = "float32"
-    ema: float = 0.0
+    steps: Count = 1000
+    accumulation: Count = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
+    ema: Share = 0.0
     lora: LoraConfig = field(default_factory=LoraConfig)
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    sharding: str = "none"
-    context_parallel: int = 1
+    gradient_checkpointing: Switch = False
+    compile: Switch = False
+    sharding: Literal["none", "fsdp"] = "none"
+    context_parallel: Count = 1
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
-    max_skipped: int = 10
-    seed: int = 0
+    max_skipped: Count = 10
+    seed: Natural = 0
     stages: tuple[StageConfig, ...] = ()
+
+    def split(self) -> list[tuple[str, "TrainConfig"]]:
+        """The runs that this configuration asks for, as (folder name, configuration)."""
+        if not self.stages:
+            return [("", self)]
+        return [(stage.name, _of_stage(self, stage)) for stage in self.stages]
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        _check_objective(self)
+        _check_packing(self)
+        if self.sharding == "fsdp" and self.context_parallel > 1:
+            raise ValueError(
+                "sharding=fsdp with context_parallel is not supported. Use one of them."
+            )
+        _check_stages(self.stages, self)
+        return self
+
+
+def _of_stage(config: TrainConfig, stage: StageConfig) -> TrainConfig:
+    def given(*names: str) -> dict[str, Any]:
+        values = {name: getattr(stage, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+    return replace(
+        config,
+        steps=stage.steps,
+        data=replace(config.data, **given("folder", "batch", "frames", "height", "width")),
+        objective=replace(config.objective, **given("shift")),
+        sparsity=replace(config.sparsity, **given("algorithm")),
+        optim=replace(config.optim, **given("lr")),
+        stages=(),
+    )
+
+
+def _check_objective(config: TrainConfig) -> None:
+    objective = config.objective
+    if objective.kind == "distill" and config.sparsity.is_dense and not objective.is_guided:
+        raise ValueError(
+            "a dense student has nothing to learn. Set sparsity.algorithm, or objective.guidance."
+        )
+    if objective.layer_weight and (config.compile or config.gradient_checkpointing):
+        raise ValueError(
+            "objective.layer_weight reads the attention outputs, which compile and "
+            "gradient_checkpointing hide. Turn these off."
+        )
+    if objective.is_guided and len(config.stages) > 1:
+        raise ValueError(
+            "objective.guidance with several stages would guide predictions that include guidance "
+            "already. Use one stage."
+        )
+
+
+def _check_packing(config: TrainConfig) -> None:
+    if not config.data.pack:
+        return
+    if config.data.batch > 1:
+        raise ValueError("data.pack makes one sequence of several clips. Use data.batch=1.")
+    if config.compile or config.context_parallel > 1:
+        raise ValueError("data.pack works without compile and context_parallel. Turn these off.")
+    if config.objective.kind == "distill" and not config.lora.rank:
+        raise ValueError(
+            "data.pack: a dense copy as the teacher cannot keep packed clips apart. Set lora.rank, "
+            "whose teacher is the student itself, or use data.pack=0."
+        )
+    for name in (config.sparsity.algorithm, *(stage.algorithm for stage in config.stages)):
+        if name is not None and parse(name).is_dense and config.sparsity.schedule is None:
+            raise ValueError(
+                "data.pack: dense attention cannot keep packed clips apart. Use "
+                "sparsity.algorithm=nabla-1, which is dense within each clip."
+            )
+
+
+def _check_stages(stages: Sequence[StageConfig], config: TrainConfig) -> None:
+    names = [stage.name for stage in stages]
+    if len(set(names)) != len(names) or any("/" in name or name[:1] in ("", ".") for name in names):
+        raise ValueError(f"stages need names of their own, usable as folders: got {names}.")
+    if stages and config.lora.rank:
+        raise ValueError("stages pass on whole models, not adapters. Use lora.rank=0.")
+    for stage in stages:
+        # Building it checks it.
+        _of_stage(config, stage)
+
+
+ADAPTER = TypeAdapter(TrainConfig)
+
+
+def to_plain(config: TrainConfig) -> dict[str, Any]:
+    """A configuration as plain JSON values."""
+    plain: dict[str, Any] = ADAPTER.dump_python(config, mode="json")
+    return plain
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What changed between two plain configurations, such as `optim.lr: 1e-06 -> 1e-05`.
+
+    A key that the old one lacks did not exist then, and had the effect of its default.
+    """
+    before, after = flatten(to_plain(TrainConfig())) | flatten(old), flatten(new)
+    keys = [*before, *(key for key in after if key not in before)]
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in keys
+        if before.get(key) != after.get(key)
+    ]

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nabla_attn.training.config import ObjectiveConfig
 from nabla_attn.training.family import CLEAN, Family
+from nabla_attn.training.sections import ObjectiveConfig
 
 NUM_TRAIN_TIMESTEPS = 1000
 GOLDEN = (5**0.5 - 1) / 2

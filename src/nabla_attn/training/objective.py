@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from nabla_attn.training.config import ObjectiveConfig
 from nabla_attn.training.noise import NoisePath, noise_batch
+from nabla_attn.training.sections import ObjectiveConfig
 
 # (noisy latents, timestep, conditions) -> the module's arguments; a family's `inputs`.
 Inputs = Callable[[Tensor, Tensor, dict[str, Tensor]], dict[str, Any]]

@@ -1,30 +1,44 @@
-"""Overrides of a configuration: `optim.lr=1e-5` and YAML files, checked key by key."""
+"""Overrides of a configuration: `optim.lr=1e-5` and YAML files, and what is said of bad ones."""
 
 import difflib
-import types
-from dataclasses import MISSING, asdict, fields, is_dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
-from nabla_attn.training.config import TrainConfig
-from nabla_attn.training.limits import check_config
+from nabla_attn.training.config import ADAPTER, StageConfig, TrainConfig, flatten, to_plain
+
+_KINDS = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list such as [a, b]",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "{ge:g} or more",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "{le:g} or less",
+    "literal_error": "one of {expected}",
+}
 
 
 def override(config: TrainConfig, values: dict[str, Any]) -> TrainConfig:
     """A configuration with some values replaced, and checked.
 
     Args:
-        config: Where the other values come from.
+        config: The configuration that the other values come from.
         values: Nested values, as in a YAML file; dotted keys may be used at any level.
 
     Raises:
         ValueError: An unknown key, named with the closest known one, or a bad value.
     """
-    merged: TrainConfig = _replace(config, _nest(values), "")
-    check_config(merged)
-    return merged
+    try:
+        return ADAPTER.validate_python(_merge(asdict(config), _nest(values)))
+    except ValidationError as error:
+        raise ValueError(_describe(error)) from None
 
 
 def read_override(text: str) -> dict[str, Any]:
@@ -58,141 +72,65 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values or {}
 
 
-def from_plain(values: dict[str, Any]) -> TrainConfig:
-    """Read a configuration that `to_plain` wrote."""
-    return override(TrainConfig(), values)
-
-
-def to_plain(config: TrainConfig) -> dict[str, Any]:
-    """A configuration as plain JSON values."""
-    return _plain(asdict(config))
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted key."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What changed between two plain configurations, such as `optim.lr: 1e-06 -> 1e-05`.
-
-    A key that the old one lacks was not there then, and had the effect of its default.
-    """
-    before, after = flatten(to_plain(TrainConfig())) | flatten(old), flatten(new)
-    keys = [*before, *(key for key in after if key not in before)]
-    return [
-        f"{key}: {before.get(key)} -> {after.get(key)}"
-        for key in keys
-        if before.get(key) != after.get(key)
-    ]
-
-
 def _nest(values: dict[Any, Any]) -> dict[str, Any]:
+    """Dotted keys as nested dictionaries."""
     nested: dict[str, Any] = {}
     for key, value in values.items():
         inner = _nest(value) if isinstance(value, dict) else value
-        *parents, last = str(key).split(".")
-        place = nested
-        for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                raise ValueError(f"{key}: {parent} is given a value and keys of its own.")
-        if isinstance(inner, dict) and isinstance(place.get(last), dict):
-            inner = place[last] | inner
-        place[last] = inner
+        for name in reversed(str(key).split(".")):
+            inner = {name: inner}
+        nested = _merge(nested, inner)
     return nested
 
 
-def _replace(target: Any, values: dict[str, Any], prefix: str) -> Any:
-    hints = get_type_hints(type(target))
-    changes = {}
-    for key, value in values.items():
-        if key not in hints:
-            raise ValueError(_unknown(prefix + key, prefix))
-        now = getattr(target, key)
-        if is_dataclass(now):
-            if not isinstance(value, dict):
-                raise ValueError(f"{prefix}{key} has keys of its own: got {value!r}.")
-            changes[key] = _replace(now, value, f"{prefix}{key}.")
-        else:
-            changes[key] = _convert(value, hints[key], prefix + key)
-    return replace(target, **changes)
+def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(old)
+    for key, value in new.items():
+        inner = merged.get(key)
+        if isinstance(value, dict) and isinstance(inner, dict):
+            value = _merge(inner, value)
+        merged[key] = value
+    return merged
 
 
-def _unknown(key: str, prefix: str) -> str:
-    known = list(flatten(asdict(TrainConfig())))
+def _describe(error: ValidationError) -> str:
+    """The fault of a configuration in one line; an unknown key before anything else."""
+    faults = error.errors()
+    unknown = [fault for fault in faults if fault["type"] == "unexpected_keyword_argument"]
+    fault = (unknown or faults)[0]
+    kind, given = fault["type"], fault["input"]
+    *parents, name = fault["loc"] or ("",)
+    # The place in a list of values says nothing; in a list of stages it does.
+    key = ".".join(map(str, parents if isinstance(name, int) else [*parents, name]))
+    if unknown:
+        return _unknown(key)
+    if kind == "value_error":
+        cause = fault["ctx"]["error"]
+        if isinstance(cause, ValidationError):
+            return _describe(cause)
+        return f"{key} {cause}: got {given!r}." if str(cause).startswith("must") else str(cause)
+    if kind == "missing":
+        return f"{'.'.join(map(str, parents))} lacks {name}: got {given!r}."
+    if kind == "dataclass_type":
+        return f"{key} has keys of its own: got {given!r}."
+    expected = fault.get("ctx", {}) | {"expected": _choices(fault)}
+    phrase = _KINDS[kind].format(**expected) if kind in _KINDS else fault["msg"]
+    return f"{key} must be {phrase}: got {given!r}."
+
+
+def _choices(fault: Any) -> str:
+    """`'a', 'b' or 'c'` of pydantic as `a, b, c`."""
+    text = str(fault.get("ctx", {}).get("expected", ""))
+    return text.replace(" or ", ", ").replace("'", "")
+
+
+def _unknown(key: str) -> str:
+    known = list(flatten(to_plain(TrainConfig())))
+    section, _, last = key.rpartition(".")
+    if section.startswith("stages"):
+        known = [f"{section}.{name}" for name in StageConfig.__dataclass_fields__]
     close = difflib.get_close_matches(key, known, 1, cutoff=0.5)
-    if not close:
-        last = key.rpartition(".")[2]
-        close = [name for name in known if name.rpartition(".")[2] == last][:1]
+    close = close or [name for name in known if name.rpartition(".")[2] == last][:1]
     hint = f" Did you mean {close[0]}?" if close else ""
-    section = [name for name in known if name.startswith(prefix)]
-    return f"unknown key {key!r}.{hint} Known: {', '.join(section)}."
-
-
-def _convert(value: Any, kind: Any, key: str) -> Any:
-    """`value` as `kind`; whole numbers pass as floats, and "1e-6", which YAML leaves a string."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        (kind,) = (each for each in arguments if each is not type(None))
-        return _convert(value, kind, key)
-    if origin is tuple:
-        return _convert_tuple(value, arguments, key)
-    if is_dataclass(kind):
-        return _build(kind, value, key)
-    if kind is float and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    elif type(value) is kind:
-        return value
-    elif kind is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    raise ValueError(f"{key} must be {names[kind]}: got {value!r}.")
-
-
-def _convert_tuple(value: Any, kinds: tuple[Any, ...], key: str) -> tuple[Any, ...]:
-    if isinstance(value, str):
-        value = [_read_part(part.strip(), kinds[0]) for part in value.split(",")]
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"{key} must be a list such as [a, b]: got {value!r}.")
-    if kinds[-1] is Ellipsis:
-        kinds = kinds[:1] * len(value)
-    if len(kinds) != len(value):
-        raise ValueError(f"{key} must have {len(kinds)} values: got {value!r}.")
-    return tuple(_convert(each, kind, key) for each, kind in zip(value, kinds, strict=True))
-
-
-def _read_part(text: str, kind: Any) -> Any:
-    """One value of a list such as `1,2`, which YAML takes for text as a whole."""
-    try:
-        return text if kind is str else yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-
-
-def _build(kind: Any, value: Any, key: str) -> Any:
-    known = {item.name: item for item in fields(kind)}
-    if not isinstance(value, dict) or value.keys() - known.keys():
-        raise ValueError(f"{key} must be entries with {', '.join(known)}: got {value!r}.")
-    missing = [name for name, item in known.items() if item.default is MISSING]
-    if missing := [name for name in missing if name not in value]:
-        raise ValueError(f"{key}: an entry lacks {', '.join(missing)}.")
-    hints = get_type_hints(kind)
-    return kind(**{name: _convert(each, hints[name], key) for name, each in value.items()})
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+    listed = [name for name in known if name.startswith(section)] or known
+    return f"unknown key {key!r}.{hint} Known: {', '.join(listed)}."

@@ -1,18 +1,25 @@
-"""The recipes of `nabla train` for any model: pretrain, finetune, distill."""
+"""The recipes of `nabla train`: pretrain, finetune and distill any model."""
 
 import difflib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from nabla_attn.training.config import (
+from nabla_attn.training.config import TrainConfig
+from nabla_attn.training.overrides import override, read_override, read_yaml
+from nabla_attn.training.sections import (
     CheckpointConfig,
     ObjectiveConfig,
     OptimConfig,
     SparsityConfig,
-    TrainConfig,
 )
+
+WORLD = "world"
+"""The value of `data.folder` that draws the built-in world instead of reading a folder."""
 
 
 def pretrain() -> TrainConfig:
-    """A stage of pretraining with sparse attention, as the paper's last one (section 4.3)."""
+    """Pretrain with sparse attention, as the paper's last stage does (arXiv:2507.13546, 4.3)."""
     return TrainConfig(
         recipe="pretrain",
         objective=ObjectiveConfig(kind="flow", times="logit-normal"),
@@ -25,7 +32,7 @@ def pretrain() -> TrainConfig:
 
 
 def finetune() -> TrainConfig:
-    """Fine-tune on one's own videos, with the attention that will be used."""
+    """Fine-tune on your own videos, with the attention that will be used."""
     return TrainConfig(
         recipe="finetune",
         objective=ObjectiveConfig(kind="flow", times="uniform"),
@@ -35,7 +42,7 @@ def finetune() -> TrainConfig:
 
 
 def distill() -> TrainConfig:
-    """Teach sparse attention what the dense model predicts, with the paper's numbers (4.1, A)."""
+    """Teach sparse attention what the dense model predicts (arXiv:2507.13546, 4.1 and A)."""
     return TrainConfig(
         recipe="distill",
         objective=ObjectiveConfig(kind="distill"),
@@ -59,3 +66,32 @@ def find_recipe(name: str) -> TrainConfig:
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ValueError(f"unknown recipe {name!r}.{hint} Known: {', '.join(known)}.")
     return RECIPES[name]()
+
+
+def read_config(recipe: str, values: list[str], config_file: Path | None = None) -> TrainConfig:
+    """A recipe with the overrides of a YAML file and then those of the command line.
+
+    Args:
+        recipe: Name of the recipe.
+        values: Overrides such as "optim.lr=1e-5".
+        config_file: A YAML file of overrides.
+
+    Raises:
+        ValueError: Anything in it is unknown, of the wrong kind or out of range, or no data is
+            named for a model other than the built-in one.
+    """
+    config = find_recipe(recipe)
+    if config_file is not None:
+        config = override(config, read_yaml(config_file))
+    merged: dict[str, Any] = {}
+    for value in values:
+        merged |= read_override(value)
+    config = override(config, merged)
+    if config.data.folder or (config.stages and all(stage.folder for stage in config.stages)):
+        return config
+    if config.model != "builtin":
+        raise ValueError(
+            "no data: set data.folder=DIR to clips that `nabla encode` has written with "
+            f"{config.model}, or to {WORLD} for the built-in world."
+        )
+    return replace(config, data=replace(config.data, folder=WORLD))

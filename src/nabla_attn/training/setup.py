@@ -9,23 +9,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from nabla_attn.distributed import make_accelerator, reshard, share_sequences
 from nabla_attn.sizes import patch_size
 from nabla_attn.training.adapters import add_lora, bare_teacher, copied_teacher, freeze
 from nabla_attn.training.config import TrainConfig
 from nabla_attn.training.data import EncodedSet
 from nabla_attn.training.families import find_family
 from nabla_attn.training.family import Family
-from nabla_attn.training.feed import Feed
+from nabla_attn.training.loader import BatchLoader
 from nabla_attn.training.model import Parts
 from nabla_attn.training.noise import path_of, served_levels
 from nabla_attn.training.objective import Objective, Teacher, make_objective
 from nabla_attn.training.packing import let_pack
-from nabla_attn.training.processes import make_accelerator, reshard, share_sequences
 from nabla_attn.training.sparsity import Sparsity
 
 
 @dataclass
-class Run:
+class TrainRun:
     """The moving parts of a training run.
 
     Attributes:
@@ -36,7 +36,7 @@ class Run:
         sparsity: The module's attention.
         objective: What is minimised.
         optimizer: AdamW of the trained parameters.
-        feed: Batches.
+        loader: Batches of training and validation.
         average: Running average of the trained parameters, or None.
         family: The pipeline's family.
     """
@@ -48,7 +48,7 @@ class Run:
     sparsity: Sparsity
     objective: Objective
     optimizer: torch.optim.Optimizer
-    feed: Feed
+    loader: BatchLoader
     average: Any
     family: Family
 
@@ -85,7 +85,7 @@ class Run:
             self.average.restore(trained)
 
 
-def prepare(config: TrainConfig, parts: Parts, dataset: Any = None) -> Run:
+def prepare(config: TrainConfig, parts: Parts, dataset: Any = None) -> TrainRun:
     """Build a run from its configuration.
 
     Args:
@@ -96,7 +96,12 @@ def prepare(config: TrainConfig, parts: Parts, dataset: Any = None) -> Run:
     Raises:
         ValueError: Something in the configuration does not fit model, data or machine.
     """
-    accelerator = make_accelerator(config, parts.transformer)
+    accelerator = make_accelerator(
+        parts.transformer,
+        precision=config.precision,
+        sharding=config.sharding,
+        context_parallel=config.context_parallel,
+    )
     family = find_family(parts.pipeline_class, parts.index)
     served = served_levels(parts.index, parts.name)
     path = path_of(parts.scheduler, family, config.objective, served)
@@ -106,7 +111,7 @@ def prepare(config: TrainConfig, parts: Parts, dataset: Any = None) -> Run:
         dataset = EncodedSet(config.data.folder, family.pipeline)
     replicas = accelerator.num_processes // config.context_parallel
     replica = accelerator.process_index // config.context_parallel
-    feed = Feed(dataset, config, replica=replica, replicas=replicas)
+    loader = BatchLoader(dataset, config, replica=replica, replicas=replicas)
     sparsity, teacher = _prepare_module(config, parts, family, accelerator.device)
     bare = parts.transformer
     objective = make_objective(
@@ -120,8 +125,8 @@ def prepare(config: TrainConfig, parts: Parts, dataset: Any = None) -> Run:
     )
     trained = [p for p in bare.parameters() if p.requires_grad]
     module, optimizer = accelerator.prepare(bare, _make_optimizer(config, trained))
-    run = Run(
-        config, parts, accelerator, module, sparsity, objective, optimizer, feed, None, family
+    run = TrainRun(
+        config, parts, accelerator, module, sparsity, objective, optimizer, loader, None, family
     )
     _check_sharing(run)
     if config.ema:
@@ -131,9 +136,9 @@ def prepare(config: TrainConfig, parts: Parts, dataset: Any = None) -> Run:
     return run
 
 
-def _check_sharing(run: Run) -> None:
+def _check_sharing(run: TrainRun) -> None:
     count = run.config.context_parallel
-    for shape in sorted(set(map(tuple, run.feed.dataset.grids))):
+    for shape in sorted(set(map(tuple, run.loader.dataset.grids))):
         if run.tokens(shape) % count:
             raise ValueError(
                 f"{run.tokens(shape)} tokens of latents {shape} do not divide over "

@@ -11,8 +11,8 @@ from torch import nn
 from nabla_attn.config import DENSE, SparseConfig, parse
 from nabla_attn.models import apply
 from nabla_attn.schedule import Schedule
-from nabla_attn.training.config import SparsityConfig
 from nabla_attn.training.noise import GOLDEN
+from nabla_attn.training.sections import SparsityConfig
 
 
 class Sparsity:

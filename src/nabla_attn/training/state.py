@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nabla_attn.distributed import reshard
 from nabla_attn.training.checkpoint import read_state
-from nabla_attn.training.processes import reshard
-from nabla_attn.training.setup import Run
+from nabla_attn.training.setup import TrainRun
 
 _MODEL, _AVERAGE = "model.safetensors", "average.safetensors"
 _OPTIMIZER, _RANDOM = "optimizer.pt", "random.pt"
 
 
-def collect(run: Run) -> Callable[[Path], None]:
+def collect(run: TrainRun) -> Callable[[Path], None]:
     """Gather a run's tensors from all processes.
 
     Returns:
@@ -53,7 +53,7 @@ def collect(run: Run) -> Callable[[Path], None]:
     return write
 
 
-def restore(run: Run, folder: Path) -> None:
+def restore(run: TrainRun, folder: Path) -> None:
     """Bring a run back to a checkpoint, on every process.
 
     Raises:
@@ -81,7 +81,7 @@ def restore(run: Run, folder: Path) -> None:
     _restore_random(randoms[run.accelerator.process_index % len(randoms)])
 
 
-def _check_names(run: Run, model: dict[str, Tensor], folder: Path) -> None:
+def _check_names(run: TrainRun, model: dict[str, Tensor], folder: Path) -> None:
     """See that a checkpoint has the weights that are trained, which loading would not say."""
     found = {name: tuple(value.shape) for name, value in model.items()}
     for name, parameter in run.bare.named_parameters():
@@ -93,7 +93,7 @@ def _check_names(run: Run, model: dict[str, Tensor], folder: Path) -> None:
             )
 
 
-def _restore_optimizer(run: Run, state: dict[str, Any]) -> None:
+def _restore_optimizer(run: TrainRun, state: dict[str, Any]) -> None:
     """Bring back the running averages; the settings are those of the configuration."""
     from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
@@ -104,7 +104,7 @@ def _restore_optimizer(run: Run, state: dict[str, Any]) -> None:
         group.update(settings)
 
 
-def whole_weights(run: Run) -> dict[str, Tensor]:
+def whole_weights(run: TrainRun) -> dict[str, Tensor]:
     """Weights on the CPU, gathered on process 0; of LoRA the adapters, as PEFT names them."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
@@ -140,25 +140,25 @@ def _own(value: Tensor) -> Tensor:
     return value.detach().cpu().contiguous()
 
 
-def _average_tensors(run: Run) -> dict[str, Tensor] | None:
+def _average_tensors(run: TrainRun) -> dict[str, Tensor] | None:
     if run.average is None:
         return None
     tensors = {str(i): _own(whole_tensor(p)) for i, p in enumerate(run.average.shadow_params)}
     return tensors | {"step": torch.tensor(run.average.optimization_step)}
 
 
-def _has_average(run: Run, folder: Path) -> bool:
+def _has_average(run: TrainRun, folder: Path) -> bool:
     """Whether a run wants an average and the run that wrote the checkpoint had one."""
     return run.average is not None and bool(read_state(folder)["config"]["ema"])
 
 
-def _start_average(run: Run) -> None:
+def _start_average(run: TrainRun) -> None:
     """Begin an average that is newly wanted, from the weights."""
     for shadow, weight in zip(run.average.shadow_params, run.trained(), strict=True):
         shadow.copy_(weight.detach())
 
 
-def _restore_average(run: Run, tensors: dict[str, Tensor]) -> None:
+def _restore_average(run: TrainRun, tensors: dict[str, Tensor]) -> None:
     run.average.optimization_step = int(tensors.pop("step"))
     for place, shadow in enumerate(run.average.shadow_params):
         value = tensors[str(place)].to(shadow.device)

@@ -1,9 +1,9 @@
-"""`train` runs a configuration from its model to its result; `check` looks before the long work."""
+"""One training run, from its model and data to its result and record."""
 
 import json
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,17 @@ from torch import Tensor
 from nabla_attn.errors import first_line
 from nabla_attn.files import write_text
 from nabla_attn.record import RunRecord, collect_versions, describe_device
-from nabla_attn.training.chart import draw_losses
-from nabla_attn.training.check import probe
+from nabla_attn.training.check import foresee, probe
 from nabla_attn.training.checkpoint import Checkpoints, SaveFailed
-from nabla_attn.training.config import TrainConfig
-from nabla_attn.training.logbook import curve, read_log
+from nabla_attn.training.config import TrainConfig, to_plain
+from nabla_attn.training.metrics import curve, draw_losses, read_log
 from nabla_attn.training.model import load_parts, save_lora, save_pipeline
-from nabla_attn.training.overrides import to_plain
-from nabla_attn.training.setup import Run, prepare
+from nabla_attn.training.setup import TrainRun, prepare
 from nabla_attn.training.state import whole_weights
-from nabla_attn.training.trainer import Report, Sample, Trainer
+from nabla_attn.training.trainer import OnLog, Sample, Trainer
+
+# (name of the run folder, what is known before the first step, by name)
+OnStart = Callable[[str, dict[str, str]], None]
 
 
 def train(
@@ -34,20 +35,22 @@ def train(
     resume: bool = False,
     allow_changes: bool = False,
     dataset: Any = None,
-    report: Report = lambda entry: None,
+    on_start: OnStart = lambda stage, facts: None,
+    on_log: OnLog = lambda metrics: None,
     sample: Sample | None = None,
 ) -> Path:
     """Train to the end and save the result.
 
     Args:
-        config: What to do.
+        config: The configuration, of one stage.
         model: The pipeline directory.
         folder: The run folder.
-        resume: Go on where a run in the folder stopped, if there is one.
-        allow_changes: Go on even though the configuration changed.
+        resume: Whether to continue a run that is in the folder.
+        allow_changes: Whether to continue even though the configuration changed.
         dataset: Encoded clips; None reads `config.data.folder`.
-        report: Told about every logged step.
-        sample: Makes samples on the way.
+        on_start: Called before the first step with what is known by then, on the first process.
+        on_log: Called with the metrics of every logged step, on the first process.
+        sample: Function that generates samples during training.
 
     Returns:
         The result: a pipeline directory, or a folder with LoRA weights.
@@ -60,13 +63,14 @@ def train(
     refuse_begun(folder, resume)
     refuse_nested(config, model, folder)
     run = prepare(config, load_parts(model, config.part), dataset)
-    probe(run)
-    trainer = Trainer(run, folder, report=report, sample=sample)
+    seconds = probe(run)
+    trainer = Trainer(run, folder, on_log=on_log, sample=sample)
     with _alone(folder) if trainer.is_main else nullcontext():
         if resume:
             trainer.resume(allow_changes=allow_changes)
         if trainer.is_main:
             write_text(folder / "config.json", json.dumps(to_plain(config), indent=2) + "\n")
+            on_start(folder.name, foresee(run, config.steps - trainer.step, 3 * seconds))
         trainer.fit()
         return finish(run, trainer)
 
@@ -84,31 +88,31 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def refuse_begun(folder: Path, resume: bool) -> None:
-    """See that no other run is in the folder.
+    """Check that no other run is in the folder.
 
     Raises:
-        ValueError: There is one, and it is not to be resumed.
+        ValueError: There is one, and it shall not be resumed.
     """
     if Checkpoints(folder / "checkpoints").latest() and not resume:
         raise ValueError(
-            f"{folder} holds a run already. Pass --resume to go on with it, or another --output."
+            f"{folder} holds a run already. Pass --resume to continue it, or another --output."
         )
 
 
 def refuse_nested(config: TrainConfig, model: Path, folder: Path) -> None:
-    """See that a result that copies the model is not written inside of it.
+    """Check that a result that copies the model is not written inside of it.
 
     Raises:
         ValueError: It would be.
     """
     if not config.lora.rank and folder.resolve().is_relative_to(model.resolve()):
         raise ValueError(
-            f"{folder} is inside the model {model}, which the result is a copy of. Choose another "
+            f"{folder} is inside the model {model}, which the result copies. Choose another "
             "--output."
         )
 
 
-def finish(run: Run, trainer: Trainer) -> Path:
+def finish(run: TrainRun, trainer: Trainer) -> Path:
     """Save the result, the chart and the record of a run that is done.
 
     Returns:
@@ -132,7 +136,7 @@ def finish(run: Run, trainer: Trainer) -> Path:
     return result
 
 
-def _save_result(run: Run, trainer: Trainer, weights: dict[str, Tensor], result: Path) -> None:
+def _save_result(run: TrainRun, trainer: Trainer, weights: dict[str, Tensor], result: Path) -> None:
     try:
         save = save_lora if run.config.lora.rank else save_pipeline
         is_guided = run.config.objective.is_guided
@@ -146,7 +150,7 @@ def _save_result(run: Run, trainer: Trainer, weights: dict[str, Tensor], result:
         ) from error
 
 
-def _record(run: Run, trainer: Trainer, rows: list[dict[str, str]]) -> RunRecord:
+def _record(run: TrainRun, trainer: Trainer, rows: list[dict[str, str]]) -> RunRecord:
     config = run.config
     losses, validation = curve(rows, "loss"), curve(rows, "validation")
     finite = [loss for _, loss in losses if math.isfinite(loss)]
@@ -160,7 +164,7 @@ def _record(run: Run, trainer: Trainer, rows: list[dict[str, str]]) -> RunRecord
         numbers={
             "steps": trainer.step,
             "processes": run.accelerator.num_processes,
-            "clips": len(run.feed.trained_on),
+            "clips": len(run.loader.trained_on),
             "seconds": round(trainer.seconds, 2),
             "skipped": trainer.skipped,
             "last_loss": finite[-1] if finite else None,

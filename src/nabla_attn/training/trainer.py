@@ -1,4 +1,4 @@
-"""The loop of `nabla train`: a module, an objective, and nothing lost."""
+"""The loop of `nabla train`: steps, validation, checkpoints, and what happens when they fail."""
 
 import math
 import time
@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 
+from nabla_attn.distributed import stop_signals
 from nabla_attn.training.checkpoint import Checkpoints, SaveFailed, read_state, verify
-from nabla_attn.training.config import OptimConfig
-from nabla_attn.training.feed import to_device
-from nabla_attn.training.logbook import Entry, Logbook
-from nabla_attn.training.overrides import differences, to_plain
-from nabla_attn.training.setup import Run
-from nabla_attn.training.signals import stop_signals
+from nabla_attn.training.config import differences, to_plain
+from nabla_attn.training.loader import to_device
+from nabla_attn.training.metrics import MetricsLogger, StepMetrics
+from nabla_attn.training.sections import OptimConfig
+from nabla_attn.training.setup import TrainRun
 from nabla_attn.training.state import collect, restore, whole_tensor
 
 # (steps done, the transformer with the weights that would be saved) -> numbers for the log.
 Sample = Callable[[int, Any], dict[str, float]]
-Report = Callable[[Entry], None]
+OnLog = Callable[[StepMetrics], None]
 # What every checkpoint of a run says.
 _NEEDED = ("config", "processes", "skipped", "seconds", "best", "feed")
 
@@ -44,21 +44,22 @@ class Trainer:
     """Trains a run from its last checkpoint, or from the start.
 
     Args:
-        run: As `prepare` builds it.
-        folder: The run folder: `checkpoints`, `log.csv`.
-        report: Told about every logged step, on the first process.
-        sample: Generates samples; called every `watch.sample` steps on the first process.
+        run: The run, as `prepare` builds it.
+        folder: The run folder, with `checkpoints` and `log.csv`.
+        on_log: Called with the metrics of every logged step, on the first process.
+        sample: Function that generates samples, called every `watch.sample` steps on the first
+            process.
     """
 
     def __init__(
         self,
-        run: Run,
+        run: TrainRun,
         folder: Path,
         *,
-        report: Report = lambda entry: None,
+        on_log: OnLog = lambda metrics: None,
         sample: Sample | None = None,
     ) -> None:
-        self.run, self.folder, self.report, self.sample = run, folder, report, sample
+        self.run, self.folder, self.on_log, self.sample = run, folder, on_log, sample
         self.config = run.config
         policy = self.config.checkpoint
         self.checkpoints = Checkpoints(folder / "checkpoints", policy.keep, policy.best)
@@ -73,13 +74,13 @@ class Trainer:
         return bool(self.run.accelerator.is_main_process)
 
     def resume(self, *, allow_changes: bool = False) -> int:
-        """Go on from the last checkpoint, if there is one.
+        """Continue from the last checkpoint, if there is one.
 
         Args:
-            allow_changes: Accept a configuration or number of processes that changed.
+            allow_changes: Whether the configuration or number of processes may have changed.
 
         Returns:
-            Steps that are done.
+            The number of steps that are done.
 
         Raises:
             ValueError: Something changed, all of it named; or the checkpoint is damaged.
@@ -99,12 +100,12 @@ class Trainer:
         )
         if changes and not allow_changes:
             raise ValueError(
-                f"{path} was trained differently: {'; '.join(changes)}. Pass --allow-changes to go "
-                "on with the new values, or choose another --output."
+                f"{path} was trained differently: {'; '.join(changes)}. Pass --allow-changes to "
+                "continue with the new values, or choose another --output."
             )
         restore(self.run, path)
-        if not changes or state["feed"].keys() == self.run.feed.state_dict().keys():
-            self._restore_feed(state["feed"], bool(changes))
+        if not changes or state["feed"].keys() == self.run.loader.state_dict().keys():
+            self._restore_loader(state["feed"], bool(changes))
         self.step, self.skipped = state["step"], state["skipped"]
         # Checkpoints of older versions do not have it.
         self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
@@ -120,21 +121,21 @@ class Trainer:
             ValueError: Too many steps in a row had no finite loss.
             SaveFailed: The last checkpoint could not be written.
         """
-        logbook = None
+        logger = None
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            logbook = Logbook(self.folder, self.step, self.config.watch.tensorboard)
+            logger = MetricsLogger(self.folder, self.step, self.config.watch.tensorboard)
         try:
             with stop_signals() as stop:
                 while self.step < self.config.steps:
-                    self._advance(logbook)
+                    self._advance(logger)
                     if self._is_stopped(stop):
                         self._save(is_last=True)
                         raise KeyboardInterrupt
                 self._save(is_last=True)
         finally:
-            if logbook:
-                logbook.close()
+            if logger:
+                logger.close()
 
     def validate(self) -> float:
         """Mean objective over the held-out clips, with fixed noise and the averaged weights."""
@@ -145,7 +146,7 @@ class Trainer:
         module = run.module if self.config.sharding == "fsdp" else run.bare
         totals = torch.zeros(2, device=run.accelerator.device, dtype=torch.float64)
         with torch.no_grad(), run.averaged(), run.accelerator.autocast():
-            for batch, generator, weight in run.feed.validation():
+            for batch, generator, weight in run.loader.validation():
                 loss = run.objective(module, to_device(batch, run.accelerator.device), generator)[
                     "loss"
                 ]
@@ -154,7 +155,7 @@ class Trainer:
         total, count = run.accelerator.reduce(totals).tolist()
         return float(total / count)
 
-    def _advance(self, logbook: Logbook | None) -> None:
+    def _advance(self, logger: MetricsLogger | None) -> None:
         """One step with everything that follows it."""
         started = time.perf_counter()
         numbers = self._optimise()
@@ -166,7 +167,7 @@ class Trainer:
         if layers:
             numbers["density"] = sum(layers) / len(layers)
         self.measured = None
-        if self._is_due(self.config.watch.validate) and self.run.feed.held_out:
+        if self._is_due(self.config.watch.validate) and self.run.loader.held_out:
             self.measured = numbers["validation"] = self.validate()
         is_best = self.measured is not None and self.measured < self.best
         if self.measured is not None:
@@ -175,7 +176,7 @@ class Trainer:
             numbers |= self._take_sample(self.sample)
         numbers |= {"seconds": self.seconds, "skipped": float(self.skipped)}
         if self._is_due(self.config.watch.log) or "validation" in numbers:
-            self._log(logbook, Entry(self.step, self.config.steps, numbers, layers))
+            self._log(logger, StepMetrics(self.step, self.config.steps, numbers, layers))
         is_saved = self._is_due(self.config.checkpoint.every)
         if self.step < self.config.steps and (
             is_saved or (is_best and self.config.checkpoint.best)
@@ -192,7 +193,7 @@ class Trainer:
             group["lr"] = rate
         sums: dict[str, torch.Tensor] = {}
         tokens = 0
-        for turn, (batch, generator) in enumerate(run.feed.step(self.step)):
+        for turn, (batch, generator) in enumerate(run.loader.step(self.step)):
             batch = to_device(batch, run.accelerator.device)
             tokens += len(batch["latents"]) * run.tokens(batch["latents"].shape[1:])
             is_last = turn == config.accumulation - 1
@@ -211,7 +212,7 @@ class Trainer:
         numbers = dict(zip(names, means.tolist(), strict=True))
         numbers |= {"lr": rate, "norm": float(norm)}
         self._update(math.isfinite(numbers["loss"]) and math.isfinite(numbers["norm"]))
-        replicas = run.feed.replicas
+        replicas = run.loader.replicas
         return numbers | {"tokens": float(tokens * replicas)}
 
     def _update(self, is_finite: bool) -> None:
@@ -244,7 +245,7 @@ class Trainer:
             "seconds": self.seconds,
             "validation": self.measured,
             "best": self.best if math.isfinite(self.best) else None,
-            "feed": self.run.feed.state_dict(),
+            "feed": self.run.loader.state_dict(),
         }
         try:
             self.checkpoints.save(self.step, state, write)
@@ -263,13 +264,13 @@ class Trainer:
                 verify(path)
         except ValueError as error:
             before = self.checkpoints.before(path)
-            remedy = f"to go on from {before.name}" if before else "to start anew"
+            remedy = f"to continue from {before.name}" if before else "to start anew"
             raise ValueError(f"{error} Remove {path} {remedy}.") from error
         return state
 
-    def _restore_feed(self, state: dict[str, Any], has_changes: bool) -> None:
+    def _restore_loader(self, state: dict[str, Any], has_changes: bool) -> None:
         try:
-            self.run.feed.load_state_dict(state)
+            self.run.loader.load_state_dict(state)
         except ValueError:
             # With other data or another batch there is no such position; the order starts anew.
             if not has_changes:
@@ -294,7 +295,7 @@ class Trainer:
         flag = torch.tensor(float(stop.is_set()), device=self.run.accelerator.device)
         return bool(self.run.accelerator.reduce(flag).item() > 0)
 
-    def _log(self, logbook: Logbook | None, entry: Entry) -> None:
-        if logbook is not None:
-            logbook.add(entry)
-            self.report(entry)
+    def _log(self, logger: MetricsLogger | None, metrics: StepMetrics) -> None:
+        if logger is not None:
+            logger.add(metrics)
+            self.on_log(metrics)

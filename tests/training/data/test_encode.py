@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from nabla_attn.cli import app
 from nabla_attn.generation.pipeline import load_pipeline
 from nabla_attn.generation.video import write_video
-from nabla_attn.moving_shapes.dataset import WorldSource
-from nabla_attn.training.data import EncodedSet, WorldSet, collate, store
+from nabla_attn.moving_shapes.dataset import WorldSet, WorldSource
+from nabla_attn.training.data import EncodedSet, collate, store
 from nabla_attn.training.data.encode import encode
 from nabla_attn.training.data.encode_shard import EncodeRequest
 from nabla_attn.training.data.folder import FolderSource

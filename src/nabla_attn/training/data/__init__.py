@@ -1,6 +1,5 @@
 """Videos and captions, encoded once and read in batches of one size."""
 
-from nabla_attn.moving_shapes.dataset import WorldSet
 from nabla_attn.training.data.dataset import BucketSampler, EncodedSet, collate
 
-__all__ = ["BucketSampler", "EncodedSet", "WorldSet", "collate"]
+__all__ = ["BucketSampler", "EncodedSet", "collate"]

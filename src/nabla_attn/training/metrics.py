@@ -1,4 +1,4 @@
-"""The log of a run: `log.csv`, tensorboard, and what the progress bar shows."""
+"""The metrics of a run: `log.csv`, tensorboard, and the chart of its losses."""
 
 import csv
 import warnings
@@ -13,22 +13,27 @@ from nabla_attn.files import whole_file
 _NAME = "log.csv"
 
 
+Curve = list[tuple[int, float]]
+
+
 @dataclass(frozen=True)
-class Entry:
+class StepMetrics:
     """What is known after a step.
 
     Attributes:
-        step: Optimiser steps done.
-        steps: Optimiser steps in all.
-        numbers: By name: loss and its terms, lr, norm, seconds, tokens_per_second, density,
+        step: Number of optimiser steps done.
+        steps: Number of optimiser steps in all.
+        numbers: Values by name: loss and its terms, lr, norm, seconds, tokens_per_second, density,
             skipped, validation.
         layers: Density of every layer.
+        stage: Name of the stage; empty where there is only one.
     """
 
     step: int
     steps: int
     numbers: dict[str, float]
     layers: list[float] = field(default_factory=list)
+    stage: str = ""
 
     def row(self) -> dict[str, float]:
         """All numbers, flat."""
@@ -36,12 +41,12 @@ class Entry:
         return {"step": self.step} | self.numbers | layers
 
 
-class Logbook:
-    """Writes entries; nothing that fails here stops a run.
+class MetricsLogger:
+    """Writes the metrics of steps; nothing that fails here stops a run.
 
     Args:
         folder: The run folder.
-        step: Steps done; later rows of an interrupted run are cut.
+        step: Number of steps done; later rows of an interrupted run are cut.
         tensorboard: Whether to write for tensorboard as well.
     """
 
@@ -55,9 +60,9 @@ class Logbook:
         if self._path.exists():
             self._rewrite()
 
-    def add(self, entry: Entry) -> None:
-        """Write an entry."""
-        row = {name: f"{value:.8g}" for name, value in entry.row().items()}
+    def add(self, metrics: StepMetrics) -> None:
+        """Write the metrics of a step."""
+        row = {name: f"{value:.8g}" for name, value in metrics.row().items()}
         self._rows.append(row)
         try:
             self._append(row)
@@ -66,9 +71,9 @@ class Logbook:
             self._is_whole = False
             warnings.warn(f"{self._path} not written: {error.strerror}.", stacklevel=2)
         with self._without_writer_on_failure():
-            for name, number in entry.row().items():
+            for name, number in metrics.row().items():
                 if self._writer is not None:
-                    self._writer.add_scalar(name, number, entry.step)
+                    self._writer.add_scalar(name, number, metrics.step)
 
     def close(self) -> None:
         """Finish the tensorboard file."""
@@ -114,7 +119,7 @@ def read_log(folder: Path) -> list[dict[str, str]]:
     return [{key: value or "" for key, value in row.items() if key} for row in rows]
 
 
-def curve(rows: list[dict[str, str]], name: str) -> list[tuple[int, float]]:
+def curve(rows: list[dict[str, str]], name: str) -> Curve:
     """(step, value) of one column, where it was measured."""
     return [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
 
@@ -129,3 +134,43 @@ def _summary_writer(folder: Path, step: int) -> Any:
         )
         return None
     return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+def draw_losses(training: Curve, validation: Curve, path: Path) -> None:
+    """Write the chart as PNG, whole or not at all.
+
+    Args:
+        training: Steps and losses of training; drawn with their running mean.
+        validation: Steps and losses on the held-out clips.
+        path: The PNG to write.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    if training:
+        steps, losses = zip(*training, strict=True)
+        axes.plot(steps, losses, color="#b8c4d0", linewidth=0.8, label="training, each step")
+        axes.plot(steps, _running_mean(losses), color="#1b1f24", label="training, running mean")
+    if validation:
+        axes.plot(*zip(*validation, strict=True), "o-", color="#0f766e", label="validation")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    if all(loss > 0 for _, loss in [*training, *validation]):
+        axes.set_yscale("log")
+    axes.spines[["top", "right"]].set_visible(False)
+    if training or validation:
+        axes.legend(frameon=False)
+    with whole_file(path) as temporary:
+        FigureCanvasAgg(figure).print_png(str(temporary), metadata={"Software": None})
+
+
+def _running_mean(values: tuple[float, ...]) -> list[float]:
+    """Mean over a twentieth of the run up to each value."""
+    width = max(1, len(values) // 20)
+    means = []
+    for end in range(1, len(values) + 1):
+        part = values[max(0, end - width) : end]
+        means.append(sum(part) / len(part))
+    return means

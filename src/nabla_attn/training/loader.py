@@ -19,7 +19,7 @@ from nabla_attn.training.data.packs import PackSampler, pack
 Gather = Callable[[Sequence[Any], float, random.Random], dict[str, Any]]
 
 
-class Feed:
+class BatchLoader:
     """Training and validation batches of one process.
 
     Args:
@@ -128,15 +128,23 @@ class Feed:
         return batch, torch.Generator().manual_seed(rng.getrandbits(63))
 
 
-def hold_out(count: int, wanted: int) -> list[int]:
-    """Places of `wanted` of `count` clips, spread evenly; never the last clip that is left.
+def hold_out(count: int, wanted: int | None) -> list[int]:
+    """Places of the clips that are held out for validation, spread evenly.
+
+    Args:
+        count: Number of clips.
+        wanted: Number of clips to hold out; None takes a tenth, at least 1 and at most 8, and none
+            of a single clip.
 
     Raises:
         ValueError: Nothing would be left to train on.
     """
+    if wanted is None:
+        wanted = min(max(1, count // 10), 8, count - 1)
     if wanted and wanted >= count:
         raise ValueError(
-            f"data.validation holds out {wanted} clips of {count}: none is left to train on."
+            f"data.validation holds out {wanted} clips of {count}: none is left to train on. Hold "
+            "out fewer."
         )
     return [place * count // wanted for place in range(wanted)]
 
