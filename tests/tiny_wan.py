@@ -43,7 +43,7 @@ def _block(state, name, has_image):
 
 
 CHANNELS = {"t2v": 16, "i2v": 36, "flf2v": 36, "vace": 16}
-CHANNELS |= {"t2v-2.2": 16, "i2v-2.2": 36, "ti2v-2.2": 48}
+CHANNELS |= {"t2v-2.2": 16, "i2v-2.2": 36, "vace-2.2": 16, "ti2v-2.2": 48}
 
 
 def transformer_state(family, num_layers=1):
@@ -68,7 +68,7 @@ def transformer_state(family, num_layers=1):
         _norm(state, "img_emb.proj.4", WIDTH)
     if family == "flf2v":
         state["img_emb.emb_pos"] = torch.randn(1, 10, IMAGE) * 0.1
-    if family == "vace":
+    if family.startswith("vace"):
         _vace(state)
     return state
 
@@ -198,9 +198,9 @@ def write_transformer(folder, family, num_layers=1, num_shards=1, **config):
     """One transformer with its config.json, split into shards with an index if asked."""
     folder.mkdir(parents=True, exist_ok=True)
     state = transformer_state(family, num_layers)
-    kind = {"t2v-2.2": "t2v", "i2v-2.2": "i2v", "ti2v-2.2": "ti2v"}.get(family, family)
+    kind = family.removesuffix("-2.2")
     values = {"_class_name": "WanModel", "model_type": kind, "num_heads": 1, "text_len": 512}
-    if family == "vace":
+    if kind == "vace":
         values["vace_layers"] = [0]
     (folder / "config.json").write_text(json.dumps(values | config))
     stem = "diffusion_pytorch_model"
@@ -238,7 +238,7 @@ def write_tokenizer(folder):
 def write_checkpoint(folder, family, **options):
     """A whole original checkpoint of ``family``; the text encoder is the recorded one."""
     torch.manual_seed(7)
-    if family in ("t2v-2.2", "i2v-2.2"):
+    if family in ("t2v-2.2", "i2v-2.2", "vace-2.2"):
         for expert in ("high_noise_model", "low_noise_model"):
             write_transformer(folder / expert, family, **options)
     else:

@@ -163,3 +163,45 @@ def _fsdp_plugin(transformer: Any) -> Any:
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=list(blocks),
     )
+
+
+def split_sequence(model: Any, *, ulysses_size: int, ring_size: int = 1, plan: Any = None) -> None:
+    """Share each sequence of a diffusers transformer between the processes.
+
+    Args:
+        model: The transformer, on this process's device.
+        ulysses_size: Number of processes that share a sequence by heads.
+        ring_size: Number of processes that pass keys and values round in a ring.
+        plan: How diffusers splits the arguments of the model's forward, for models that bring no
+            plan of their own.
+
+    Raises:
+        ValueError: Heads do not split over the processes, or a ring is asked for in float32.
+    """
+    from diffusers import ContextParallelConfig
+
+    heads = model.config.num_attention_heads
+    if heads % ulysses_size:
+        raise ValueError(
+            f"{heads} heads do not split over {ulysses_size} processes. Pass an ulysses_size that "
+            "divides them."
+        )
+    if ring_size > 1:
+        if model.dtype == torch.float32:
+            raise ValueError("ring attention runs in half precision. Use --dtype bfloat16.")
+        # The pieces of a ring are joined by their log-sum-exp, which the default kernel keeps back.
+        model.set_attention_backend("_native_flash")
+    config = ContextParallelConfig(ulysses_degree=ulysses_size, ring_degree=ring_size)
+    own = getattr(model, "_cp_plan", None)
+    model.enable_parallelism(config=config, cp_plan=plan if own is None else None)
+
+
+def share_weights(model: Any, blocks: Any, device: torch.device) -> None:
+    """Share the weights of a model between the processes, block by block (torch's FSDP2)."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (num_processes(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)

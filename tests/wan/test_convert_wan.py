@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import tiny_wan
-from nabla_attn.wan import FAMILIES, load_wan_pipeline
+from nabla_attn.generation.request import ModelDefaults
+from nabla_attn.wan import WAN_FAMILIES, load_wan_pipeline
 from nabla_attn.wan.convert import convert_wan
 
 FP32 = torch.float32
@@ -20,7 +21,7 @@ def components(pipe):
     return {name: part.state_dict() for name, part in parts.items() if part is not None}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WAN_FAMILIES)
 def test_round_trip_through_plain_diffusers(tmp_path, family):
     from diffusers import DiffusionPipeline
 
@@ -40,11 +41,9 @@ def test_round_trip_through_plain_diffusers(tmp_path, family):
 
 
 def test_the_algorithm_comes_along(tmp_path):
-    from nabla_attn.wan.sparsity import stored_sparsity
-
     source = tiny_wan.write_checkpoint(tmp_path / "src", "t2v", sparse_algo="nabla-0.7")
     target = convert_wan(source, tmp_path / "dst", dtype=torch.bfloat16)
-    assert stored_sparsity(target) == "nabla-0.7"
+    assert ModelDefaults.load(target).sparse_algo == "nabla-0.7"
 
 
 def test_resumes_where_it_was_stopped(tmp_path, monkeypatch):
@@ -56,7 +55,7 @@ def test_resumes_where_it_was_stopped(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert_wan(source, target, max_shard_bytes=20_000, progress=stop)
+        convert_wan(source, target, max_shard_bytes=20_000, on_progress=stop)
     assert not (target / "model_index.json").exists()
     before = {path: path.stat().st_mtime_ns for path in target.rglob("*.safetensors")}
     torn = next(iter(sorted(target.glob("transformer/*.safetensors"))))

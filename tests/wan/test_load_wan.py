@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 
 import tiny_wan
 from nabla_attn.models.hook import STATE_NAME
-from nabla_attn.wan import FAMILIES, load_wan_pipeline, load_wan_transformer, read_layout
-from nabla_attn.wan.load import load_part
+from nabla_attn.wan import WAN_FAMILIES, load_wan_pipeline, load_wan_transformer, read_layout
+from nabla_attn.wan.parts import load_part
 
 FP32 = torch.float32
 STEM = "diffusion_pytorch_model"
@@ -19,14 +19,14 @@ def is_sparse(model):
     return STATE_NAME in model.__dict__
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WAN_FAMILIES)
 def test_every_family_loads(tmp_path, family):
     folder = tiny_wan.write_checkpoint(tmp_path / "ckpt", family)
     assert read_layout(folder).family == family
-    pipe = load_wan_pipeline(folder, FAMILIES[family][0], dtype=FP32, text_dtype=FP32)
+    pipe = load_wan_pipeline(folder, WAN_FAMILIES[family].tasks[0], dtype=FP32, text_dtype=FP32)
     assert pipe.vae.dtype == FP32
     assert next(pipe.transformer.parameters()).device.type == "cpu"
-    assert (pipe.transformer_2 is not None) == (family in ("t2v-2.2", "i2v-2.2"))
+    assert (pipe.transformer_2 is not None) == (family in ("t2v-2.2", "i2v-2.2", "vace-2.2"))
     assert not is_sparse(pipe.transformer)
 
 
@@ -224,5 +224,5 @@ def test_wan_2_2_vae_runs(tmp_path):
 def test_progress_is_told(tmp_path):
     tiny_wan.write_transformer(tmp_path, "t2v")
     seen = []
-    load_wan_transformer(tmp_path, progress=lambda *step: seen.append(step))
+    load_wan_transformer(tmp_path, on_progress=lambda *step: seen.append(step))
     assert seen[-1][1] == seen[-1][2] == len(seen)

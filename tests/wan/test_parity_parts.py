@@ -7,8 +7,8 @@ from recorded import assert_close, make_pickle, pad_text, read_golden, read_note
 
 import nabla_attn as na
 from nabla_attn.wan import load_wan_transformer
-from nabla_attn.wan.image_input import clip_processor
-from nabla_attn.wan.load import load_part
+from nabla_attn.wan.parts import load_part
+from nabla_attn.wan.reference import WanImageProcessor
 
 FP32 = torch.float32
 
@@ -85,7 +85,7 @@ def test_image_tower(tmp_path):
     tower = load_part("image encoder", path, 4, dtype=FP32)
     recorded = read_golden("clip_a")
     image = recorded["in.image"][:, 0][None]
-    process = clip_processor(tower.config.image_size)
+    process = WanImageProcessor(tower.config.image_size)
     pixels = process(image)["pixel_values"]
     both = process([image, image.flip(-1)])["pixel_values"]
     assert_close(pixels, recorded["pixels"], 5e-5)
@@ -101,6 +101,6 @@ def test_pixels_of_a_pil_image():
 
     rows = np.arange(40 * 72 * 3, dtype=np.uint8).reshape(40, 72, 3)
     tensor = torch.from_numpy(rows).permute(2, 0, 1)[None].float() / 255 * 2 - 1
-    process = clip_processor(56)
+    process = WanImageProcessor(56)
     from_pil = process(Image.fromarray(rows))["pixel_values"]
     assert_close(from_pil, process(tensor)["pixel_values"], 1e-6)

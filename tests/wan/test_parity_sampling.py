@@ -6,8 +6,8 @@ from recorded import assert_close, make_pickle, pad_text, read_golden, read_note
 
 import nabla_attn as na
 from nabla_attn.wan import load_wan_transformer
-from nabla_attn.wan.load import load_part
-from nabla_attn.wan.solvers import build_solver
+from nabla_attn.wan.parts import load_part
+from nabla_attn.wan.reference import build_solver
 
 NOTES = read_notes("sampling_a")
 CHANNELS = NOTES["channels"]

@@ -55,15 +55,14 @@ def test_two_processes(tmp_path, family, flags):
 
 
 def test_no_accelerator_to_place_processes_on(monkeypatch):
-    from nabla_attn.wan import placement as wan_placement
-    from nabla_attn.wan.command import WanPlacement
+    from nabla_attn.wan.placement import WanPlacement, check_placement
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("torch.accelerator.device_count", lambda: 0)
     with pytest.raises(ValueError, match="this machine has none"):
-        wan_placement.check(WanPlacement(ulysses_size=2), is_sparse=True)
-    wan_placement.check(WanPlacement(dit_fsdp=True, t5_fsdp=True), is_sparse=True)
+        check_placement(WanPlacement(ulysses_size=2), is_sparse=True)
+    check_placement(WanPlacement(dit_fsdp=True, t5_fsdp=True), is_sparse=True)
     with pytest.raises(ValueError, match="4 \\* 1 is not 2"):
-        wan_placement.check(WanPlacement(ulysses_size=4), is_sparse=True)
+        check_placement(WanPlacement(ulysses_size=4), is_sparse=True)
     with pytest.raises(ValueError, match="t5_cpu and t5_fsdp exclude each other"):
-        wan_placement.check(WanPlacement(t5_cpu=True, t5_fsdp=True), is_sparse=True)
+        check_placement(WanPlacement(t5_cpu=True, t5_fsdp=True), is_sparse=True)

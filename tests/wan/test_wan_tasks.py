@@ -24,6 +24,7 @@ REFERENCE = {
     "vace-14B": (50, 16.0, 5.0, 81, 16),
     "t2v-A14B": (40, 12.0, 4.0, 81, 16),
     "i2v-A14B": (40, 5.0, 3.5, 81, 16),
+    "vace-A14B": (50, 12.0, 5.0, 81, 16),
     "ti2v-5B": (50, 5.0, 5.0, 121, 24),
 }
 
@@ -94,6 +95,7 @@ CASES = [
     ("vace-1.3B", "vace", {"src_ref_images": "{image},{image}"}),
     ("t2v-A14B", "t2v-2.2", {}),
     ("i2v-A14B", "i2v-2.2", {}),
+    ("vace-A14B", "vace-2.2", {"src_ref_images": "{image}"}),
     ("ti2v-5B", "ti2v-2.2", {}),
     ("ti2v-5B", "ti2v-2.2", {"image": "{image}"}),
 ]
@@ -156,7 +158,7 @@ def test_converted_directory_gives_the_same_video(tmp_path):
 def test_prompt_extension_by_a_local_model(tmp_path):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from nabla_attn.wan.prompt_extension import check_method, extend_prompt
+    from nabla_attn.wan.prompt_extension import PromptExtension
 
     tiny_wan.write_tokenizer(tmp_path)
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -172,11 +174,11 @@ def test_prompt_extension_by_a_local_model(tmp_path):
         bos_token_id=1,
     )
     Qwen2ForCausalLM(config).save_pretrained(tmp_path)
-    directory = check_method("local_qwen", "en", str(tmp_path))
-    first = extend_prompt("cat", directory, "en", 3, "cpu")
-    assert first and first == extend_prompt("cat", directory, "en", 3, "cpu")
+    extension = PromptExtension(model=str(tmp_path), language="en")
+    first = extension.extend("cat", 3, "cpu")
+    assert first and first == extension.extend("cat", 3, "cpu")
     with pytest.raises(ValueError, match="unknown prompt_extend_target_lang 'fr'"):
-        check_method("local_qwen", "fr", str(tmp_path))
+        PromptExtension(model=str(tmp_path), language="fr").extend("cat", 3, "cpu")
 
 
 def test_docs_name_every_flag_and_default():

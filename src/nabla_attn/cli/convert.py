@@ -1,4 +1,4 @@
-"""``nabla convert``: an original Wan checkpoint to a diffusers directory."""
+"""`nabla convert`: an original Wan checkpoint to a diffusers directory."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,9 +7,9 @@ import typer
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="Checkpoint in the original Wan layout.")],
+    source: Annotated[Path, typer.Argument(help="The checkpoint in the original Wan layout.")],
     target: Annotated[
-        Path, typer.Argument(help="Directory to make; an earlier run is gone on with.")
+        Path, typer.Argument(help="The directory to make; a stopped run continues in it.")
     ],
     dtype: Annotated[
         str, typer.Option(help="stored, float32, bfloat16 or float16; the VAE stays as stored.")
@@ -17,13 +17,13 @@ def convert(
 ) -> None:
     """Write an original Wan checkpoint as a diffusers directory: streamed, resumable, verified."""
     from nabla_attn.cli.options import quiet_libraries
-    from nabla_attn.cli.wan_options import loading_bar
+    from nabla_attn.cli.progress import loading_bars
     from nabla_attn.generation.pipeline import DTYPES
     from nabla_attn.wan.convert import convert_wan
 
     if dtype != "stored" and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}. Known: stored, {', '.join(DTYPES)}.")
     quiet_libraries()
-    with loading_bar() as progress:
-        convert_wan(source, target, dtype=DTYPES.get(dtype), progress=progress)
+    with loading_bars() as on_progress:
+        convert_wan(source, target, dtype=DTYPES.get(dtype), on_progress=on_progress)
     typer.echo(f"{target}: written and compared with {source}, tensor by tensor.")

@@ -157,8 +157,7 @@ def _shared_pipeline(
     """The pipeline; under torchrun, one whose transformers share each video between processes."""
     from nabla_attn import distributed
     from nabla_attn.generation.pipeline import resolve_device
-    from nabla_attn.wan import placement as wan_placement
-    from nabla_attn.wan.command import WanPlacement
+    from nabla_attn.wan.placement import WanPlacement, check_placement, distribute
 
     processes = distributed.num_processes()
     if processes == 1:
@@ -178,10 +177,10 @@ def _shared_pipeline(
     if has_maps:
         raise ValueError("maps are recorded in one process, which has all heads. Drop torchrun.")
     placement = WanPlacement(ulysses_size=processes)
-    wan_placement.check(placement, is_sparse=not request.is_dense)
+    check_placement(placement, is_sparse=not request.is_dense)
     pipeline = options.load(str(place))
     try:
-        wan_placement.distribute(pipeline, placement, place)
+        distribute(pipeline, placement, place)
         yield pipeline
     finally:
         if dist.is_initialized():

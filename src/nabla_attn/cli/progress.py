@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.progress import TaskID
+
     from nabla_attn.progress import ProgressCallback
 
 STAGES = {"warm-up": "warming up", "text": "reading the prompt", "decode": "decoding"}
@@ -54,6 +56,24 @@ def generation_bars(*, in_logs: bool = False) -> Iterator[Callable[[str], "Progr
             return show
 
         yield start
+
+
+@contextmanager
+def loading_bars() -> Iterator["ProgressCallback"]:
+    """Yield the progress callback of bars on stderr, one a stage, for loading or converting."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, "TaskID"] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield show
 
 
 def _describe_steps(done: int, total: int, seconds: float) -> str:

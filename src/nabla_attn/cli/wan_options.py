@@ -1,17 +1,9 @@
-"""The flags of the reference's generate.py, then ours."""
+"""The flags of `nabla wan`: first those of the reference's generate.py, then ours."""
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from nabla_attn.progress import ProgressCallback
-    from nabla_attn.wan.request import WanRequest
 
 THEIRS, OURS = "The reference's flags", "Flags of nabla-attn"
 BY_TASK = "by task"
@@ -26,19 +18,17 @@ Prompt = Annotated[str | None, _flag("prompt", "What the video shows.")]
 Task = Annotated[
     str, _flag("task", "t2v-14B, t2v-1.3B, t2i-14B, i2v-14B, flf2v-14B, vace-14B, ...")
 ]
-Size = Annotated[str, _flag("size", "WIDTH*HEIGHT; with an image its area.")]
+Size = Annotated[str, _flag("size", "WIDTH*HEIGHT; with an image, its area.")]
 FrameNum = Annotated[int | None, _flag("frame_num", "Frames, 4n+1.", show_default=BY_TASK)]
 OffloadModel = Annotated[
     str | None,
-    _flag("offload_model", "True: keep on the GPU only the part at work.", show_default="one GPU"),
+    _flag("offload_model", "True keeps only the part at work on the GPU.", show_default="one GPU"),
 ]
-UlyssesSize = Annotated[int, _flag("ulysses_size", "Processes sharing a sequence, head-wise.")]
-RingSize = Annotated[
-    int, _flag("ring_size", "Processes sharing a sequence, ring-wise; dense only.")
-]
-T5Fsdp = Annotated[bool, _flag("t5_fsdp", "Shard the text encoder over the processes.")]
+UlyssesSize = Annotated[int, _flag("ulysses_size", "Processes to a sequence, head-wise.")]
+RingSize = Annotated[int, _flag("ring_size", "Processes to a sequence, ring-wise; dense only.")]
+T5Fsdp = Annotated[bool, _flag("t5_fsdp", "Share the text encoder between processes.")]
 T5Cpu = Annotated[bool, _flag("t5_cpu", "Run the text encoder on the CPU.")]
-DitFsdp = Annotated[bool, _flag("dit_fsdp", "Shard the transformer over the processes.")]
+DitFsdp = Annotated[bool, _flag("dit_fsdp", "Share the transformer between processes.")]
 SaveFile = Annotated[
     Path | None, _flag("save_file", "The mp4, or png for t2i.", show_default="from the prompt")
 ]
@@ -60,15 +50,15 @@ Image = Annotated[str | None, _flag("image", "[i2v, ti2v] The first frame.")]
 FirstFrame = Annotated[str | None, _flag("first_frame", "[flf2v] The first frame.")]
 LastFrame = Annotated[str | None, _flag("last_frame", "[flf2v] The last frame.")]
 SampleSolver = Annotated[str, _flag("sample_solver", "unipc or dpm++.")]
-SampleSteps = Annotated[int | None, _flag("sample_steps", "Steps.", show_default=BY_TASK)]
+SampleSteps = Annotated[int | None, _flag("sample_steps", "Denoising steps.", show_default=BY_TASK)]
 SampleShift = Annotated[
     float | None, _flag("sample_shift", "Shift of the noise schedule.", show_default=BY_TASK)
 ]
 SampleGuideScale = Annotated[
-    float | None, _flag("sample_guide_scale", "Guidance scale.", show_default=BY_TASK)
+    float | None, _flag("sample_guide_scale", "Scale of guidance; 1 is none.", show_default=BY_TASK)
 ]
 SparseAttention = Annotated[
-    bool, _flag("sparse_attention", "Accepted; without effect, as in the reference.")
+    bool, _flag("sparse_attention", "Accepted, without effect as in the reference.")
 ]
 SparseAlgo = Annotated[
     str | None,
@@ -79,7 +69,8 @@ SparseAlgo = Annotated[
     ),
 ]
 NegativePrompt = Annotated[
-    str | None, _flag("negative_prompt", "What to steer away from.", OURS, show_default=BY_TASK)
+    str | None,
+    _flag("negative_prompt", "The text to steer away from.", OURS, show_default=BY_TASK),
 ]
 CropToBlocks = Annotated[
     bool, _flag("crop_to_blocks", "Cut the size to multiples of 128 as the reference does.", OURS)
@@ -87,60 +78,3 @@ CropToBlocks = Annotated[
 VaeTiling = Annotated[bool, _flag("vae_tiling", "Decode in tiles, with less memory.", OURS)]
 Device = Annotated[str, _flag("device", "auto, cpu, cuda, cuda:1.", OURS)]
 Dtype = Annotated[str, _flag("dtype", "auto, float32, bfloat16, float16.", OURS)]
-
-_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-
-
-def parse_bool(text: str | None) -> bool | None:
-    """``True``, ``yes``, ``1`` and their opposites, as the reference reads them.
-
-    Raises:
-        ValueError: another word.
-    """
-    if text is None:
-        return None
-    if text.lower() not in _BOOLEANS:
-        raise ValueError(f"offload_model must be True or False, got {text!r}.")
-    return _BOOLEANS[text.lower()]
-
-
-def warn_sparse_attention() -> None:
-    """Say that the flag does nothing."""
-    warnings.warn(
-        "--sparse_attention has no effect, as in the reference; the algorithm is --sparse_algo or "
-        "the checkpoint's own.",
-        stacklevel=2,
-    )
-
-
-def extend(
-    request: "WanRequest", method: str, model: str | None, language: str, device: str
-) -> "WanRequest":
-    """The request with its prompt rewritten by a local model."""
-    from nabla_attn.generation.pipeline import resolve_device
-    from nabla_attn.wan.prompt_extension import check_method, extend_prompt
-
-    directory = check_method(method, language, model)
-    prompt = extend_prompt(
-        request.prompt, directory, language, request.seed, resolve_device(device)
-    )
-    typer.echo(f"extended prompt: {prompt}", err=True)
-    return replace(request, prompt=prompt)
-
-
-@contextmanager
-def loading_bar() -> Iterator["ProgressCallback"]:
-    """A bar on stderr for loading or converting, part by part."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield show

@@ -1,6 +1,10 @@
-"""Generate from an original Wan checkpoint as the reference's command does."""
+"""Generate from a Wan checkpoint as the reference's command does."""
 
+import re
+import shutil
+import warnings
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -8,48 +12,25 @@ import numpy as np
 import torch
 
 from nabla_attn import distributed
+from nabla_attn.files import check_writable, whole_file
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import load_pipeline, resolve_device, resolve_dtype
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults
+from nabla_attn.generation.video import write_video
 from nabla_attn.progress import ProgressCallback, ignore_progress
 from nabla_attn.record import RunRecord
-from nabla_attn.schedule import Schedule
-from nabla_attn.wan import is_diffusers_directory, load_wan_pipeline, read_layout
-from nabla_attn.wan import placement as wan_placement
-from nabla_attn.wan.families import check_pipeline
-from nabla_attn.wan.inputs import aspect_of, read_inputs
-from nabla_attn.wan.layout import TEXT_TOKENS
-from nabla_attn.wan.request import WanRequest, video_size
-from nabla_attn.wan.solvers import build_solver
-from nabla_attn.wan.sparsity import stored_sparsity
-from nabla_attn.wan.tasks import find_task
-
-
-@dataclass(frozen=True)
-class WanPlacement:
-    """Where the parts run and how they share memory.
-
-    Attributes:
-        device: ``"auto"`` or a torch device.
-        dtype: of transformer and image encoder, a name or ``"auto"``.
-        offload_model: keep on the GPU only the part at work; None is yes on one GPU.
-        t5_cpu: run the text encoder on the CPU.
-        t5_fsdp: shard the text encoder over the processes.
-        dit_fsdp: shard the transformer over the processes.
-        ulysses_size: processes that share one sequence, head-wise.
-        ring_size: processes that share one sequence, ring-wise; dense only.
-        vae_tiling: decode in tiles, with less memory and slightly other numbers.
-    """
-
-    device: str = "auto"
-    dtype: str = "auto"
-    offload_model: bool | None = None
-    t5_cpu: bool = False
-    t5_fsdp: bool = False
-    dit_fsdp: bool = False
-    ulysses_size: int = 1
-    ring_size: int = 1
-    vae_tiling: bool = False
+from nabla_attn.wan.layout import TEXT_TOKENS, is_diffusers_directory, read_layout
+from nabla_attn.wan.pipeline import load_wan_pipeline, resize_as_reference
+from nabla_attn.wan.placement import WanPlacement, check_placement, distribute
+from nabla_attn.wan.prompt_extension import PromptExtension
+from nabla_attn.wan.request import (
+    WanRequest,
+    aspect_of,
+    fit_inputs,
+    read_inputs,
+    video_size,
+)
+from nabla_attn.wan.tasks import WanTask, family_of, find_task, width_and_height
 
 
 def chosen_sparsity(request: WanRequest) -> tuple[str, str]:
@@ -60,73 +41,154 @@ def chosen_sparsity(request: WanRequest) -> tuple[str, str]:
     """
     if request.sparse_algo is not None:
         return request.sparse_algo, "as asked for"
-    path = Path(request.ckpt_dir)
-    own = stored_sparsity(path) if is_diffusers_directory(path) else read_layout(path).sparse_algo
+    if is_diffusers_directory(request.ckpt_dir):
+        own: str | None = ModelDefaults.load(Path(request.ckpt_dir)).sparse_algo
+        own = None if own == "dense" else own
+    else:
+        own = read_layout(request.ckpt_dir).sparse_algo
     if own is not None:
         return own, "the checkpoint's own"
     return "dense", "the checkpoint names no algorithm; pass --sparse_algo nabla-0.7 for sparse"
 
 
-def _own_schedule(request: WanRequest) -> Schedule | None:
-    """The rules that a diffusers directory carries with its own algorithm."""
-    if request.sparse_algo is not None or not is_diffusers_directory(request.ckpt_dir):
-        return None
-    return ModelDefaults.load(Path(request.ckpt_dir)).schedule
+@dataclass(frozen=True)
+class WanJob:
+    """A run of the command, checked as far as can be before anything is loaded.
+
+    Attributes:
+        request: The request with every default filled in.
+        placement: Where the parts run.
+        output: The mp4 to write, or png for an image; the record lies beside it.
+        algo: The algorithm of attention.
+        source: Where that comes from, in words.
+        is_extended: Whether the prompt was rewritten.
+    """
+
+    request: WanRequest
+    placement: WanPlacement
+    output: Path
+    algo: str
+    source: str
+    is_extended: bool = False
+
+    @classmethod
+    def prepare(
+        cls,
+        request: WanRequest,
+        placement: WanPlacement,
+        output: Path | None = None,
+        extension: PromptExtension | None = None,
+    ) -> "WanJob":
+        """Check a run, name its output after the prompt unless it has a name, extend the prompt.
+
+        Raises:
+            ValueError: Flags, checkpoint, task, output or machine do not fit; the message says what
+                to do.
+        """
+        request = request.resolved()
+        task = find_task(request.task)
+        output = output or _name_after(request, placement)
+        if output.suffix.lower() != _suffix(task):
+            raise ValueError(f"{request.task} writes a {_suffix(task)} file, got {output}.")
+        check_writable(output)
+        _check_space(request, output)
+        algo, source = chosen_sparsity(request)
+        if extension is not None:
+            device = resolve_device(placement.device)
+            prompt = extension.extend(request.prompt, request.seed, device)
+            request = replace(request, prompt=prompt)
+        is_extended = extension is not None and extension.is_on
+        return cls(request, placement, output, algo, source, is_extended)
+
+    @property
+    def heading(self) -> str:
+        """What runs, for the user to see before it does."""
+        request = self.request
+        line = f"{request.task}: attention {self.algo} ({self.source}); seed {request.seed}"
+        return f"{line}\nextended prompt: {request.prompt}" if self.is_extended else line
+
+    def run(self, *, on_progress: ProgressCallback, on_load: ProgressCallback) -> str | None:
+        """Make the video and write it with its record.
+
+        Returns:
+            A summary in one line; None in processes other than the first, which write nothing.
+
+        Raises:
+            ValueError: As `generate_wan`.
+        """
+        frames, record = generate_wan(
+            self.request, self.placement, on_progress=on_progress, on_load=on_load
+        )
+        if not distributed.is_first_process():
+            return None
+        task = find_task(self.request.task)
+        if task.makes_image:
+            _write_image(frames[0], self.output)
+        else:
+            write_video(frames, self.output, task.fps)
+        path = self.output.with_suffix(".json")
+        record.save(path)
+        count, height, width, _ = frames.shape
+        kept, seconds = record.numbers["attention"]["density"], record.numbers["seconds"]["total"]
+        return (
+            f"{self.output}: {width}x{height}, {count} frames, {self.algo}, {kept:.1%} of token "
+            f"pairs kept, {seconds:.1f} s. Record: {path}"
+        )
 
 
 def generate_wan(
     request: WanRequest,
     placement: WanPlacement | None = None,
     *,
-    progress: ProgressCallback | None = None,
-    load_progress: ProgressCallback | None = None,
+    on_progress: ProgressCallback = ignore_progress,
+    on_load: ProgressCallback = ignore_progress,
 ) -> tuple[np.ndarray, RunRecord]:
     """Make the video or image of one request.
 
     Args:
-        request: what to make; defaults are filled in by task.
-        placement: where; None is one device.
-        progress: told of text, steps and decoding.
-        load_progress: told of loading.
+        request: The request; defaults are filled in by task.
+        placement: Where the parts run; None is one device.
+        on_progress: Called at text, steps and decoding.
+        on_load: Called while loading.
 
     Returns:
         The frames, uint8 [frames, height, width, 3], and the record of the run.
 
     Raises:
-        ValueError: flags, checkpoint, task or machine do not fit; the message says how to mend it.
+        ValueError: Flags, checkpoint, task or machine do not fit; the message says what to do.
     """
     placement = placement or WanPlacement()
     request = request.resolved()
     algo, source = chosen_sparsity(request)
-    wan_placement.check(placement, is_sparse=algo != "dense")
+    check_placement(placement, is_sparse=algo != "dense")
     assert request.frames is not None
     inputs = read_inputs(request.inputs, request.frames)
     device = distributed.local_device(resolve_device(placement.device))
     request = distributed.same_everywhere(request, device)
-    pipe, text_tokens = _load(request, placement, device, load_progress)
+    pipe, text_tokens = _load(request, placement, device, on_load)
     if "image" in inputs:
         pipe = _with_image(pipe)
+    video = _to_generation_request(pipe, request, algo, inputs)
     inputs |= _call_options(pipe, request, text_tokens, device)
     inputs |= _place(pipe, placement, device, request, text_tokens)
-    video = _to_generation_request(pipe, request, algo, aspect_of(inputs))
-    frames, record = generate(pipe, video, on_progress=progress or ignore_progress, inputs=inputs)
+    frames, record = generate(pipe, video, on_progress=on_progress, inputs=inputs)
     config = record.config | {"wan": request.to_dict(), "sparse_algo_source": source}
     return frames, replace(record, config=config | {"model": Path(request.ckpt_dir).name})
 
 
 def _load(
-    request: WanRequest,
-    placement: WanPlacement,
-    device: torch.device,
-    progress: ProgressCallback | None,
+    request: WanRequest, placement: WanPlacement, device: torch.device, on_load: ProgressCallback
 ) -> tuple[Any, int]:
-    dtype = resolve_dtype(placement.dtype, device)
+    """The pipeline on the CPU, and the number of tokens that its prompts are padded to."""
+    from nabla_attn.wan.reference import build_solver
+
     assert request.shift is not None
     if is_diffusers_directory(request.ckpt_dir):
         pipe = load_pipeline(request.ckpt_dir, device="cpu", dtype=placement.dtype)
-        check_pipeline(request.task, type(pipe), request.ckpt_dir)
+        _check_pipeline(request, type(pipe).__name__)
         pipe.scheduler = build_solver(request.solver, request.shift)
         return pipe, TEXT_TOKENS
+    dtype = resolve_dtype(placement.dtype, device)
     pipe = load_wan_pipeline(
         request.ckpt_dir,
         request.task,
@@ -135,9 +197,18 @@ def _load(
         text_dtype=dtype,
         solver=request.solver,
         shift=request.shift,
-        **({"progress": progress} if progress else {}),
+        on_progress=on_load,
     )
     return pipe, read_layout(request.ckpt_dir).text_tokens
+
+
+def _check_pipeline(request: WanRequest, found: str) -> None:
+    wanted = family_of(request.task).pipeline
+    if found != wanted:
+        raise ValueError(
+            f"{request.ckpt_dir} is a {found}, {request.task} needs a {wanted}. Pass another task, "
+            "or the directory of a checkpoint for this one."
+        )
 
 
 def _with_image(pipe: Any) -> Any:
@@ -146,13 +217,41 @@ def _with_image(pipe: Any) -> Any:
 
     if type(pipe).__name__ != "WanPipeline":
         return pipe
-    from nabla_attn.wan.image_input import WanVideoProcessor
+    expand: Any = pipe.config.expand_timesteps
+    return resize_as_reference(WanImageToVideoPipeline(**pipe.components, expand_timesteps=expand))
 
-    image_pipe: Any = WanImageToVideoPipeline(
-        **pipe.components, expand_timesteps=pipe.config.expand_timesteps
+
+def _to_generation_request(
+    pipe: Any, request: WanRequest, algo: str, inputs: dict[str, Any]
+) -> GenerationRequest:
+    """The request as every pipeline takes it; the source video in `inputs` is made to fit."""
+    spatial = pipe.vae_scale_factor_spatial
+    unit = spatial * pipe.transformer.config.patch_size[1]
+    size = video_size(
+        request.size,
+        unit=unit,
+        latent_pixels=spatial,
+        crop=request.crop_to_blocks,
+        aspect=aspect_of(inputs),
     )
-    image_pipe.video_processor = WanVideoProcessor(vae_scale_factor=pipe.vae_scale_factor_spatial)
-    return image_pipe
+    width, height = fit_inputs(inputs, size, unit)
+    schedule = None
+    if request.sparse_algo is None and is_diffusers_directory(request.ckpt_dir):
+        schedule = ModelDefaults.load(Path(request.ckpt_dir)).schedule
+    assert request.frames is not None and request.steps is not None
+    assert request.guidance is not None and request.negative_prompt is not None
+    return GenerationRequest(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        height=height,
+        width=width,
+        frames=request.frames,
+        steps=request.steps,
+        guidance=request.guidance,
+        seed=request.seed,
+        sparse_algo=algo,
+        schedule=schedule,
+    )
 
 
 def _call_options(
@@ -164,10 +263,10 @@ def _call_options(
         # The reference draws on the run's device, so a seed gives other noise on a GPU.
         "generator": torch.Generator(device).manual_seed(request.seed),
     }
-    low = find_task(request.task).guidance_low_noise
     if pipe.config.get("boundary_ratio") is not None:
-        is_default = request.guidance == find_task(request.task).guidance
-        options["guidance_scale_2"] = low if is_default else request.guidance
+        task = find_task(request.task)
+        is_default = request.guidance == task.guidance
+        options["guidance_scale_2"] = task.guidance_low_noise if is_default else request.guidance
     return options
 
 
@@ -178,7 +277,7 @@ def _place(
     request: WanRequest,
     text_tokens: int,
 ) -> dict[str, Any]:
-    """Move the parts where they run; gives the prompt's embedding if it is made beforehand."""
+    """Move the parts to where they run; returns the prompt's embedding if it is made beforehand."""
     embedded: dict[str, Any] = {}
     if placement.vae_tiling:
         pipe.vae.enable_tiling()
@@ -192,8 +291,10 @@ def _place(
         pipe.text_encoder = None
         embedded = {"prompt": None, "negative_prompt": None}
         embedded |= {"prompt_embeds": cond.to(device), "negative_prompt_embeds": uncond.to(device)}
-    wan_placement.distribute(pipe, placement, device)
+    distribute(pipe, placement, device)
     if device.type == "cpu":
+        if placement.offload_model:
+            warnings.warn("--offload_model is ignored: there is no GPU to free.", stacklevel=3)
         return embedded
     offload = placement.offload_model
     if offload is None:
@@ -205,29 +306,34 @@ def _place(
     return embedded
 
 
-def _to_generation_request(
-    pipe: Any, request: WanRequest, algo: str, aspect: float | None
-) -> GenerationRequest:
-    patch = pipe.transformer.config.patch_size
-    spatial = pipe.vae_scale_factor_spatial
-    width, height = video_size(
-        request.size,
-        unit=spatial * patch[1],
-        latent_pixels=spatial,
-        crop=request.crop_to_blocks,
-        aspect=aspect,
-    )
-    assert request.frames is not None and request.steps is not None
-    assert request.guidance is not None and request.negative_prompt is not None
-    return GenerationRequest(
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
-        height=height,
-        width=width,
-        frames=request.frames,
-        steps=request.steps,
-        guidance=request.guidance,
-        seed=request.seed,
-        sparse_algo=algo,
-        schedule=_own_schedule(request),
-    )
+def _suffix(task: WanTask) -> str:
+    return ".png" if task.makes_image else ".mp4"
+
+
+def _name_after(request: WanRequest, placement: WanPlacement) -> Path:
+    """The reference's file name, with x for the * that shells and Windows dislike."""
+    words = re.sub(r"[^\w.-]+", "_", request.prompt)[:50].strip("._") or "video"
+    size = request.size.replace("*", "x")
+    stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
+    shares = f"{placement.ulysses_size}_{placement.ring_size}"
+    suffix = _suffix(find_task(request.task))
+    return Path(f"{request.task}_{size}_{shares}_{words}_{stamp}{suffix}")
+
+
+def _check_space(request: WanRequest, output: Path) -> None:
+    width, height = width_and_height(request.size)
+    # Half a byte a pixel is far above what the encoder writes.
+    needed = width * height * (request.frames or 1) // 2
+    free = shutil.disk_usage(output.parent).free
+    if free < needed:
+        raise ValueError(
+            f"no space for {output}: it may take {needed / 2**20:.0f} MiB, the disk has "
+            f"{free / 2**20:.0f} MiB free."
+        )
+
+
+def _write_image(frame: np.ndarray, output: Path) -> None:
+    from PIL import Image
+
+    with whole_file(output) as temporary:
+        Image.fromarray(frame).save(temporary, format="PNG")

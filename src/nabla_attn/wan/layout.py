@@ -1,4 +1,4 @@
-"""What lies in a checkpoint directory: original Wan layout, diffusers layout, or one file."""
+"""The parts that lie in a checkpoint directory of the original layout, found but not read."""
 
 import re
 from collections.abc import Iterator
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nabla_attn.wan.kinds import transformer_family
-from nabla_attn.wan.rules import strip_prefix
-from nabla_attn.wan.tensor_files import TensorFile, open_tensor_file, read_config
+from nabla_attn.wan import names
+from nabla_attn.wan.parts import PartPlan, describe, plan_part
+from nabla_attn.wan.tasks import WAN_FAMILIES, WanFamily
+from nabla_attn.wan.tensor_files import open_tensor_file, read_config, shown
 
 STEM = "diffusion_pytorch_model"
 INDEX = f"{STEM}.safetensors.index.json"
@@ -20,20 +21,51 @@ CLIP_STEM = "models_clip_open-clip-xlm-roberta-large-vit-huge-14"
 TOKENIZER = "google/umt5-xxl"
 EXPERTS = ("high_noise_model", "low_noise_model")  # Wan 2.2 A14B
 TEXT_TOKENS = 512
+MAX_SHARDS = 1000
+# What config.json may say: type, least and largest value.
+CONFIG_NUMBERS = {"num_heads": (int, 1, 1024), "text_len": (int, 1, 4096), "eps": (float, 1e-12, 1)}
 
 
 @dataclass(frozen=True)
 class TransformerFiles:
-    """The weight files of one transformer, found and named but not read."""
+    """The weight files of one transformer and its config.json."""
 
     paths: tuple[Path, ...]
     config: dict[str, Any]
 
     @contextmanager
-    def open(self) -> Iterator[list[TensorFile]]:
-        """Open every file; they close together."""
+    def open(self) -> Iterator[PartPlan]:
+        """Open and check every file; they close together."""
         with ExitStack() as stack:
-            yield [stack.enter_context(open_tensor_file(path)) for path in self.paths]
+            files = [stack.enter_context(open_tensor_file(path)) for path in self.paths]
+            yield plan_part("transformer", files, self.config)
+
+    def inputs(self) -> tuple[int, int, bool, bool, bool]:
+        """What tells families apart, from the headers alone.
+
+        Returns:
+            Width and input channels, then whether there are image tokens, positions of two image
+            tokens, and VACE blocks.
+
+        Raises:
+            ValueError: The files hold no Wan transformer.
+        """
+        with ExitStack() as stack:
+            files = [stack.enter_context(open_tensor_file(path)) for path in self.paths]
+            infos = {
+                names.strip_prefix(n): info for file in files for n, info in file.infos.items()
+            }
+        patch = infos.get("patch_embedding.weight")
+        if patch is None or len(patch.shape) != 5:
+            where = ", ".join(map(str, self.paths))
+            raise ValueError(f"{where}: expected a Wan transformer, found {describe(infos)}.")
+        return (
+            patch.shape[0],
+            patch.shape[1],
+            any(name.startswith("img_emb.") for name in infos),
+            "img_emb.emb_pos" in infos,
+            any(name.startswith("vace_blocks.") for name in infos),
+        )
 
 
 @dataclass(frozen=True)
@@ -41,11 +73,12 @@ class WanLayout:
     """An original checkpoint, part by part.
 
     Attributes:
-        root: its directory, or the single file.
-        transformers: one, or for Wan 2.2 A14B the high-noise and the low-noise expert.
-        vae, text_encoder, image_encoder: files, None where absent.
-        tokenizer: directory, None where absent.
-        family: a key of ``kinds.FAMILIES``, told by the keys of the weights.
+        root: Its directory, or the single file.
+        transformers: One, or for Wan 2.2 A14B the high-noise and the low-noise expert.
+        vae: The file, None where it is absent.
+        text_encoder: The file, None where it is absent.
+        image_encoder: The file, None where it is absent.
+        tokenizer: The directory, None where it is absent.
     """
 
     root: Path
@@ -54,36 +87,90 @@ class WanLayout:
     text_encoder: Path | None
     image_encoder: Path | None
     tokenizer: Path | None
-    family: str
 
     @property
     def sparse_algo(self) -> str | None:
         """The algorithm that the weights were trained for, as their config.json says."""
-        value = self.transformers[0].config.get("sparse_algo")
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"{self.root}: sparse_algo in config.json is {value!r}, not a string.")
-        return value
+        return self.transformers[0].config.get("sparse_algo")
 
     @property
     def text_tokens(self) -> int:
-        """Length that prompts are padded to."""
-        return int(self.transformers[0].config.get("text_len", TEXT_TOKENS))
+        """Number of tokens that prompts are padded to."""
+        return int(self.transformers[0].config.get("text_len") or TEXT_TOKENS)
+
+    @property
+    def family(self) -> str:
+        """A key of `tasks.WAN_FAMILIES`, told by the tensors of the transformers.
+
+        Raises:
+            ValueError: No family has such transformers, or two experts are not alike.
+        """
+        found = {files.inputs() for files in self.transformers}
+        if len(found) > 1:
+            raise ValueError(
+                f"{self.root}: {' and '.join(EXPERTS)} are transformers of different kinds. "
+                "Download the checkpoint again."
+            )
+        _, channels, has_image_tokens, has_two_images, has_vace = found.pop()
+        for name, family in WAN_FAMILIES.items():
+            if (
+                channels == family.channels
+                and len(self.transformers) == family.num_experts
+                and has_image_tokens == family.has_image_tokens
+                and has_two_images == (name == "flf2v")
+                and has_vace == (family.pipeline == "WanVACEPipeline")
+            ):
+                return name
+        raise ValueError(
+            f"{self.root}: no task is known for {len(self.transformers)} transformer(s) with "
+            f"{channels} input channels, {'with' if has_image_tokens else 'without'} image tokens "
+            f"and {'with' if has_vace else 'without'} VACE blocks. Its weights alone load with "
+            "load_wan_transformer."
+        )
+
+    @property
+    def task(self) -> str:
+        """The task that the checkpoint is for, by its family and size."""
+        return WAN_FAMILIES[self.family].task_for(self.transformers[0].inputs()[0])
+
+    def check_complete(self) -> WanFamily:
+        """Return the checkpoint's family if every part that its pipeline needs is there.
+
+        Raises:
+            ValueError: A part is missing, or belongs to another family.
+        """
+        family = WAN_FAMILIES[self.family]
+        vae_stem = VAE_STEMS[family.is_2_2_vae]
+        wanted = [(self.vae, f"{vae_stem}.pth"), (self.text_encoder, f"{T5_STEM}.pth")]
+        wanted.append((self.tokenizer, f"{TOKENIZER}/"))
+        if family.has_image_tokens:
+            wanted.append((self.image_encoder, f"{CLIP_STEM}.pth"))
+        if missing := [name for path, name in wanted if path is None]:
+            raise ValueError(
+                f"{self.root} lacks {', '.join(missing)}. Download the whole checkpoint, or use "
+                "load_wan_transformer for the transformer alone."
+            )
+        if self.vae is not None and not self.vae.name.startswith(vae_stem):
+            raise ValueError(
+                f"{self.root}: its transformer works with {vae_stem}, found {self.vae.name}."
+            )
+        return family
 
 
 def is_diffusers_directory(path: str | Path) -> bool:
-    """True if ``path`` is a diffusers pipeline directory."""
+    """Whether `path` is a diffusers pipeline directory."""
     return (Path(path) / "model_index.json").is_file()
 
 
 def read_layout(path: str | Path) -> WanLayout:
-    """Find the parts of an original Wan checkpoint; only headers are read.
+    """Find the parts of an original Wan checkpoint.
 
     Args:
-        path: a checkpoint directory, or one file with a whole transformer.
+        path: The checkpoint directory, or one file with a whole transformer.
 
     Raises:
-        ValueError: nothing is there, it is of another layout, shards are missing or extra, or an
-            index names files outside the directory.
+        ValueError: Nothing is there, it is of another layout, shards are missing or extra, an
+            index names files outside the directory, or config.json has impossible values.
     """
     root = Path(path)
     if not root.exists():
@@ -91,15 +178,13 @@ def read_layout(path: str | Path) -> WanLayout:
     if is_diffusers_directory(root):
         raise ValueError(f"{root} is a diffusers directory already; no conversion is needed.")
     folder = root.parent if root.is_file() else root
-    transformers = _find_transformers(root)
     return WanLayout(
         root=root,
-        transformers=transformers,
+        transformers=_find_transformers(root),
         vae=_find_file(folder, *VAE_STEMS),
         text_encoder=_find_file(folder, T5_STEM),
         image_encoder=_find_file(folder, CLIP_STEM),
         tokenizer=folder / TOKENIZER if (folder / TOKENIZER).is_dir() else None,
-        family=_family(transformers),
     )
 
 
@@ -113,17 +198,41 @@ def _find_file(folder: Path, *stems: str) -> Path | None:
 
 def _find_transformers(root: Path) -> tuple[TransformerFiles, ...]:
     if root.is_file():
-        config = root.with_name("config.json")
-        return (TransformerFiles((root,), read_config(config) if config.is_file() else {}),)
+        return (TransformerFiles((root,), _read_wan_config(root.with_name("config.json"))),)
     folders = [root / name for name in EXPERTS]
     if any(folder.is_dir() for folder in folders):
         return tuple(_find_shards(folder) for folder in folders)
     return (_find_shards(root),)
 
 
+def _read_wan_config(path: Path) -> dict[str, Any]:
+    """The values of a transformer's config.json, checked; empty where there is none."""
+    config = read_config(path) if path.is_file() else {}
+    for name, (kind, low, high) in CONFIG_NUMBERS.items():
+        value = config.get(name)
+        kinds = (int, float) if kind is float else kind
+        is_number = isinstance(value, kinds) and not isinstance(value, bool)
+        if value is not None and not (is_number and low <= value <= high):
+            raise ValueError(
+                f"{path}: {name} must be {kind.__name__} from {low:g} to {high:g}, got "
+                f"{shown(repr(value))}. Take the config.json that came with the weights."
+            )
+    layers = config.get("vace_layers")
+    if layers is not None and not (
+        isinstance(layers, list) and all(type(layer) is int for layer in layers)
+    ):
+        raise ValueError(
+            f"{path}: vace_layers must be a list of whole numbers, got {shown(repr(layers))}. Take "
+            "the config.json that came with the weights."
+        )
+    algo = config.get("sparse_algo")
+    if algo is not None and not isinstance(algo, str):
+        raise ValueError(f"{path}: sparse_algo must be a string, got {shown(repr(algo))}.")
+    return config
+
+
 def _find_shards(folder: Path) -> TransformerFiles:
-    config_path = folder / "config.json"
-    config = read_config(config_path) if config_path.is_file() else {}
+    config = _read_wan_config(folder / "config.json")
     found = sorted(folder.glob(f"{STEM}*.safetensors"))
     if not found:
         hint = ""
@@ -147,7 +256,8 @@ def _read_index(index: Path) -> set[str]:
     for name in weight_map.values():
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
             raise ValueError(
-                f"{index} names {name!r}; an index may only name .safetensors files beside it."
+                f"{index} names {shown(repr(name))}; an index may only name .safetensors files "
+                "beside it."
             )
         names.add(name)
     return names
@@ -156,8 +266,8 @@ def _read_index(index: Path) -> set[str]:
 def _numbered(found: list[Path]) -> set[str]:
     """The shards that names like ``-00001-of-00003`` promise; the plain name stands alone."""
     for path in found:
-        if match := re.fullmatch(rf"{STEM}-\d{{5}}-of-(\d{{5}})\.safetensors", path.name):
-            total = int(match.group(1))
+        if match := re.fullmatch(rf"{STEM}-[0-9]{{5}}-of-([0-9]{{5}})\.safetensors", path.name):
+            total = min(int(match.group(1)), MAX_SHARDS)
             return {f"{STEM}-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)}
     return {f"{STEM}.safetensors"} if len(found) > 1 else {found[0].name}
 
@@ -170,15 +280,3 @@ def _check_shards(folder: Path, found: set[str], named: set[str]) -> None:
             f"{folder} has extra weight files that do not belong to the checkpoint: "
             f"{', '.join(extra)}. Remove them."
         )
-
-
-def _family(transformers: tuple[TransformerFiles, ...]) -> str:
-    with transformers[0].open() as files:
-        names = {strip_prefix(name): info for file in files for name, info in file.infos.items()}
-    patch = names.get("patch_embedding.weight")
-    if patch is None or len(patch.shape) != 5:
-        from nabla_attn.wan.kinds import describe
-
-        where = ", ".join(str(path) for path in transformers[0].paths)
-        raise ValueError(f"{where}: expected a Wan transformer, found {describe(names)}.")
-    return transformer_family(names, patch.shape[1], len(transformers))

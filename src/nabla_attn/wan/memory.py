@@ -5,18 +5,20 @@ tenth of the card free. All for batch 1 without gradients; N = video tokens, d =
 transformer, f = width of its feed-forward layer, b = bytes of a number.
 
 - weights: exactly the parameters of the released shapes;
-- activations of the transformer: ``N d (max(12.4 + 4.45 b, 4 b + 2 b f/d) + 8 / heads)``: float32
+- activations of the transformer: `N d (max(12.4 + 4.45 b, 4 b + 2 b f/d) + 8 / heads)`: float32
   norms, q, k, v and tokens in the attention half; two copies of the inner layer in the feed-forward
-  half; the rotary tables last. VACE keeps ``N d b`` more for each layer of its branch;
-- sparse attention adds ``4 N d b`` (q, k, v and output in block order) and its map:
-  ``9 heads (N/64)^2`` bytes (a mask and two index tables) and half a GiB of scratch;
-- VAE in float32: ``51 B W H 4`` and the video, B = 96 its base width; Wan 2.2:
-  ``85.3 B (W/2) (H/2) 4`` and the video, B = 256; tiled: 4.7 videos and one tile of 256 x 256.
+  half; the rotary tables last. VACE keeps `N d b` more for each layer of its branch;
+- sparse attention adds `4 N d b` (q, k, v and output in block order) and its map:
+  `9 heads (N/64)^2` bytes (a mask and two index tables) and half a GiB of scratch;
+- VAE in float32: `51 B W H 4` and the video, B = 96 its base width; Wan 2.2:
+  `85.3 B (W/2) (H/2) 4` and the video, B = 256; tiled: 4.7 videos and one tile of 256 x 256.
 """
 
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
+
+from nabla_attn.wan.tasks import TASKS, find_task, width_and_height
 
 BLOCK_TOKENS = 64
 MAP_SCRATCH = 2**29
@@ -28,18 +30,18 @@ TILE = 256
 
 @dataclass(frozen=True)
 class WanModel:
-    """Shapes of a released model (Wan2.1 and Wan2.2 ``wan/configs``).
+    """Shapes of a released model (Wan2.1 and Wan2.2 `wan/configs`).
 
     Attributes:
-        width: d.
-        ffn: f.
-        heads: attention heads.
-        layers: transformer blocks.
-        channels: input channels of the transformer.
-        has_image: cross-attention to image tokens, and the image tower.
-        vace_layers: blocks of the VACE branch.
-        experts: transformers; with offload one at a time is on the card.
-        is_2_2_vae: the VAE of TI2V-5B.
+        width: d, width of the transformer.
+        ffn: f, width of its feed-forward layer.
+        heads: Number of attention heads.
+        layers: Number of transformer blocks.
+        channels: Input channels of the transformer.
+        has_image: Whether there is cross-attention to image tokens, and the image tower.
+        vace_layers: Number of blocks of the VACE branch.
+        experts: Number of transformers; with offload one at a time is on the card.
+        is_2_2_vae: Whether the VAE is that of TI2V-5B.
     """
 
     width: int = 5120
@@ -60,13 +62,17 @@ class WanModel:
 
 SMALL = WanModel(width=1536, ffn=8960, heads=12, layers=30)
 MODELS = {
-    "T2V-1.3B": SMALL,
-    "T2V-14B": WanModel(),
-    "I2V-14B, FLF2V-14B": WanModel(channels=36, has_image=True),
-    "VACE-1.3B": replace(SMALL, vace_layers=15),
-    "VACE-14B": WanModel(vace_layers=8),
-    "T2V-A14B, I2V-A14B": WanModel(channels=36, experts=2),
-    "TI2V-5B": WanModel(width=3072, ffn=14336, heads=24, layers=30, channels=48, is_2_2_vae=True),
+    "t2v-1.3B": SMALL,
+    "t2v-14B": WanModel(),
+    "t2i-14B": WanModel(),
+    "i2v-14B": WanModel(channels=36, has_image=True),
+    "flf2v-14B": WanModel(channels=36, has_image=True),
+    "vace-1.3B": replace(SMALL, vace_layers=15),
+    "vace-14B": WanModel(vace_layers=8),
+    "t2v-A14B": WanModel(experts=2),
+    "i2v-A14B": WanModel(channels=36, experts=2),
+    "vace-A14B": WanModel(vace_layers=8, experts=2),
+    "ti2v-5B": WanModel(width=3072, ffn=14336, heads=24, layers=30, channels=48, is_2_2_vae=True),
 }
 # Parameters of umT5-xxl's encoder, the ViT-H/14 tower, and both VAEs.
 TEXT_ENCODER, IMAGE_ENCODER, VAE, VAE_2_2 = 5_680_910_336, 630_766_080, 126_892_531, 704_688_668
@@ -77,14 +83,14 @@ class WanMemory:
     """Bytes at one video size.
 
     Attributes:
-        weights: of one transformer.
-        text_encoder: weights.
-        image_encoder: weights, 0 without one.
-        activations: of the transformer, dense.
-        sparse: what sparse attention adds.
-        vae: decoding, weights included.
-        vae_tiled: the same in tiles.
-        experts: transformers.
+        weights: Weights of one transformer.
+        text_encoder: Weights of the text encoder.
+        image_encoder: Weights of the image encoder, 0 without one.
+        activations: Activations of the transformer, dense.
+        sparse: Addition of sparse attention.
+        vae: Decoding, weights included.
+        vae_tiled: Decoding in tiles, weights included.
+        experts: Number of transformers.
     """
 
     weights: int
@@ -100,9 +106,9 @@ class WanMemory:
         """The largest sum on the card at once.
 
         Args:
-            offload: only the part at work is there (``--offload_model True``).
-            tiled: the VAE decodes in tiles.
-            is_sparse: attention is sparse.
+            offload: Whether only the part at work is there (`--offload_model True`).
+            tiled: Whether the VAE decodes in tiles.
+            is_sparse: Whether attention is sparse.
         """
         transformer = self.activations + (self.sparse if is_sparse else 0)
         vae = self.vae_tiled if tiled else self.vae
@@ -113,7 +119,7 @@ class WanMemory:
 
 
 def activation_bytes(tokens: int, width: int, ffn: int, heads: int, item: int = 2) -> float:
-    """Peak of a dense transformer forward beside its weights; ``item`` bytes a number."""
+    """Peak of a dense transformer forward beside its weights; a number has `item` bytes."""
     attention = 12.4 + 4.45 * item
     feed_forward = 4 * item + 2 * item * ffn / width
     return tokens * width * (max(attention, feed_forward) + 8 / heads)
@@ -129,15 +135,28 @@ def vae_bytes(
     return inner * FLOAT32 + (4.7 if tiled else 1) * video
 
 
-def estimate(name: str, width: int, height: int, frames: int, item: int = 2) -> WanMemory:
-    """Memory of a released model at one video size; ``item`` bytes a number of the weights.
+def estimate(task: str, width: int, height: int, frames: int, item: int = 2) -> WanMemory:
+    """Memory of the released model of a task at one video size.
+
+    Args:
+        task: A key of `tasks.TASKS`.
+        width: Pixels.
+        height: Pixels.
+        frames: Number of video frames, 4n+1.
+        item: Bytes of a number of the weights.
 
     Raises:
-        ValueError: an unknown model.
+        ValueError: The task is unknown, or its model cannot take the size.
     """
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}. Known: {', '.join(MODELS)}.")
-    model = MODELS[name]
+    find_task(task)
+    model = MODELS[task]
+    if frames < 1 or frames % 4 != 1:
+        raise ValueError(f"frames must be 4n+1, got {frames}.")
+    for name, pixels in (("width", width), ("height", height)):
+        if pixels < 1 or pixels % model.pixels_per_token:
+            raise ValueError(
+                f"{name} must be a multiple of {model.pixels_per_token} for {task}, got {pixels}."
+            )
     side = model.pixels_per_token
     tokens = ((frames - 1) // 4 + 1) * (height // side) * (width // side)
     blocks = -(-tokens // BLOCK_TOKENS)
@@ -184,46 +203,68 @@ def count_parameters(model: WanModel) -> int:
     return sum(p.numel() for p in KINDS["transformer"].build(config).parameters())
 
 
-SIZES = {
-    "T2V-1.3B": ((832, 480, 81),),
-    "T2V-14B": ((832, 480, 81), (1280, 720, 81)),
-    "I2V-14B, FLF2V-14B": ((832, 480, 81), (1280, 720, 81)),
-    "VACE-1.3B": ((832, 480, 81),),
-    "VACE-14B": ((1280, 720, 81),),
-    "T2V-A14B, I2V-A14B": ((832, 480, 81), (1280, 720, 81)),
-    "TI2V-5B": ((1280, 704, 121),),
-}
+def describe_memory(task: str, size: str, frames: int | None = None) -> list[tuple[str, str]]:
+    """What a video needs on a card, as labels with GiB.
+
+    Args:
+        task: A key of `tasks.TASKS`.
+        size: WIDTH*HEIGHT.
+        frames: Number of video frames; None is the task's default.
+
+    Raises:
+        ValueError: As `estimate`.
+    """
+    width, height = width_and_height(size)
+    frames = find_task(task).frames if frames is None else frames
+    memory = estimate(task, width, height, frames)
+    low = memory.peak(offload=True, tiled=True)
+    amounts = {
+        "transformer": memory.weights,
+        "text encoder": memory.text_encoder,
+        "image encoder": memory.image_encoder,
+        "activations": memory.activations,
+        "sparse attention adds": memory.sparse,
+        "decoding": memory.vae,
+        "decoding in tiles": memory.vae_tiled,
+        "peak, all on the card": memory.peak(offload=False, tiled=False),
+        "peak with --vae_tiling": memory.peak(offload=False, tiled=True),
+        "peak with --offload_model True": memory.peak(offload=True, tiled=False),
+        "peak with both": low,
+    }
+    rows = [(label, f"{amount / GIB:.1f} GiB") for label, amount in amounts.items() if amount]
+    return [
+        ("video", f"{task} {width}x{height}, {frames} frames, weights in bfloat16"),
+        *rows,
+        ("smallest card", smallest_card(low)),
+    ]
 
 
 def memory_table() -> str:
     """The table of docs/wan.md: bfloat16 weights, GiB."""
     head = (
-        "| model | video | transformer | activations | sparse adds | VAE | tiled | "
+        "| task | video | transformer | activations | sparse adds | VAE | tiled | "
         "peak with offload | offload, tiled | all on the card, tiled | smallest card |"
     )
     rows = [head, "|" + " --- |" * head.count(" | ") + " --- |"]
-    for name, sizes in SIZES.items():
-        for size in sizes:
-            memory = estimate(name, *size)
+    for name, task in TASKS.items():
+        for width, height in map(width_and_height, task.sizes):
+            if width <= height:
+                continue
+            memory = estimate(name, width, height, task.frames)
             peaks = [
                 memory.peak(offload=True, tiled=False),
                 memory.peak(offload=True, tiled=True),
                 memory.peak(offload=False, tiled=True),
             ]
-            parts = [
-                memory.weights,
-                memory.activations,
-                memory.sparse,
-                memory.vae,
-                memory.vae_tiled,
-            ]
-            cells = [name, "{}x{}x{}".format(*size), *(f"{x / GIB:.1f}" for x in parts + peaks)]
+            parts = [memory.weights, memory.activations, memory.sparse]
+            parts += [memory.vae, memory.vae_tiled, *peaks]
+            cells = [name, f"{width}x{height}x{task.frames}", *(f"{x / GIB:.1f}" for x in parts)]
             rows.append("| " + " | ".join([*cells, smallest_card(peaks[1])]) + " |")
     return "\n".join(rows)
 
 
 def smallest_card(peak: int) -> str:
-    """The smallest of ``CARDS`` (GB) that holds ``peak`` with a tenth to spare."""
+    """The smallest of `CARDS` (GB) that holds `peak` with a tenth to spare."""
     for card in CARDS:
         if peak <= 0.9 * card * 10**9:
             return f"{card} GB"

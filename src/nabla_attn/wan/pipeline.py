@@ -1,30 +1,17 @@
 """Original Wan checkpoints as diffusers models and pipelines."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from nabla_attn.config import parse
+from nabla_attn.errors import first_line
+from nabla_attn.models import apply
 from nabla_attn.progress import ProgressCallback, ignore_progress
-from nabla_attn.wan import solvers
-from nabla_attn.wan.families import (
-    IMAGE_FAMILIES,
-    NEEDS_IMAGE_ENCODER,
-    pipeline_class,
-    pipeline_options,
-)
-from nabla_attn.wan.kinds import FAMILIES, check_task
 from nabla_attn.wan.layout import WanLayout, read_layout
-from nabla_attn.wan.load import (
-    fill,
-    load_part,
-    open_transformer,
-    vae_kind,
-)
-from nabla_attn.wan.sparsity import apply_sparsity
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from nabla_attn.wan.parts import fill, load_part, vae_kind
+from nabla_attn.wan.tasks import WanFamily, check_task
 
 
 def load_wan_transformer(
@@ -32,37 +19,37 @@ def load_wan_transformer(
     sparse_algo: str | None = None,
     *,
     dtype: torch.dtype | None = None,
-    progress: ProgressCallback = ignore_progress,
+    on_progress: ProgressCallback = ignore_progress,
 ) -> Any:
     """Load the transformer of an original Wan checkpoint as diffusers' class.
 
     Args:
-        path: directory with ``diffusion_pytorch_model*.safetensors`` and ``config.json``, or one
+        path: The directory with `diffusion_pytorch_model*.safetensors` and `config.json`, or one
             file. Of the two experts of Wan 2.2 the high-noise one is loaded.
-        sparse_algo: such as ``"nabla-0.7"`` or ``"dense"``. None: what config.json says, else
-            dense. The reference overrides the file's own value by mistake
+        sparse_algo: The algorithm, such as `"nabla-0.7"` or `"dense"`. None is the one that
+            config.json names, else dense. The reference overrides the file's own value by mistake
             (Wan2.1-NABLA text2video.py:93).
-        dtype: of the parameters; None as stored.
-        progress: called with stage, done, total.
+        dtype: Dtype of the parameters; None is the stored one.
+        on_progress: Called with stage, done, total.
 
     Returns:
-        ``WanTransformer3DModel`` or ``WanVACETransformer3DModel``, in eval mode.
+        `WanTransformer3DModel` or `WanVACETransformer3DModel`, in eval mode.
 
     Raises:
-        ValueError: the checkpoint is incomplete, mixed up or unsafe to read; the algorithm is
+        ValueError: The checkpoint is incomplete, mixed up or unsafe to read, or the algorithm is
             unknown. The message names the file.
     """
     layout = read_layout(path)
-    model = _load_transformer(layout, 0, dtype, progress)
-    apply_sparsity(model, sparse_algo if sparse_algo is not None else layout.sparse_algo)
+    model = _load_transformer(layout, 0, dtype, on_progress)
+    _apply_sparsity(model, sparse_algo if sparse_algo is not None else layout.sparse_algo)
     return model
 
 
 def _load_transformer(
-    layout: WanLayout, expert: int, dtype: torch.dtype | None, progress: ProgressCallback
+    layout: WanLayout, expert: int, dtype: torch.dtype | None, on_progress: ProgressCallback
 ) -> Any:
-    with open_transformer(layout.transformers[expert]) as plan:
-        return fill(plan, dtype, progress)
+    with layout.transformers[expert].open() as plan:
+        return fill(plan, dtype, on_progress)
 
 
 def load_wan_pipeline(
@@ -74,89 +61,80 @@ def load_wan_pipeline(
     text_dtype: torch.dtype = torch.bfloat16,
     solver: str = "unipc",
     shift: float = 5.0,
-    progress: ProgressCallback = ignore_progress,
+    on_progress: ProgressCallback = ignore_progress,
 ) -> Any:
     """Load a whole original Wan checkpoint as the diffusers pipeline of its task.
 
     Args:
-        path: checkpoint directory in the original layout. For a diffusers directory use
-            ``nabla_attn.generation.pipeline.load_pipeline``.
-        task: such as ``"t2v-14B"``; None takes the first that the checkpoint's keys allow.
-        sparse_algo: as in ``load_wan_transformer``; both experts of Wan 2.2 get it.
-        dtype: of transformer and image encoder. The reference computes in bfloat16.
-        text_dtype: of the text encoder. The VAE stays in float32 as in the reference.
-        solver: ``"unipc"`` or ``"dpm++"``.
-        shift: of the noise schedule.
-        progress: called with stage, done, total.
+        path: The checkpoint directory in the original layout. For a diffusers directory use
+            `nabla_attn.generation.pipeline.load_pipeline`.
+        task: The task to check the checkpoint against, such as `"t2v-14B"`; None checks nothing.
+        sparse_algo: The algorithm, as in `load_wan_transformer`; both experts of Wan 2.2 get it.
+        dtype: Dtype of transformer and image encoder. The reference computes in bfloat16.
+        text_dtype: Dtype of the text encoder. The VAE stays in float32 as in the reference.
+        solver: `"unipc"` or `"dpm++"`.
+        shift: Shift of the noise schedule.
+        on_progress: Called with stage, done, total.
 
     Raises:
-        ValueError: a part is missing, or the checkpoint is not for ``task``.
+        ValueError: A part is missing or damaged, or the checkpoint is not for `task`.
     """
+    from nabla_attn.wan.reference import WanImageProcessor, build_solver
+
     layout = read_layout(path)
-    if task is None:
-        task = FAMILIES[layout.family][0]
-    check_task(task, layout.family, layout.root)
-    check_parts(layout)
+    if task is not None:
+        check_task(task, layout.family, layout.root)
+    family = layout.check_complete()
     assert layout.vae is not None and layout.text_encoder is not None
     parts: dict[str, Any] = {
-        "scheduler": solvers.build_solver(solver, shift),
-        "vae": load_part(vae_kind(layout.vae), layout.vae, dtype=torch.float32, progress=progress),
+        "scheduler": build_solver(solver, shift),
         "tokenizer": load_tokenizer(layout),
-        "text_encoder": load_part(
-            "text encoder", layout.text_encoder, dtype=text_dtype, progress=progress
+        "vae": load_part(
+            vae_kind(layout.vae), layout.vae, dtype=torch.float32, on_progress=on_progress
         ),
-        "transformer": _load_transformer(layout, 0, dtype, progress),
+        "text_encoder": load_part(
+            "text encoder", layout.text_encoder, dtype=text_dtype, on_progress=on_progress
+        ),
     }
-    if len(layout.transformers) == 2:
-        parts["transformer_2"] = _load_transformer(layout, 1, dtype, progress)
-    if layout.family in NEEDS_IMAGE_ENCODER:
-        from nabla_attn.wan.image_input import clip_processor
-
+    for expert, name in enumerate(("transformer", "transformer_2")[: family.num_experts]):
+        parts[name] = _load_transformer(layout, expert, dtype, on_progress)
+    if family.has_image_tokens:
         assert layout.image_encoder is not None
-        parts["image_encoder"] = load_part(
-            "image encoder", layout.image_encoder, dtype=dtype, progress=progress
+        tower = load_part(
+            "image encoder", layout.image_encoder, dtype=dtype, on_progress=on_progress
         )
-        parts["image_processor"] = clip_processor(parts["image_encoder"].config.image_size)
-    pipe = _assemble(layout.family, parts)
-    apply_sparsity(pipe, sparse_algo if sparse_algo is not None else layout.sparse_algo)
+        parts |= {"image_encoder": tower}
+        parts |= {"image_processor": WanImageProcessor(tower.config.image_size)}
+    pipe = _assemble(family, parts)
+    _apply_sparsity(pipe, sparse_algo if sparse_algo is not None else layout.sparse_algo)
     return pipe
 
 
-def _assemble(family: str, parts: dict[str, Any]) -> Any:
-    """The pipeline of ``family`` from its loaded parts."""
-    pipe = pipeline_class(family)(**parts, **pipeline_options(family))
-    if family in IMAGE_FAMILIES:
-        from nabla_attn.wan.image_input import WanVideoProcessor
+def _assemble(family: WanFamily, parts: dict[str, Any]) -> Any:
+    pipe = family.pipeline_class()(**parts, **family.pipeline_options())
+    return resize_as_reference(pipe)
 
+
+def resize_as_reference(pipe: Any) -> Any:
+    """Give an image-to-video pipeline the reference's way to resize images; others stay."""
+    from nabla_attn.wan.reference import WanVideoProcessor
+
+    if type(pipe).__name__ == "WanImageToVideoPipeline":
         pipe.video_processor = WanVideoProcessor(vae_scale_factor=pipe.vae_scale_factor_spatial)
     return pipe
 
 
-def check_parts(layout: WanLayout) -> None:
-    """Raise ValueError unless every part that the pipeline needs is there."""
-    from nabla_attn.wan.layout import CLIP_STEM, T5_STEM, TOKENIZER, VAE_STEMS
-
-    vae_stem = VAE_STEMS[1 if layout.family == "ti2v-2.2" else 0]
-    wanted = [(layout.vae, f"{vae_stem}.pth"), (layout.text_encoder, f"{T5_STEM}.pth")]
-    wanted.append((layout.tokenizer, f"{TOKENIZER}/"))
-    if layout.family in NEEDS_IMAGE_ENCODER:
-        wanted.append((layout.image_encoder, f"{CLIP_STEM}.pth"))
-    if missing := [name for path, name in wanted if path is None]:
-        raise ValueError(
-            f"{layout.root} lacks {', '.join(missing)}. Download the whole checkpoint, or use "
-            "load_wan_transformer for the transformer alone."
-        )
-    if layout.vae is not None and not layout.vae.name.startswith(vae_stem):
-        raise ValueError(
-            f"{layout.root}: its transformer works with {vae_stem}, found {layout.vae.name}."
-        )
+def _apply_sparsity(model: Any, sparse_algo: str | None) -> None:
+    """Put an algorithm on a model or pipeline; None and `"dense"` leave it dense."""
+    if sparse_algo is not None and not parse(sparse_algo).is_dense:
+        apply(model, sparse_algo)
 
 
-def load_tokenizer(layout: WanLayout) -> "PreTrainedTokenizerBase":
-    """The tokenizer beside the weights; the network is never asked.
+def load_tokenizer(layout: WanLayout) -> Any:
+    """The tokenizer beside the weights; the network is never asked, and no code of it runs.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: It cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -164,5 +142,9 @@ def load_tokenizer(layout: WanLayout) -> "PreTrainedTokenizerBase":
         return AutoTokenizer.from_pretrained(
             layout.tokenizer, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"cannot read the tokenizer in {layout.tokenizer}: {error}.") from error
+    except Exception as error:
+        # Tokenizers meet damaged files with every kind of error.
+        raise ValueError(
+            f"cannot read the tokenizer in {layout.tokenizer}: {first_line(error)}. Download it "
+            "again."
+        ) from error

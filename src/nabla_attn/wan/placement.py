@@ -1,23 +1,54 @@
-"""Several processes at one video: FSDP by torch, Ulysses and ring by diffusers."""
+"""Where the parts of a Wan pipeline run, and how processes share them."""
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from nabla_attn.distributed import join_process_group, num_processes
+from nabla_attn import distributed
+from nabla_attn.models.table import find_row
+from nabla_attn.sizes import denoisers
 
-if TYPE_CHECKING:
-    from nabla_attn.wan.command import WanPlacement
+
+@dataclass(frozen=True)
+class WanPlacement:
+    """Where the parts run and how they share memory.
+
+    Attributes:
+        device: `"auto"` or a torch device.
+        dtype: Dtype of transformer and image encoder, a name or `"auto"`.
+        offload_model: Whether to keep only the part at work on the GPU; None is yes on one GPU.
+        t5_cpu: Whether the text encoder runs on the CPU.
+        t5_fsdp: Whether processes share the weights of the text encoder.
+        dit_fsdp: Whether processes share the weights of the transformer.
+        ulysses_size: Number of processes that share one sequence, head-wise.
+        ring_size: Number of processes that share one sequence, ring-wise; dense only.
+        vae_tiling: Whether to decode in tiles, with less memory and slightly other numbers.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    offload_model: bool | None = None
+    t5_cpu: bool = False
+    t5_fsdp: bool = False
+    dit_fsdp: bool = False
+    ulysses_size: int = 1
+    ring_size: int = 1
+    vae_tiling: bool = False
 
 
-def check(placement: "WanPlacement", *, is_sparse: bool) -> None:
-    """Refuse what these processes cannot do, before anything is loaded.
+def check_placement(placement: WanPlacement, *, is_sparse: bool) -> None:
+    """Check that the processes can do what is asked of them, before anything is loaded.
 
     Raises:
-        ValueError: sharding without processes to share with, numbers that do not multiply to the
-            processes, or ring attention with a sparse algorithm.
+        ValueError: Weights are shared without processes to share with, numbers do not multiply to
+            the processes, or ring attention meets a sparse algorithm.
     """
-    ulysses, ring, processes = placement.ulysses_size, placement.ring_size, num_processes()
+    ulysses, ring, processes = (
+        placement.ulysses_size,
+        placement.ring_size,
+        distributed.num_processes(),
+    )
     if ulysses < 1 or ring < 1:
         raise ValueError(f"ulysses_size and ring_size start at 1, got {ulysses} and {ring}.")
     if ring > 1 and is_sparse:
@@ -47,55 +78,25 @@ def check(placement: "WanPlacement", *, is_sparse: bool) -> None:
         raise ValueError("offload_model moves whole parts, dit_fsdp shards them. Pass one.")
 
 
-def distribute(pipe: Any, placement: "WanPlacement", device: torch.device) -> None:
-    """Shard the parts that were asked for over the processes.
+def distribute(pipe: Any, placement: WanPlacement, device: torch.device) -> None:
+    """Share the parts that were asked for between the processes.
 
     Raises:
-        ValueError: heads do not split over the processes.
+        ValueError: Heads do not split over the processes.
     """
-    if num_processes() == 1:
+    if distributed.num_processes() == 1:
         return
-    join_process_group(device)
-    transformers = [pipe.transformer, getattr(pipe, "transformer_2", None)]
-    for model in (model for model in transformers if model is not None):
+    distributed.join_process_group(device)
+    for model in denoisers(pipe):
         if placement.ulysses_size * placement.ring_size > 1:
-            _split_sequence(model, placement)
+            row = find_row(model)
+            distributed.split_sequence(
+                model,
+                ulysses_size=placement.ulysses_size,
+                ring_size=placement.ring_size,
+                plan=row.cp_plan(model) if row is not None and row.cp_plan else None,
+            )
         if placement.dit_fsdp:
-            _shard(model, model.blocks, device)
+            distributed.share_weights(model, model.blocks, device)
     if placement.t5_fsdp and pipe.text_encoder is not None:
-        _shard(pipe.text_encoder, pipe.text_encoder.encoder.block, device)
-
-
-def _split_sequence(model: Any, placement: "WanPlacement") -> None:
-    from diffusers import ContextParallelConfig
-
-    from nabla_attn.models.table import find_row
-
-    heads = model.config.num_attention_heads
-    if heads % placement.ulysses_size:
-        raise ValueError(
-            f"{heads} heads do not split over {placement.ulysses_size} processes. Pass an "
-            "ulysses_size that divides them."
-        )
-    if placement.ring_size > 1:
-        if model.dtype == torch.float32:
-            raise ValueError("ring attention runs in half precision. Use --dtype bfloat16.")
-        # The pieces of a ring are joined by their log-sum-exp, which the default kernel keeps back.
-        model.set_attention_backend("_native_flash")
-    config = ContextParallelConfig(
-        ulysses_degree=placement.ulysses_size, ring_degree=placement.ring_size
-    )
-    own = getattr(model, "_cp_plan", None)
-    row = find_row(model)
-    plan = row.cp_plan(model) if own is None and row is not None and row.cp_plan else None
-    model.enable_parallelism(config=config, cp_plan=plan)
-
-
-def _shard(model: Any, blocks: Any, device: torch.device) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh(device.type, (num_processes(),))
-    for block in blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        distributed.share_weights(pipe.text_encoder, pipe.text_encoder.encoder.block, device)

@@ -1,7 +1,11 @@
 """Prompt extension by a local instruct model through transformers."""
 
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from nabla_attn.errors import first_line
 
 METHODS = ("local_qwen", "dashscope")
 LANGUAGES = {"zh": "Chinese", "en": "English"}
@@ -14,55 +18,97 @@ INSTRUCTION = (
 MAX_NEW_TOKENS = 512
 
 
-def check_method(method: str, language: str, model: str | None) -> Path:
-    """The directory of the instruct model.
+@dataclass(frozen=True)
+class PromptExtension:
+    """How a prompt is rewritten before the run.
 
-    Raises:
-        ValueError: an unknown method or language, the remote service, or no such directory.
+    Attributes:
+        method: `"local_qwen"`; the reference's `"dashscope"` is refused.
+        model: The directory of an instruct model.
+        language: `"zh"` or `"en"`.
+        is_on: Whether the prompt is rewritten at all.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown prompt_extend_method {method!r}. Known: {', '.join(METHODS)}.")
-    if method == "dashscope":
-        raise ValueError(
-            "dashscope sends the prompt to a remote service and needs an account there; nothing "
-            "here touches the network. Use --prompt_extend_method local_qwen with a model on disk."
-        )
-    if language not in LANGUAGES:
-        raise ValueError(
-            f"unknown prompt_extend_target_lang {language!r}. Known: {', '.join(LANGUAGES)}."
-        )
-    if model is None or not Path(model).is_dir():
-        raise ValueError(
-            f"prompt extension needs an instruct model on disk, got {model!r}. Pass "
-            "--prompt_extend_model DIRECTORY, such as a Qwen2.5-Instruct in transformers format."
-        )
-    return Path(model)
+
+    method: str = METHODS[0]
+    model: str | None = None
+    language: str = "zh"
+    is_on: bool = True
+
+    def directory(self) -> Path:
+        """The directory of the instruct model.
+
+        Raises:
+            ValueError: The method or language is unknown, the method is the remote service, or
+                there is no such directory.
+        """
+        if self.method not in METHODS:
+            raise ValueError(
+                f"unknown prompt_extend_method {self.method!r}. Known: {', '.join(METHODS)}."
+            )
+        if self.method == "dashscope":
+            raise ValueError(
+                "dashscope sends the prompt to a remote service and needs an account there; "
+                "nothing here touches the network. Use --prompt_extend_method local_qwen with a "
+                "model on disk."
+            )
+        if self.language not in LANGUAGES:
+            raise ValueError(
+                f"unknown prompt_extend_target_lang {self.language!r}. Known: "
+                f"{', '.join(LANGUAGES)}."
+            )
+        if self.model is None or not Path(self.model).is_dir():
+            raise ValueError(
+                f"prompt extension needs an instruct model on disk, got {self.model!r}. Pass "
+                "--prompt_extend_model DIRECTORY, such as a Qwen2.5-Instruct of transformers."
+            )
+        return Path(self.model)
+
+    def extend(self, prompt: str, seed: int, device: Any) -> str:
+        """The prompt at more length, or as it is where the extension is off.
+
+        Raises:
+            ValueError: As `directory` and `extend_prompt`.
+        """
+        if self.is_on:
+            return extend_prompt(prompt, self.directory(), self.language, seed, device)
+        if self.model is not None or self.method != METHODS[0]:
+            warnings.warn(
+                "--prompt_extend_model and --prompt_extend_method are ignored without "
+                "--use_prompt_extend.",
+                stacklevel=2,
+            )
+        return prompt
 
 
 def extend_prompt(prompt: str, directory: Path, language: str, seed: int, device: Any) -> str:
-    """Rewrite ``prompt`` at more length; images are not looked at.
+    """Rewrite a prompt at more length; images are not looked at.
 
     Args:
-        prompt: the user's words.
-        directory: an instruct model in transformers format, with a chat template.
-        language: ``"zh"`` or ``"en"``.
-        seed: of the sampling.
-        device: where the model runs.
+        prompt: The user's words.
+        directory: An instruct model in transformers format, with a chat template.
+        language: `"zh"` or `"en"`.
+        seed: Seed of the sampling.
+        device: Device that the model runs on.
 
     Raises:
-        ValueError: the model cannot be read, or answers nothing.
+        ValueError: The model cannot be read or asks to run code, or it answers nothing.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    local: Any = {"local_files_only": True, "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, **local)
         model: Any = AutoModelForCausalLM.from_pretrained(
-            directory, local_files_only=True, dtype="auto", use_safetensors=True
+            directory, dtype="auto", use_safetensors=True, **local
         ).to(device)
-    except (OSError, ValueError, KeyError) as error:
+        if tokenizer.chat_template is None:
+            raise ValueError("its tokenizer has no chat template")
+    except Exception as error:
+        # Models meet damaged files with every kind of error.
         raise ValueError(
-            f"{directory} is no instruct model that transformers reads: {error}"
+            f"{directory} is no instruct model that transformers reads: {first_line(error)}. Pass "
+            "another --prompt_extend_model."
         ) from error
     messages = [
         {"role": "system", "content": INSTRUCTION.format(language=LANGUAGES[language])},

@@ -1,4 +1,8 @@
-"""Model configs read off the shapes of the weights, so that checkpoints of any size load."""
+"""Model configs read off the shapes of the weights, so that checkpoints of any size load.
+
+Names and shapes come from files that may lie: every tensor is looked up with the number of axes it
+must have, and every count of blocks is held against the tensors that are there.
+"""
 
 import math
 import re
@@ -28,84 +32,118 @@ LATENTS_STD_2_2 = (
 # fmt: on
 CLIP_HEAD_DIM = 80  # ViT-H/14: 1280 wide, 16 heads
 WAN_HEAD_DIM = 128  # every released Wan
+MAX_BLOCKS = 512  # the largest released model has 40
 
 
-def _count(infos: Infos, pattern: str) -> int:
-    """One more than the largest number that ``pattern`` captures, 0 if none."""
-    found = (re.match(pattern, name) for name in infos)
-    return max((int(match.group(1)) + 1 for match in found if match), default=0)
+def _axes(infos: Infos, name: str, count: int) -> tuple[int, ...]:
+    """The shape of a tensor that must be there with `count` axes."""
+    if name not in infos:
+        raise ValueError(f"it is without tensor {name}. Download it again.")
+    shape = infos[name].shape
+    if len(shape) != count or min(shape, default=1) < 1:
+        raise ValueError(
+            f"{name} has shape {list(shape)}, expected {count} axes of at least 1. Download it "
+            "again."
+        )
+    return shape
 
 
-def _num_heads(width: int, said: int | None, head_dim: int, remedy: str) -> int:
-    heads = said if said is not None else width // head_dim
-    is_guess_wrong = said is None and width % head_dim != 0
+def _num_blocks(infos: Infos, prefix: str, suffix: str = "") -> int:
+    """The number of blocks `prefix.0`, `prefix.1` and so on that have a tensor `suffix...`."""
+    pattern = re.compile(rf"{re.escape(prefix)}\.([0-9]+)\.{re.escape(suffix)}", re.ASCII)
+    labels = {match[1] for match in map(pattern.match, infos) if match}
+    if len(labels) > MAX_BLOCKS:
+        raise ValueError(f"it has {len(labels)} blocks {prefix}, at most {MAX_BLOCKS} are read.")
+    if strangers := sorted(labels - {str(index) for index in range(len(labels))}):
+        raise ValueError(
+            f"it has {len(labels)} blocks {prefix}, and one of them is {prefix}.{strangers[0]:.12}."
+            " They must be numbered from 0 without gaps. Download it again."
+        )
+    if not labels:
+        raise ValueError(f"it has no block {prefix}.0. Download it again.")
+    return len(labels)
+
+
+def _num_heads(width: int, given: Any, head_dim: int, remedy: str) -> int:
+    heads = given if given is not None else width // head_dim
+    is_guess_wrong = given is None and width % head_dim != 0
     if not isinstance(heads, int) or heads < 1 or width % heads or is_guess_wrong:
         raise ValueError(
-            f"{width} channels do not split into {heads} heads; weights do not say how many "
+            f"{width} channels do not split into {heads} heads; weights do not tell how many "
             f"there are. {remedy}"
         )
     return heads
 
 
 def transformer_config(infos: Infos, original: Config) -> Config:
-    """Arguments of ``WanTransformer3DModel`` or, with ``vace_layers``, of the VACE one.
+    """Arguments of `WanTransformer3DModel` or, with `vace_layers`, of the VACE one.
 
     Args:
-        infos: tensors in the original layout, without prefix.
-        original: the checkpoint's config.json; heads, eps and VACE layers come from it.
+        infos: Tensors in the original layout, without prefix.
+        original: The checkpoint's config.json; heads, eps and VACE layers come from it.
     """
-    width, in_channels, *patch = infos["patch_embedding.weight"].shape
+    width, in_channels, *patch = _axes(infos, "patch_embedding.weight", 5)
     heads = _num_heads(
         width, original.get("num_heads"), WAN_HEAD_DIM, "Put num_heads into its config.json."
     )
     has_image = "blocks.0.cross_attn.k_img.weight" in infos
+    has_norm = "blocks.0.self_attn.norm_q.weight" in infos
     config: Config = {
         "patch_size": tuple(patch),
         "num_attention_heads": heads,
         "attention_head_dim": width // heads,
         "in_channels": in_channels,
-        "out_channels": infos["head.head.weight"].shape[0] // math.prod(patch),
-        "text_dim": infos["text_embedding.0.weight"].shape[1],
-        "freq_dim": infos["time_embedding.0.weight"].shape[1],
-        "ffn_dim": infos["blocks.0.ffn.0.weight"].shape[0],
-        "num_layers": _count(infos, r"blocks\.(\d+)\."),
+        "out_channels": _axes(infos, "head.head.weight", 2)[0] // math.prod(patch),
+        "text_dim": _axes(infos, "text_embedding.0.weight", 2)[1],
+        "freq_dim": _axes(infos, "time_embedding.0.weight", 2)[1],
+        "ffn_dim": _axes(infos, "blocks.0.ffn.0.weight", 2)[0],
+        "num_layers": _num_blocks(infos, "blocks"),
         "cross_attn_norm": "blocks.0.norm3.weight" in infos,
-        "qk_norm": "rms_norm_across_heads" if "blocks.0.self_attn.norm_q.weight" in infos else None,
-        "eps": float(original.get("eps", 1e-6)),
-        "image_dim": infos["img_emb.proj.0.weight"].shape[0] if has_image else None,
+        "qk_norm": "rms_norm_across_heads" if has_norm else None,
+        "eps": float(original.get("eps") or 1e-6),
+        "image_dim": _axes(infos, "img_emb.proj.0.weight", 1)[0] if has_image else None,
         "added_kv_proj_dim": width if has_image else None,
     }
     if "img_emb.emb_pos" in infos:
-        config["pos_embed_seq_len"] = infos["img_emb.emb_pos"].shape[1]
+        config["pos_embed_seq_len"] = _axes(infos, "img_emb.emb_pos", 3)[1]
     if "vace_patch_embedding.weight" in infos:
-        config["vace_in_channels"] = infos["vace_patch_embedding.weight"].shape[1]
+        config["vace_in_channels"] = _axes(infos, "vace_patch_embedding.weight", 5)[1]
         config["vace_layers"] = _vace_layers(infos, original, config["num_layers"])
     return config
 
 
 def _vace_layers(infos: Infos, original: Config, num_layers: int) -> list[int]:
-    num_blocks = _count(infos, r"vace_blocks\.(\d+)\.")
-    layers = original.get("vace_layers") or list(range(0, num_layers, num_layers // num_blocks))
+    num_blocks = _num_blocks(infos, "vace_blocks")
+    layers = original.get("vace_layers") or list(
+        range(0, num_layers, num_layers // num_blocks or 1)
+    )
     if len(layers) != num_blocks:
         raise ValueError(
             f"config.json names {len(layers)} vace_layers, the weights have {num_blocks} VACE "
             "blocks. Take the config.json that came with the weights."
         )
-    return [int(layer) for layer in layers]
+    if layers != sorted(set(layers)) or layers[0] != 0 or layers[-1] >= num_layers:
+        raise ValueError(
+            f"vace_layers in config.json must rise from 0 to below {num_layers}, got {layers}. "
+            "Take the config.json that came with the weights."
+        )
+    return layers
 
 
 def vae_config(infos: Infos) -> Config:
-    """Arguments of ``AutoencoderKLWan`` for the Wan 2.1 VAE (flat list of blocks)."""
+    """Arguments of `AutoencoderKLWan` for the Wan 2.1 VAE, a flat list of blocks."""
     levels: list[list[int]] = [[]]
     has_time_conv = []
-    for index in range(_count(infos, r"encoder\.downsamples\.(\d+)\.")):
+    for index in range(_num_blocks(infos, "encoder.downsamples")):
         block = f"encoder.downsamples.{index}"
         if f"{block}.resample.1.weight" in infos:
             has_time_conv.append(f"{block}.time_conv.weight" in infos)
             levels.append([])
         else:
-            levels[-1].append(infos[f"{block}.residual.6.weight"].shape[0])
-    base, in_channels = infos["encoder.conv1.weight"].shape[:2]
+            levels[-1].append(_axes(infos, f"{block}.residual.6.weight", 5)[0])
+    if not all(levels):
+        raise ValueError("its encoder has a level without blocks. Download it again.")
+    base, in_channels = _axes(infos, "encoder.conv1.weight", 5)[:2]
     return {
         "base_dim": base,
         "z_dim": _latent_channels(infos, 16),
@@ -114,20 +152,20 @@ def vae_config(infos: Infos) -> Config:
         "attn_scales": [],
         "temperal_downsample": has_time_conv,
         "in_channels": in_channels,
-        "out_channels": infos["decoder.head.2.weight"].shape[0],
+        "out_channels": _axes(infos, "decoder.head.2.weight", 5)[0],
         "scale_factor_temporal": 2 ** sum(has_time_conv),
         "scale_factor_spatial": 2 ** len(has_time_conv),
     }
 
 
 def vae_2_2_config(infos: Infos) -> Config:
-    """Arguments of ``AutoencoderKLWan`` for the Wan 2.2 VAE (nested residual levels)."""
-    base, in_channels = infos["encoder.conv1.weight"].shape[:2]
-    num_levels = _count(infos, r"encoder\.downsamples\.(\d+)\.")
+    """Arguments of `AutoencoderKLWan` for the Wan 2.2 VAE, nested residual levels."""
+    base, in_channels = _axes(infos, "encoder.conv1.weight", 5)[:2]
+    num_levels = _num_blocks(infos, "encoder.downsamples")
     level = "encoder.downsamples.{}.downsamples.{}"
-    num_res_blocks = _count(infos, r"encoder\.downsamples\.0\.downsamples\.(\d+)\.residual")
+    num_res_blocks = _num_blocks(infos, "encoder.downsamples.0.downsamples", "residual")
     widths = [
-        infos[f"{level.format(i, num_res_blocks - 1)}.residual.6.weight"].shape[0]
+        _axes(infos, f"{level.format(i, num_res_blocks - 1)}.residual.6.weight", 5)[0]
         for i in range(num_levels)
     ]
     has_time_conv = [
@@ -137,7 +175,7 @@ def vae_2_2_config(infos: Infos) -> Config:
     patch = math.isqrt(in_channels // 3)
     return {
         "base_dim": base,
-        "decoder_base_dim": infos["decoder.conv1.weight"].shape[0] // (widths[-1] // base),
+        "decoder_base_dim": _axes(infos, "decoder.conv1.weight", 5)[0] // (widths[-1] // base),
         "z_dim": _latent_channels(infos, 48),
         "dim_mult": [width // base for width in widths],
         "num_res_blocks": num_res_blocks,
@@ -147,7 +185,7 @@ def vae_2_2_config(infos: Infos) -> Config:
         "latents_std": list(LATENTS_STD_2_2),
         "is_residual": True,
         "in_channels": in_channels,
-        "out_channels": infos["decoder.head.2.weight"].shape[0],
+        "out_channels": _axes(infos, "decoder.head.2.weight", 5)[0],
         "patch_size": patch,
         "scale_factor_temporal": 2 ** sum(has_time_conv),
         "scale_factor_spatial": 2 ** (num_levels - 1) * patch,
@@ -155,7 +193,7 @@ def vae_2_2_config(infos: Infos) -> Config:
 
 
 def _latent_channels(infos: Infos, expected: int) -> int:
-    channels = infos["conv2.weight"].shape[0]
+    channels = _axes(infos, "conv2.weight", 5)[0]
     if channels != expected:
         raise ValueError(
             f"this VAE has {channels} latent channels; mean and spread of the latents are "
@@ -165,15 +203,15 @@ def _latent_channels(infos: Infos, expected: int) -> int:
 
 
 def t5_config(infos: Infos) -> Config:
-    """Arguments of ``UMT5Config``."""
-    vocab, width = infos["token_embedding.weight"].shape
-    buckets, heads = infos["blocks.0.pos_embedding.embedding.weight"].shape
+    """Arguments of `UMT5Config`."""
+    vocab, width = _axes(infos, "token_embedding.weight", 2)
+    buckets, heads = _axes(infos, "blocks.0.pos_embedding.embedding.weight", 2)
     return {
         "vocab_size": vocab,
         "d_model": width,
-        "d_kv": infos["blocks.0.attn.q.weight"].shape[0] // heads,
-        "d_ff": infos["blocks.0.ffn.fc1.weight"].shape[0],
-        "num_layers": _count(infos, r"blocks\.(\d+)\."),
+        "d_kv": _axes(infos, "blocks.0.attn.q.weight", 2)[0] // heads,
+        "d_ff": _axes(infos, "blocks.0.ffn.fc1.weight", 2)[0],
+        "num_layers": _num_blocks(infos, "blocks"),
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,
         "relative_attention_max_distance": 128,
@@ -183,13 +221,13 @@ def t5_config(infos: Infos) -> Config:
 
 
 def clip_config(infos: Infos, num_heads: int | None = None) -> Config:
-    """Arguments of ``CLIPVisionConfig``; ``num_heads`` if heads are not 80 wide."""
-    width, _, patch, _ = infos["visual.patch_embedding.weight"].shape
-    tokens = infos["visual.pos_embedding"].shape[1] - 1
+    """Arguments of `CLIPVisionConfig`; `num_heads` is needed where heads are not 80 wide."""
+    width, _, patch, _ = _axes(infos, "visual.patch_embedding.weight", 4)
+    tokens = _axes(infos, "visual.pos_embedding", 3)[1] - 1
     return {
         "hidden_size": width,
-        "intermediate_size": infos["visual.transformer.0.mlp.0.weight"].shape[0],
-        "num_hidden_layers": _count(infos, r"visual\.transformer\.(\d+)\."),
+        "intermediate_size": _axes(infos, "visual.transformer.0.mlp.0.weight", 2)[0],
+        "num_hidden_layers": _num_blocks(infos, "visual.transformer"),
         "num_attention_heads": _num_heads(width, num_heads, CLIP_HEAD_DIM, "Pass num_heads=."),
         "image_size": math.isqrt(tokens) * patch,
         "patch_size": patch,

@@ -38,7 +38,7 @@ MAX_JSON_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor."""
+    """Shape and dtype of one tensor, as a header has them; the dtype is None where unknown."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
@@ -57,9 +57,9 @@ class TensorFile:
     """An open weight file.
 
     Attributes:
-        path: where it lies.
-        infos: tensor name to shape and dtype, from the header alone.
-        read: gives one tensor by name, on the CPU, memory-mapped where the format allows.
+        path: The file.
+        infos: Shapes and dtypes by name, from the header alone.
+        read: Reads one tensor by name, on the CPU, memory-mapped where the format allows.
     """
 
     path: Path
@@ -69,11 +69,11 @@ class TensorFile:
 
 @contextmanager
 def open_tensor_file(path: str | Path) -> Iterator[TensorFile]:
-    """Open a ``.safetensors`` file or a pickled state dict without running code from it.
+    """Open a `.safetensors` file or a pickled state dict without running code from it.
 
     Raises:
-        ValueError: the file is missing, truncated, of another format, or is not a flat dict
-            of tensors. The message names it.
+        ValueError: The file is missing, truncated, of another format, no flat dict of tensors, or
+            claims tensors that it does not hold. The message names it.
     """
     path = Path(path)
     if not path.is_file():
@@ -99,7 +99,8 @@ def _open_safetensors(path: Path) -> Iterator[TensorFile]:
         handle = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} is not a whole safetensors file ({error}). Download it again."
+            f"{path} is not a whole safetensors file ({first_line(error)[:200]}). "
+            "Download it again."
         ) from error
     with handle:
         infos = {}
@@ -127,11 +128,40 @@ def _open_pickle(path: Path) -> TensorFile:
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise ValueError(
-                f"{path}: entry {name!r} is {type(value).__name__}, not a tensor. "
+                f"{path}: entry {shown(repr(name))} is {type(value).__name__}, not a tensor. "
                 "Save the flat state dict."
             )
+        _check_plain(path, name, value)
     infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in state.items()}
+    # Tensors that share memory could together claim far more than the file holds.
+    if (claimed := sum(info.num_bytes for info in infos.values())) > path.stat().st_size:
+        raise ValueError(
+            f"{path}: its tensors claim {claimed} bytes, and the file has {path.stat().st_size}. "
+            "Save it again without tensors that share memory."
+        )
     return TensorFile(path, infos, state.__getitem__)
+
+
+def _check_plain(path: Path, name: str, value: torch.Tensor) -> None:
+    """Refuse a tensor whose shape claims more than its storage holds, such as one of stride 0."""
+    is_plain = (
+        value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
+    if not is_plain:
+        raise ValueError(
+            f"{path}: tensor {shown(name)} of shape {list(value.shape)} is not stored as plain "
+            "numbers, each of them there. Save it again with torch.save of a contiguous copy."
+        )
+
+
+def shown(name: object) -> str:
+    """A name from a file as a message may hold it: printable and short."""
+    text = str(name)
+    text = text if text.isprintable() and text else ascii(text)
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
 
 
 def _check_zip(path: Path) -> None:
@@ -153,7 +183,7 @@ def read_config(path: Path) -> dict:
     """Read a small JSON object.
 
     Raises:
-        ValueError: missing, too large, not JSON or not an object.
+        ValueError: It is missing, too large, not JSON or not an object.
     """
     data = read_json(path, max_bytes=MAX_JSON_BYTES)
     if not isinstance(data, dict):

@@ -1,7 +1,7 @@
-"""Names of the original checkpoints and of diffusers and transformers, side by side, as data.
+"""Names of the original checkpoints beside those of diffusers and transformers, as data.
 
-Sources: Wan2.1 ``wan/modules/{t5,clip,vae}.py`` and Wan2.2 ``wan/modules/vae2_2.py`` for the left
-column; ``UMT5EncoderModel``, ``CLIPVisionModel`` and ``AutoencoderKLWan`` for the right one.
+Sources: Wan2.1 `wan/modules/{t5,clip,vae}.py` and Wan2.2 `wan/modules/vae2_2.py` for the left
+column; `UMT5EncoderModel`, `CLIPVisionModel` and `AutoencoderKLWan` for the right one.
 The transformer and the Wan 2.1 VAE use diffusers' own converters.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Rule:
-    """One row: names matching ``pattern`` become ``targets``.
+    """One row: a name that matches `pattern` becomes `targets`.
 
     Several targets share the tensor in equal pieces along its first axis; none drops it.
     """
@@ -77,7 +77,7 @@ _RESIDUAL = (
 
 
 def _residual_rows(old: str, new: str, groups: int) -> tuple[Rule, ...]:
-    """Rows of one residual block; ``groups`` capture groups come before its own."""
+    """Rows of one residual block; `groups` capture groups come before its own."""
     rows = []
     for index, name, leaf in _RESIDUAL:
         tail = rf"\{groups + 1}" if leaf.startswith("(") else leaf
@@ -114,10 +114,16 @@ VAE_2_2_RULES = (
 )
 
 Moves = dict[str, tuple[str, ...]]
+"""Old names to new ones, several where a tensor is split."""
+
+
+def strip_prefix(name: str) -> str:
+    """`name` without the prefix that single-file exports put before it."""
+    return name.removeprefix("model.diffusion_model.").removeprefix("diffusion_model.")
 
 
 def move_by_rules(names: Iterable[str], rules: tuple[Rule, ...]) -> Moves:
-    """Old name to new names by the first row that matches it whole; unmatched names stay."""
+    """New names by the first row that matches the whole old one; other names stay."""
     moves: Moves = {}
     for name in names:
         moves[name] = (name,)
@@ -130,7 +136,7 @@ def move_by_rules(names: Iterable[str], rules: tuple[Rule, ...]) -> Moves:
 
 
 def move_by_converter(names: Iterable[str], converter: Callable[[dict], dict]) -> Moves:
-    """Old name to new name by one of diffusers' converters, which rename and move nothing else.
+    """New names by one of diffusers' converters, which rename and do nothing else.
 
     Running the converter on the names themselves gives the map without any tensor.
     """
@@ -138,21 +144,14 @@ def move_by_converter(names: Iterable[str], converter: Callable[[dict], dict]) -
 
 
 def move_transformer(names: Iterable[str]) -> Moves:
-    """Names of a Wan transformer, by diffusers' converter and one row it lacks."""
+    """Names of a Wan transformer, by diffusers' converter and one row that it lacks."""
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
     # FLF2V only: positions of the two image token groups (Wan2.1 model.py, MLPProj.emb_pos).
-    extra = {"img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed"}
-    names = list(names)
-    plain = {strip_prefix(name): name for name in names}
-    moves = move_by_converter(plain.keys() - extra.keys(), convert_wan_transformer_to_diffusers)
-    moves |= {name: (extra[name],) for name in extra.keys() & plain.keys()}
-    return {plain[name]: targets for name, targets in moves.items()}
-
-
-def strip_prefix(name: str) -> str:
-    """``name`` without the prefix that single-file exports put before it."""
-    return name.removeprefix("model.diffusion_model.").removeprefix("diffusion_model.")
+    extra = {"img_emb.emb_pos": ("condition_embedder.image_embedder.pos_embed",)}
+    names = set(names)
+    moves = move_by_converter(names - extra.keys(), convert_wan_transformer_to_diffusers)
+    return moves | {name: extra[name] for name in extra.keys() & names}
 
 
 def move_vae(names: Iterable[str]) -> Moves:
