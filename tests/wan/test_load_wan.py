@@ -226,3 +226,10 @@ def test_progress_is_told(tmp_path):
     seen = []
     load_wan_transformer(tmp_path, on_progress=lambda *step: seen.append(step))
     assert seen[-1][1] == seen[-1][2] == len(seen)
+
+
+def test_every_public_name_of_the_package_is_there():
+    import nabla_attn as na
+
+    assert na.load_wan_transformer is load_wan_transformer
+    assert all(getattr(na, name) is not None for name in na.__all__)

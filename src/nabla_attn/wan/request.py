@@ -252,7 +252,7 @@ def fit_inputs(inputs: dict[str, Any], size: tuple[int, int], unit: int) -> tupl
     last, video = inputs.get("last_image"), inputs.get("video")
     if last is not None and abs(last.height / last.width / (aspect_of(inputs) or 1) - 1) > 0.01:
         warnings.warn(
-            f"--last_frame has {last.width}x{last.height} pixels, another shape than --first_frame; "
+            f"--last_frame has {last.width}x{last.height} pixels, not the shape of --first_frame; "
             f"it is squeezed to {size[0]}x{size[1]}.",
             stacklevel=3,
         )
