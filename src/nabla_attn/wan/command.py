@@ -16,10 +16,11 @@ from nabla_attn.files import check_writable, whole_file
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import load_pipeline, resolve_device, resolve_dtype
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults
+from nabla_attn.generation.text import watch_texts
 from nabla_attn.generation.video import write_video
 from nabla_attn.progress import ProgressCallback, ignore_progress
 from nabla_attn.record import RunRecord
-from nabla_attn.wan.layout import TEXT_TOKENS, is_diffusers_directory, read_layout
+from nabla_attn.wan.layout import is_diffusers_directory, read_layout
 from nabla_attn.wan.pipeline import load_wan_pipeline, resize_as_reference
 from nabla_attn.wan.placement import WanPlacement, check_placement, distribute
 from nabla_attn.wan.prompt_extension import PromptExtension
@@ -30,6 +31,7 @@ from nabla_attn.wan.request import (
     read_inputs,
     video_size,
 )
+from nabla_attn.wan.shapes import WanConfig
 from nabla_attn.wan.tasks import WanTask, family_of, find_task, width_and_height
 
 
@@ -45,7 +47,7 @@ def chosen_sparsity(request: WanRequest) -> tuple[str, str]:
         own: str | None = ModelDefaults.load(Path(request.ckpt_dir)).sparse_algo
         own = None if own == "dense" else own
     else:
-        own = read_layout(request.ckpt_dir).sparse_algo
+        own = read_layout(request.ckpt_dir).config.sparse_algo
     if own is not None:
         return own, "the checkpoint's own"
     return "dense", "the checkpoint names no algorithm; pass --sparse_algo nabla-0.7 for sparse"
@@ -170,7 +172,7 @@ def generate_wan(
         pipe = _with_image(pipe)
     video = _to_generation_request(pipe, request, algo, inputs)
     inputs |= _call_options(pipe, request, text_tokens, device)
-    inputs |= _place(pipe, placement, device, request, text_tokens)
+    inputs |= _place(pipe, placement, device, video, text_tokens)
     frames, record = generate(pipe, video, on_progress=on_progress, inputs=inputs)
     config = record.config | {"wan": request.to_dict(), "sparse_algo_source": source}
     return frames, replace(record, config=config | {"model": Path(request.ckpt_dir).name})
@@ -187,7 +189,7 @@ def _load(
         pipe = load_pipeline(request.ckpt_dir, device="cpu", dtype=placement.dtype)
         _check_pipeline(request, type(pipe).__name__)
         pipe.scheduler = build_solver(request.solver, request.shift)
-        return pipe, TEXT_TOKENS
+        return pipe, WanConfig.text_len
     dtype = resolve_dtype(placement.dtype, device)
     pipe = load_wan_pipeline(
         request.ckpt_dir,
@@ -199,7 +201,7 @@ def _load(
         shift=request.shift,
         on_progress=on_load,
     )
-    return pipe, read_layout(request.ckpt_dir).text_tokens
+    return pipe, read_layout(request.ckpt_dir).config.text_len
 
 
 def _check_pipeline(request: WanRequest, found: str) -> None:
@@ -274,7 +276,7 @@ def _place(
     pipe: Any,
     placement: WanPlacement,
     device: torch.device,
-    request: WanRequest,
+    video: GenerationRequest,
     text_tokens: int,
 ) -> dict[str, Any]:
     """Move the parts to where they run; returns the prompt's embedding if it is made beforehand."""
@@ -282,19 +284,18 @@ def _place(
     if placement.vae_tiling:
         pipe.vae.enable_tiling()
     if placement.t5_cpu and device.type != "cpu":
-        cond, uncond = pipe.encode_prompt(
-            request.prompt,
-            request.negative_prompt,
-            max_sequence_length=text_tokens,
-            device=torch.device("cpu"),
-        )
+        cpu = torch.device("cpu")
+        with watch_texts(pipe, video):
+            cond, uncond = pipe.encode_prompt(
+                video.prompt, video.negative_prompt, max_sequence_length=text_tokens, device=cpu
+            )
         pipe.text_encoder = None
         embedded = {"prompt": None, "negative_prompt": None}
         embedded |= {"prompt_embeds": cond.to(device), "negative_prompt_embeds": uncond.to(device)}
     distribute(pipe, placement, device)
     if device.type == "cpu":
         if placement.offload_model:
-            warnings.warn("--offload_model is ignored: there is no GPU to free.", stacklevel=3)
+            warnings.warn("--offload_model is ignored: there is no GPU to free.", stacklevel=2)
         return embedded
     offload = placement.offload_model
     if offload is None:

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nabla_attn.wan import names
 from nabla_attn.wan.parts import PartPlan, describe, plan_part
+from nabla_attn.wan.shapes import WanConfig
 from nabla_attn.wan.tasks import WAN_FAMILIES, WanFamily
 from nabla_attn.wan.tensor_files import open_tensor_file, read_config, shown
 
@@ -20,10 +20,7 @@ T5_STEM = "models_t5_umt5-xxl-enc-bf16"
 CLIP_STEM = "models_clip_open-clip-xlm-roberta-large-vit-huge-14"
 TOKENIZER = "google/umt5-xxl"
 EXPERTS = ("high_noise_model", "low_noise_model")  # Wan 2.2 A14B
-TEXT_TOKENS = 512
 MAX_SHARDS = 1000
-# What config.json may say: type, least and largest value.
-CONFIG_NUMBERS = {"num_heads": (int, 1, 1024), "text_len": (int, 1, 4096), "eps": (float, 1e-12, 1)}
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class TransformerFiles:
     """The weight files of one transformer and its config.json."""
 
     paths: tuple[Path, ...]
-    config: dict[str, Any]
+    config: WanConfig
 
     @contextmanager
     def open(self) -> Iterator[PartPlan]:
@@ -89,14 +86,9 @@ class WanLayout:
     tokenizer: Path | None
 
     @property
-    def sparse_algo(self) -> str | None:
-        """The algorithm that the weights were trained for, as their config.json says."""
-        return self.transformers[0].config.get("sparse_algo")
-
-    @property
-    def text_tokens(self) -> int:
-        """Number of tokens that prompts are padded to."""
-        return int(self.transformers[0].config.get("text_len") or TEXT_TOKENS)
+    def config(self) -> WanConfig:
+        """The config of the (first) transformer."""
+        return self.transformers[0].config
 
     @property
     def family(self) -> str:
@@ -198,41 +190,15 @@ def _find_file(folder: Path, *stems: str) -> Path | None:
 
 def _find_transformers(root: Path) -> tuple[TransformerFiles, ...]:
     if root.is_file():
-        return (TransformerFiles((root,), _read_wan_config(root.with_name("config.json"))),)
+        return (TransformerFiles((root,), WanConfig.load(root.with_name("config.json"))),)
     folders = [root / name for name in EXPERTS]
     if any(folder.is_dir() for folder in folders):
         return tuple(_find_shards(folder) for folder in folders)
     return (_find_shards(root),)
 
 
-def _read_wan_config(path: Path) -> dict[str, Any]:
-    """The values of a transformer's config.json, checked; empty where there is none."""
-    config = read_config(path) if path.is_file() else {}
-    for name, (kind, low, high) in CONFIG_NUMBERS.items():
-        value = config.get(name)
-        kinds = (int, float) if kind is float else kind
-        is_number = isinstance(value, kinds) and not isinstance(value, bool)
-        if value is not None and not (is_number and low <= value <= high):
-            raise ValueError(
-                f"{path}: {name} must be {kind.__name__} from {low:g} to {high:g}, got "
-                f"{shown(repr(value))}. Take the config.json that came with the weights."
-            )
-    layers = config.get("vace_layers")
-    if layers is not None and not (
-        isinstance(layers, list) and all(type(layer) is int for layer in layers)
-    ):
-        raise ValueError(
-            f"{path}: vace_layers must be a list of whole numbers, got {shown(repr(layers))}. Take "
-            "the config.json that came with the weights."
-        )
-    algo = config.get("sparse_algo")
-    if algo is not None and not isinstance(algo, str):
-        raise ValueError(f"{path}: sparse_algo must be a string, got {shown(repr(algo))}.")
-    return config
-
-
 def _find_shards(folder: Path) -> TransformerFiles:
-    config = _read_wan_config(folder / "config.json")
+    config = WanConfig.load(folder / "config.json")
     found = sorted(folder.glob(f"{STEM}*.safetensors"))
     if not found:
         hint = ""

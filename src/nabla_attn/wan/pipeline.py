@@ -41,7 +41,7 @@ def load_wan_transformer(
     """
     layout = read_layout(path)
     model = _load_transformer(layout, 0, dtype, on_progress)
-    _apply_sparsity(model, sparse_algo if sparse_algo is not None else layout.sparse_algo)
+    _apply_sparsity(model, sparse_algo if sparse_algo is not None else layout.config.sparse_algo)
     return model
 
 
@@ -106,7 +106,7 @@ def load_wan_pipeline(
         parts |= {"image_encoder": tower}
         parts |= {"image_processor": WanImageProcessor(tower.config.image_size)}
     pipe = _assemble(family, parts)
-    _apply_sparsity(pipe, sparse_algo if sparse_algo is not None else layout.sparse_algo)
+    _apply_sparsity(pipe, sparse_algo if sparse_algo is not None else layout.config.sparse_algo)
     return pipe
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nabla_attn.generation.request import check_text
 from nabla_attn.media import read_image, read_video
 from nabla_attn.wan.tasks import (
     DEFAULT_SIZE,
@@ -87,7 +88,7 @@ class WanRequest:
         guidance = task.guidance if self.guidance is None else self.guidance
         return replace(
             self,
-            prompt=_check_text("prompt", self.prompt),
+            prompt=check_text(self.prompt, "prompt"),
             size=f"{width}*{height}",
             frames=frames,
             steps=_positive("sample_steps", task.steps if self.steps is None else self.steps),
@@ -101,7 +102,7 @@ class WanRequest:
         """The negative prompt that is read: none at all without guidance."""
         if guidance > 1:
             given = default if self.negative_prompt is None else self.negative_prompt
-            return _check_text("negative prompt", given)
+            return check_text(given, "negative prompt")
         if self.negative_prompt:
             warnings.warn(
                 f"--negative_prompt is ignored at guidance {guidance:g}: nothing steers away from "
@@ -113,17 +114,6 @@ class WanRequest:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for a record."""
         return {**self.__dict__, "ckpt_dir": str(self.ckpt_dir), "inputs": dict(self.inputs)}
-
-
-def _check_text(name: str, text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the {name} has half a character at place {error.start}, so it is no text. Type it "
-            "again in UTF-8."
-        ) from error
-    return text
 
 
 def _positive(name: str, value: int) -> int:

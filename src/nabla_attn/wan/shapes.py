@@ -7,12 +7,54 @@ must have, and every count of blocks is held against the tensors that are there.
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
 
-from nabla_attn.wan.tensor_files import TensorInfo
+from annotated_types import Ge, Gt, Le
+
+from nabla_attn.validation import read_values
+from nabla_attn.wan.tensor_files import TensorInfo, read_config
 
 Infos = Mapping[str, TensorInfo]
 Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """What is read of the config.json beside a transformer; weights tell the rest.
+
+    Attributes:
+        num_heads: Number of attention heads; None where heads are 128 wide.
+        eps: Addend of the norms.
+        text_len: Number of tokens that prompts are padded to.
+        vace_layers: Layers with a VACE block; None where they are spread evenly.
+        sparse_algo: The algorithm that the weights were trained for.
+    """
+
+    num_heads: Annotated[int, Ge(1), Le(1024)] | None = None
+    eps: Annotated[float, Gt(0), Le(1)] = 1e-6
+    text_len: Annotated[int, Ge(1), Le(4096)] = 512
+    vace_layers: list[int] | None = None
+    sparse_algo: str | None = None
+
+    @classmethod
+    def load(cls, path: Path) -> "WanConfig":
+        """Read a config.json; where there is none, the defaults hold.
+
+        Raises:
+            ValueError: It is no JSON object, or a value has another type or is out of bounds.
+        """
+        values = read_config(path) if path.is_file() else {}
+        known = {field.name for field in fields(cls)}
+        given = {name: value for name, value in values.items() if name in known}
+        try:
+            return read_values(cls, {k: v for k, v in given.items() if v is not None})
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: {error} Take the config.json that came with the weights."
+            ) from error
+
 
 # Per-channel mean and spread of the Wan 2.2 latents (Wan2.2 wan/modules/vae2_2.py, Wan2_2_VAE).
 # fmt: off
@@ -75,7 +117,7 @@ def _num_heads(width: int, given: Any, head_dim: int, remedy: str) -> int:
     return heads
 
 
-def transformer_config(infos: Infos, original: Config) -> Config:
+def transformer_config(infos: Infos, original: WanConfig) -> Config:
     """Arguments of `WanTransformer3DModel` or, with `vace_layers`, of the VACE one.
 
     Args:
@@ -84,7 +126,7 @@ def transformer_config(infos: Infos, original: Config) -> Config:
     """
     width, in_channels, *patch = _axes(infos, "patch_embedding.weight", 5)
     heads = _num_heads(
-        width, original.get("num_heads"), WAN_HEAD_DIM, "Put num_heads into its config.json."
+        width, original.num_heads, WAN_HEAD_DIM, "Put num_heads into its config.json."
     )
     has_image = "blocks.0.cross_attn.k_img.weight" in infos
     has_norm = "blocks.0.self_attn.norm_q.weight" in infos
@@ -100,7 +142,7 @@ def transformer_config(infos: Infos, original: Config) -> Config:
         "num_layers": _num_blocks(infos, "blocks"),
         "cross_attn_norm": "blocks.0.norm3.weight" in infos,
         "qk_norm": "rms_norm_across_heads" if has_norm else None,
-        "eps": float(original.get("eps") or 1e-6),
+        "eps": original.eps,
         "image_dim": _axes(infos, "img_emb.proj.0.weight", 1)[0] if has_image else None,
         "added_kv_proj_dim": width if has_image else None,
     }
@@ -112,11 +154,9 @@ def transformer_config(infos: Infos, original: Config) -> Config:
     return config
 
 
-def _vace_layers(infos: Infos, original: Config, num_layers: int) -> list[int]:
+def _vace_layers(infos: Infos, original: WanConfig, num_layers: int) -> list[int]:
     num_blocks = _num_blocks(infos, "vace_blocks")
-    layers = original.get("vace_layers") or list(
-        range(0, num_layers, num_layers // num_blocks or 1)
-    )
+    layers = original.vace_layers or list(range(0, num_layers, num_layers // num_blocks or 1))
     if len(layers) != num_blocks:
         raise ValueError(
             f"config.json names {len(layers)} vace_layers, the weights have {num_blocks} VACE "
