@@ -1,6 +1,7 @@
-"""Pages of the documentation site that have their source elsewhere, for MkDocs.
+"""Pages of the documentation site that are made when it is built, for MkDocs.
 
-The home page is the README, the command reference comes from the commands themselves.
+The home page is the README, tutorials come from scripts that run, and the command reference from
+the commands themselves.
 """
 
 import posixpath
@@ -19,6 +20,7 @@ ELSEWHERE = {
     "security.md": "SECURITY.md",
     "comfyui.md": "comfyui/README.md",
 }
+SCRIPTS = sorted((ROOT / "docs/tutorials").glob("*.py"))
 COMMANDS = "reference/commands.md"
 VERB_LIST = re.compile(r"\*\*Commands\*\*:\n\n(?:\* .*\n)+\n?")
 LINK = re.compile(r"(?<=\]\()(?!https?:|#)([^)#\s]+)")
@@ -29,6 +31,9 @@ def on_files(files: Any, config: Any) -> Any:
     for page, source in ELSEWHERE.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=move_links(text, source, page)))
+    for script in SCRIPTS:
+        content = script_page(script.read_text(encoding="utf-8"))
+        files.append(File.generated(config, f"tutorials/{script.stem}.md", content=content))
     files.append(File.generated(config, COMMANDS, content=command_reference()))
     return files
 
@@ -48,6 +53,7 @@ def move_links(text: str, source: str, page: str) -> str:
         page: The page's path in the site.
     """
     pages = {source: page for page, source in ELSEWHERE.items()}
+    pages |= {f"docs/tutorials/{path.name}": f"tutorials/{path.stem}.md" for path in SCRIPTS}
 
     def moved(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), match[1]))
@@ -55,6 +61,18 @@ def move_links(text: str, source: str, page: str) -> str:
         return posixpath.relpath(inside, posixpath.dirname(page) or ".")
 
     return LINK.sub(moved, text)
+
+
+def script_page(script: str) -> str:
+    """A script in cells, as editors run them (`# %%` and `# %% [markdown]`), as Markdown."""
+    parts = []
+    for cell in re.split(r"^# %%", script, flags=re.MULTILINE)[1:]:
+        kind, _, body = cell.partition("\n")
+        if kind.strip() == "[markdown]":
+            parts.append(re.sub(r"^# ?", "", body.strip(), flags=re.MULTILINE))
+        else:
+            parts.append(f"```python\n{body.strip()}\n```")
+    return "\n\n".join(parts) + "\n"
 
 
 def command_reference() -> str:

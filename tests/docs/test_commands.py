@@ -31,8 +31,8 @@ WORLD = "data.folder=world data.clips=3 data.frames=5 data.height=32 data.width=
 ADDED = {
     "generate": VIDEO,
     "compare": VIDEO,
+    "evaluate": f"{VIDEO} --num-prompts 1",
     # Fourteen blocks, so that low densities exist.
-    "evaluate": f"{VIDEO} --frames 53 --num-prompts 1",
     "calibrate": f"{VIDEO} --frames 53 --num-prompts 1",
     "train": TRAINING,
 }
@@ -41,7 +41,7 @@ NOT_RUN = {
     "nabla train builtin": "takes hours; tests/moving_shapes runs its stages",
     "nabla train --recipe": "takes hours",
     "nabla studio": "serves until it is stopped; tests/studio",
-    "nabla evaluate --sparse-algo nabla-* --sparse-algo topk-* --match": "seconds of one machine",
+    "nabla evaluate --sparse-algo nabla-*": "searches with many videos; tests/evaluation",
     "nabla encode shards": "needs shards; tests/training",
     "nabla vote results": "needs votes; tests/vote",
     "nabla vote out/study": "serves until it is stopped; tests/vote",
