@@ -36,7 +36,7 @@ def variants(
         own = grid if block is None else replace(grid, block=block)
         reason = backends.why_not(BACKEND, device, needs_grad=needs_grad)
         if options.is_flash and reason is None:
-            reason = why_not_flash(device, own.block.tokens)
+            reason = why_not_flash(device, own.block.tokens, options.tile_rows)
         if needs_grad and name != WITH_BACKWARD and reason is None:
             reason = "measured forward only, because each backward compiles for long"
         found.append(

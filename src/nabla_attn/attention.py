@@ -56,7 +56,7 @@ def nabla_attention(
     config = as_config(config)
     grid = grid.with_block(config.block)
     layout = TokenLayout(grid, text_before, text_after)
-    attend = backends.resolve(backend, q, k, v)
+    attend = backends.resolve(backend, q, k, v, block_tokens=grid.block.tokens)
     check_tokens(q, layout)
     is_plain = config.is_dense and grid.segments is None and text_valid is None
     if 0 in q.shape[:2] or (backend == "auto" and is_plain):

@@ -1,12 +1,14 @@
 """Scores -> block map: the adaptive part in panels of bounded memory, joined with the windows."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from nabla_attn.config import SparseConfig
 from nabla_attn.core.block_map import BlockMap, block_map_of, whole_block_map
+from nabla_attn.core.grid import TokenGrid
 from nabla_attn.core.order import TokenLayout, block_order, to_blocks
 from nabla_attn.core.scores import RASTER_AXES, pool_blocks, pool_raster, score_blocks, split_raster
 from nabla_attn.core.select import NUM_PASSES, count_of_share, select_by_mass, select_top
@@ -82,7 +84,7 @@ def map_blocks(
         (*shape[:2], layout.num_blocks, layout.num_blocks), dtype=torch.bool, device=device
     )
     kept = whole[:, :, : grid.num_blocks, : grid.num_blocks].flatten(0, 1)
-    target = _targets(layout, config)
+    target = _targets(grid, config, q_pooled.dtype, device)
     mass = _select_(kept, q_pooled, k_pooled, target, _rule(config), fixed, segments, scale)
     if pair_queries is not None:
         share_pairs_(kept)
@@ -132,15 +134,21 @@ def _rule(config: SparseConfig) -> str:
     return "all" if config.window is None else "none"
 
 
-def _targets(layout: TokenLayout, config: SparseConfig) -> Float[Tensor, "q_blocks 1"]:
-    """What each row must reach: a mass, or a number of blocks out of its own clip's."""
-    grid = layout.grid
-    if config.topk is None:
-        return torch.full((grid.num_blocks, 1), config.threshold or 1.0, dtype=torch.float64)
-    per_time = grid.num_blocks // grid.blocks[0]
-    counts = [count_of_share(config.topk, blocks * per_time) for blocks in grid.segment_blocks]
-    lengths = torch.tensor([blocks * per_time for blocks in grid.segment_blocks])
-    return torch.tensor(counts, dtype=torch.float64).repeat_interleave(lengths)[:, None]
+@lru_cache(maxsize=32)
+def _targets(
+    grid: TokenGrid, config: SparseConfig, dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, "q_blocks 1"]:
+    """What each row must reach: a mass, or a number of blocks out of its own clip's; cached."""
+    # What is made under inference_mode could not be used outside, and a GPU's host would wait.
+    with torch.inference_mode(False), torch.no_grad():
+        if config.topk is None:
+            target = config.threshold or 1.0
+            return torch.full((grid.num_blocks, 1), target, dtype=dtype, device=device)
+        per_time = grid.num_blocks // grid.blocks[0]
+        counts = [count_of_share(config.topk, blocks * per_time) for blocks in grid.segment_blocks]
+        lengths = torch.tensor([blocks * per_time for blocks in grid.segment_blocks])
+        targets = torch.tensor(counts, dtype=dtype).repeat_interleave(lengths)
+        return targets[:, None].to(device)
 
 
 def _fixed_blocks(
@@ -188,7 +196,7 @@ def _select_(
     mass = q_pooled.new_empty(q_pooled.shape[:2])
     run = fused(_select_panel, kept.numel() * NUM_PASSES, kept.device)
     # A compiled kernel on a CPU reads and writes bytes ten times as fast as bools.
-    fixed, target = None if fixed is None else fixed.byte(), target.to(mass)
+    fixed = None if fixed is None else fixed.byte()
     for heads, rows in _panels(*kept.shape):
         always, allowed = (None if x is None else x[rows] for x in (fixed, segments))
         probs = score_blocks(q_pooled[heads, rows], k_pooled[heads], scale=scale, allowed=allowed)

@@ -5,12 +5,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import nabla_attn as na
-from nabla_attn import backends
 from nabla_attn.backends import flex_options, gather
 from nabla_attn.backends.flex_options import FlexOptions, choose_options
 from nabla_attn.bench import attention, report, suite, tune
@@ -112,12 +112,31 @@ def test_wrong_failing_and_late_candidates_are_not_chosen(monkeypatch):
 
 
 def test_gpu_candidates_fit_the_blocks():
-    found = list(tune.candidates(CUDA, 64))
+    found = list(tune.candidates(CUDA, 64, 128))
     assert found[0] == FlexOptions() and FlexOptions(2) in found
-    for options in found:
-        kernel = flex_options._fitted(options, CUDA, 64).kernel
-        assert options.tile_rows * 64 % kernel["BLOCK_M"] == 0 and kernel["BLOCK_N"] == 64
-    assert len(found) == 14
+    # Two rows of blocks in four warps would spill 1.7 KB a thread.
+    assert len(found) == 11
+    assert not [c for c in found if c.tile_rows == 2 and c.kernel.get("fwd_num_warps") == 4]
+    assert len(list(tune.candidates(CUDA, 64, 64))) == 14
+
+
+def test_gpu_candidates_fit_the_device(monkeypatch):
+    def on(capability, memory):
+        properties = SimpleNamespace(shared_memory_per_block_optin=memory)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        return [c.kernel for c in tune.candidates(CUDA, 64, 128) if c.tile_rows == 2]
+
+    hopper, ada = on((9, 0), 232_448), on((8, 9), 101_376)
+    assert {"fwd_USE_TMA": True} in hopper
+    assert [kernel["fwd_num_stages"] for kernel in hopper if "fwd_num_stages" in kernel] == [
+        2,
+        3,
+        4,
+    ]
+    # What does not fit would run in one stage, under the name of another.
+    assert [kernel["fwd_num_stages"] for kernel in ada if kernel] == [2]
 
 
 def test_dry_run_needs_only_torch():
@@ -149,10 +168,3 @@ def test_a_budget_leaves_measurements_out_and_says_which(no_flex, monkeypatch, t
     path = suite.run_suite(("toy-cpu",), CPU, tmp_path, rounds=1, budget=-1.0)[0]
     page = report.section(RunRecord.load(path))
     assert "Left out for want of time: toy-cpu float32 density 0.4 forward," in page
-
-
-def test_backwards_on_gpus_are_autotuned_where_blocks_are_small():
-    assert flex_options.needs_autotuning(CUDA, 64)
-    assert not flex_options.needs_autotuning(CUDA, 128)
-    assert not flex_options.needs_autotuning(CPU, 64)
-    assert backends.why_not("flex", CPU, needs_grad=True) is not None

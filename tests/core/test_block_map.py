@@ -36,7 +36,7 @@ def test_block_mask_is_the_map(grid):
     bmap = na.build_block_map(q, k, grid, na.parse("nabla-0.5_sta-1-3-3"))
     block_mask = bmap.to_block_mask()
     assert torch.equal(block_mask.to_dense().bool(), bmap.mask)
-    num, index, full_num, full_index, _ = bmap.flex_tables()
+    (num, index), (full_num, full_index), *_ = bmap.flex_tables()
     whole = bmap.kv_counts[0] == bmap.block_tokens
     assert torch.equal(num, (bmap.mask & ~whole).sum(-1, dtype=torch.int32))
     for counts, table in ((num, index), (full_num, full_index)):

@@ -3,43 +3,100 @@
 A backend never decides which blocks. `auto` follows `AUTO_RULE`; any other name runs or raises.
 """
 
+import warnings
 from collections.abc import Callable
+from functools import lru_cache
 from importlib import import_module
 
 import torch
 from torch import Tensor
 
 NAMES = ("reference", "gather", "flex")
-AUTO_RULE = "flex on CUDA where a compiler is present, gather everywhere else"
+FALLBACK = "gather"
+"""The backend that runs on every device, whatever the blocks."""
+AUTO_RULE = (
+    "flex on CUDA where a compiler is present and its kernels take the blocks, gather everywhere "
+    "else"
+)
 
 
-def resolve(name: str, q: Tensor, k: Tensor, v: Tensor) -> Callable[..., Tensor]:
+def resolve(
+    name: str, q: Tensor, k: Tensor, v: Tensor, *, block_tokens: int | None = None
+) -> Callable[..., Tensor]:
     """The `attend(q, k, v, block_map, *, scale)` function of a backend, for these inputs.
+
+    Args:
+        name: "auto" or one of `NAMES`.
+        q: queries [batch, heads, tokens, dim].
+        k: keys, like q.
+        v: values, like q.
+        block_tokens: tokens of a block; None leaves open whether the backend takes the blocks.
 
     Raises:
         ValueError: unknown name, or q, k, v that no backend takes.
         RuntimeError: the backend cannot run on these inputs; says why and what can.
     """
     check_inputs(q=q, k=k, v=v)
-    if name == "auto":
-        is_flex = q.device.type == "cuda" and why_not("flex", q.device) is None
-        name = "flex" if is_flex else "gather"
-    elif name not in NAMES:
+    if name not in ("auto", *NAMES):
         raise ValueError(f"unknown backend {name!r}; expected one of {('auto', *NAMES)}.")
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    reason = why_not(name, q.device, needs_grad=needs_grad)
-    if reason is not None:
-        raise RuntimeError(f"backend {name!r} cannot run: {reason}. Use backend='gather'.")
+    if name == "auto" and q.device.type != "cuda":
+        name = FALLBACK
+    reason = why_not(
+        "flex" if name == "auto" else name,
+        q.device,
+        needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
+        dtype=q.dtype,
+        head_dim=q.shape[-1],
+        block_tokens=block_tokens,
+    )
+    if name == "auto":
+        name = "flex" if reason is None else FALLBACK
+        if reason is not None:
+            _warn_of_fallback(reason)
+    elif reason is not None:
+        raise RuntimeError(f"backend {name!r} cannot run: {reason}. Use backend={FALLBACK!r}.")
     return import_module(f"nabla_attn.backends.{name}").attend
 
 
-def why_not(name: str, device: torch.device, *, needs_grad: bool = False) -> str | None:
-    """The reason why a backend cannot run on a device, or None when it can."""
+@lru_cache(maxsize=32)
+def _warn_of_fallback(reason: str) -> None:
+    warnings.warn(
+        f"backend 'auto' runs {FALLBACK!r}, which is slower on a GPU: flex cannot run, because "
+        f"{reason}.",
+        stacklevel=4,
+    )
+
+
+def why_not(
+    name: str,
+    device: torch.device,
+    *,
+    needs_grad: bool = False,
+    dtype: torch.dtype | None = None,
+    head_dim: int | None = None,
+    block_tokens: int | None = None,
+) -> str | None:
+    """The reason why a backend cannot run, or None when it can.
+
+    Args:
+        name: one of `NAMES`.
+        device: where it would run.
+        needs_grad: gradients are wanted.
+        dtype: dtype of the inputs; None leaves it open, like the rest.
+        head_dim: dim of a head.
+        block_tokens: tokens of a block.
+    """
     if name != "flex":
         return None
     from nabla_attn.backends import flex
 
-    return flex.why_not(device, needs_grad=needs_grad)
+    return flex.why_not(
+        device,
+        needs_grad=needs_grad,
+        dtype=dtype,
+        head_dim=head_dim,
+        block_tokens=block_tokens,
+    )
 
 
 def available(device: torch.device | str = "cpu") -> dict[str, str | None]:

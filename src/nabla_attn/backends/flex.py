@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from nabla_attn.backends.flex_options import choose_options, needs_autotuning
-from nabla_attn.core.block_map import BlockMap, build_block_mask
+from nabla_attn.backends.flex_options import choose_options, needs_autotuning, why_not_tiles
+from nabla_attn.core.block_map import BlockMap
+from nabla_attn.core.flex_tables import FlexTables, build_block_mask
 from nabla_attn.fusion import compiled, why_not_compile
 from nabla_attn.shapes import Float
 
@@ -27,39 +28,43 @@ def attend(
     needs_backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     block_tokens = block_map.block_tokens
     options = choose_options(q, block_tokens, needs_backward=needs_backward)
-    tables = block_map.flex_tables(options.tile_rows)
-    # Whole tiles need no look into the map.
-    mask = block_map.mask if options.tile_rows > 1 else None
+    tables = block_map.flex_tables(options.tile_rows, needs_backward=needs_backward)
     # flash-attn's kernels are generated for fixed sizes.
-    autotunes = needs_backward and needs_autotuning(q.device, block_tokens)
+    autotunes = needs_backward and needs_autotuning(q, block_tokens)
     run = compiled(_attend, False if options.is_flash else None, autotunes)
-    settings = (block_tokens, options.tile_rows, options.kernel)
-    return run(q, k, v, *tables, mask, *settings, scale, needs_backward)
+    return run(q, k, v, tables, block_tokens, options.tile_rows, options.kernel, scale)
 
 
-def why_not(device: torch.device, *, needs_grad: bool = False) -> str | None:
-    """The reason why FlexAttention cannot run on `device`, or None."""
+def why_not(
+    device: torch.device,
+    *,
+    needs_grad: bool = False,
+    dtype: torch.dtype | None = None,
+    head_dim: int | None = None,
+    block_tokens: int | None = None,
+) -> str | None:
+    """The reason why FlexAttention cannot run, or None; arguments as for `backends.why_not`."""
     if device.type == "cpu" and needs_grad:
         return "FlexAttention has no backward on CPU"
     reason = why_not_compile(device)
-    return reason and f"FlexAttention must be compiled, and {reason}"
+    if reason is not None:
+        return f"FlexAttention must be compiled, and {reason}"
+    if device.type != "cuda":
+        return None
+    return why_not_tiles(
+        dtype=dtype, head_dim=head_dim, block_tokens=block_tokens, needs_backward=needs_grad
+    )
 
 
 def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    partial_counts: Tensor,
-    partial_index: Tensor,
-    full_counts: Tensor,
-    full_index: Tensor,
-    valid: Tensor,
-    mask: Tensor | None,
+    tables: FlexTables,
     block_tokens: int,
     rows_per_tile: int,
     kernel_options: dict[str, Any],
     scale: float | None,
-    needs_backward: bool,
 ) -> Tensor:
     if not torch.compiler.is_compiling():
         raise RuntimeError(
@@ -67,17 +72,7 @@ def _attend(
             "torch.compiler.set_stance or a mode that watches operations. Use backend='gather'."
         )
     # The mask is built inside the compiled function so that its tensors are inputs, not guards.
-    block_mask = build_block_mask(
-        partial_counts,
-        partial_index,
-        full_counts,
-        full_index,
-        valid,
-        block_tokens,
-        rows_per_tile=rows_per_tile,
-        mask=mask,
-        needs_backward=needs_backward,
-    )
+    block_mask = build_block_mask(tables, block_tokens, rows_per_tile=rows_per_tile)
     options: Any = kernel_options or None
     out = flex_attention(q, k, v, block_mask=block_mask, scale=scale, kernel_options=options)
     assert isinstance(out, Tensor)

@@ -21,8 +21,10 @@ from nabla_attn.attention import build_block_map
 from nabla_attn.backends import flex
 from nabla_attn.backends.flex_options import (
     FlexOptions,
+    fits,
     flex_options,
     forget_tables,
+    has_tma,
     key_of,
     table_rows,
     tuned_file,
@@ -42,17 +44,27 @@ DENSITY = 0.2
 TILE_ROWS, WARPS, STAGES = (1, 2), (4, 8), (2, 3, 4)
 
 
-def candidates(device: torch.device, block_tokens: int) -> Iterator[FlexOptions]:
-    """Options worth trying, the default first; kernel options are a GPU's."""
+def candidates(device: torch.device, block_tokens: int, head_dim: int) -> Iterator[FlexOptions]:
+    """Options worth trying, the default first; kernel options are a GPU's.
+
+    Left out are kernels that would not keep their rows in registers, 128 rows of 128 dims in four
+    warps, and those that do not fit in shared memory: torch would run them with other stages.
+    """
     yield FlexOptions()
     yield FlexOptions(2)
     if device.type != "cuda":
         return
     if why_not_flash(device, block_tokens) is None:
         yield FlexOptions(1, {"BACKEND": "FLASH"})
+    if has_tma(device):
+        for rows in TILE_ROWS:
+            yield FlexOptions(rows, {"fwd_USE_TMA": True})
     for rows, warps, stages in product(TILE_ROWS, WARPS, STAGES):
-        # Of the forward alone: the backward has kernels of its own.
-        yield FlexOptions(rows, {"fwd_num_warps": warps, "fwd_num_stages": stages})
+        height = rows * block_tokens
+        has_registers = min(height, 128) * head_dim <= warps * 2048
+        if has_registers and fits(device, height, block_tokens, stages, head_dim=head_dim):
+            # Of the forward alone: the backward has kernels of its own.
+            yield FlexOptions(rows, {"fwd_num_warps": warps, "fwd_num_stages": stages})
 
 
 def tune(
@@ -79,7 +91,7 @@ def tune(
     keep = token_rows(block_map, work.grid, rows)
     tried: list[dict[str, Any]] = []
     runs: dict[str, Any] = {}
-    for index, options in enumerate(candidates(device, work.grid.block.tokens)):
+    for index, options in enumerate(candidates(device, work.grid.block.tokens, work.dim)):
         tried.append({"tile_rows": options.tile_rows, "kernel_options": options.kernel})
         if deadline is not None and time.monotonic() > deadline:
             tried[-1]["why_not"] = "no time was left"
@@ -140,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
         reason = backends.why_not("flex", device)
         if options.dry_run or reason is not None:
             for work in works:
-                for candidate in candidates(device, work.grid.block.tokens):
+                for candidate in candidates(device, work.grid.block.tokens, work.dim):
                     sys.stdout.write(f"{work.name}: {candidate}\n")
             sys.stdout.write(f"{reason or 'nothing was run'}\n")
             return

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from nabla_attn.core.flex_tables import FlexTables, build_block_mask, build_flex_tables
 from nabla_attn.core.order import TokenLayout, block_order
-from nabla_attn.core.tiles import tile_rows
 from nabla_attn.shapes import Bool, Float, Int
 
 # Pairs of blocks counted at once: 128 MB as fp32.
@@ -69,24 +69,17 @@ class BlockMap:
         Blocks with empty slots become partial blocks behind a mask of valid keys; all others are
         full blocks. No index tables for a backward are built.
         """
-        return build_block_mask(*self.flex_tables(), self.block_tokens)
+        return build_block_mask(self.flex_tables(), self.block_tokens)
 
-    def flex_tables(self, rows_per_tile: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Partial counts and indices, full counts and indices, valid keys; none aliased.
-
-        Args:
-            rows_per_tile: query blocks of one tile. A key block that only some of them keep is
-                partial, and the map itself is the mask behind it.
-        """
-        whole = (self.kv_counts == self.block_tokens)[:, None, None, :]
-        some, every = tile_rows(self.mask, rows_per_tile)
-        full = every & whole
-        partial_counts, partial_index = _compact(some & ~full)
-        full_counts, full_index = _compact(full)
-        valid = self.kv_valid
-        if valid is None:
-            valid = self.mask.new_ones(1, self.mask.shape[-1] * self.block_tokens)
-        return partial_counts, partial_index, full_counts, full_index, valid
+    def flex_tables(self, rows_per_tile: int = 1, *, needs_backward: bool = False) -> FlexTables:
+        """The map's tables; arguments as for `build_flex_tables`."""
+        return build_flex_tables(
+            self.mask,
+            self.kv_valid,
+            self.block_tokens,
+            rows_per_tile=rows_per_tile,
+            needs_backward=needs_backward,
+        )
 
 
 def block_map_of(
@@ -144,64 +137,3 @@ def _valid_slots(
     start = layout.grid.num_slots
     valid[:, start : start + layout.num_text] = text_valid.bool()
     return valid
-
-
-def _compact(
-    mask: Bool[Tensor, "*rows kv_blocks"],
-) -> tuple[Int[Tensor, " *rows"], Int[Tensor, "*rows kv_blocks"]]:
-    """Counts of kept columns and their indices, ascending, in front; the rest is zero."""
-    num_columns = mask.shape[-1]
-    # Each kept column goes to its rank; all dropped ones go to a spare column that is cut off.
-    rank = mask.cumsum(dim=-1, dtype=torch.int32) - 1
-    target = rank.masked_fill_(~mask, num_columns).long()
-    columns = torch.arange(num_columns, dtype=torch.int32, device=mask.device).expand(mask.shape)
-    index = columns.new_zeros(*mask.shape[:-1], num_columns + 1).scatter_(-1, target, columns)
-    return mask.sum(dim=-1, dtype=torch.int32), index[..., :num_columns].contiguous()
-
-
-def build_block_mask(
-    partial_counts: Tensor,
-    partial_index: Tensor,
-    full_counts: Tensor,
-    full_index: Tensor,
-    valid: Bool[Tensor, "samples kv_slots"],
-    block_tokens: int,
-    *,
-    rows_per_tile: int = 1,
-    mask: Bool[Tensor, "batch heads q_blocks kv_blocks"] | None = None,
-    needs_backward: bool = False,
-) -> BlockMask:
-    """A BlockMask from `BlockMap.flex_tables`; the tables of the backward only when needed.
-
-    Args:
-        partial_counts: partial key blocks of each tile.
-        partial_index: their indices.
-        full_counts: full key blocks of each tile.
-        full_index: their indices.
-        valid: slots that may be attended.
-        block_tokens: slots of a block.
-        rows_per_tile: query blocks of one tile; more than one needs the map's `mask`.
-        mask: the map.
-        needs_backward: build the transposed tables.
-    """
-    per_sample = valid.shape[0] > 1
-
-    def is_valid_key(batch: Tensor, head: Tensor, q_slot: Tensor, kv_slot: Tensor) -> Tensor:
-        return valid[batch if per_sample else 0, kv_slot]
-
-    def is_kept(batch: Tensor, head: Tensor, q_slot: Tensor, kv_slot: Tensor) -> Tensor:
-        assert mask is not None
-        kept = mask[batch, head, q_slot // block_tokens, kv_slot // block_tokens]
-        return kept & is_valid_key(batch, head, q_slot, kv_slot)
-
-    q_blocks = partial_index.shape[-2] if mask is None else mask.shape[-2]
-    return BlockMask.from_kv_blocks(
-        partial_counts,
-        partial_index,
-        full_counts,
-        full_index,
-        BLOCK_SIZE=(rows_per_tile * block_tokens, block_tokens),
-        mask_mod=is_valid_key if mask is None else is_kept,
-        seq_lengths=(q_blocks * block_tokens, valid.shape[-1]),
-        compute_q_blocks=needs_backward,
-    )

@@ -47,11 +47,13 @@ def _block_positions(grid: TokenGrid, device: torch.device) -> tuple[Int[Tensor,
     return tuple(axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij"))
 
 
+@lru_cache(maxsize=32)
 def build_first_frame_map(grid: TokenGrid, device: torch.device) -> Bool[Tensor, " kv_blocks"]:
-    """Blocks that hold tokens of a clip's first frame: the sink some models lean on."""
+    """Blocks that hold tokens of a clip's first frame, cached: the sink some models lean on."""
     first, start = [], 0
     for blocks in grid.segment_blocks:
         first.append(start)
         start += blocks
-    time = _block_positions(grid, device)[0]
-    return torch.isin(time, torch.tensor(first, device=device))
+    with torch.inference_mode(False), torch.no_grad():
+        time = _block_positions(grid, device)[0]
+        return torch.isin(time, torch.tensor(first, device=device))

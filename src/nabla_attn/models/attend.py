@@ -93,7 +93,7 @@ def _attend_here(
     if plan.config.is_dense and plan.grid.segments is None:
         out = _dense(q, k, v, text_valid, layout, scale)
         return out.transpose(1, 2), torch.ones((2, q.shape[1]), device=q.device)
-    run = backends.resolve(plan.backend, q, k, v)
+    run = backends.resolve(plan.backend, q, k, v, block_tokens=layout.grid.block.tokens)
     if not plan.in_block_order:
         q, k, v = (to_blocks(x, layout) for x in (q, k, v))
     block_map = map_of(plan, q, k, layout, text_valid=text_valid, scale=scale)

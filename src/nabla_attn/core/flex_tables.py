@@ -1,0 +1,117 @@
+"""FlexAttention's form of a block map: tables of the key blocks that each query tile attends."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from nabla_attn.core.tiles import tile_rows
+from nabla_attn.shapes import Bool, Int
+
+
+class KeptColumns(NamedTuple):
+    """Kept columns of every row of a map.
+
+    Attributes:
+        counts: how many columns a row keeps.
+        columns: their indices in front, ascending; what follows means nothing.
+    """
+
+    counts: Int[Tensor, " *rows"]
+    columns: Int[Tensor, "*rows num_columns"]
+
+
+class FlexTables(NamedTuple):
+    """What FlexAttention reads; no two tensors share memory.
+
+    Attributes:
+        partial: key blocks of each query tile behind a mask.
+        full: key blocks that it attends whole.
+        transposed: partial and full query tiles of each key block, for the backward, or None.
+        valid: slots that may be attended, per sample or for all (leading axis 1).
+        mask: the map, where a tile spans several query blocks that keep different key blocks.
+    """
+
+    partial: KeptColumns
+    full: KeptColumns
+    transposed: tuple[KeptColumns, KeptColumns] | None
+    valid: Bool[Tensor, "samples kv_slots"]
+    mask: Bool[Tensor, "batch heads q_blocks kv_blocks"] | None
+
+
+def build_flex_tables(
+    mask: Bool[Tensor, "batch heads q_blocks kv_blocks"],
+    valid: Bool[Tensor, "samples kv_slots"] | None,
+    block_tokens: int,
+    *,
+    rows_per_tile: int = 1,
+    needs_backward: bool = False,
+) -> FlexTables:
+    """The tables of a map.
+
+    A key block is partial if it has empty slots, or if only some query blocks of a tile keep it.
+
+    Args:
+        mask: kept pairs of blocks.
+        valid: slots that may be attended; None is all.
+        block_tokens: slots of a block.
+        rows_per_tile: query blocks of one tile.
+        needs_backward: make the transposed tables too.
+    """
+    some, full = tile_rows(mask, rows_per_tile)
+    if valid is None:
+        valid = mask.new_ones(1, mask.shape[-1] * block_tokens)
+    else:
+        full = full & valid.unflatten(1, (-1, block_tokens)).all(dim=2)[:, None, None, :]
+    partial = some & ~full
+    transposed = (compact(partial.mT), compact(full.mT)) if needs_backward else None
+    own_mask = mask if rows_per_tile > 1 else None
+    return FlexTables(compact(partial), compact(full), transposed, valid, own_mask)
+
+
+def compact(mask: Bool[Tensor, "*rows columns"]) -> KeptColumns:
+    """Kept columns of every row, without sorting: each goes to its rank, dropped ones behind."""
+    rank = mask.cumsum(dim=-1, dtype=torch.int32)
+    counts = rank[..., -1].contiguous()
+    columns = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
+    behind = counts[..., None] + columns - rank
+    target = torch.where(mask, rank - 1, behind).long()
+    index = torch.empty(mask.shape, dtype=torch.int32, device=mask.device)
+    return KeptColumns(counts, index.scatter_(-1, target, columns.expand(mask.shape)))
+
+
+def build_block_mask(tables: FlexTables, block_tokens: int, *, rows_per_tile: int = 1) -> BlockMask:
+    """A BlockMask from tables.
+
+    Args:
+        tables: of a map.
+        block_tokens: slots of a block.
+        rows_per_tile: query blocks of one tile, as the tables were made for.
+    """
+    valid, mask = tables.valid, tables.mask
+    per_sample = valid.shape[0] > 1
+
+    def is_valid_key(batch: Tensor, head: Tensor, q_slot: Tensor, kv_slot: Tensor) -> Tensor:
+        return valid[batch if per_sample else 0, kv_slot]
+
+    def is_kept(batch: Tensor, head: Tensor, q_slot: Tensor, kv_slot: Tensor) -> Tensor:
+        assert mask is not None
+        kept = mask[batch, head, q_slot // block_tokens, kv_slot // block_tokens]
+        return kept & is_valid_key(batch, head, q_slot, kv_slot)
+
+    q_blocks = tables.full.columns.shape[-2] if mask is None else mask.shape[-2]
+    partial_q, full_q = tables.transposed or (KeptColumns(None, None), KeptColumns(None, None))  # type: ignore[arg-type]
+    return BlockMask(
+        seq_lengths=(q_blocks * block_tokens, valid.shape[-1]),
+        kv_num_blocks=tables.partial.counts,
+        kv_indices=tables.partial.columns,
+        full_kv_num_blocks=tables.full.counts,
+        full_kv_indices=tables.full.columns,
+        q_num_blocks=partial_q.counts,
+        q_indices=partial_q.columns,
+        full_q_num_blocks=full_q.counts,
+        full_q_indices=full_q.columns,
+        BLOCK_SIZE=(rows_per_tile * block_tokens, block_tokens),
+        mask_mod=is_valid_key if mask is None else is_kept,
+    )
