@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.judging import judge_prompts
 from nabla_attn.config import parse
-from nabla_attn.evaluation.judging import judge_prompts
 from nabla_attn.generation.pipeline import load_pipeline, model_directory
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults
 from nabla_attn.schedule import Schedule

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.judging import judge_prompts
 from nabla_attn.config import parse
-from nabla_attn.evaluation.judging import judge_prompts
 from nabla_attn.generation.pipeline import load_pipeline, model_directory
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults
 from nabla_attn.moving_shapes.dataset import WorldSet

@@ -10,26 +10,28 @@ from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import load_pipeline
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults
 from nabla_attn.moving_shapes import sample_scene
-from nabla_attn.moving_shapes.latents import LatentSet
 from nabla_attn.moving_shapes.loop import Stage, run_stage, step_at
 from nabla_attn.moving_shapes.recipe import (
-    OptimConfig,
+    MuonConfig,
     TransformerPhase,
     VaeConfig,
     VaePhase,
     builtin,
 )
-from nabla_attn.moving_shapes.text import CaptionEncoder, build_text_encoder, build_tokenizer
 from nabla_attn.moving_shapes.train import train_builtin
 from nabla_attn.moving_shapes.transformer import (
+    CaptionEncoder,
+    build_text_encoder,
+    build_tokenizer,
     build_transformer,
     flow_loss,
     is_hidden_matrix,
     is_image_step,
 )
+from nabla_attn.moving_shapes.vae import LatentSet
 from nabla_attn.record import RunRecord
 
-OPTIM = OptimConfig(muon_lr=0.02, adamw_lr=2e-3, warmup=2, average=0.5)
+OPTIM = MuonConfig(muon_lr=0.02, adamw_lr=2e-3, warmup=2, average=0.5)
 
 
 def phase(name, size=16, **settings):

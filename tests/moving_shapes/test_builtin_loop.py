@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from nabla_attn.moving_shapes.loop import Stage, rate_scale, run_stage, step_at
-from nabla_attn.moving_shapes.recipe import OptimConfig
+from nabla_attn.moving_shapes.loop import Stage, run_stage, step_at
+from nabla_attn.moving_shapes.recipe import MuonConfig
+from nabla_attn.training.trainer import rate_share
 
-OPTIM = OptimConfig(muon_lr=0.02, adamw_lr=0.01, warmup=2, average=0.9)
+OPTIM = MuonConfig(muon_lr=0.02, adamw_lr=0.01, warmup=2, average=0.9)
 
 
 def make_stage(folder, steps=40, **settings):
@@ -119,7 +120,24 @@ def test_steps_are_seeded_by_recipe_stage_and_number():
 
 
 def test_rates_rise_stay_and_fall():
-    config = OptimConfig(1.0, 1.0, warmup=10, flat=0.4, final=0.1)
-    scales = [rate_scale(config, step, 100) for step in range(101)]
-    assert scales[0] == pytest.approx(0.1) and scales[9] == 1 and scales[40] == 1
-    assert scales[70] == pytest.approx(0.55) and scales[100] == pytest.approx(0.1)
+    rules = {"warmup": 10, "start": 0.4, "final": 0.1}
+    shares = [rate_share(step, 100, **rules) for step in range(101)]
+    assert shares[0] == pytest.approx(0.1) and shares[9] == 1 and shares[40] == 1
+    assert shares[70] == pytest.approx(0.55) and shares[100] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("decay", "middle", "end"), [("constant", 1, 1), ("linear", 0.6, 0.2), ("cosine", 0.6, 0.2)]
+)
+def test_a_decay_that_begins_after_warm_up(decay, middle, end):
+    shares = [
+        rate_share(step, 100, warmup=20, start=0.2, final=0.2, decay=decay) for step in range(101)
+    ]
+    assert shares[0] == pytest.approx(0.05) and shares[19] == shares[20] == 1
+    assert shares[60] == pytest.approx(middle) and shares[100] == pytest.approx(end)
+    assert shares[20:] == sorted(shares[20:], reverse=True)
+
+
+def test_steps_that_are_all_warm_up():
+    shares = [rate_share(step, 4, warmup=8, start=2.0, final=0.0) for step in range(4)]
+    assert shares == [1 / 8, 2 / 8, 3 / 8, 4 / 8]

@@ -1,10 +1,10 @@
 import torch
 from torch import nn
 
-from nabla_attn.moving_shapes.muon import MuonWithAdamW
-from nabla_attn.moving_shapes.recipe import OptimConfig
+from nabla_attn.moving_shapes.loop import MuonWithAdamW
+from nabla_attn.moving_shapes.recipe import MuonConfig
 
-CONFIG = OptimConfig(muon_lr=0.1, adamw_lr=0.01)
+CONFIG = MuonConfig(muon_lr=0.1, adamw_lr=0.01)
 
 
 def test_a_convolution_is_stepped_as_a_matrix():

@@ -2,13 +2,14 @@ import pytest
 import torch
 
 from nabla_attn.moving_shapes import describe, sample_scene
-from nabla_attn.moving_shapes.text import (
+from nabla_attn.moving_shapes.transformer import (
     PIPELINE_TOKENS,
     CaptionEncoder,
+    PadWeight,
     build_text_encoder,
     build_tokenizer,
+    build_transformer,
 )
-from nabla_attn.moving_shapes.transformer import PadWeight, build_transformer
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ no random state to save and a resumed run takes exactly the steps of an uninterr
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from nabla_attn.distributed import stop_signals
 from nabla_attn.files import whole_file
-from nabla_attn.moving_shapes.muon import MuonWithAdamW
-from nabla_attn.moving_shapes.recipe import OptimConfig
+from nabla_attn.moving_shapes.recipe import MuonConfig
 from nabla_attn.training.metrics import StepMetrics
-from nabla_attn.training.trainer import OnLog
+from nabla_attn.training.trainer import OnLog, rate_share
 
 
 @dataclass(frozen=True)
@@ -68,23 +67,67 @@ class Stage:
     module: nn.Module
     loss_at: Callable[[Step], Tensor]
     is_hidden: Callable[[str, nn.Parameter], bool]
-    optim: OptimConfig
+    optim: MuonConfig
     steps: int
     seed: int
     save_every: int = 200
     on_log: OnLog = field(default=lambda metrics: None)
 
 
-def rate_scale(config: OptimConfig, step: int, steps: int) -> float:
-    """Learning rate of a step as a share of the full one: warm-up, flat, linear decay."""
-    warm = min(1.0, (step + 1) / max(config.warmup, 1))
-    done = step / max(steps, 1)
-    if done <= config.flat:
-        return warm
-    return warm * (1 - (1 - config.final) * (done - config.flat) / (1 - config.flat))
+class MuonWithAdamW:
+    """Step `torch.optim.Muon` on hidden weights and `torch.optim.AdamW` on all others.
+
+    Muon takes matrices only, so a convolution's kernel is stepped through a view
+    [out, in * taps] that shares its memory.
+
+    Args:
+        module: The network to train.
+        is_hidden: (name, parameter) -> whether Muon takes it.
+        config: Learning rates and weight decay.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        is_hidden: Callable[[str, nn.Parameter], bool],
+        config: MuonConfig,
+    ) -> None:
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.parameters = [p for _, p in named]
+        self._hidden = [p for name, p in named if is_hidden(name, p)]
+        self._views = [nn.Parameter(p.detach().view(len(p), -1)) for p in self._hidden]
+        rest = [p for name, p in named if not is_hidden(name, p)]
+        self._optimizers: list[tuple[torch.optim.Optimizer, float]] = []
+        if self._views:
+            muon = torch.optim.Muon(
+                self._views, lr=config.muon_lr, weight_decay=config.muon_weight_decay
+            )
+            self._optimizers.append((muon, config.muon_lr))
+        adamw = torch.optim.AdamW(rest, lr=config.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self._optimizers.append((adamw, config.adamw_lr))
+
+    def step(self, scale: float) -> None:
+        """Take one step with every learning rate multiplied by `scale`, and drop the gradients."""
+        for view, parameter in zip(self._views, self._hidden, strict=True):
+            view.grad = None if parameter.grad is None else parameter.grad.view_as(view)
+        for optimizer, rate in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * scale
+            optimizer.step()
+        for parameter in (*self.parameters, *self._views):
+            parameter.grad = None
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """State of both optimisers."""
+        return [optimizer.state_dict() for optimizer, _ in self._optimizers]
+
+    def load_state_dict(self, states: Iterable[dict[str, Any]]) -> None:
+        """Take up a state given by `state_dict`."""
+        for (optimizer, _), state in zip(self._optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
 
 
-class _Run:
+class _StageRun:
     """A stage's moving parts: optimiser, average, position."""
 
     def __init__(self, stage: Stage) -> None:
@@ -113,13 +156,19 @@ class _Run:
         with whole_file(self.checkpoint) as temporary:
             torch.save(state, temporary)
 
+    def _share(self) -> float:
+        optim, steps = self.stage.optim, self.stage.steps
+        return rate_share(
+            self.step, steps, warmup=optim.warmup, start=optim.flat, final=optim.final
+        )
+
     def advance(self) -> float:
         """Take one step and return its loss."""
         stage = self.stage
         loss = stage.loss_at(step_at(stage.seed, stage.name, self.step, stage.steps))
         loss.backward()
         nn.utils.clip_grad_norm_(self.optimizer.parameters, stage.optim.clip)
-        self.optimizer.step(rate_scale(stage.optim, self.step, stage.steps))
+        self.optimizer.step(self._share())
         self.step += 1
         # Early averages would be mostly the start; let the horizon grow with the steps taken.
         decay = min(stage.optim.average, self.step / (self.step + 10))
@@ -142,7 +191,7 @@ def run_stage(stage: Stage) -> dict[str, Any]:
         KeyboardInterrupt: Ctrl-C or SIGTERM; the checkpoint is saved first.
         FloatingPointError: The loss is not finite.
     """
-    run = _Run(stage)
+    run = _StageRun(stage)
     if run.checkpoint.exists():
         run.load()
     log = stage.folder / "log.jsonl"

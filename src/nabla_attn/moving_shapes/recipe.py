@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class MuonConfig:
     """Optimiser and schedule of one stage.
 
     Attributes:
@@ -52,7 +52,7 @@ class VaeConfig:
     """Training of the VAE."""
 
     phases: tuple[VaePhase, ...]
-    optim: OptimConfig = OptimConfig(muon_lr=0.015, adamw_lr=2e-3)
+    optim: MuonConfig = MuonConfig(muon_lr=0.015, adamw_lr=2e-3)
     foreground_weight: float = 4.0
     latent_noise: float = 0.1
     latent_penalty: float = 1e-4
@@ -105,7 +105,7 @@ class TransformerPhase:
     batch: int
     clips: int
     shift: float
-    optim: OptimConfig
+    optim: MuonConfig
     image_share: float = 0.0
     images: int = 0
     image_shift: float | None = None
@@ -139,9 +139,9 @@ class BuiltinConfig:
     defaults: Defaults
 
 
-def _optim(rate: float, warmup: int, average: float) -> OptimConfig:
+def _optim(rate: float, warmup: int, average: float) -> MuonConfig:
     """Muon at `rate` and AdamW at a tenth of it."""
-    return OptimConfig(
+    return MuonConfig(
         muon_lr=rate,
         adamw_lr=rate / 10,
         muon_weight_decay=0.01,
@@ -223,7 +223,7 @@ def builtin() -> BuiltinConfig:
                 batch=1,
                 clips=256,
                 shift=10.0,
-                optim=OptimConfig(
+                optim=MuonConfig(
                     muon_lr=0.006,
                     adamw_lr=6e-4,
                     muon_weight_decay=0.01,
@@ -242,7 +242,7 @@ def builtin() -> BuiltinConfig:
                 batch=24,
                 clips=4096,
                 shift=3.0,
-                optim=OptimConfig(
+                optim=MuonConfig(
                     muon_lr=0.012, adamw_lr=1.2e-3, muon_weight_decay=0.01, average=0.98
                 ),
             ),
@@ -254,7 +254,7 @@ def builtin() -> BuiltinConfig:
                 batch=1,
                 clips=512,
                 shift=10.0,
-                optim=OptimConfig(
+                optim=MuonConfig(
                     muon_lr=0.008, adamw_lr=8e-4, muon_weight_decay=0.01, flat=0.3, average=0.99
                 ),
                 image_share=0.4,

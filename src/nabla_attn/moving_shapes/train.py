@@ -1,7 +1,6 @@
 """The stages of the built-in model, each skipped when its result is already in the run folder."""
 
 import json
-import shutil
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -12,27 +11,31 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 
 from nabla_attn import apply
 from nabla_attn.files import write_text
-from nabla_attn.moving_shapes.latents import LatentSet, encode_scenes
 from nabla_attn.moving_shapes.loop import Stage, Step, run_stage
 from nabla_attn.moving_shapes.recipe import BuiltinConfig, TransformerPhase
 from nabla_attn.moving_shapes.render import render
 from nabla_attn.moving_shapes.scene import sample_scene
-from nabla_attn.moving_shapes.text import CaptionEncoder, build_text_encoder, build_tokenizer
 from nabla_attn.moving_shapes.transformer import (
+    CaptionEncoder,
     PadWeight,
+    build_text_encoder,
+    build_tokenizer,
     build_transformer,
     flow_loss,
     is_hidden_matrix,
     is_image_step,
 )
 from nabla_attn.moving_shapes.vae import (
+    LatentSet,
     build_vae,
     encode_mean,
+    encode_scenes,
     is_hidden_convolution,
     to_model_range,
     vae_loss,
 )
 from nabla_attn.record import RunRecord, collect_versions, describe_device
+from nabla_attn.training.checkpoint import whole_folder
 from nabla_attn.training.metrics import StepMetrics
 from nabla_attn.training.trainer import OnLog
 
@@ -41,16 +44,14 @@ def save_model(model: Any, folder: Path, *, texts: dict[str, str] | None = None)
     """`model.save_pretrained(folder)` that leaves either nothing or the whole folder.
 
     Args:
-        model: What to save.
-        folder: Must not be there yet.
+        model: A model or pipeline of diffusers.
+        folder: The folder to write.
         texts: Further files of the folder, by name.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    for name, text in (texts or {}).items():
-        write_text(temporary / name, text)
-    temporary.replace(folder)
+    with whole_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        for name, text in (texts or {}).items():
+            write_text(temporary / name, text)
 
 
 @torch.no_grad()

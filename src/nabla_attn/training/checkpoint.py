@@ -30,17 +30,19 @@ class SaveFailed(OSError):
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside `path` that becomes `path` if the block succeeds.
+    """Yield a new folder beside `path` that takes its place if the block succeeds.
 
-    The files are on the disk before the name is, so a power cut leaves no half checkpoint either.
+    The files are on the disk before the name is, so a power cut leaves no half folder either.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for file in temporary.iterdir():
-            _sync(file)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        shutil.rmtree(path, ignore_errors=True)
         temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

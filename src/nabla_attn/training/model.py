@@ -3,8 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from nabla_attn.files import read_json, write_text
 from nabla_attn.generation.lora import LORA_WEIGHTS
 from nabla_attn.generation.model_index import find_class, named_parts, read_model_index
 from nabla_attn.schedule import Schedule
+from nabla_attn.training.checkpoint import whole_folder
 
 DEFAULTS = "defaults.json"
 
@@ -113,8 +113,10 @@ def save_pipeline(
     defaults.pop("schedule", None)
     defaults |= _trained_defaults(schedule, is_guided=is_guided)
     skipped = shutil.ignore_patterns(parts.name, DEFAULTS)
-    with _whole_result(folder) as temporary:
-        shutil.copytree(parts.directory, temporary, copy_function=_link, ignore=skipped)
+    with whole_folder(folder) as temporary:
+        shutil.copytree(
+            parts.directory, temporary, copy_function=_link, ignore=skipped, dirs_exist_ok=True
+        )
         transformer.save_pretrained(temporary / parts.name)
         _write_json(temporary / DEFAULTS, defaults)
 
@@ -159,7 +161,7 @@ def save_lora(
     writer = getattr(
         parts.pipeline_class, "save_lora_weights", WanLoraLoaderMixin.save_lora_weights
     )
-    with _whole_result(folder) as temporary:
+    with whole_folder(folder) as temporary:
         writer(
             temporary,
             transformer_lora_layers=weights,
@@ -176,17 +178,3 @@ def _link(source: str, target: str) -> None:
         os.link(os.path.realpath(source), target)
     except OSError:
         shutil.copy2(source, target)
-
-
-@contextmanager
-def _whole_result(folder: Path) -> Iterator[Path]:
-    """Yield the name of a new folder that takes the place of `folder` if the block succeeds."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from nabla_attn.training.noise import NoisePath, noise_batch
-from nabla_attn.training.sections import ObjectiveConfig
 
 # (noisy latents, timestep, conditions) -> the module's arguments; a family's `inputs`.
 Inputs = Callable[[Tensor, Tensor, dict[str, Tensor]], dict[str, Any]]
@@ -161,40 +160,3 @@ def squared_error(predicted: Tensor, wanted: Tensor, weight: Tensor | None = Non
         return errors.mean()
     weight = weight.to(kind).expand_as(errors)
     return (errors * weight).sum() / weight.sum()
-
-
-def make_objective(
-    config: ObjectiveConfig,
-    path: NoisePath,
-    inputs: Inputs,
-    teacher: Teacher | None,
-    *,
-    layers: Sequence[str] = (),
-    student: nn.Module | None = None,
-    parts: int = 1,
-) -> Objective:
-    """The objective of a configuration.
-
-    Args:
-        config: Kind and weights.
-        path: Noise levels and targets.
-        inputs: Makes the module's arguments.
-        teacher: Of distillation.
-        layers: As of `Distillation`.
-        student: As of `Distillation`.
-        parts: As of `Distillation`.
-    """
-    if config.kind == "flow":
-        return FlowMatching(path, inputs)
-    assert teacher is not None, "distillation has a teacher"
-    return Distillation(
-        path,
-        inputs,
-        teacher,
-        data_weight=config.data_weight,
-        layer_weight=config.layer_weight,
-        layers=layers,
-        student=student,
-        guidance=config.guidance,
-        parts=parts,
-    )

@@ -19,7 +19,7 @@ from nabla_attn.training.family import Family
 from nabla_attn.training.loader import BatchLoader
 from nabla_attn.training.model import Parts
 from nabla_attn.training.noise import path_of, served_levels
-from nabla_attn.training.objective import Objective, Teacher, make_objective
+from nabla_attn.training.objective import Distillation, FlowMatching, Objective, Teacher
 from nabla_attn.training.packing import let_pack
 from nabla_attn.training.sparsity import Sparsity
 
@@ -114,15 +114,19 @@ def prepare(config: TrainConfig, parts: Parts, dataset: Any = None) -> TrainRun:
     loader = BatchLoader(dataset, config, replica=replica, replicas=replicas)
     sparsity, teacher = _prepare_module(config, parts, family, accelerator.device)
     bare = parts.transformer
-    objective = make_objective(
-        config.objective,
-        path,
-        family.inputs,
-        teacher,
-        layers=sparsity.layers,
-        student=bare,
-        parts=config.context_parallel,
-    )
+    objective: Objective = FlowMatching(path, family.inputs)
+    if teacher is not None:
+        objective = Distillation(
+            path,
+            family.inputs,
+            teacher,
+            data_weight=config.objective.data_weight,
+            layer_weight=config.objective.layer_weight,
+            layers=sparsity.layers,
+            student=bare,
+            guidance=config.objective.guidance,
+            parts=config.context_parallel,
+        )
     trained = [p for p in bare.parameters() if p.requires_grad]
     module, optimizer = accelerator.prepare(bare, _make_optimizer(config, trained))
     run = TrainRun(

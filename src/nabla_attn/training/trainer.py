@@ -16,7 +16,6 @@ from nabla_attn.training.checkpoint import Checkpoints, SaveFailed, read_state, 
 from nabla_attn.training.config import differences, to_plain
 from nabla_attn.training.loader import to_device
 from nabla_attn.training.metrics import MetricsLogger, StepMetrics
-from nabla_attn.training.sections import OptimConfig
 from nabla_attn.training.setup import TrainRun
 from nabla_attn.training.state import collect, restore, whole_tensor
 
@@ -27,17 +26,28 @@ OnLog = Callable[[StepMetrics], None]
 _NEEDED = ("config", "processes", "skipped", "seconds", "best", "feed")
 
 
-def rate_at(config: OptimConfig, step: int, steps: int) -> float:
-    """Learning rate of a step, counted from 0: warm-up, then constant, linear or cosine decay."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, steps - config.warmup)
+def rate_share(
+    step: int, steps: int, *, warmup: int, start: float, final: float, decay: str = "linear"
+) -> float:
+    """Learning rate of a step, counted from 0, as a share of the full one.
+
+    Args:
+        step: Number of steps before it.
+        steps: Number of steps in all.
+        warmup: Number of steps of linear warm-up.
+        start: Share of the steps after which the decay begins.
+        final: Share of the learning rate that is left at the end.
+        decay: "constant", "linear" or "cosine".
+    """
+    warm = min(1.0, (step + 1) / max(warmup, 1))
+    done = step / max(steps, 1)
+    past = (done - start) / (1 - start) if done > start else 0.0
     left = {
         "constant": 1.0,
-        "linear": 1 - done,
-        "cosine": (1 + math.cos(math.pi * done)) / 2,
-    }[config.decay]
-    return config.lr * (config.final + (1 - config.final) * left)
+        "linear": 1 - past,
+        "cosine": (1 + math.cos(math.pi * past)) / 2,
+    }[decay]
+    return warm * (final + (1 - final) * left)
 
 
 class Trainer:
@@ -188,7 +198,15 @@ class Trainer:
         run, config = self.run, self.config
         run.sparsity.set_step(self.step)
         run.module.train()
-        rate = rate_at(config.optim, self.step, config.steps)
+        optim = config.optim
+        rate = optim.lr * rate_share(
+            self.step,
+            config.steps,
+            warmup=optim.warmup,
+            start=optim.warmup / config.steps,
+            final=optim.final,
+            decay=optim.decay,
+        )
         for group in run.optimizer.param_groups:
             group["lr"] = rate
         sums: dict[str, torch.Tensor] = {}

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nabla_attn.evaluation import judging
+from benchmarks import judging
 from nabla_attn.generation.request import GenerationRequest
 from nabla_attn.moving_shapes import describe, held_out_scenes, render
 from nabla_attn.record import RunRecord
