@@ -1,6 +1,9 @@
+import os
+import resource
+
 import pytest
 
-from nabla_attn.files import read_json
+from nabla_attn.files import is_whole, read_json, read_lines, whole_file, write_text
 
 
 def test_json_is_read_or_refused_by_name(tmp_path):
@@ -17,3 +20,65 @@ def test_json_is_read_or_refused_by_name(tmp_path):
         path.write_bytes(bad)
         with pytest.raises(ValueError, match=r"a\.json: not valid JSON"):
             read_json(path)
+
+
+def test_a_full_disk_is_one_error_that_names_the_file(tmp_path):
+    import numpy as np
+    import safetensors.torch as safe
+    import torch
+
+    from nabla_attn.generation.video import write_video
+
+    def write_safetensors(path):
+        with whole_file(path) as temporary:
+            safe.save_file({"a": torch.zeros(10_000)}, temporary)
+
+    def write_frames(path):
+        frames = np.random.default_rng(0).integers(0, 255, (9, 64, 64, 3), np.uint8)
+        write_video(frames, path, 8)
+
+    def write_pickle(path):
+        with whole_file(path) as temporary:
+            torch.save({"a": torch.zeros(10_000)}, temporary)
+
+    ways = [
+        write_safetensors,
+        write_frames,
+        write_pickle,
+        lambda path: write_text(path, "x" * 9999),
+    ]
+    child = os.fork()
+    if not child:
+        # A limit on the size of files fails where a full disk does.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        failed = 0
+        for index, write in enumerate(ways):
+            try:
+                write(tmp_path / f"{index}.bin")
+            except OSError as error:
+                path = tmp_path / f"{index}.bin"
+                is_named = str(error) == f"cannot write {path}: file too large."
+                failed += is_named and error.errno == 27
+            except BaseException:
+                pass
+        os._exit(failed)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == len(ways)
+    assert not list(tmp_path.iterdir())
+
+
+def test_lines_are_read_or_refused_one_by_one(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntw\xf6\n" + b"x" * 100 + b"\n\nlast\xe2\x80\xa8line")
+    lines = [(n, line if isinstance(line, str) else None) for n, line in read_lines(path, 50)]
+    assert lines == [(1, "one"), (2, None), (3, None), (4, ""), (5, "last\u2028line")]
+    path.write_bytes(b"x" * 50 + b"\n" + b"y" * 49 + b"\n")
+    assert [isinstance(line, str) for _, line in read_lines(path, 50)] == [False, True]
+
+
+def test_empty_is_not_whole(tmp_path):
+    path = tmp_path / "a"
+    assert not is_whole(path) and not is_whole(tmp_path)
+    path.touch()
+    assert not is_whole(path)
+    path.write_text("x")
+    assert is_whole(path)

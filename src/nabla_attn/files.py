@@ -1,8 +1,10 @@
 """Files that appear whole or not at all, and how they are told apart."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,34 +12,71 @@ from pathlib import Path
 from typing import Any
 
 MAX_NAME_BYTES = 200
-"""Of a file's name in that of its temporary file; file systems take 255 in all."""
+"""Bytes of a file's name that its temporary file keeps; file systems take 255 in all."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 @contextmanager
 def whole_file(path: str | Path, *, private: bool = False) -> Iterator[Path]:
-    """Yield a temporary name in the folder of ``path``; it becomes ``path`` if the block succeeds.
+    """Yield a temporary name in the folder of `path`; it becomes `path` if the block succeeds.
 
-    An exception, Ctrl-C included, removes the temporary file and leaves an earlier ``path`` alone.
+    An exception, Ctrl-C included, removes the temporary file and leaves an earlier `path` alone.
+    What was written is on the disk before it gets its name, so a power cut leaves no empty file.
 
     Args:
-        path: the final name. Missing parent folders are made.
-        private: only its owner may read it.
+        path: The final name. Missing parent folders are made.
+        private: Whether only its owner may read the file.
 
     Raises:
-        OSError: the folder cannot be made or written.
+        OSError: The folder cannot be made or written, or the disk is full, whatever a library that
+            writes the file makes of that; the file is named.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch(mode=0o600 if private else 0o666)
         mode = temporary.stat().st_mode
         yield temporary
         # Some libraries write a new file of theirs, which only its owner may read.
         temporary.chmod(mode)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         temporary.replace(path)
+    except Exception as error:
+        number = _disk_error(error, temporary)
+        if number is None:
+            raise
+        failure = OSError(f"cannot write {path}: {os.strerror(number).lower()}.")
+        failure.errno = number
+        raise failure from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _disk_error(error: Exception, temporary: Path) -> int | None:
+    """The number of the failure of the disk that an error comes from, if it does."""
+    # Libraries in other languages have it in their text, or nowhere.
+    found = re.search(r"os error (\d+)", str(error))
+    number = int(found[1]) if found else getattr(error, "errno", None)
+    if number is None:
+        number = next((each for each in _FULL if os.strerror(each) in str(error)), None)
+    if number is None and isinstance(error, RuntimeError):
+        number = _try_to_write(temporary)
+    return number if number in _FULL else None
+
+
+def _try_to_write(path: Path) -> int | None:
+    """The number of the error that writing more to a file ends in, if it does."""
+    try:
+        with path.open("ab") as file:
+            file.write(bytes(2**16))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno
+    return None
 
 
 def _temporary(path: Path) -> Path:
@@ -47,7 +86,7 @@ def _temporary(path: Path) -> Path:
 
 
 def read_ends(path: Path, count: int) -> bytes:
-    """The first and the last ``count`` bytes of a file, where one that was replaced differs."""
+    """The first and the last `count` bytes of a file, where one that was replaced differs."""
     with path.open("rb") as file:
         first = file.read(count)
         file.seek(max(0, path.stat().st_size - count))
@@ -69,8 +108,16 @@ def fingerprint_files(folder: Path, paths: Iterable[Path]) -> str:
     return total.hexdigest()
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a file is there and has content: what appears whole is never empty."""
+    try:
+        return path.is_file() and path.stat().st_size > 0
+    except FileNotFoundError:  # removed between the two questions
+        return False
+
+
 def write_text(path: str | Path, text: str) -> None:
-    """Write ``text`` as UTF-8, whole or not at all."""
+    """Write `text` as UTF-8, whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -79,11 +126,11 @@ def read_json(path: str | Path, *, max_bytes: int | None = None) -> Any:
     """What a JSON file holds.
 
     Args:
-        path: the file.
-        max_bytes: a larger file is refused; None takes any.
+        path: The file.
+        max_bytes: The largest size that is read; None reads any.
 
     Raises:
-        ValueError: missing, too large or not JSON; the file is named.
+        ValueError: It is missing, too large or not JSON; the file is named.
     """
     path = Path(path)
     try:
@@ -99,11 +146,40 @@ def read_json(path: str | Path, *, max_bytes: int | None = None) -> Any:
         raise ValueError(f"{path}: not valid JSON ({error}).") from error
 
 
-def check_writable(path: str | Path) -> Path:
-    """Return ``path`` if a file can be written there; called before minutes of work, not after.
+def read_lines(path: Path, max_bytes: int) -> Iterator[tuple[int, str | ValueError]]:
+    """Yield the number of every line with its text, or with what is wrong with it.
+
+    Args:
+        path: A UTF-8 text file. Only newlines end a line.
+        max_bytes: The longest line that is read.
 
     Raises:
-        ValueError: ``path`` is a folder, or its folder cannot be made or written.
+        ValueError: The file cannot be read; it is named.
+    """
+    try:
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(max_bytes + 1):
+                number += 1
+                if len(line) > max_bytes:
+                    while line and not line.endswith(b"\n"):
+                        line = file.readline(max_bytes)
+                    yield number, ValueError(f"longer than {max_bytes} bytes")
+                    continue
+                try:
+                    yield number, line.decode("utf-8-sig").rstrip("\r\n")
+                except UnicodeDecodeError as error:
+                    yield number, ValueError(f"not UTF-8 (byte {error.start + 1})")
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ValueError(f"cannot read {path}: {reason}.") from error
+
+
+def check_writable(path: str | Path) -> Path:
+    """Return `path` if a file can be written there; called before minutes of work, not after.
+
+    Raises:
+        ValueError: `path` is a folder, or its folder cannot be made or written.
     """
     path = Path(path)
     if path.is_dir():

@@ -5,9 +5,11 @@ import sys
 import numpy as np
 import pytest
 
+from nabla_attn import work_sharing
 from nabla_attn.generation import prompt_list
 from nabla_attn.generation.request import GenerationRequest
 from nabla_attn.record import RunRecord
+from nabla_attn.work_sharing import share_work
 
 REQUEST = GenerationRequest("", height=16, width=16, frames=1, steps=1, seed=5)
 FRAMES = np.zeros((1, 16, 16, 3), np.uint8)
@@ -37,7 +39,7 @@ def test_lines_comments_and_json(tmp_path):
     lines = (
         '\ufeff# a list\r\n\r\n  a red circle \r\n{"prompt": "# one", "seed": 7}\n{"prompt": "é"}'
     )
-    found = prompt_list.read_requests(write(tmp_path, lines), REQUEST)
+    found = list(prompt_list.read_requests(write(tmp_path, lines), REQUEST).requests.values())
     assert [(r.prompt, r.seed) for r in found] == [("a red circle", 5), ("# one", 7), ("é", 5)]
     assert {r.height for r in found} == {16}
 
@@ -59,12 +61,31 @@ def test_lines_comments_and_json(tmp_path):
 )
 def test_bad_lists(tmp_path, text, words):
     with pytest.raises(ValueError, match=words):
-        prompt_list.read_requests(write(tmp_path, text), REQUEST)
+        prompt_list.read_lines(write(tmp_path, text))
+
+
+def test_a_broken_line_fails_alone_and_shifts_no_name(model, tmp_path):
+    lines = ["one", "x" * 20000, '{"prompt": "half \\ud83d"}', '{"prompt": 3}', "# no", "two"]
+    content = "\n".join(lines).encode() + b"\nr\xf6t\nthree"
+    found = prompt_list.read_requests(write(tmp_path, content), REQUEST)
+    assert {n: r.prompt for n, r in found.requests.items()} == {1: "one", 5: "two", 7: "three"}
+    assert list(found.broken) == ["line 2", "line 3", "line 4", "line 7"]
+    assert "half a character" in found.broken["line 3"]
+    names = prompt_list.name_videos(found.requests, model, fps=8)
+    assert [name[:4] for name in names] == ["0001", "0005", "0007"]
+    with pytest.raises(ValueError, match="line 2: longer than"):
+        prompt_list.read_lines(write(tmp_path, content))
+
+
+def test_empty_files_are_not_done(tmp_path):
+    run(tmp_path, VIDEOS)
+    (tmp_path / "0002-aa.mp4").write_bytes(b"")
+    assert run(tmp_path, VIDEOS).made == ["0002-aa"]
 
 
 def test_missing_list(tmp_path):
     for path in (tmp_path / "none.txt", tmp_path):
-        with pytest.raises(ValueError, match="cannot read the prompts"):
+        with pytest.raises(ValueError, match="cannot read"):
             prompt_list.read_requests(path, REQUEST)
 
 
@@ -74,7 +95,8 @@ def test_names_follow_all_that_changes_a_video(model, tmp_path):
     def names(model=model, fps=8, **changes):
         from dataclasses import replace
 
-        return list(prompt_list.name_videos([replace(REQUEST, **changes)] * 2, model, fps=fps))
+        requests = dict.fromkeys((1, 2), replace(REQUEST, **changes))
+        return list(prompt_list.name_videos(requests, model, fps=fps))
 
     first = names()
     assert len(set(first)) == 2
@@ -89,7 +111,7 @@ def test_names_follow_all_that_changes_a_video(model, tmp_path):
 
 
 def run(folder, videos, make=make, **options):
-    return prompt_list.make_videos(folder, videos, make, 8, **options)
+    return share_work(prompt_list.make_work(folder, videos, lambda: make, 8), **options)
 
 
 VIDEOS = {f"000{i}-aa": REQUEST for i in (1, 2, 3)}
@@ -171,13 +193,17 @@ def test_what_others_make_is_left_to_them(tmp_path, holder):
 
 
 def test_waiting_takes_over_from_those_that_end(tmp_path, monkeypatch, holder):
-    monkeypatch.setattr(prompt_list, "WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(work_sharing, "WAIT_SECONDS", 0.02)
 
-    def tell(name, result):
+    def on_item(name, result):
         if name == "0003-aa":
             holder.kill()
 
-    assert run(tmp_path, VIDEOS, wait=True, tell=tell).made == ["0002-aa", "0003-aa", "0001-aa"]
+    assert run(tmp_path, VIDEOS, wait=True, on_item=on_item).made == [
+        "0002-aa",
+        "0003-aa",
+        "0001-aa",
+    ]
 
 
 def test_folder_that_is_a_file(tmp_path):

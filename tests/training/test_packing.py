@@ -6,7 +6,7 @@ import torch
 from tests.tiny_diffusers import tiny_wan_transformer
 
 import nabla_attn as na
-from nabla_attn.training.data.packs import PackSampler, pack
+from nabla_attn.training.data.batches import PackSampler, collate_packed
 from nabla_attn.training.families import find_family
 from nabla_attn.training.family import Family
 from nabla_attn.training.packing import let_pack
@@ -61,7 +61,7 @@ def run_backward(model, packs):
     model.zero_grad()
     outs = []
     for items in packs:
-        out = run(model, pack(items, 0.0, random.Random(0)))
+        out = run(model, collate_packed(items, 0.0, random.Random(0)))
         out.square().sum().backward()
         outs.append(out.detach())
     return torch.cat(outs, dim=2), torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -75,14 +75,14 @@ def test_without_the_segments_clips_do_see_each_other():
     model = tiny_wan_transformer().train()
     with na.apply(model, "nabla-1"):
         let_pack(model, FAMILY)
-        batch = pack(ITEMS, 0.0, random.Random(0))
+        batch = collate_packed(ITEMS, 0.0, random.Random(0))
         apart = run(model, batch)
         del batch["conditions"]["segments"], batch["conditions"]["texts"]
         assert (run(model, batch) - apart).abs().max() > 1e-3
 
 
 def test_dropped_captions():
-    batch = pack(ITEMS, 1.0, random.Random(0))
+    batch = collate_packed(ITEMS, 1.0, random.Random(0))
     assert batch["conditions"]["encoder_hidden_states"].shape == (1, 12, 16)
     assert batch["conditions"]["texts"].tolist() == [[4, 4, 4]]
     assert batch["conditions"]["segments"].tolist() == [list(LENGTHS)]

@@ -56,6 +56,8 @@ def generate(
     map_steps: Annotated[str, typer.Option(help="Steps to record, such as 0,10,19.")] = "",
     map_layers: Annotated[str, typer.Option(help="Layers to record.")] = "",
     map_heads: Annotated[str, typer.Option(help="Heads to record.")] = "",
+    engine: opt.Engine = "locks",
+    workers: opt.Workers = None,
 ) -> None:
     """Make a video from a prompt: an mp4, and beside it a .json record of the run.
 
@@ -73,10 +75,12 @@ def generate(
     for option, is_given in (("--record-maps", record_maps), ("--image", image is not None)):
         if prompts is not None and is_given:
             raise ValueError(f"{option} is for one video. Pass --prompt.")
+    if prompts is None and (engine, workers) != ("locks", None):
+        raise ValueError("--engine and --workers share a list between processes: pass --prompts.")
     request = video.request(prompt=prompt or "", seed=seed, sparse_algo=sparse_algo)
     rate = video.rate
     if prompts is not None:
-        make_list(prompts, request, output or FOLDER, rate, video)
+        make_list(prompts, request, output or FOLDER, rate, video, engine=engine, workers=workers)
         return
     maps = None
     if record_maps:

@@ -40,7 +40,20 @@ ScheduleFile = Annotated[
     typer.Option("--schedule", help="JSON file: which steps and layers run which algorithm."),
 ]
 
-
+Engine = Annotated[
+    str,
+    typer.Option(
+        help="How processes share the work: locks in the output folder, or ray, a cluster."
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="With --engine ray: processes.", show_default="one for each GPU or machine"
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors and warnings only.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the results as one JSON object.")]
 Lora = Annotated[
     list[str] | None,
     typer.Option(
@@ -160,6 +173,19 @@ def load_quietly(model: str, device: str, dtype: str, lora: Sequence[str] = ()) 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return load_pipeline(model, device=device, dtype=dtype, lora=lora)
+
+
+def load_on_own_device(model: str, device: str, dtype: str, lora: Sequence[str] = ()) -> Any:
+    """Load a pipeline on the device of this process among several."""
+    import torch
+
+    from nabla_attn.distributed import local_device
+    from nabla_attn.generation.pipeline import resolve_device
+
+    place = local_device(resolve_device(device))
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    return load_quietly(model, str(place), dtype, lora)
 
 
 def read_indices(text: str) -> tuple[int, ...] | None:

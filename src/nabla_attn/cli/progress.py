@@ -1,5 +1,6 @@
 """Progress bars of generations on stderr: stage, steps, steps per second, time left."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,6 +75,53 @@ def loading_bars() -> Iterator["ProgressCallback"]:
             bars.update(tasks[stage], completed=done, total=total)
 
         yield show
+
+
+@contextmanager
+def count_bar(
+    label: str, unit: str, *, is_quiet: bool = False, every_seconds: float = 30.0
+) -> Iterator["ProgressCallback"]:
+    """Yield a progress callback that moves a bar, or writes lines where stderr is no terminal.
+
+    Args:
+        label: The name of the work.
+        unit: The plural of what is counted.
+        is_quiet: Whether nothing is shown.
+        every_seconds: Seconds from one line in a log file to the next.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (label, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # Transient, so that an error stays the one line on stderr.
+    console = Console(stderr=True)
+    is_shown = console.is_terminal and not is_quiet
+    first = None
+    last = time.perf_counter()
+    with Bars(*columns, console=console, transient=True, disable=not is_shown) as bars:
+        task = bars.add_task(label, total=None)
+
+        def show(stage: str, done: int, total: int) -> None:
+            nonlocal first, last
+            now = time.perf_counter()
+            first = first or (done, now)
+            bars.update(task, completed=done, total=total)
+            if not is_quiet and not is_shown and now - last >= every_seconds:
+                last = now
+                text = _describe_speed(done, total, done - first[0], now - first[1], unit)
+                print(f"{label}: {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+        yield show
+
+
+def _describe_speed(done: int, total: int, made: int, seconds: float, unit: str) -> str:
+    """Such as `64 of 1024 clips, 3.20 clips/s, 300 s left`."""
+    text = f"{done} of {total} {unit}"
+    if not made or not seconds:
+        return text
+    rate = made / seconds
+    return f"{text}, {rate:.2f} {unit}/s, {(total - done) / rate:.0f} s left"
 
 
 def _describe_steps(done: int, total: int, seconds: float) -> str:

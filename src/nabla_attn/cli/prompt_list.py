@@ -1,7 +1,8 @@
-"""``nabla generate --prompts``: a list of prompts to a folder of videos."""
+"""`nabla generate --prompts`: a list of prompts to a folder of videos."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,9 @@ import typer
 from nabla_attn.cli import options as opt
 
 if TYPE_CHECKING:
-    from nabla_attn.generation.prompt_list import Make, Outcome
+    from nabla_attn.generation.prompt_list import Generate
     from nabla_attn.generation.request import GenerationRequest
-    from nabla_attn.record import RunRecord
+    from nabla_attn.work_sharing import Shared
 
 
 def make_list(
@@ -21,43 +22,43 @@ def make_list(
     folder: Path,
     fps: float,
     options: opt.VideoOptions,
+    *,
+    engine: str = "locks",
+    workers: int | None = None,
 ) -> None:
     """Make the videos of a list that are not there yet; exit code 1 if some failed.
 
     Args:
-        prompts: the list.
-        request: what all have in common.
-        folder: where they go.
-        fps: frames per second.
-        options: the model, and where it runs.
+        prompts: The list.
+        request: What all have in common.
+        folder: The folder of the videos.
+        fps: Frames per second.
+        options: The model, and where it runs.
+        engine: How processes share the work.
+        workers: Number of Ray's workers.
     """
     from nabla_attn.distributed import num_processes
     from nabla_attn.generation import prompt_list
     from nabla_attn.generation.pipeline import model_directory
+    from nabla_attn.work_sharing import share_work
 
-    requests = prompt_list.read_requests(prompts, request)
+    found = prompt_list.read_requests(prompts, request)
     directory = model_directory(options.model)
-    videos = prompt_list.name_videos(requests, directory, fps=fps, dtype=options.dtype)
+    videos = prompt_list.name_videos(found.requests, directory, fps=fps, dtype=options.dtype)
     prompt_list.check_folder(folder)
-
-    def tell(name: str, result: "RunRecord | str") -> None:
-        path = folder / f"{name}.mp4"
-        if isinstance(result, str):
-            typer.echo(f"{_rank_label()}{path}: failed: {result}", err=True)
-        else:
-            seconds = result.numbers["seconds"]["total"]
-            text = " ".join(videos[name].prompt.split())[:60]
-            typer.echo(f"{_rank_label()}{path}: seed {result.seed}, {seconds:.1f} s, {text}")
-
-    if all(prompt_list.is_done(folder, name) for name in videos):
-        outcome = prompt_list.Outcome(there=list(videos))
-    else:
-        make = _maker(requests, options)
+    first = next(iter(found.requests.values()))
+    start = partial(_start, first, options, has_bars=engine == "locks")
+    shared = share_work(
+        prompt_list.make_work(folder, videos, start, fps),
+        engine,
         # torchrun stops all when one ends with an error, so none ends before the others.
-        wait = num_processes() > 1
-        outcome = prompt_list.make_videos(folder, videos, make, fps, wait=wait, tell=tell)
-    _summarise_list(folder, len(videos), outcome)
-    if outcome.failed:
+        wait=num_processes() > 1,
+        workers=workers,
+        has_gpus=options.device != "cpu",
+        on_item=partial(_tell, folder, videos),
+    )
+    _summarise_list(folder, len(videos) + len(found.broken), shared, found.broken)
+    if shared.failed or found.broken:
         raise typer.Exit(1)
 
 
@@ -65,32 +66,30 @@ def make_list(
 def first_bars() -> Iterator[Any]:
     """Progress bars of the first process; the others' would overwrite them."""
     from nabla_attn.cli.progress import generation_bars
-    from nabla_attn.distributed import process_index
+    from nabla_attn.distributed import is_first_process
 
-    if process_index() != 0:
+    if not is_first_process():
         yield lambda label: None
         return
     with generation_bars() as start:
         yield start
 
 
-def _maker(requests: "list[GenerationRequest]", options: opt.VideoOptions) -> "Make":
+def _start(
+    request: "GenerationRequest", options: opt.VideoOptions, *, has_bars: bool
+) -> "Generate":
     """Load the pipeline on this process's own device; what makes a video with it."""
-    import torch
-
-    from nabla_attn.distributed import local_device
     from nabla_attn.generation.generate import generate as make_video
-    from nabla_attn.generation.pipeline import resolve_device
     from nabla_attn.generation.request import check_request
 
-    place = local_device(resolve_device(options.device))
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
-    pipeline = options.load(str(place))
+    lora = options.lora or ()
+    pipeline = opt.load_on_own_device(options.model, options.device, options.dtype, lora)
     # Sizes are the same in all: one line now, or as many failures.
-    check_request(pipeline, requests[0])
+    check_request(pipeline, request)
 
     def make(request: "GenerationRequest") -> Any:
+        if not has_bars:
+            return make_video(pipeline, request)
         with first_bars() as start:
             return make_video(
                 pipeline, request, on_progress=start(" ".join(request.prompt.split())[:30])
@@ -99,18 +98,31 @@ def _maker(requests: "list[GenerationRequest]", options: opt.VideoOptions) -> "M
     return make
 
 
+def _tell(folder: Path, videos: dict[str, "GenerationRequest"], name: str, result: Any) -> None:
+    from nabla_attn.work_sharing import Failure
+
+    path = folder / f"{name}.mp4"
+    if isinstance(result, Failure):
+        typer.echo(f"{_rank_label()}{path}: failed: {result}", err=True)
+        return
+    seconds = result.numbers["seconds"]["total"]
+    text = " ".join(videos[name].prompt.split())[:60]
+    typer.echo(f"{_rank_label()}{path}: seed {result.seed}, {seconds:.1f} s, {text}")
+
+
 def _rank_label() -> str:
     from nabla_attn.distributed import num_processes, process_index
 
     return f"[{process_index()}] " if num_processes() > 1 else ""
 
 
-def _summarise_list(folder: Path, count: int, outcome: "Outcome") -> None:
-    parts = [f"{len(outcome.made)} made", f"{len(outcome.there)} already there"]
-    if outcome.elsewhere:
-        parts.append(f"{len(outcome.elsewhere)} being made by other processes")
-    if outcome.failed:
-        parts.append(f"{len(outcome.failed)} failed")
+def _summarise_list(folder: Path, count: int, shared: "Shared", broken: dict[str, str]) -> None:
+    failed = broken | shared.failed
+    parts = [f"{len(shared.made)} made", f"{len(shared.there)} already there"]
+    if shared.elsewhere:
+        parts.append(f"{len(shared.elsewhere)} being made by other processes")
+    if failed:
+        parts.append(f"{len(failed)} failed")
     typer.echo(f"{_rank_label()}{folder}: {count} videos: {', '.join(parts)}.")
-    for name, reason in outcome.failed.items():
+    for name, reason in failed.items():
         typer.echo(f"{_rank_label()}failed: {name}: {reason}", err=True)

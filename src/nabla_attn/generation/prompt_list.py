@@ -2,99 +2,99 @@
 
 import hashlib
 import json
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
-from nabla_attn.files import check_writable
+from nabla_attn.files import check_writable, is_whole
+from nabla_attn.files import read_lines as read_text_lines
 from nabla_attn.generation.pipeline import fingerprint
 from nabla_attn.generation.request import GenerationRequest, check_seed
 from nabla_attn.generation.video import write_video
 from nabla_attn.record import RunRecord
+from nabla_attn.work_sharing import Work
 
 MAX_LINE_BYTES = 16384
-WAIT_SECONDS = 2.0
 
-Make = Callable[[GenerationRequest], tuple[np.ndarray, RunRecord]]
+Generate = Callable[[GenerationRequest], tuple[np.ndarray, RunRecord]]
 """A request to frames, uint8 [frames, height, width, 3], and the record of the run."""
 
 
 @dataclass
-class Outcome:
-    """What became of each video of a list, by name.
+class PromptList:
+    """The videos of a list of prompts, and the lines that give none.
 
     Attributes:
-        made: by this process.
-        there: finished before, or by another process meanwhile.
-        failed: with the reason.
-        elsewhere: another process was still at it in the end.
+        requests: Request of each video, by its place among the prompts, from 1.
+        broken: What is wrong with each line that cannot be used, by its name.
     """
 
-    made: list[str] = field(default_factory=list)
-    there: list[str] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
-    elsewhere: list[str] = field(default_factory=list)
+    requests: dict[int, GenerationRequest] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
 
 
 def read_lines(path: Path) -> list[tuple[str, int | None]]:
     """Prompt and perhaps seed of every line; blank ones and those that start with # are skipped.
 
     Args:
-        path: UTF-8; each line is a prompt, or a JSON object with ``prompt`` and perhaps ``seed``.
+        path: A UTF-8 file; each line is a prompt, or a JSON object with `prompt` and perhaps
+            `seed`.
 
     Raises:
-        ValueError: the file cannot be read, has no prompt, or a line is too long, not UTF-8, or not
-            such an object; the line is named.
+        ValueError: The file cannot be read or has no prompt, or a line is too long, not UTF-8, or
+            not such an object; the line is named.
     """
     found = []
-    try:
-        with path.open("rb") as file:
-            number = 0
-            while line := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                try:
-                    found += _read_line(line)
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number}: {error}") from error
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise ValueError(f"cannot read the prompts {path}: {reason}.") from error
-    if not found:
-        raise ValueError(f"{path} has no prompt. Write one per line.")
+    for number, line in _parse_lines(path):
+        if isinstance(line, ValueError):
+            raise ValueError(f"{path}, line {number}: {line}") from line
+        found.append(line)
     return found
 
 
-def read_requests(path: Path, request: GenerationRequest) -> list[GenerationRequest]:
-    """One request per line of a file that `read_lines` takes.
+def read_requests(path: Path, request: GenerationRequest) -> PromptList:
+    """The requests of a list of prompts; a broken line stops none of the others.
 
     Args:
-        path: the file.
-        request: what all have in common, and the seed of lines without one.
+        path: A file that `read_lines` describes.
+        request: What all have in common, and the seed of lines without one.
+
+    Raises:
+        ValueError: The file cannot be read or has no prompt that can be used.
     """
-    return [
-        replace(request, prompt=prompt, seed=request.seed if seed is None else seed)
-        for prompt, seed in read_lines(path)
-    ]
+    found = PromptList()
+    for place, (number, line) in enumerate(_parse_lines(path), start=1):
+        try:
+            if isinstance(line, ValueError):
+                raise line
+            prompt, seed = line
+            seed = request.seed if seed is None else seed
+            found.requests[place] = replace(request, prompt=prompt, seed=seed)
+        except ValueError as error:
+            found.broken[f"line {number}"] = str(error)
+    if not found.requests:
+        name, reason = next(iter(found.broken.items()))
+        raise ValueError(f"{path}, {name}: {reason}")
+    return found
 
 
 def name_videos(
-    requests: list[GenerationRequest], model: Path, **options: Any
+    requests: dict[int, GenerationRequest], model: Path, **options: Any
 ) -> dict[str, GenerationRequest]:
     """Names by place in the list and a hash of all that the video depends on.
 
     Args:
-        requests: in the order of the list.
-        model: the pipeline directory. Its files count, not its place, which machines may differ in.
-        options: what else changes a video, such as the frame rate; plain JSON values.
+        requests: The requests by their place.
+        model: The pipeline directory. Its files count, not its place, which machines may differ in.
+        options: What else changes a video, such as the frame rate; plain JSON values.
     """
     common = {"model": fingerprint(model)} | options
     named = {}
-    for index, request in enumerate(requests, start=1):
+    for index, request in requests.items():
         text = json.dumps(request.to_dict() | common, sort_keys=True)
         named[f"{index:04d}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"] = request
     return named
@@ -102,108 +102,87 @@ def name_videos(
 
 def is_done(folder: Path, name: str) -> bool:
     """Whether a video is finished: its record, written last, and the mp4 are there."""
-    return all((folder / f"{name}{suffix}").is_file() for suffix in (".json", ".mp4"))
+    return all(is_whole(folder / f"{name}{suffix}") for suffix in (".json", ".mp4"))
 
 
-def make_videos(
+def make_work(
     folder: Path,
     videos: dict[str, GenerationRequest],
-    make: Make,
+    start: Callable[[], Generate],
     fps: float,
-    *,
-    wait: bool = False,
-    tell: Callable[[str, RunRecord | str], None] = lambda name, result: None,
-) -> Outcome:
-    """Make the videos that are neither finished nor being made by another process.
-
-    Each is tried once. One that fails does not stop the others.
+) -> Work:
+    """The work of a list, for `share_work`: each video is tried once and fails alone.
 
     Args:
-        folder: where they go; shared by all processes at this list.
-        videos: from :func:`name_videos`.
-        make: makes one.
-        fps: frames per second.
-        wait: stay until nobody is at a video of the list, to take over from those that end early.
-        tell: given each name with its record, or the reason why it failed.
+        folder: The folder that they go to.
+        videos: The requests as `name_videos` names them.
+        start: Loads the pipeline and returns what generates a video with it.
+        fps: Frames per second.
     """
-    outcome = Outcome()
-    left = dict(videos)
-    while True:
-        had = len(left)
-        for name, request in list(left.items()):
-            result = _make_locked(folder, name, request, make, fps)
-            if isinstance(result, RunRecord):
-                outcome.made.append(name)
-                tell(name, result)
-            elif is_done(folder, name):
-                outcome.there.append(name)
-            elif result is not None:
-                outcome.failed[name] = result
-                tell(name, result)
-            else:
-                continue
-            del left[name]
-        if not left or (len(left) == had and not wait):
-            break
-        if len(left) == had:
-            time.sleep(WAIT_SECONDS)
-    outcome.elsewhere = list(left)
-    return outcome
+    return Work(
+        folder=folder,
+        items=list(videos),
+        start=partial(_start, folder, videos, start, fps),
+        is_done=partial(is_done, folder),
+        failures=(ValueError, OSError, RuntimeError, MemoryError),
+    )
 
 
-def _make_locked(
-    folder: Path, name: str, request: GenerationRequest, make: Make, fps: float
-) -> RunRecord | str | None:
-    """The record of the video made, why it failed, or None if it is not ours to make."""
-    path = folder / f".{name}.lock"
-    # The system frees a lock when its process ends, however it ends: a killed run goes on at once.
-    lock = FileLock(path, blocking=False)
-    if is_done(folder, name):
-        return None
-    try:
-        with lock:
-            if is_done(folder, name):
-                return None
-            # What a killed process was writing.
-            for leftover in folder.glob(f".{name}.*.tmp"):
-                leftover.unlink(missing_ok=True)
-            frames, record = make(request)
-            write_video(frames, folder / f"{name}.mp4", fps)
-            record.save(folder / f"{name}.json")
-            return record
-    except Timeout:
-        return None
-    except (ValueError, OSError, RuntimeError) as error:
-        return " ".join(str(error).split()) or type(error).__name__
-    finally:
-        # Who still opens it finds the video done; before that, removing it would let two work.
-        if is_done(folder, name):
-            path.unlink(missing_ok=True)
+def _start(
+    folder: Path,
+    videos: dict[str, GenerationRequest],
+    start: Callable[[], Generate],
+    fps: float,
+) -> Callable[[str], RunRecord]:
+    generate = start()
+
+    def make(name: str) -> RunRecord:
+        frames, record = generate(videos[name])
+        write_video(frames, folder / f"{name}.mp4", fps)
+        record.save(folder / f"{name}.json")
+        return record
+
+    return make
 
 
 def check_folder(folder: Path) -> None:
-    """Make the folder and see that it can be written.
+    """Make the folder and check that it can be written.
 
     Raises:
-        ValueError: it is a file, or cannot be made or written.
+        ValueError: It is a file, or cannot be made or written.
     """
     if folder.suffix.lower() == ".mp4" or folder.is_file():
         raise ValueError(f"--prompts writes a folder of videos, got the file {folder}.")
     check_writable(folder / "0001.mp4")
 
 
-def _read_line(line: bytes) -> list[tuple[str, int | None]]:
+def _parse_lines(path: Path) -> Iterator[tuple[int, tuple[str, int | None] | ValueError]]:
+    """Number of every line that is no comment, with its prompt and seed, or what is wrong.
+
+    Raises:
+        ValueError: The file cannot be read, or has no such line.
+    """
+    is_empty = True
+    for number, line in read_text_lines(path, MAX_LINE_BYTES):
+        found: tuple[str, int | None] | ValueError | None
+        try:
+            found = line if isinstance(line, ValueError) else _read_line(line)
+        except ValueError as error:
+            found = error
+        if found is not None:
+            is_empty = False
+            yield number, found
+    if is_empty:
+        raise ValueError(f"{path} has no prompt. Write one per line.")
+
+
+def _read_line(line: str) -> tuple[str, int | None] | None:
     """Prompt and seed of one line; nothing for a blank line or a comment."""
-    if len(line) > MAX_LINE_BYTES:
-        raise ValueError(f"longer than {MAX_LINE_BYTES} bytes.")
-    try:
-        text = line.decode("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start + 1}). Save the file as UTF-8.") from error
+    text = line.strip()
     if not text or text.startswith("#"):
-        return []
+        return None
     if not text.startswith("{"):
-        return [(text, None)]
+        return text, None
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -211,5 +190,5 @@ def _read_line(line: bytes) -> list[tuple[str, int | None]]:
     prompt, seed = values.get("prompt"), values.get("seed", 0)
     has_types = isinstance(prompt, str) and isinstance(seed, int) and not isinstance(seed, bool)
     if not has_types or values.keys() - {"prompt", "seed"}:
-        raise ValueError(f'expected {{"prompt": TEXT, "seed": NUMBER}}, got {text[:80]}.')
-    return [(prompt, check_seed(seed) if "seed" in values else None)]
+        raise ValueError(f'expected {{"prompt": TEXT, "seed": NUMBER}}, got {text[:80]!r}.')
+    return prompt, check_seed(seed) if "seed" in values else None

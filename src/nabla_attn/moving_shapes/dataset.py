@@ -3,20 +3,22 @@
 import random
 from collections.abc import Iterator
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nabla_attn.files import read_json
 from nabla_attn.moving_shapes.caption import describe
 from nabla_attn.moving_shapes.render import render
 from nabla_attn.moving_shapes.scene import Scene, sample_scene
 from nabla_attn.moving_shapes.scorer import MovingShapesScorer
 from nabla_attn.training.data.clip import Clip
 from nabla_attn.training.data.dataset import Item
-from nabla_attn.training.data.origin import world_size
-from nabla_attn.training.data.sizes import Size
+from nabla_attn.training.data.encoded import ENCODING, read_index
+from nabla_attn.training.data.resize import Size
 from nabla_attn.training.encoders import encode_caption, encode_first_frame, encode_video
 from nabla_attn.training.sections import DataConfig
 
@@ -153,8 +155,16 @@ class MovingShapes:
     scorer = MovingShapesScorer()
 
     def size_of(self, folder: Path) -> tuple[int, int, int] | None:
-        """The largest (frames, height, width) of encoded clips of this world; None for others."""
-        return world_size(folder)
+        """The largest (frames, height, width) of encoded clips of this world; None for others.
+
+        Raises:
+            ValueError: It is not a finished folder of encoded clips.
+        """
+        videos = read_index(folder)
+        source = read_json(folder / ENCODING).get("source", "")
+        if not str(source).startswith("world, "):
+            return None
+        return max((video.size for video in videos), key=prod)
 
     def dataset(
         self, pipeline: Any, data: DataConfig, size: tuple[int, int, int], seed: int

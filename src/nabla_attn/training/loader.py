@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 
 from nabla_attn.training.config import TrainConfig
-from nabla_attn.training.data import BucketSampler, collate
-from nabla_attn.training.data.packs import PackSampler, pack
+from nabla_attn.training.data.batches import (
+    BucketSampler,
+    PackSampler,
+    collate,
+    collate_packed,
+)
 
 # Items, share of dropped captions, what draws them -> a batch.
 Gather = Callable[[Sequence[Any], float, random.Random], dict[str, Any]]
@@ -65,7 +69,7 @@ class BatchLoader:
             if self.config.data.pack:
                 places = places[0]
             clips = [self.trained_on[place] for place in places]
-            gather = pack if self.config.data.pack else collate
+            gather = collate_packed if self.config.data.pack else collate
             yield self._batch(clips, seed, self.config.data.drop, gather)
 
     def validation(self) -> Iterator[tuple[dict[str, Any], torch.Generator, float]]:
@@ -84,7 +88,7 @@ class BatchLoader:
         """A batch of the largest grid."""
         if isinstance(self.sampler, PackSampler):
             packed = [self.trained_on[place] for place in self.sampler.largest()]
-            return self._batch(packed, f"{self.config.seed} largest", 0.0, pack)
+            return self._batch(packed, f"{self.config.seed} largest", 0.0, collate_packed)
         shape = self.shapes()[-1]
         places = [i for i in self.trained_on if tuple(self.dataset.grids[i]) == shape]
         size = self.config.data.batch

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 
 from nabla_attn.generation.pipeline import load_pipeline
-from nabla_attn.training.data.encode import encode
-from nabla_attn.training.data.encode_shard import EncodeRequest
+from nabla_attn.training.data.encode import EncodeRequest, encode
 from nabla_attn.training.data.folder import FolderSource
 
 REQUEST = EncodeRequest(shard_size=2)
@@ -25,8 +24,8 @@ def die_after(count: int) -> None:
 
     save, left = safe.save_file, [count]
 
-    def save_some(tensors, path):
-        save(tensors, path)
+    def save_some(tensors, path, metadata=None):
+        save(tensors, path, metadata)
         left[0] -= 1
         if left[0] == 0:
             os.truncate(path, Path(path).stat().st_size // 2)
@@ -38,7 +37,7 @@ def die_after(count: int) -> None:
 def work(pipeline, videos: str, output: str, count: int) -> None:
     """Encode in a process of its own, which ends with the number of shards it made."""
     die_after(count)
-    summary = encode(FolderSource(Path(videos)), pipeline, Path(output), REQUEST)
+    summary = encode(FolderSource(Path(videos)), lambda: pipeline, Path(output), REQUEST)
     os._exit(summary.made)
 
 

@@ -26,9 +26,11 @@ def test_every_sample_is_in_every_epoch_and_batches_have_one_shape():
     assert epoch(BucketSampler(SHAPES, 2, seed=2)) != first
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_share_the_work_and_see_one_shape_at_a_time(world_size):
-    ranks = [epoch(BucketSampler(SHAPES, 2, 7, rank, world_size)) for rank in range(world_size)]
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_ranks_share_the_work_and_see_one_shape_at_a_time(num_processes):
+    ranks = [
+        epoch(BucketSampler(SHAPES, 2, 7, rank, num_processes)) for rank in range(num_processes)
+    ]
     assert len({len(batches) for batches in ranks}) == 1
     for step in zip(*ranks, strict=True):
         assert len({SHAPES[index] for batch in step for index in batch}) == 1
@@ -67,8 +69,8 @@ def test_states_of_other_data_are_refused():
     [
         (([], 1), "no samples"),
         ((SHAPES, 0), "batch_size"),
-        ((SHAPES, 1, 0, 2, 2), "rank 2"),
-        ((SHAPES[:2], 1, 0, 0, 3), "more ranks than samples: 3 processes, 2 samples"),
+        ((SHAPES, 1, 0, 2, 2), "process_index 2"),
+        ((SHAPES[:2], 1, 0, 0, 3), "more processes than samples: 3 for 2"),
     ],
 )
 def test_bad_numbers(arguments, words):

@@ -12,8 +12,8 @@ from nabla_attn.moving_shapes.dataset import WorldSource
 from nabla_attn.training.data.clip import Clip, Skipped
 from nabla_attn.training.data.decode import read_clip
 from nabla_attn.training.data.folder import FolderSource
-from nabla_attn.training.data.shards import ShardSource
-from nabla_attn.training.data.sizes import Size, choose_size, fit, parse_size
+from nabla_attn.training.data.resize import Size, choose_size, fit
+from nabla_attn.training.data.tars import TarSource
 
 
 def video(frames=5, height=16, width=32, step=40):
@@ -65,11 +65,11 @@ def test_metadata(tmp_path, kind, column):
     found = listed(FolderSource(tmp_path))
     assert found[:3] == [
         ("a.mp4", 'one, "two"', (5, 16, 32, 3)),
-        ("gone.mp4", "three", "no video: gone.mp4 is missing"),
+        ("gone.mp4", "", "no video: gone.mp4 is missing"),
         ("a.mp4", "again", (5, 16, 32, 3)),
     ]
     if kind == "jsonl":
-        assert found[3][2] == "no caption: line 5 has none of text, caption, prompt"
+        assert found[3][2] == "no caption: line 5: it has none of text, caption, prompt"
 
 
 def test_an_empty_caption_gives_way_to_the_next_name(tmp_path):
@@ -79,7 +79,7 @@ def test_an_empty_caption_gives_way_to_the_next_name(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     first, second, third = listed(FolderSource(tmp_path))
     assert (first[1], second[1]) == ("real", "x")
-    assert third[2] == "no caption: line 3 has none of text, caption, prompt"
+    assert third[2] == "no caption: line 3: it has none of text, caption, prompt"
 
 
 def test_blank_text_beside_a_video_is_no_caption(tmp_path):
@@ -91,7 +91,7 @@ def test_blank_text_beside_a_video_is_no_caption(tmp_path):
             add(file, f"{name}.mp4", (tmp_path / "a.mp4").read_bytes())
             add(file, f"{name}.txt", b"\n")
         add(file, "2.json", b'{"text": "real"}')
-    one, two = listed(ShardSource([tmp_path / "a.tar"]))
+    one, two = listed(TarSource([tmp_path / "a.tar"]))
     assert one[2].startswith("no caption") and two[1] == "real"
 
 
@@ -114,7 +114,7 @@ def test_only_newlines_end_a_line(tmp_path, kind):
         ("metadata.jsonl", '{"text": "a"}', "line 1: no file_name"),
         ("metadata.jsonl", '{"file_name": "../a.mp4", "text": ""}', "outside the folder"),
         ("metadata.jsonl", '{"file_name": "none.mp4", "text": ""}', "none of them is there"),
-        ("metadata.jsonl", b"\xff\xfe\xff", "cannot read"),
+        ("metadata.jsonl", b"\xff\xfe\xff", "line 1: not UTF-8"),
         ("metadata.csv", "name,text\na.mp4,b\n", "no column file_name"),
         ("metadata.csv", 'file_name,text\na.mp4,"b', "unexpected end"),
         ("metadata.csv", "", "no column file_name"),
@@ -161,7 +161,7 @@ def tars(tmp_path):
 
 
 def test_tar_files(tars):
-    source = ShardSource(tars)
+    source = TarSource(tars)
     found = listed(source)
     assert found[:2] == [
         ("a{0}.tar/x/1.mp4", "one", (5, 16, 32, 3)),
@@ -178,8 +178,8 @@ def test_tar_files(tars):
 
 
 def test_a_tar_file_that_ends_early_costs_its_last_videos_alone(tars):
-    whole = listed(ShardSource(tars))
-    source = ShardSource(tars)
+    whole = listed(TarSource(tars))
+    source = TarSource(tars)
     content = tars[0].read_bytes()
     tars[0].write_bytes(content[: len(content) // 2])
     found = listed(source)
@@ -189,18 +189,27 @@ def test_a_tar_file_that_ends_early_costs_its_last_videos_alone(tars):
 
 def test_bad_tar_files(tars, tmp_path):
     tars[1].write_bytes(b"no tar file at all")
-    with pytest.raises(ValueError, match=r"b\.tar: not a whole tar file"):
-        ShardSource(tars)
+    whole = listed(TarSource(tars[:1]))
+    assert listed(TarSource(tars)) == [
+        *whole,
+        (
+            "b.tar, damaged",
+            "",
+            "unreadable: b.tar: not a whole tar file (truncated header)",
+        ),
+    ]
+    with pytest.raises(ValueError, match=r"b\.tar: no videos.*not a whole tar file"):
+        TarSource(tars[1:])
     with tarfile.open(tars[1], "w") as file:
         add(file, "a.txt", b"words")
     with pytest.raises(ValueError, match="no videos"):
-        ShardSource(tars[1:])
+        TarSource(tars[1:])
     with pytest.raises(ValueError, match="no tar files"):
-        ShardSource([])
+        TarSource([])
 
 
 def test_identity_follows_the_clips(tmp_path, tars):
-    assert ShardSource(tars).identity() != ShardSource(tars[:1]).identity()
+    assert TarSource(tars).identity() != TarSource(tars[:1]).identity()
     write_video(video(), tmp_path / "d" / "a.mp4", 8)
     (tmp_path / "d" / "a.txt").write_text("one")
     before = FolderSource(tmp_path / "d").identity()
@@ -300,16 +309,16 @@ def test_unreadable(tmp_path, damage):
 
 
 def test_sizes_are_read_and_checked():
-    assert parse_size("480x832X81") == Size(81, 480, 832)
+    assert Size.parse("480x832X81") == Size(81, 480, 832)
     for text in ("480x832", "axbxc", "1x2x3x4", "-1x2x3", "0x16x1"):
         with pytest.raises(ValueError, match=r"HEIGHTxWIDTHxFRAMES|at least 1"):
-            parse_size(text)
+            Size.parse(text)
     with pytest.raises(ValueError, match="go together"):
         Size(5, 16, None)
 
 
 def test_the_closest_aspect_ratio_that_fits():
-    sizes = tuple(map(parse_size, ["480x832x81", "832x480x81", "640x640x81", "240x416x17"]))
+    sizes = tuple(map(Size.parse, ["480x832x81", "832x480x81", "640x640x81", "240x416x17"]))
     assert choose_size(sizes, 99, 1080, 1920) == sizes[0]
     assert choose_size(sizes, 99, 1920, 1080) == sizes[1]
     assert choose_size(sizes, 81, 900, 800) == sizes[2]

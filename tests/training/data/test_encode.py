@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from typer.testing import CliRunner
 
@@ -14,11 +15,12 @@ from nabla_attn.cli import app
 from nabla_attn.generation.pipeline import load_pipeline
 from nabla_attn.generation.video import write_video
 from nabla_attn.moving_shapes.dataset import WorldSet, WorldSource
-from nabla_attn.training.data import EncodedSet, collate, store
-from nabla_attn.training.data.encode import encode
-from nabla_attn.training.data.encode_shard import EncodeRequest
+from nabla_attn.training.data import EncodedSet, collate
+from nabla_attn.training.data import encoded as store
+from nabla_attn.training.data.encode import EncodeRequest
+from nabla_attn.training.data.encode import encode as encode_with
 from nabla_attn.training.data.folder import FolderSource
-from nabla_attn.training.data.sizes import Size, parse_size
+from nabla_attn.training.data.resize import Size
 from nabla_attn.training.encoders import encode_caption, encode_first_frame, encode_video
 
 WORKER = Path(__file__).with_name("encode_worker.py")
@@ -27,6 +29,10 @@ WORKER = Path(__file__).with_name("encode_worker.py")
 @pytest.fixture(scope="module")
 def pipeline(tiny_wan):
     return load_pipeline(tiny_wan, device="cpu", dtype="float32")
+
+
+def encode(source, pipeline, folder, request, **options):
+    return encode_with(source, lambda: pipeline, folder, request, **options)
 
 
 def noise(*shape):
@@ -61,8 +67,9 @@ def files(folder):
 def encoded(pipeline, videos, tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoded")
     seen = []
-    encode(FolderSource(videos), pipeline, folder, EncodeRequest(shard_size=2), seen.append)
-    assert sum(seen) == 11
+    request = EncodeRequest(shard_size=2)
+    encode(FolderSource(videos), pipeline, folder, request, on_progress=lambda *at: seen.append(at))
+    assert seen == [("encode", done, 11) for done in range(12)]
     return folder
 
 
@@ -201,7 +208,7 @@ def test_sizes_that_were_asked_for(pipeline, tmp_path):
         write_video(noise(*shape), tmp_path / "in" / f"{name}.mp4", 8)
         (tmp_path / "in" / f"{name}.txt").write_text(name)
     source = FolderSource(tmp_path / "in")
-    request = EncodeRequest(tuple(map(parse_size, ["16x32x9", "32x16x5"])))
+    request = EncodeRequest(tuple(map(Size.parse, ["16x32x9", "32x16x5"])))
     summary = encode(source, pipeline, tmp_path / "out", request)
     assert (summary.encoded, summary.skipped) == (2, {"too short": 1})
     assert EncodedSet(tmp_path / "out").grids == [(4, 3, 2, 4), (4, 2, 4, 2)]
@@ -228,21 +235,81 @@ def test_the_world_encoded_and_on_the_fly_are_the_same(pipeline, tmp_path):
 
 
 def test_a_full_disk_leaves_what_is_whole(pipeline, videos, tmp_path, monkeypatch):
-    real, writes = store.save_tensors, []
+    import safetensors.torch as safe
 
-    def save(tensors, path):
+    real, writes = safe.save_file, []
+
+    def save(tensors, path, metadata=None):
         writes.append(path)
         if len(writes) == 8:
-            raise OSError(28, "No space left on device")
-        real(tensors, path)
+            # As the library says it, which is no OSError.
+            text = "Error while serializing: I/O error: No space left on device (os error 28)"
+            raise safetensors.SafetensorError(text)
+        real(tensors, path, metadata)
 
-    monkeypatch.setattr(store, "save_tensors", save)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(safe, "save_file", save)
+    with pytest.raises(OSError, match=r"cannot write .*safetensors: no space left on device\."):
         encode(FolderSource(videos), pipeline, tmp_path, EncodeRequest(shard_size=2))
     assert not list(tmp_path.rglob("*.tmp"))
     monkeypatch.undo()
     encode(FolderSource(videos), pipeline, tmp_path, EncodeRequest(shard_size=2))
     assert len(EncodedSet(tmp_path)) == 7
+
+
+def test_empty_files_are_made_again(encoded, pipeline, videos, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(encoded, tmp_path / "copy")
+    caption = store.caption_path(folder, "a square 4")
+    emptied = [folder / name for name in ("shard-00002.json", "shard-00003.safetensors")]
+    for path in (*emptied, folder / "index.json", folder / "encoding.json"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="not empty: it has"):
+        encode(FolderSource(videos), pipeline, folder, EncodeRequest(shard_size=2))
+    shutil.copy(encoded / "encoding.json", folder)
+    caption.write_bytes(b"")
+    summary = encode(FolderSource(videos), pipeline, folder, EncodeRequest(shard_size=2))
+    assert summary.made == 2 and files(folder) == files(encoded)
+    caption.write_bytes(b"")
+    with pytest.raises(ValueError, match="is missing or empty"):
+        EncodedSet(folder)
+
+
+def test_captions_that_are_cut_are_counted_and_told_of_once(pipeline, tmp_path, monkeypatch):
+    folder = tmp_path / "in"
+    long = "circle " * 600
+    for name, text in {
+        "a": long + "red",
+        "b": long + "blue",
+        "c": "short",
+        "d": long + "red",
+    }.items():
+        write_video(noise(5, 16, 16), folder / f"{name}.mp4", 8)
+        (folder / f"{name}.txt").write_text(text)
+    request = EncodeRequest(shard_size=2)
+    with pytest.warns(UserWarning, match="does not read captions this long") as told:
+        summary = encode(FolderSource(folder), pipeline, tmp_path / "out", request)
+    assert summary.cut == 3 and summary.encoded == 4
+    assert len([each for each in told if "captions this long" in str(each.message)]) == 1
+    assert encode(FolderSource(folder), pipeline, tmp_path / "out", request).cut == 3
+
+
+def test_a_clip_that_cannot_be_encoded_costs_itself(pipeline, videos, tmp_path, monkeypatch):
+    from nabla_attn.training.data import encode as module
+
+    real, calls = module.encode_video, []
+
+    def fail(pipeline, video):
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("out of memory: 80 GiB")
+        return real(pipeline, video) * (float("inf") if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(module, "encode_video", fail)
+    summary = encode(FolderSource(videos), pipeline, tmp_path, EncodeRequest(shard_size=9))
+    assert summary.encoded == 5 and summary.skipped["cannot be encoded"] == 2
+    text = (tmp_path / "skipped.jsonl").read_text()
+    assert "out of memory" in text and "overflowed" in text
 
 
 def test_broken_folders_are_named(encoded, tmp_path):
@@ -284,6 +351,28 @@ def test_the_command(tiny_wan, videos, tmp_path):
     done = run("world", "--clips", 2, *size, "--output", tmp_path / "b", *options)
     assert done.exit_code == 0, done.output
     assert len(EncodedSet(tmp_path / "b")) == 2
+    done = run(videos, "--output", tmp_path / "a", *options, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert (found["encoded"], found["skipped"]["odd size"], found["made"]) == (7, 2, 0)
+    assert run(videos, "--output", tmp_path / "a", *options, "--quiet").output == ""
+
+
+def test_log_files_have_lines_of_progress(capsys, monkeypatch):
+    from nabla_attn.cli import progress
+
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    with progress.count_bar("encoding", "clips", every_seconds=30) as on_progress:
+        for done in range(0, 101, 10):
+            on_progress("encode", done, 100)
+            now[0] += 20
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "encoding: 20 of 100 clips, 0.50 clips/s, 160 s left"
+    assert len(lines) == 5
+    with progress.count_bar("encoding", "clips", is_quiet=True, every_seconds=0) as on_progress:
+        on_progress("encode", 1, 2)
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""One video with its caption, wherever it comes from."""
+"""One video with its caption, wherever it comes from, and why one is skipped."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,8 +9,11 @@ import numpy as np
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 CAPTION_NAMES = ("text", "caption", "prompt")
+MAX_CAPTION_BYTES = 16384
+MAX_METADATA_BYTES = 2**20
+"""Bytes of a line of metadata, or of the JSON beside a video."""
 
-Footage = Path | BinaryIO | np.ndarray
+VideoData = Path | BinaryIO | np.ndarray
 """A video file, its bytes, or frames: uint8 [frames, height, width, 3]."""
 
 
@@ -18,12 +21,13 @@ class Skipped(ValueError):
     """A clip that cannot be used.
 
     Attributes:
-        kind: the reason in two words, the same for all such clips.
+        kind: The reason in two or three words, the same for all such clips.
+        detail: What is special about this one.
     """
 
     def __init__(self, kind: str, detail: str = "") -> None:
         super().__init__(f"{kind}: {detail}" if detail else kind)
-        self.kind = kind
+        self.kind, self.detail = kind, detail
 
 
 @dataclass(frozen=True)
@@ -31,17 +35,21 @@ class Clip:
     """A video that is opened when it is its turn.
 
     Attributes:
-        name: in its source.
-        caption: what it shows.
-        open: gives the footage; raises `Skipped` where there is none.
+        name: Its name in the source; what is not Unicode in it is written as an escape.
+        caption: What the video shows.
+        open: Returns the video; raises `Skipped` where there is none.
     """
 
     name: str
     caption: str
-    open: Callable[[], Footage]
+    open: Callable[[], VideoData]
+
+    def __post_init__(self) -> None:
+        name = self.name.encode("utf-8", "backslashreplace").decode()
+        object.__setattr__(self, "name", name)
 
 
-class Source(Protocol):
+class ClipSource(Protocol):
     """Clips in a fixed order."""
 
     def __len__(self) -> int:
@@ -54,17 +62,44 @@ class Source(Protocol):
         """The clips from start to stop."""
 
 
-def refuse(kind: str, detail: str = "") -> Callable[[], Footage]:
-    """How a clip without footage is opened."""
+def skipped_clip(name: str, reason: Skipped) -> Clip:
+    """A clip that is counted and cannot be opened."""
 
-    def open_nothing() -> Footage:
-        raise Skipped(kind, detail)
+    def open_nothing() -> VideoData:
+        raise reason
 
-    return open_nothing
+    return Clip(name, "", open_nothing)
 
 
-def pick_caption(values: dict[str, object]) -> str | None:
-    """The first caption in a row or JSON object that is not empty, under any of the usual names."""
+def is_video(name: str) -> bool:
+    """Whether a file of this name is taken for a video."""
+    return name.lower().endswith(VIDEO_SUFFIXES)
+
+
+def clean_caption(text: str) -> str:
+    """A caption in one line, without the halves of characters that were cut in two.
+
+    Raises:
+        Skipped: It is longer than `MAX_CAPTION_BYTES`.
+    """
+    # Half of a surrogate pair stands for nothing; JSON may have one where an emoji was cut.
+    content = text.encode("utf-8", "ignore")
+    if len(content) > MAX_CAPTION_BYTES:
+        raise Skipped(
+            "caption too long", f"{len(content)} bytes, at most {MAX_CAPTION_BYTES} are taken"
+        )
+    return " ".join(content.decode("utf-8").split())
+
+
+def pick_caption(values: dict[str, object]) -> str:
+    """The first caption of a row or JSON object that is not empty, under any of the usual names.
+
+    Raises:
+        Skipped: There is none, or it is too long.
+    """
     found = (values.get(name) for name in CAPTION_NAMES)
-    captions = (" ".join(text.split()) for text in found if isinstance(text, str))
-    return next(filter(None, captions), None)
+    captions = (clean_caption(text) for text in found if isinstance(text, str))
+    caption = next(filter(None, captions), None)
+    if caption is None:
+        raise Skipped("no caption", f"it has none of {', '.join(CAPTION_NAMES)}")
+    return caption

@@ -3,66 +3,103 @@
 import csv
 import hashlib
 import json
+import os
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nabla_attn.files import read_ends
+from nabla_attn.files import read_ends, read_lines
 from nabla_attn.training.data.clip import (
-    CAPTION_NAMES,
+    MAX_METADATA_BYTES,
     VIDEO_SUFFIXES,
     Clip,
+    Skipped,
+    clean_caption,
+    is_video,
     pick_caption,
-    refuse,
+    skipped_clip,
 )
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 # Files keep their tables at one end, so a video that was replaced differs there.
 _END_BYTES = 4096
 
+Found = tuple[Clip, Path | None]
+"""A clip, and its file where there is one."""
+
 
 class FolderSource:
-    """The videos of a folder.
+    """The videos of a folder, at any depth; links are followed.
 
     `metadata.jsonl` or `metadata.csv` names each by `file_name`, with its caption as `text`,
-    `caption` or `prompt`. Without one, every video at any depth has its caption in a .txt file of
-    the same name.
+    `caption` or `prompt`. Without one, every video has its caption in a .txt file of the same name.
+    A line that is broken and a video that is not named are clips too, and will be skipped.
 
     Args:
-        folder: the folder.
+        folder: The folder.
 
     Raises:
-        ValueError: missing, without videos or captions, or with metadata that cannot be read.
+        ValueError: It is missing, or has no video with a caption.
     """
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise ValueError(f"no folder of videos at {folder}.")
-        metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
-        self._folder = folder
-        self._clips = _from_metadata(metadata) if metadata else _from_sidecars(folder)
+        metadata = find_metadata(folder)
+        self._found = _from_metadata(metadata) if metadata else _from_sidecars(folder)
 
     def __len__(self) -> int:
         """Number of clips."""
-        return len(self._clips)
+        return len(self._found)
 
     def identity(self) -> str:
         """Digest of names, captions, and sizes and both ends of the videos."""
-        clips = [
-            (clip.name, clip.caption, _fingerprint(self._folder / clip.name))
-            for clip in self._clips
-        ]
+        clips = [(clip.name, clip.caption, _fingerprint(path)) for clip, path in self._found]
         return hashlib.sha256(json.dumps(clips).encode()).hexdigest()
 
     def read(self, start: int, stop: int) -> Iterator[Clip]:
         """The clips from start to stop."""
-        yield from self._clips[start:stop]
+        yield from (clip for clip, _ in self._found[start:stop])
 
 
-def _fingerprint(path: Path) -> str:
+def find_metadata(folder: Path) -> Path | None:
+    """The file that names the videos of a folder."""
+    return next((folder / name for name in METADATA if (folder / name).is_file()), None)
+
+
+def list_files(folder: Path) -> tuple[list[Path], list[Clip]]:
+    """All files of a folder at any depth, through links too.
+
+    Returns:
+        The files, sorted, and a clip to skip for every folder that cannot be read.
+    """
+    files: list[Path] = []
+    unreadable: list[Clip] = []
+
+    def note(error: OSError) -> None:
+        name = os.path.relpath(error.filename, folder)
+        reason = Skipped("unreadable", f"the folder {name}: {error.strerror}")
+        unreadable.append(skipped_clip(name, reason))
+
+    # Folders on the way to each one: a link to one of them would be entered for ever.
+    on_the_way = {str(folder): {folder.resolve()}}
+    for here, folders, names in os.walk(folder, onerror=note, followlinks=True):
+        above, entered = on_the_way.pop(here), []
+        for name in sorted(folders):
+            real = Path(here, name).resolve()
+            if real not in above:
+                entered.append(name)
+                on_the_way[str(Path(here, name))] = above | {real}
+        folders[:] = entered
+        files += [Path(here, name) for name in names]
+    return sorted(files), unreadable
+
+
+def _fingerprint(path: Path | None) -> str:
     """Size and hash of both ends of a file; empty where there is none to read."""
     try:
-        if not path.is_file():
+        if path is None or not path.is_file():
             return ""
         ends = hashlib.sha256(read_ends(path, _END_BYTES)).hexdigest()
         return f"{path.stat().st_size} {ends}"
@@ -70,90 +107,189 @@ def _fingerprint(path: Path) -> str:
         return ""
 
 
-def _from_sidecars(folder: Path) -> list[Clip]:
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
-    paths = [path for path in paths if path.is_file()]
-    if not paths:
+def _from_sidecars(folder: Path) -> list[Found]:
+    files, unreadable = list_files(folder)
+    videos = [path for path in files if is_video(path.name)]
+    if not videos:
         raise ValueError(
             f"{folder} has no videos. It needs files such as {', '.join(VIDEO_SUFFIXES[:4])} with "
             f"{' or '.join(METADATA)} or a .txt of the same name beside each."
         )
-    clips = []
-    for path in paths:
-        name = path.relative_to(folder).as_posix()
-        text = path.with_suffix(".txt")
-        try:
-            caption = " ".join(text.read_text(encoding="utf-8-sig").split())
-            blank = refuse("no caption", f"{text.name} is empty")
-            footage = (lambda path=path: path) if caption else blank
-            clips.append(Clip(name, caption, footage))
-        except FileNotFoundError:
-            clips.append(Clip(name, "", refuse("no caption", f"{text.name} is missing")))
-        except (OSError, UnicodeDecodeError) as error:
-            clips.append(Clip(name, "", refuse("no caption", f"{text.name}: {error}")))
-    if not any(path.with_suffix(".txt").is_file() for path in paths):
+    found: list[Found] = [
+        _to_clip(path.relative_to(folder).as_posix(), path, _read_sidecar) for path in videos
+    ]
+    if not any(_find_sidecar(path) for path in videos):
         raise ValueError(
-            f"{folder} has {len(paths)} videos and no captions. Add metadata.jsonl with lines such "
-            f'as {{"file_name": "{paths[0].name}", "text": "..."}}, or a .txt beside each video.'
+            f"{folder} has {len(videos)} videos and no captions. Add metadata.jsonl with lines "
+            f'such as {{"file_name": "{videos[0].name}", "text": "..."}}, or a .txt beside each '
+            "video."
         )
-    return clips
+    return found + [(clip, None) for clip in unreadable]
 
 
-def _from_metadata(path: Path) -> list[Clip]:
-    read = _read_jsonl if path.suffix == ".jsonl" else _read_csv
-    clips = []
-    found = 0
-    for line, row in read(path):
-        name = row.get("file_name")
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"{path}, line {line}: no file_name.")
-        video, caption = path.parent / name, pick_caption(row)
-        if not video.resolve().is_relative_to(path.parent.resolve()):
-            raise ValueError(f"{path}, line {line}: {name} is outside the folder.")
-        if not video.is_file():
-            clips.append(Clip(name, caption or "", refuse("no video", f"{name} is missing")))
-        elif caption is None:
-            names = ", ".join(CAPTION_NAMES)
-            clips.append(Clip(name, "", refuse("no caption", f"line {line} has none of {names}")))
-        else:
-            clips.append(Clip(name, caption, lambda video=video: video))  # type: ignore[misc]
-        found += video.is_file()
-    if not found:
-        raise ValueError(
-            f"{path} names {len(clips)} videos and none of them is there. Names are relative to "
-            f"{path.parent}."
-        )
-    return clips
+def _to_clip(name: str, path: Path, read_caption: Any) -> Found:
+    """A clip of a file, or why it will be skipped."""
+    try:
+        _check_file(path, name)
+        return Clip(name, read_caption(path), lambda: path), path
+    except Skipped as reason:
+        return skipped_clip(name, reason), path
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(_read_lines(path), start=1):
-        if not line.strip():
-            continue
+def _check_file(path: Path, name: str) -> None:
+    # Opening a pipe would wait for ever.
+    if not path.exists():
+        is_link = path.is_symlink()
+        what = "is a link to a file that is missing" if is_link else "is missing"
+        raise Skipped("no video", f"{name} {what}")
+    if not path.is_file():
+        raise Skipped("no video", f"{name} is not a file")
+
+
+def _find_sidecar(video: Path) -> Path | None:
+    """The .txt beside a video: a.txt, or a.mp4.txt."""
+    names = (video.with_suffix(".txt").name, f"{video.name}.txt")
+    found = (_find_file(video.parent, name) for name in names)
+    return next((path for path in found if path is not None and path.is_file()), None)
+
+
+def _read_sidecar(video: Path) -> str:
+    path = _find_sidecar(video)
+    if path is None:
+        raise Skipped("no caption", f"{video.with_suffix('.txt').name} is missing")
+    try:
+        if path.stat().st_size > MAX_METADATA_BYTES:
+            raise Skipped("caption too long", f"{path.name} has {path.stat().st_size} bytes")
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Skipped("no caption", f"{path.name} is not UTF-8") from error
+    except OSError as error:
+        raise Skipped("no caption", f"{path.name}: {error.strerror}") from error
+    caption = clean_caption(text)
+    if not caption:
+        raise Skipped("no caption", f"{path.name} is empty")
+    return caption
+
+
+def _find_file(folder: Path, name: str) -> Path | None:
+    """A file by name, whichever of Unicode's forms the file system has it in."""
+    forms = (name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))
+    for path in (folder / form for form in forms):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON ({error}).") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected an object, got {line[:60]!r}.")
-        yield number, row
+            if path.exists() or path.is_symlink():
+                return path
+        except OSError:  # too long a name
+            return None
+    return None
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(_read_lines(path), strict=True)
+def _from_metadata(path: Path) -> list[Found]:
+    rows = list(_read_jsonl(path) if path.suffix == ".jsonl" else _read_csv(path))
+    found = [_to_named_clip(path, line, row) for line, row in rows]
+    videos = {os.path.normpath(video) for _, video in found if video is not None}
+    if not videos:
+        raise ValueError(_explain_nothing(path, [clip for clip, _ in found]))
+    files, unreadable = list_files(path.parent)
+    for file in files:
+        if is_video(file.name) and str(file) not in videos:
+            reason = Skipped("no caption", f"it is not named in {path.name}")
+            found.append((skipped_clip(file.relative_to(path.parent).as_posix(), reason), None))
+    return found + [(clip, None) for clip in unreadable]
+
+
+def _to_named_clip(path: Path, line: int, row: dict[str, Any] | Skipped) -> Found:
+    """A clip that a line of metadata names; its file only where it is there."""
+    if isinstance(row, Skipped):
+        return skipped_clip(f"{path.name}, line {line}", row), None
+    name = row.get("file_name")
+    if not isinstance(name, str) or not name:
+        reason = Skipped("broken line", f"line {line}: no file_name")
+        return skipped_clip(f"{path.name}, line {line}", reason), None
+    # Its text decides: the file itself may be a link to anywhere, as the hub's cache has them.
+    plain = os.path.normpath(name)
+    if Path(plain).is_absolute() or Path(plain).parts[:1] == (os.pardir,):
+        return skipped_clip(name, Skipped("outside the folder", f"line {line}: {name}")), None
+    video = _find_file(path.parent, plain)
+    if video is None:
+        return skipped_clip(name, Skipped("no video", f"{name} is missing")), None
+
+    def read_caption(_: Path) -> str:
+        try:
+            return pick_caption(row)
+        except Skipped as reason:
+            raise Skipped(reason.kind, f"line {line}: {reason.detail}") from reason
+
+    return _to_clip(name, video, read_caption)
+
+
+def _explain_nothing(path: Path, clips: list[Clip]) -> str:
+    """Why metadata gives no video."""
+    reasons: list[str] = []
+    for clip in clips:
+        try:
+            clip.open()
+        except Skipped as reason:
+            if reason.kind != "no video":
+                reasons.append(str(reason))
+    if reasons:
+        return f"{path} names no video that is there; the first of its problems: {reasons[0]}."
+    return (
+        f"{path} names {len(clips)} videos and none of them is there. Names are relative to "
+        f"{path.parent}."
+    )
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | Skipped]]:
+    for number, line in read_lines(path, MAX_METADATA_BYTES):
+        if isinstance(line, ValueError):
+            yield number, Skipped("broken line", f"line {number}: {line}")
+        elif line.strip():
+            yield number, _read_object(number, line)
+
+
+def _read_object(number: int, line: str) -> dict[str, Any] | Skipped:
     try:
-        if "file_name" not in (reader.fieldnames or ()):
-            raise ValueError(f"{path}: no column file_name in {reader.fieldnames}.")
-        for row in reader:
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}.") from error
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Skipped("broken line", f"line {number}: not valid JSON ({error})")
+    if not isinstance(row, dict):
+        return Skipped("broken line", f"line {number}: expected an object, got {line[:60]!r}")
+    return row
 
 
-def _read_lines(path: Path) -> list[str]:
+def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any] | Skipped]]:
     try:
-        # str.splitlines would also split at characters that captions may have, such as U+2028.
-        with path.open(encoding="utf-8-sig") as file:
-            return file.readlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}.") from error
+        with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+            lines = file.readlines()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}.") from error
+    header: list[str] | None = None
+    start = 0
+    while start < len(lines):
+        # From a broken row the reader goes on at the next line, so that a stray quote costs one.
+        reader = csv.reader((lines[n] for n in range(start, len(lines))), strict=True)
+        whole = 0
+        try:
+            for cells in reader:
+                whole = reader.line_num
+                if header is None:
+                    header = cells
+                    if "file_name" not in header:
+                        break
+                elif cells:
+                    yield start + whole, _read_row(start + whole, header, cells)
+            break
+        except csv.Error as error:
+            start += whole + 1
+            yield start, Skipped("broken line", f"line {start}: {error}")
+    if "file_name" not in (header or ()):
+        raise ValueError(f"{path}: no column file_name in {header}.")
+
+
+def _read_row(line: int, header: list[str], cells: list[str]) -> dict[str, Any] | Skipped:
+    if len(cells) > len(header):
+        detail = f"{len(cells)} cells for {len(header)} columns; quote texts with commas"
+        return Skipped("broken line", f"line {line}: {detail}")
+    if any("\udc80" <= letter <= "\udcff" for cell in cells for letter in cell):
+        return Skipped("broken line", f"line {line}: not UTF-8")
+    return dict(zip(header, cells, strict=False))

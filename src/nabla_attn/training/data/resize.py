@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from nabla_attn.generation.request import ModelDefaults
 from nabla_attn.training.data.clip import Skipped
 from nabla_attn.training.families import check_size, size_steps
 
@@ -16,9 +18,9 @@ class Size:
     """A size to encode at.
 
     Attributes:
-        frames: the first so many; None takes all.
-        height: pixels; None keeps the video's own.
-        width: pixels; None with `height`.
+        frames: Number of frames taken, from the first; None takes all.
+        height: Height in pixels; None keeps the video's own.
+        width: Width in pixels; None together with `height`.
     """
 
     frames: int | None = None
@@ -33,40 +35,50 @@ class Size:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
 
-    def check(self, pipeline: Any) -> None:
-        """See that the model takes it.
+    @classmethod
+    def parse(cls, text: str) -> "Size":
+        """Read HEIGHTxWIDTHxFRAMES such as "480x832x81".
 
         Raises:
-            ValueError: it does not.
+            ValueError: The text is not of that form.
+        """
+        parts = text.lower().split("x")
+        if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
+            raise ValueError(f"a size is HEIGHTxWIDTHxFRAMES such as 480x832x81: got {text!r}.")
+        height, width, frames = (int(part) for part in parts)
+        return cls(frames, height, width)
+
+    @classmethod
+    def of_model(cls, directory: Path) -> "Size":
+        """The size that a model makes videos of unless it is asked for another.
+
+        Args:
+            directory: The pipeline directory.
+        """
+        defaults = ModelDefaults.load(directory)
+        return cls(defaults.frames, defaults.height, defaults.width)
+
+    def check(self, pipeline: Any) -> None:
+        """Check that a model takes the size.
+
+        Raises:
+            ValueError: It does not.
         """
         fewest, _, multiple = size_steps(pipeline)
         check_size(pipeline, self.frames or fewest, self.height or multiple, self.width or multiple)
 
 
-def parse_size(text: str) -> Size:
-    """Read HEIGHTxWIDTHxFRAMES such as "480x832x81".
-
-    Raises:
-        ValueError: it is not of that form.
-    """
-    parts = text.lower().split("x")
-    if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
-        raise ValueError(f"a size is HEIGHTxWIDTHxFRAMES such as 480x832x81: got {text!r}.")
-    height, width, frames = (int(part) for part in parts)
-    return Size(frames, height, width)
-
-
 def choose_size(sizes: tuple[Size, ...], frames: int, height: int, width: int) -> Size:
-    """Of the sizes that a video can fill, the one of the closest aspect ratio; then the largest.
+    """The size of the closest aspect ratio among those that a video can fill; then the largest.
 
     Args:
-        sizes: what was asked for.
-        frames: of the video.
-        height: of the video.
-        width: of the video.
+        sizes: The sizes that were asked for.
+        frames: Number of frames of the video.
+        height: Height of the video in pixels.
+        width: Width of the video in pixels.
 
     Raises:
-        Skipped: the video is too short or too small for all of them.
+        Skipped: The video is too short or too small for all of them.
     """
     long_enough = [size for size in sizes if (size.frames or 1) <= frames]
     if not long_enough:
@@ -90,8 +102,8 @@ def fit(video: np.ndarray, size: Size) -> np.ndarray:
     """Take the first frames, scale down until one side fits, and cut the other around its middle.
 
     Args:
-        video: uint8 [frames, height, width, 3], at least as large as the size.
-        size: what to bring it to.
+        video: The video, uint8 [frames, height, width, 3], at least as large as the size.
+        size: The size to bring it to.
     """
     video = video[: size.frames]
     if size.height is None or size.width is None or video.shape[1:3] == (size.height, size.width):

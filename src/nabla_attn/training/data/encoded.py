@@ -11,6 +11,7 @@ index.json, skipped.jsonl     all shards together; written when they are done
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,21 +19,21 @@ from typing import Any
 from torch import Tensor
 
 from nabla_attn.errors import first_line
-from nabla_attn.files import read_json, whole_file, write_text
+from nabla_attn.files import is_whole, read_json, whole_file, write_text
 
 INDEX, SKIPPED, ENCODING = "index.json", "skipped.jsonl", "encoding.json"
 
 
 @dataclass(frozen=True)
-class Entry:
+class EncodedVideo:
     """One encoded video.
 
     Attributes:
-        name: of the video in its source.
-        caption: what it shows.
-        shard: number of its shard.
-        place: its number in the shard.
-        shape: of its latents, in the transformer's layout without batch.
+        name: Its name in its source.
+        caption: What it shows.
+        shard: Number of its shard.
+        place: Its number in the shard.
+        shape: Shape of its latents, in the transformer's layout without batch.
         size: (frames, height, width) of the video in pixels.
     """
 
@@ -44,7 +45,7 @@ class Entry:
     size: tuple[int, int, int]
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Entry":
+    def from_dict(cls, values: dict[str, Any]) -> "EncodedVideo":
         """Read an entry of the index."""
         shape = tuple(int(n) for n in values["shape"])
         frames, height, width = (int(n) for n in values["size"])
@@ -69,48 +70,58 @@ def grid_path(folder: Path, size: tuple[int, int, int]) -> Path:
     return folder / "grids" / f"{'x'.join(map(str, size))}.safetensors"
 
 
-def image_key(place: int, condition: str) -> str:
-    """Name in a shard of a condition that follows from a video's first frame."""
-    return f"{place}.{condition}"
+def tensor_key(place: int, condition: str = "") -> str:
+    """Name in a shard of a video's latents, or of a condition that follows from its first frame."""
+    return f"{place}.{condition}" if condition else str(place)
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
     """Write a safetensors file, whole or not at all."""
     from safetensors.torch import save_file
 
     with whole_file(path) as temporary:
-        save_file(tensors, temporary)
+        save_file(tensors, temporary, metadata)
 
 
 def load_tensors(path: Path, names: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """Tensors of a file, all or those named.
 
     Raises:
-        ValueError: missing or damaged; the file is named.
+        ValueError: The file is missing or damaged; it is named.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in names or file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{path}: missing or damaged ({first_line(error)}). Remove it and its .json and run "
-            "the same `nabla encode` again."
-        ) from error
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in names or file.keys()}
 
 
 def tensor_names(path: Path) -> set[str]:
     """Names in a safetensors file, read from its header.
 
     Raises:
-        ValueError: missing or damaged; the file is named.
+        ValueError: The file is missing or damaged; it is named.
     """
+    with _opened(path) as file:
+        return set(file.keys())
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file notes beside its tensors.
+
+    Raises:
+        ValueError: The file is missing or damaged; it is named.
+    """
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return set(file.keys())
+            yield file
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{path}: missing or damaged ({first_line(error)}). Remove it and its .json and run "
@@ -128,15 +139,15 @@ def to_lines(values: list[Any]) -> str:
     return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
 
 
-def read_index(folder: Path) -> list[Entry]:
+def read_index(folder: Path) -> list[EncodedVideo]:
     """All encoded videos of a finished folder.
 
     Raises:
-        ValueError: not such a folder, not finished, empty, or a broken index.
+        ValueError: It is no such folder, it is unfinished or empty, or its index is broken.
     """
     if not folder.is_dir():
         raise ValueError(f"no folder of encoded videos at {folder}. Make it with `nabla encode`.")
-    if not (folder / INDEX).is_file():
+    if not is_whole(folder / INDEX):
         if (folder / ENCODING).is_file():
             done = len(list(folder.glob("shard-*.json")))
             raise ValueError(
@@ -146,7 +157,7 @@ def read_index(folder: Path) -> list[Entry]:
         raise ValueError(f"{folder} holds no encoded videos. Make them with `nabla encode`.")
     values = read_json(folder / INDEX)
     try:
-        entries = [Entry.from_dict(entry) for entry in values["videos"]]
+        entries = [EncodedVideo.from_dict(entry) for entry in values["videos"]]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / INDEX}: not an index of encoded videos.") from error
     if not entries:
@@ -160,7 +171,7 @@ def read_family(folder: Path) -> str:
     """The pipeline class that a folder was encoded for.
 
     Raises:
-        ValueError: it is not written there.
+        ValueError: The folder does not name one.
     """
     values = read_json(folder / ENCODING)
     if not isinstance(values, dict) or not isinstance(values.get("pipeline"), str):
@@ -168,7 +179,7 @@ def read_family(folder: Path) -> str:
     return str(values["pipeline"])
 
 
-def by_shard(entries: list[Entry]) -> Iterator[tuple[int, list[Entry]]]:
-    """Entries of each shard, in order."""
+def by_shard(entries: list[EncodedVideo]) -> Iterator[tuple[int, list[EncodedVideo]]]:
+    """Videos of each shard, in order."""
     for shard in sorted({entry.shard for entry in entries}):
         yield shard, [entry for entry in entries if entry.shard == shard]
