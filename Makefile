@@ -36,6 +36,7 @@ lint: $(READY)
 	$(BIN)/ruff check src tests benchmarks docs
 	$(BIN)/ruff format --check src tests benchmarks docs
 	$(BIN)/codespell
+	$(BIN)/python docs/words.py
 
 types: $(READY)
 	@echo "Types"

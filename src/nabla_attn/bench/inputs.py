@@ -1,7 +1,7 @@
 """Queries, keys and values with the structure of a video: smooth fields plus noise.
 
-Plain noise makes every row of the map uniform, and zeros make it meaningless; here near tokens and
-tokens of like content want each other, and one number sets how sharply.
+Plain noise would make every row of the map uniform, and zeros would make it meaningless. Here
+tokens that are near each other, or alike, attend each other, and one number says how sharply.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from nabla_attn.core.grid import TokenGrid
 from nabla_attn.shapes import Float
 
 THRESHOLD = 0.6
-# Heads that the sharpness is found on; the others come out near them.
+# The sharpness is found on these many heads; the others come out near them.
 _CALIBRATION_HEADS = 4
 # Waves across the video along (frames, height, width).
 _WAVES = (2.0, 3.0, 3.0)
@@ -28,11 +28,11 @@ class Inputs:
     """Queries, keys and values of one layer, and the algorithm that reaches a wanted density.
 
     Attributes:
-        q: [1, heads, tokens, dim], raster order.
-        k: like q.
-        v: like q.
-        config: kept mass THRESHOLD, or the window added to it.
-        sharpness: strength of the fields that gave the density.
+        q: Queries, [1, heads, tokens, dim], in raster order.
+        k: Keys of the same shape.
+        v: Values of the same shape.
+        config: The algorithm, `nabla` at THRESHOLD.
+        sharpness: The strength of the fields that gave the density.
     """
 
     q: Float[Tensor, "1 heads tokens dim"]
