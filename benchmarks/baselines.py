@@ -52,7 +52,7 @@ class Baselines:
 def _diffusers(
     grid: TokenGrid, inputs: Inputs, device: torch.device, needs_grad: bool
 ) -> Contender:
-    """diffusers' map and compiled FlexAttention, reordered as ours."""
+    """Return diffusers' NABLA as a contender, with the reordering that ours has."""
     name = "diffusers NABLA"
     reason = backends.why_not("flex", device, needs_grad=needs_grad)
     if reason is None and grid.is_ragged:
@@ -73,7 +73,7 @@ def _diffusers(
 def diffusers_map(
     q_blocks: Tensor, k_blocks: Tensor, window: Tensor | None, threshold: float
 ) -> BlockMask:
-    """diffusers' own map of queries and keys that are already in block order."""
+    """Build diffusers' own map of queries and keys that are already in block order."""
     from diffusers.models.transformers.transformer_kandinsky6_sr import nabla_block_mask
 
     blocks = q_blocks.shape[2] // 64
@@ -84,7 +84,7 @@ def diffusers_map(
 def five_sort_map(
     q_blocks: Tensor, k_blocks: Tensor, window: Tensor | None, threshold: float
 ) -> BlockMask:
-    """The reference's recipe written anew: sort, two argsorts, and two more for the backward.
+    """Build the map by the reference's recipe: a sort and two argsorts, and two for the backward.
 
     Source: wan/modules/attention.py:256-292 of the authors' repository (facts, not code).
     """
@@ -101,7 +101,7 @@ def five_sort_map(
 
 
 def diffusers_block_map(q: Tensor, k: Tensor, grid: TokenGrid, threshold: float) -> BlockMap:
-    """diffusers' map of raster-order q and k as ours is kept.
+    """Build diffusers' map of q and k in raster order, in the form that ours has.
 
     It pools, and adds up probabilities, in the inputs' dtype: in bf16 a third of the rows can hold
     a block more or less than exact sums would keep.
@@ -113,7 +113,7 @@ def diffusers_block_map(q: Tensor, k: Tensor, grid: TokenGrid, threshold: float)
 def diffusers_attention(
     grid: TokenGrid, threshold: float
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """diffusers' map and compiled FlexAttention, with the aliased index tensor cloned.
+    """Return attention by diffusers' map and compiled FlexAttention, its aliased index cloned.
 
     Uncompiled it would be dense, and with the alias it does not compile on CPU.
     """

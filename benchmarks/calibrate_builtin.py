@@ -63,7 +63,7 @@ def main(
 
 
 def row(name: str, budget: float, choice: Choice, schedule: Schedule) -> dict:
-    """What is compared, and what calibration predicted for it."""
+    """Make a row: what is compared, and what calibration predicted for it."""
     predicted = {"density": choice.density, "error": choice.error}
     layers = [str(config) for config in choice.layers]
     entry = {"name": name, "budget": budget, "layers": layers, "predicted": predicted}
@@ -71,7 +71,7 @@ def row(name: str, budget: float, choice: Choice, schedule: Schedule) -> dict:
 
 
 def measure(pipeline: object, request: GenerationRequest, rows: list[dict]) -> None:
-    """The video of one prompt by each row, against the dense one."""
+    """Compare the videos of one prompt, one for each row, with the dense one."""
     dense, _ = generate(pipeline, request)
     for entry in rows:
         schedule = entry["schedule"]
@@ -84,7 +84,7 @@ def measure(pipeline: object, request: GenerationRequest, rows: list[dict]) -> N
 
 
 def summarise(entry: dict) -> dict:
-    """Plain means of a row."""
+    """Return the means of a row."""
     del entry["schedule"]
     videos = np.array(entry.pop("videos"), dtype=float)
     means = dict(zip(("density", "ssim", "right"), videos.mean(axis=0).round(6), strict=True))

@@ -1,4 +1,4 @@
-"""Golden parity and backend errors as a record: the figures behind docs/correctness.md.
+"""Measure golden parity and the errors of backends: the figures behind docs/correctness.md.
 
 python -m benchmarks.correctness tests/golden benchmarks/results/correctness.json
 """
@@ -32,10 +32,10 @@ def measure_parity(golden: Path) -> list[dict[str, Any]]:
     """Compare every recorded map and output of the reference with ours.
 
     Args:
-        golden: folder of the recorded `mask_t*.npz` files.
+        golden: The folder of the recorded `mask_t*.npz` files.
 
     Raises:
-        ValueError: the folder holds none.
+        ValueError: The folder holds none.
     """
     files = sorted(golden.glob("mask_t*.npz"))
     if not files:
@@ -72,7 +72,7 @@ def _parity_of(path: Path) -> dict[str, Any]:
 
 
 def measure_backends() -> list[dict[str, Any]]:
-    """Error of every backend against float64, per dtype and grid, beside its budget."""
+    """Measure the error of every backend against float64, by data type and grid."""
     results = []
     for name, grid in GRIDS.items():
         for dtype in (torch.float32, torch.bfloat16, torch.float16):

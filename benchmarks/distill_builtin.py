@@ -1,4 +1,4 @@
-"""The shipped model distilled for sparse attention: error and judge, zero-shot and after.
+"""Distil the shipped model for sparse attention: errors and judged videos, before and after.
 
 In the form of the paper's Table 2 (arXiv:2507.13546), on the built-in world. Run it again after an
 interruption: rows that the record holds are not repeated.
@@ -24,7 +24,7 @@ from nabla_attn.moving_shapes.dataset import WorldSet
 
 
 def main() -> None:
-    """One row a student."""
+    """Train and judge every student; each is a row of the record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path, help="folder of the students")
     parser.add_argument("--students", nargs="+", default=STUDENTS)

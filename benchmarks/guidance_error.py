@@ -1,7 +1,7 @@
-"""What classifier-free guidance makes of sparse attention's errors, on the built-in model.
+"""Measure what classifier-free guidance does to the errors of sparse attention.
 
-Dense videos are sampled with guidance; every call of their transformer is repeated with sparse
-attention on the same latents, without the model's adapters and with them.
+The built-in model samples dense videos with guidance, and every call of its transformer is repeated
+with sparse attention on the same latents, without the model's adapters and with them.
 
 python -m benchmarks.guidance_error; then `python -m benchmarks.pages` makes the table.
 """
@@ -56,7 +56,10 @@ def main(prompts: int = 4, output: Path = Path("benchmarks/results/guidance_erro
 
 
 def record_calls(pipeline: Any, request: GenerationRequest) -> list[Call]:
-    """Arguments and output of every call of the transformer: with and without prompt in turn."""
+    """Record the arguments and output of every call of the transformer, which take turns.
+
+    Calls with the prompt and without it follow each other.
+    """
     calls: list[Call] = []
 
     def keep(module: Any, args: Any, kwargs: Any, output: Any) -> None:
@@ -71,7 +74,7 @@ def record_calls(pipeline: Any, request: GenerationRequest) -> list[Call]:
 
 
 def summarise(steps: list[Tensor]) -> dict[str, float]:
-    """Means over what `measure` found of all steps, and what guidance multiplies errors by."""
+    """Return the means over all steps, and the factor by which guidance multiplies errors."""
     prompted, free, guided, kept = torch.stack(steps).mean(dim=0).tolist()
     numbers = {"prompted": prompted, "free": free, "guided": guided, "kept": kept}
     numbers["ratio"] = guided / prompted
@@ -80,10 +83,10 @@ def summarise(steps: list[Tensor]) -> dict[str, float]:
 
 @torch.no_grad()
 def measure(transformer: Any, calls: list[Call], algorithm: str, guidance: float) -> list[Tensor]:
-    """Of each step the relative errors with the prompt, without, and guided, and the kept effect.
+    """Measure each step: three relative errors, and the share of the prompt's effect that is kept.
 
-    That is how far sparse predictions with and without the prompt lie apart, along the direction of
-    the dense ones, as a share of theirs.
+    The errors are those of the prediction with the prompt, of that without it, and of the guided
+    one.
     """
     with na.apply(transformer, algorithm):
         sparse = [transformer(*args, **kwargs)[0] for args, kwargs, _ in calls]
@@ -98,7 +101,15 @@ def measure(transformer: Any, calls: list[Call], algorithm: str, guidance: float
 
 
 def kept_effect(prompted: list[Tensor], free: list[Tensor]) -> float:
-    """What sparse attention keeps of the prompt's effect; each list is sparse, dense."""
+    """Return the share of the prompt's effect that sparse attention keeps.
+
+    The effect is the difference of the predictions with and without the prompt. Of the sparse one,
+    its part along the dense one counts.
+
+    Args:
+        prompted: The sparse and the dense prediction with the prompt.
+        free: The sparse and the dense prediction without it.
+    """
     sparse, dense = (a - b for a, b in zip(prompted, free, strict=True))
     return float((sparse * dense).sum() / dense.square().sum())
 

@@ -1,4 +1,4 @@
-"""What reusing maps costs: the built-in model under schedules that keep maps, against fresh ones.
+"""Measure what reusing maps costs on the built-in model, beside fresh maps.
 
 python -m benchmarks.map_reuse; then `python -m benchmarks.pages` makes the table.
 """
@@ -75,14 +75,14 @@ def main(
 
 
 def schedule(algorithm: str, rules: dict[str, Any]) -> na.Schedule:
-    """The algorithm under rules of reuse."""
+    """Return the schedule of an algorithm under rules of reuse."""
     return na.Schedule(algorithm=na.parse(algorithm), **rules)
 
 
 def measure(
     pipeline: object, request: GenerationRequest, rules: na.Schedule
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The final latents, and the mean of each measure over all calls, layers and heads."""
+    """Return the final latents, and the mean of each measure over all calls, layers and heads."""
     found: list[torch.Tensor] = []
     with na.apply(pipeline, schedule=rules) as handle:
         for index, layer in enumerate(handle.models[0][1].layers):
@@ -96,7 +96,7 @@ def measure(
 
 
 def compare(call: BlockCall, config: na.SparseConfig, seed: int) -> torch.Tensor:
-    """The measures of one call: its map against the one its own tokens would give."""
+    """Compare the map that one call used with the map that its own tokens give."""
     fresh = map_blocks(call.q, call.k, call.layout, config, scale=call.scale)
     used = call.block_map
     recall = (used.mask & fresh.mask).sum() / fresh.mask.sum()
@@ -115,7 +115,7 @@ def compare(call: BlockCall, config: na.SparseConfig, seed: int) -> torch.Tensor
 
 
 def distance(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Relative L2 distance of x to y."""
+    """Return the relative L2 distance of x to y."""
     return ((x.float() - y.float()).norm() / y.float().norm()).item()
 
 

@@ -1,4 +1,4 @@
-"""The same benchmark on another commit, in a throwaway worktree.
+"""Compare records of `nabla bench` with another commit, measured in a temporary worktree.
 
 python -m benchmarks.revisions COMMIT benchmarks/results/bench_toy-cpu_cpu.json
 """
@@ -15,20 +15,20 @@ import typer
 from nabla_attn.record import RunRecord
 
 CASE = ("workload", "dtype", "density", "direction", "contender")
-"""What two measurements are paired by."""
+"""The keys by which two measurements are paired."""
 
 
 def measure_revision(revision: str, name: str, device: str, rounds: int) -> RunRecord:
     """Run `nabla bench` of one workload with the package as it was at `revision`.
 
     Args:
-        revision: anything git can name.
-        name: the workload.
-        device: the device.
-        rounds: timed rounds.
+        revision: The commit, by any name that git knows.
+        name: Name of the workload.
+        device: The device to run on.
+        rounds: Number of timed rounds.
 
     Raises:
-        ValueError: not in a git checkout, an unknown revision, or a run that failed there.
+        ValueError: This is no git checkout, the commit is unknown, or the run failed there.
     """
     root = _git("rev-parse", "--show-toplevel")
     commit = _git("rev-parse", "--verify", f"{revision}^{{commit}}")
@@ -66,7 +66,7 @@ def _git(*arguments: str) -> str:
 
 
 def ratios(ours: RunRecord, base: RunRecord) -> list[dict[str, Any]]:
-    """Share of ideal now over share of ideal then, for every case that ran in both."""
+    """Divide the share of ideal by that of the base, for every case that ran in both."""
     then = _shares(base)
     return [
         dict(zip(CASE, case, strict=True)) | {"ratio": share / then[case]}
@@ -76,12 +76,12 @@ def ratios(ours: RunRecord, base: RunRecord) -> list[dict[str, Any]]:
 
 
 def only_in(record: RunRecord, other: RunRecord) -> list[str]:
-    """The cases that ran in a record and not in the other, as lines of text."""
+    """List the cases that ran in one record and not in the other, as lines of text."""
     return [" ".join(map(str, case)) for case in _shares(record) if case not in _shares(other)]
 
 
 def _shares(record: RunRecord) -> dict[tuple[Any, ...], float]:
-    """Case -> share of ideal, of sparse contenders that ran."""
+    """Return the share of ideal of each case in which a sparse contender ran."""
     shares = {}
     for result in record.numbers["results"]:
         for name, numbers in result.get("contenders", {}).items():

@@ -1,4 +1,4 @@
-"""The benchmark beside its baselines, where only Python and PyTorch are installed.
+"""The benchmark with its baselines; it needs only Python and PyTorch.
 
 PYTHONPATH=src python -m benchmarks.suite
 """

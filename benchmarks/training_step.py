@@ -1,4 +1,4 @@
-"""Seconds of a training step of the built-in model on long clips: dense and sparse in turn.
+"""Time a training step of the built-in model on long clips, dense and sparse in turn.
 
 nabla train builtin --output runs/builtin
 python -m benchmarks.training_study runs/builtin
@@ -24,7 +24,7 @@ STEPS = 2
 
 
 def main() -> None:
-    """Write one record: medians over the rounds, of the steps of each round."""
+    """Write one record: the median over the rounds of the seconds of a step."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of `nabla train builtin`")
     parser.add_argument("--rounds", type=int, default=5)

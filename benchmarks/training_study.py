@@ -1,4 +1,4 @@
-"""Training with sparse attention, measured on the built-in world; one record, one row a run.
+"""Measure training with sparse attention on the built-in world; each run is a row of one record.
 
 Pretraining: long clips, 4,096 tokens, dense and sparse, from the built-in model's weights after its
 short ones. Distillation: students of the densely trained result, before
@@ -46,7 +46,7 @@ SIZE: dict[str, Any] = {"frames": 61, "height": 128, "width": 128}
 
 
 def configure(options: argparse.Namespace, seed: int, kind: str, algorithm: str) -> TrainConfig:
-    """The configuration of one run: "pretrain", "distill" or "lora"."""
+    """Return the configuration of one run: "pretrain", "distill" or "lora"."""
     is_pretraining = kind == "pretrain"
     rate = {"pretrain": 3e-4, "distill": 1e-4, "lora": 3e-3}[kind]
     return TrainConfig(
@@ -67,7 +67,7 @@ def configure(options: argparse.Namespace, seed: int, kind: str, algorithm: str)
 def train_one(
     config: TrainConfig, model: Path, data: Any, result: Path | None = None
 ) -> dict[str, Any]:
-    """Train from `model`; the validation error before and after, seconds a step, density."""
+    """Train from `model`; returns the validation error before and after, and the density."""
     run = prepare(config, load_parts(model), data)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(run, Path(folder))
@@ -85,7 +85,7 @@ def train_one(
 
 
 def judge(model: Path, algorithm: str, count: int) -> dict[str, float]:
-    """Share of right answers on held-out prompts, sparse in every step."""
+    """Return the share of right answers on held-out prompts, sparse in every step."""
     defaults = ModelDefaults.load(model_directory("builtin"))
     config = parse(algorithm)
     request = GenerationRequest(
@@ -114,20 +114,20 @@ class Study:
             self.rows = record.numbers["rows"]
 
     def find(self, **key: Any) -> dict[str, Any] | None:
-        """The first row with these values."""
+        """Return the first row with these values."""
         return next((row for row in self.rows if key.items() <= row.items()), None)
 
     def has(self, **key: Any) -> bool:
-        """Whether a row is there."""
+        """Return whether a row exists."""
         return self.find(**key) is not None
 
     def add(self, **row: Any) -> None:
-        """Keep a row."""
+        """Add a row, and write the record."""
         self.rows.append(row)
         self.save(row)
 
     def save(self, row: dict[str, Any]) -> None:
-        """Write the record, of which `row` is new."""
+        """Write the record, and print its new row."""
         print(row, flush=True)  # noqa: T201
         RunRecord(
             kind="training_study",
@@ -142,7 +142,7 @@ class Study:
 def study_seed(
     study: Study, options: argparse.Namespace, seed: int, start: Path, work: Path
 ) -> None:
-    """All runs of one seed."""
+    """Make all runs of one seed."""
     data = WorldSet(load_pipeline("builtin"), clips=options.clips, seed=seed, **SIZE)
     for algorithm in ("dense", *SPARSE):
         key = {"run": "pretrain", "algorithm": algorithm, "seed": seed}
@@ -164,17 +164,17 @@ def study_seed(
 
 
 def result_of(row: dict[str, Any], work: Path) -> Path:
-    """Where the trained pipeline of a row lies."""
+    """Return the folder of the trained pipeline of a row."""
     return work / f"{row['run']}-{row['algorithm']}-{row['seed']}"
 
 
 def teacher_of(seed: int, work: Path) -> Path:
-    """Where the densely trained pipeline of a seed lies."""
+    """Return the folder of the densely trained pipeline of a seed."""
     return result_of({"run": "pretrain", "algorithm": "dense", "seed": seed}, work)
 
 
 def judge_rows(study: Study, count: int, work: Path) -> None:
-    """Judge what was trained, and students before they were."""
+    """Judge the trained models, and students before their training."""
     for row in study.rows:
         if row["run"] == "lora" or row.get("judged") == count:
             continue
@@ -187,7 +187,7 @@ def judge_rows(study: Study, count: int, work: Path) -> None:
 
 
 def parse_options(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
-    """Options of a script here, threads and the record's place among them; threads are set."""
+    """Parse the options of a script, with those that all scripts have, and set the threads."""
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     results = Path(__file__).parent / "results"
     parser.add_argument("--output", type=Path, default=results / f"{name}.json")

@@ -1,4 +1,4 @@
-"""What sharing a video over processes changes: outputs and gradients of every model with a plan.
+"""Measure what sharing a video over processes changes in outputs and gradients of every model.
 
 python -m benchmarks.ulysses; then `python -m benchmarks.pages` makes the table.
 """

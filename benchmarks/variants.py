@@ -30,7 +30,7 @@ WITH_BACKWARD = "tiles of 128"
 def variants(
     grid: TokenGrid, inputs: Inputs, device: torch.device, needs_grad: bool
 ) -> list[Contender]:
-    """All of `VARIANTS`, with the reason where one cannot run."""
+    """Return all of `VARIANTS` as contenders, with the reason where one cannot run."""
     found = []
     for name, options, pair, block in VARIANTS:
         own = grid if block is None else replace(grid, block=block)

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # A pattern, what to write instead, and how many places still have it.
 WORDS = (
-    (r"\bfeeds?\b(?![-_ ]?forward)", "a loader, or to pass", 10),
+    (r"\bfeeds?\b(?![-_ ]?forward)", "a loader, or to pass", 5),
     (r"\blogbooks?\b", "a metrics logger", 0),
     (r"\bfootage\b", "videos", 13),
     (r"\brivals?\b", "baselines", 0),
@@ -27,8 +27,8 @@ WORDS = (
     (r"\bcounts nowhere\b", "is not counted", 1),
     (r"\b(is|are|was|were) gone (on|through)\b", "continued, examined", 0),
     (r"\bas (good|far) as .{1,30} goes\b", "a plain sentence", 1),
-    (r"``", "single backticks", 158),
-    (r"^ {8,12}\w+: (of|as of|like|as|as in) ", "a noun: `size: The size of ...`", 44),
+    (r"``", "single backticks", 76),
+    (r"^ {8,12}\w+: (of|as of|like|as|as in) ", "a noun: `size: The size of ...`", 68),
 )
 FOLDERS = ("src", "docs", "benchmarks", "comfyui")
 

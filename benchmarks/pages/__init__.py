@@ -1,1 +1,1 @@
-"""The pages that are made of records, and of nothing else: `python -m benchmarks.pages`."""
+"""The pages of docs/ that are generated from records alone: `python -m benchmarks.pages`."""

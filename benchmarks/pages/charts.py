@@ -11,7 +11,7 @@ from nabla_attn.record import RunRecord
 
 
 def draw_charts(records: list[RunRecord], folder: Path) -> list[tuple[str, str]]:
-    """Draw what the records allow; returns (title, file name) of each chart."""
+    """Draw the charts that the records allow; returns the title and the file name of each."""
     drawn = []
     attention = [result for record in records for result in attention_results(record)]
     forward = [r for r in attention if r["direction"] == "forward"]

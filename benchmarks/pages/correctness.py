@@ -14,7 +14,7 @@ JUDGED = ("number", "colour", "shape", "direction", "size", "background")
 
 
 def build_page(records: Path) -> str:
-    """The page as text, from correctness.json, ulysses.json and judge_*.json in a folder."""
+    """Return the page as text, from correctness.json, ulysses.json and judge_*.json in a folder."""
     sections = [HEADER]
     found = records / "correctness.json"
     if found.exists():

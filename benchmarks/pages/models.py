@@ -19,13 +19,13 @@ class Usual:
     """A model at the size it is usually run at.
 
     Attributes:
-        family: name for readers.
-        size: width x height, frames.
-        grid: latent patch tokens along (frames, height, width).
-        text: joint text tokens, and history in front.
-        dim: channels of the transformer.
-        weights: weights of a block that each video token passes, in units of dim * dim.
-        pipeline: whether a whole pipeline is run in the tests.
+        family: The name for readers.
+        size: Width x height, and frames.
+        grid: Latent patch tokens along (frames, height, width).
+        text: Number of joint text tokens, and of tokens of a history in front.
+        dim: Number of channels of the transformer.
+        weights: Weights of a block that each video token passes, in units of dim * dim.
+        pipeline: Whether a whole pipeline is run in the tests.
     """
 
     family: str
@@ -38,19 +38,19 @@ class Usual:
 
     @property
     def tokens(self) -> int:
-        """Video tokens."""
+        """The number of video tokens."""
         frames, height, width = self.grid
         return frames * height * width
 
     @property
     def attention_share(self) -> float:
-        """Operations of self-attention / all operations of a block, dense."""
+        """The share of dense self-attention in the operations of a block."""
         attention = 4 * (self.tokens + self.text) * self.dim
         return attention / (attention + 2 * self.weights * self.dim**2)
 
     @property
     def gain(self) -> float:
-        """Bound on the transformer's speed-up at `SPARSITY`, text kept dense."""
+        """The bound on the transformer's speed-up at `SPARSITY`, with the text kept dense."""
         kept = 1 - SPARSITY * (self.tokens / (self.tokens + self.text)) ** 2
         return 1 / (1 - self.attention_share * (1 - kept))
 
@@ -182,12 +182,12 @@ _FAMILIES = {"Kandinsky6SRTransformer3DModel": "Kandinsky 6 super-resolution"}
 
 
 def render_table() -> str:
-    """The rows as two Markdown tables: what works, and what is refused."""
+    """Return the rows as Markdown tables: what works, and what is refused."""
     works = [row for row in model_rows() if row.refusal is None and row.name in _documented()]
     refused = [row for row in model_rows() if row.refusal is not None]
     lines = [
         f"| model | class | usual size | tokens | attention | gain at {SPARSITY:.0%} sparse | text "
-        "| way in | ranks | tested |",
+        "| attention through | ranks | tested |",
         "|---|---|---|---|---|---|---|---|---|---|",
         *(_line(row) for row in works),
         "",
@@ -206,7 +206,7 @@ def write_table(path: Path) -> None:
     """Replace the table in a Markdown file, between its two marks.
 
     Raises:
-        ValueError: the file has no marks.
+        ValueError: The file has no marks.
     """
     text = path.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
@@ -245,6 +245,6 @@ def _cells(row: ModelRow) -> Iterator[str]:
     history = "history in front, " if row.prefix else ""
     text = f"joint, {row.text}" if row.text else "cross-attention or none"
     yield f"{history}{text}"
-    yield "port" if row.ports else "door"
+    yield "port" if row.ports else "dispatcher"
     yield _ranks(row)
     yield "model, pipeline" if usual and usual.pipeline else "model"

@@ -47,7 +47,7 @@ CALIBRATION_HEAD = [
 
 
 def build_page(records: Path, docs: Path) -> str:
-    """The page as text; charts are drawn beside it.
+    """Return the page as text, and draw its charts.
 
     Args:
         records: The folder of the records. Those of `nabla bench`, and of the studies in `STUDIES`,
@@ -70,7 +70,7 @@ def build_page(records: Path, docs: Path) -> str:
 
 
 def _reuse_table(record: RunRecord) -> list[str]:
-    """A row per schedule, and what the columns mean."""
+    """Return a row for each schedule, and what the columns mean."""
     config, results = record.config, record.numbers["results"]
     frames, height, width = config["tokens"]
     rules = [result["rule"] for result in results]
@@ -88,7 +88,7 @@ def _reuse_table(record: RunRecord) -> list[str]:
 
 
 def _calibration_table(record: RunRecord) -> list[str]:
-    """A row for each schedule, and what its layers use."""
+    """Return a row for each schedule, and what its layers use."""
     config, results = record.config, record.numbers["results"]
     frames, height, width = config["tokens"]
     rows = [
@@ -121,7 +121,7 @@ def _calibration_table(record: RunRecord) -> list[str]:
 
 
 def _guidance_table(record: RunRecord) -> list[str]:
-    """A row per algorithm, and what the columns mean."""
+    """Return a row for each algorithm, and what the columns mean."""
     config, results = record.config, record.numbers["results"]
     frames, height, width = config["tokens"]
     algorithms = [f"`{each['algorithm']}`" + ", adapters" * each["adapters"] for each in results]
@@ -147,7 +147,7 @@ def _number_table(
     columns: dict[str, str],
     digits: int,
 ) -> list[str]:
-    """Lines of a Markdown table with a labelled row per result.
+    """Return the lines of a Markdown table with a labelled row for each result.
 
     Args:
         head: The heading of the labels.

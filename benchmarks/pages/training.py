@@ -24,7 +24,7 @@ Repeat them with `nabla train builtin --output runs/builtin`,
 
 
 def build_page(records: Path) -> str:
-    """The page as text, from those of its records that exist."""
+    """Return the page as text, from those of its records that exist."""
     sections = [HEADER]
     if (path := records / "builtin_training.json").exists():
         sections += _stages(RunRecord.load(path))
@@ -221,7 +221,7 @@ def _judged(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _right(rows: list[dict[str, Any]], key: str, judged: list[str]) -> list[str]:
-    """Share of right answers; a dash where nothing was judged."""
+    """Return the shares of right answers; a dash where nothing was judged."""
     cells = []
     for name in judged:
         shares = [row[key][name] for row in rows if name in row.get(key, {})]

@@ -28,7 +28,9 @@ def cache_folder() -> Path:
 
 
 def machine_file(kind: str, device: torch.device) -> Path:
-    """The file of one kind of measurement: `KIND_DEVICE_torch-VERSION.json` in `cache_folder`.
+    """Return the file of one kind of measurement.
+
+    It is `KIND_DEVICE_torch-VERSION.json` in `cache_folder`.
 
     A CPU's name has its number of threads, because measurements depend on it.
     """
@@ -36,17 +38,17 @@ def machine_file(kind: str, device: torch.device) -> Path:
 
 
 def device_slug(device: torch.device) -> str:
-    """A device's name in file names."""
+    """Return a device's name in file names."""
     return re.sub(r"[^a-z0-9.]+", "-", describe_device(device).lower()).strip("-")
 
 
 def crossover_file(device: torch.device) -> Path:
-    """Where the record of this machine lies."""
+    """Return the path of this machine's record of `nabla bench --crossover`."""
     return machine_file("crossover", device)
 
 
 def min_tokens(results: list[dict[str, Any]], *, density: float = 0.3) -> int | None:
-    """The shortest measured length from which sparse wins at `density` or less; None if never."""
+    """Return the shortest length from which sparse wins at `density` or less; None if never."""
     lengths = sorted({point["tokens"] for point in results})
     for length in lengths:
         longer = [p for p in results if p["tokens"] >= length and p["density"] <= density]
@@ -56,10 +58,10 @@ def min_tokens(results: list[dict[str, Any]], *, density: float = 0.3) -> int | 
 
 
 def load_min_tokens(path: str | Path) -> int:
-    """`min_tokens` of a record; where sparse never won, one more than the longest measured.
+    """Return `min_tokens` of a record; if sparse never won, one more than the longest length.
 
     Raises:
-        ValueError: no such file, or it is not a record of `nabla bench --crossover`.
+        ValueError: The file does not exist or is not a record of `nabla bench --crossover`.
     """
     try:
         record = RunRecord.load(path)
@@ -77,12 +79,12 @@ def load_min_tokens(path: str | Path) -> int:
 
 
 def min_tokens_here(device: torch.device, default: int) -> int:
-    """`load_min_tokens` of this machine's record; without one `default`, and one warning."""
+    """Return `load_min_tokens` of this machine's record; without one, warn and use `default`."""
     path = crossover_file(device)
     try:
         changed = path.stat().st_mtime_ns
     except OSError:
-        # No file, or one of another user's home: containers keep the home of root.
+        # It does not exist, or the home is another user's, as in containers that keep root's.
         _warn_once(path, default)
         return default
     return _load_once(path, changed)
@@ -91,8 +93,8 @@ def min_tokens_here(device: torch.device, default: int) -> int:
 @lru_cache(maxsize=32)
 def _warn_once(path: Path, default: int) -> None:
     warnings.warn(
-        f"min_tokens='auto' finds no record of this machine at {path}, so {default} stays. Measure "
-        "once with `nabla bench --crossover`.",
+        f"min_tokens='auto' needs a record of this machine, got none at {path}; using {default}. "
+        "Measure once with `nabla bench --crossover`.",
         stacklevel=3,
     )
 

@@ -44,13 +44,13 @@ def test_auto_uses_this_machines_record(win_from, is_dense):
 
 
 def test_auto_without_a_record_warns_once_and_keeps_the_default():
-    with pytest.warns(UserWarning, match=r"no record .* at .*crossover_.*, so 0 stays"):
+    with pytest.warns(UserWarning, match=r"got none at .*crossover_.*; using 0\."):
         assert density(min_tokens="auto") < 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert density(min_tokens="auto") < 1
     rules = na.Schedule(algorithm=na.parse("nabla-0.5"), min_tokens=430)
-    with pytest.warns(UserWarning, match="so 430 stays"):
+    with pytest.warns(UserWarning, match="using 430"):
         assert density(min_tokens="auto", schedule=rules) == 1
 
 

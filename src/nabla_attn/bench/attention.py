@@ -1,4 +1,4 @@
-"""Attention of one workload: contenders checked, then timed in turn; where the time goes."""
+"""Measure attention of one workload: check every contender, then time them in turn."""
 
 from collections.abc import Callable
 from typing import Any
@@ -38,9 +38,10 @@ def measure_attention(
         baselines: What else is measured.
 
     Returns:
-        Plain numbers for a record: the density, and per contender its gate, seconds, speed-up over
-        the fastest dense one, share of the ideal (speed-up x density), FLOP/s of useful work and
-        their share of the matrix product's; of a forward, the seconds of our stages apart.
+        Plain numbers for a record. For each contender they are the result of its check, its
+        seconds, its speed-up over the fastest dense one, its share of the ideal (speed-up x
+        density), and its useful FLOP/s, also as a share of those of a matrix product. A forward
+        has the seconds of each of our stages too.
     """
     inputs = make_inputs(workload, density, device)
     block_map = build_block_map(inputs.q, inputs.k, workload.grid, inputs.config)
@@ -69,7 +70,7 @@ def measure_attention(
     # The backward has five products where the forward has two.
     flops = workload.dense_flops() * (3.5 if backward else 1)
     for name, timing in timings.items():
-        # One whose map keeps more does no more useful work.
+        # A contender whose own map keeps more does no more useful work.
         own = min(kept, results[name].get("density", kept))
         useful = flops * (1 if results[name]["is_dense"] else own)
         results[name]["seconds"] = timing.to_dict()
@@ -102,7 +103,7 @@ def _check(
     backward: bool,
     device: torch.device,
 ) -> tuple[dict[str, Any], Callable[[], object]]:
-    """A contender's gate, memory and own density, and what to time."""
+    """Check a contender; returns its first results and the function to time."""
     assert contender.run is not None
     result: dict[str, Any] = {"is_dense": contender.is_dense}
     if contender.own_map is not None:
@@ -146,7 +147,7 @@ def _runner(
 def _measure_stages(
     grid: TokenGrid, inputs: Inputs, device: torch.device, *, rounds: int
 ) -> dict[str, Any]:
-    """Seconds of each stage of a forward, run alone, by the backend that "auto" takes here.
+    """Time each stage of a forward alone, with the backend that "auto" takes here.
 
     "reorder" is q, k and v into block order and the output back.
     """

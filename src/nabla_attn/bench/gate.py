@@ -1,4 +1,4 @@
-"""No speed without correctness: sampled rows against float64, within the error budget."""
+"""Check an output before it is timed: sampled rows against float64, within an error budget."""
 
 from math import isfinite, sqrt
 
@@ -14,7 +14,7 @@ NUM_ROWS = 64
 
 
 def sample_rows(num_tokens: int, *, seed: int = 0) -> Int[Tensor, " rows"]:
-    """Query tokens to check, the first and the last among them."""
+    """Choose the query tokens to check; the first and the last are among them."""
     generator = torch.Generator().manual_seed(seed)
     inner = torch.randperm(num_tokens, generator=generator)[: NUM_ROWS - 2]
     return torch.cat([torch.tensor([0, num_tokens - 1]), inner]).unique()
@@ -23,7 +23,7 @@ def sample_rows(num_tokens: int, *, seed: int = 0) -> Int[Tensor, " rows"]:
 def token_rows(
     block_map: BlockMap, grid: TokenGrid, rows: Int[Tensor, " rows"]
 ) -> Bool[Tensor, "batch heads rows tokens"]:
-    """Which tokens the sampled query tokens attend, in raster order."""
+    """Return which tokens the sampled query tokens attend, in raster order."""
     slot = block_order(TokenLayout(grid), block_map.mask.device).to_raster
     block = slot // block_map.block_tokens
     return block_map.mask[:, :, block[rows]][..., block]
@@ -35,7 +35,7 @@ def attend_rows(
     v: Float[Tensor, "batch heads tokens dim"],
     keep: Bool[Tensor, "batch heads rows tokens"] | None,
 ) -> Float[Tensor, "batch heads rows dim"]:
-    """Plain masked attention of a few rows, every operation in the inputs' dtype."""
+    """Compute masked attention of a few rows plainly, each operation in the inputs' dtype."""
     scores = (q @ k.transpose(-1, -2)) / sqrt(q.shape[-1])
     if keep is not None:
         scores = scores.masked_fill(~keep, float("-inf"))
@@ -50,7 +50,9 @@ def check_output(
     rows: Int[Tensor, " rows"],
     keep: Bool[Tensor, "batch heads rows tokens"] | None,
 ) -> dict[str, float | bool | None]:
-    """Largest error against float64 (None if it is not finite), the budget, and whether it holds.
+    """Compare an output with float64.
+
+    Returns the largest error (None if it is not finite), the budget, and whether it holds.
 
     The budget is twice the error of an independent run in the inputs' own precision, plus one
     rounding of the largest value.

@@ -45,7 +45,7 @@ class Inputs:
 def make_inputs(
     workload: Workload, density: float, device: torch.device, *, seed: int = 0
 ) -> Inputs:
-    """Inputs whose map at THRESHOLD keeps about `density` of the token pairs.
+    """Make inputs whose map at THRESHOLD keeps about `density` of the token pairs.
 
     The sharpness is found on the first heads by bisection.
     """

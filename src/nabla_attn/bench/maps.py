@@ -1,4 +1,4 @@
-"""The map alone: against other builders of the same map, and against dense attention."""
+"""Measure the map alone: beside other builders of the same map, and beside dense attention."""
 
 from typing import Any
 
@@ -63,7 +63,7 @@ def measure_maps(
 def measure_map_share(
     workload: Workload, density: float, device: torch.device, *, rounds: int = 5
 ) -> dict[str, Any]:
-    """Seconds of the map against those of dense attention on the same inputs."""
+    """Time the map and dense attention on the same inputs."""
     inputs = make_inputs(workload, density, device)
     q, k, v = inputs.q, inputs.k, inputs.v
     timings = time_in_turn(

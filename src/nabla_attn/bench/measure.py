@@ -1,4 +1,4 @@
-"""Timing that can be compared: contenders in turn, in one process, medians with their spread."""
+"""Timing that can be compared: runs take turns in one process; medians with their spread."""
 
 import statistics
 import time
@@ -16,11 +16,11 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """Middle of the rounds."""
+        """The median of the rounds."""
         return statistics.median(self.seconds)
 
     def to_dict(self) -> dict[str, float]:
-        """Median, fastest and slowest round."""
+        """The median, the fastest and the slowest round."""
         return {
             "median": round(self.median, 6),
             "min": round(min(self.seconds), 6),
@@ -38,10 +38,10 @@ def time_in_turn(
     """Time every run once per round, in turn, so that a drifting machine favours none.
 
     Args:
-        runs: name -> what to time; its result is dropped.
-        device: whose queue to wait for.
-        rounds: timed rounds.
-        warmup: untimed rounds before.
+        runs: The functions to time, by name; their results are dropped.
+        device: The device whose queue is waited for.
+        rounds: Number of timed rounds.
+        warmup: Number of rounds before them that are not timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for round_index in range(warmup + rounds):
@@ -63,7 +63,7 @@ def _wait(device: torch.device) -> None:
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    """Most device memory allocated during `run` beyond what was there; None where not counted."""
+    """Return the peak of device memory that `run` adds, or None where memory is not counted."""
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)
@@ -74,7 +74,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
 
 
 def matmul_flops(dtype: torch.dtype, device: torch.device, *, rounds: int = 5) -> float:
-    """FLOP/s of one large matrix product: the ceiling that attention is held against."""
+    """Measure the FLOP/s of one large matrix product, to which attention is compared."""
     size = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     timing = time_in_turn({"matmul": lambda: a @ b}, device, rounds=rounds)["matmul"]

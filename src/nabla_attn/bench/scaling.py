@@ -1,4 +1,4 @@
-"""How time grows with tokens, and below which length dense attention is faster."""
+"""Measure how time grows with tokens, and below which length dense attention is faster."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ CROSSOVER_DENSITIES = (0.1, 0.2, 0.3, 0.5, 0.7)
 def measure_scaling(
     device: torch.device, *, rounds: int = 3, on_progress: ProgressCallback = ignore_progress
 ) -> list[dict[str, Any]]:
-    """Seconds of dense, sparse and map over growing lengths, and the fitted exponents."""
+    """Time dense attention, sparse attention and the map at growing lengths, and fit exponents."""
     base = workload("toy-cpu")
     points: list[dict[str, Any]] = []
     for index, frames in enumerate(MAP_FRAMES):
@@ -48,7 +48,7 @@ def _runs(grid: TokenGrid, inputs: Inputs, *, has_attention: bool) -> dict[str, 
 
 
 def fit_exponents(points: list[dict[str, Any]]) -> dict[str, float]:
-    """Slope of log seconds over log tokens, by least squares, per curve."""
+    """Fit the slope of log seconds over log tokens for each curve, by least squares."""
     exponents = {}
     for name in ("dense", "sparse", "map"):
         found = [(p["tokens"], p["seconds"][name]) for p in points if name in p["seconds"]]
@@ -60,7 +60,7 @@ def fit_exponents(points: list[dict[str, Any]]) -> dict[str, float]:
 def measure_crossover(
     device: torch.device, *, rounds: int = 3, on_progress: ProgressCallback = ignore_progress
 ) -> list[dict[str, Any]]:
-    """Speed-up over dense for small grids and growing densities."""
+    """Measure the speed-up over dense attention on small grids at growing densities."""
     base = workload("toy-cpu")
     results = []
     for index, sizes in enumerate(CROSSOVER_GRIDS):

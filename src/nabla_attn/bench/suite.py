@@ -1,4 +1,4 @@
-"""Which measurements one `nabla bench` makes, each saved as a record."""
+"""The measurements of `nabla bench`, each saved as a record."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,17 +18,17 @@ from nabla_attn.machine import CROSSOVER, crossover_file, device_slug
 from nabla_attn.progress import ProgressCallback, ignore_progress
 from nabla_attn.record import RunRecord, collect_versions, describe_device
 
-# The most telling first: a budget may end before the last.
+# The most important first, because a budget may end before the last.
 GPU_SUITE = ("paper-768p", "wan14b-720p", "wan1.3b-480p", "kandinsky5-10s")
 CPU_SUITE = ("toy-cpu", "toy-16k", "map-36k")
 MODEL_DENSITIES = (0.1, 0.2)
-# A run needs its inputs, their block-order copies and a backend's scratch.
+# A run needs its inputs, copies of them in block order, and the memory of a backend.
 MEMORY_FACTOR = 6
 
 
 @dataclass(frozen=True)
 class Job:
-    """One measurement: what it is called, and how to make it."""
+    """One measurement: its title, and the function that makes it."""
 
     title: str
     run: Callable[[], dict[str, Any]]
@@ -37,10 +37,10 @@ class Job:
 def jobs(
     work: Workload, device: torch.device, *, rounds: int, baselines: Baselines | None = None
 ) -> Iterator[Job]:
-    """The measurements of one workload: forward at each density, backward once, the map.
+    """List the measurements of one workload: forward at each density, backward once, the map.
 
     Raises:
-        ValueError: the workload does not fit into memory.
+        ValueError: The workload does not fit into memory.
     """
     _check_memory(work, device)
     options: dict[str, Any] = {"rounds": rounds, "baselines": baselines}
@@ -72,7 +72,7 @@ def _attention_job(
 
 
 def default_suite(device: torch.device) -> tuple[str, ...]:
-    """The workloads that suit a device."""
+    """Return the names of the workloads that suit a device."""
     return GPU_SUITE if device.type == "cuda" else CPU_SUITE
 
 
@@ -101,7 +101,7 @@ def run_suite(
         The records' paths.
 
     Raises:
-        ValueError: an unknown workload, or one that does not fit into memory.
+        ValueError: A workload is unknown or does not fit into memory.
     """
     plans = [
         (name, list(jobs(workload(name), device, rounds=rounds, baselines=baselines)))
@@ -136,7 +136,7 @@ def run_shapes(
     num_layers: int | None = None,
     on_progress: ProgressCallback = ignore_progress,
 ) -> Iterator[Path]:
-    """Measure what has shapes of its own, and save one record each under `output`.
+    """Measure the kinds that have shapes of their own, and save one record each under `output`.
 
     Args:
         kinds: Kinds of records: "bench-scaling", time against tokens; "bench-crossover", from which
@@ -179,7 +179,7 @@ def _measure_models(
 def make_record(
     kind: str, config: dict[str, Any], results: list[dict[str, Any]], device: torch.device
 ) -> RunRecord:
-    """A record of measurements with the environment they were made in."""
+    """Make a record of measurements and of the environment they were made in."""
     return RunRecord(
         kind=kind,
         config=config,
@@ -191,7 +191,7 @@ def make_record(
 
 
 def device_name(device: torch.device) -> str:
-    """The device in the names of records, where one CPU takes the place of another."""
+    """Return the device as record names have it, where all CPUs share one name."""
     return "cpu" if device.type == "cpu" else device_slug(device)
 
 
@@ -202,10 +202,10 @@ def _check_memory(work: Workload, device: torch.device) -> None:
         try:
             import psutil
         except ModuleNotFoundError:
-            # Where only PyTorch is, nothing says how much is free.
+            # Without psutil nothing says how much is free.
             return
         free = psutil.virtual_memory().available
-    # A CPU measures fp32 too.
+    # On a CPU, float32 is measured too.
     widening = 4 // work.dtype.itemsize if device.type == "cpu" else 1
     wanted = MEMORY_FACTOR * work.input_bytes() * widening
     if wanted > free:

@@ -45,7 +45,7 @@ TILE_ROWS, WARPS, STAGES = (1, 2), (4, 8), (2, 3, 4)
 
 
 def candidates(device: torch.device, block_tokens: int, head_dim: int) -> Iterator[FlexOptions]:
-    """Options worth trying, the default first; kernel options are a GPU's.
+    """Yield the options worth trying, the default first; only GPUs have kernel options.
 
     Left out are kernels that would not keep their rows in registers, 128 rows of 128 dims in four
     warps, and those that do not fit in shared memory: torch would run them with other stages.
@@ -63,7 +63,7 @@ def candidates(device: torch.device, block_tokens: int, head_dim: int) -> Iterat
         height = rows * block_tokens
         has_registers = min(height, 128) * head_dim <= warps * 2048
         if has_registers and fits(device, height, block_tokens, stages, head_dim=head_dim):
-            # Of the forward alone: the backward has kernels of its own.
+            # These are for the forward; the backward has kernels of its own.
             yield FlexOptions(rows, {"fwd_num_warps": warps, "fwd_num_stages": stages})
 
 
@@ -73,16 +73,16 @@ def tune(
     """Check and time the candidates on one workload, forward.
 
     Args:
-        work: the shape.
-        device: where to run.
-        rounds: timed rounds.
-        deadline: `time.monotonic()` after which no further candidate is compiled.
+        work: The shape.
+        device: The device to run on.
+        rounds: Number of timed rounds.
+        deadline: The value of `time.monotonic()` after which no candidate is compiled.
 
     Returns:
         The key that options are found by, every candidate's seconds or reason, and the best.
 
     Raises:
-        ValueError: no candidate gave a right output.
+        ValueError: No candidate gave a right output.
     """
     inputs = make_inputs(work, DENSITY, device)
     block_map = build_block_map(inputs.q, inputs.k, work.grid, inputs.config)
@@ -137,7 +137,7 @@ def save_table(results: list[dict[str, Any]], path: Path, records: list[Path]) -
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Tune on every workload, save table and record, and say what was chosen."""
+    """Tune on every workload, save the table and the records, and print what was chosen."""
     parser = argparse.ArgumentParser(prog="python -m nabla_attn.bench.tune", description=__doc__)
     parser.add_argument("workloads", nargs="*", default=WORKLOADS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -156,7 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
                     sys.stdout.write(f"{work.name}: {candidate}\n")
             sys.stdout.write(f"{reason or 'nothing was run'}\n")
             return
-        table_rows(tuned_file(device))  # one that cannot be read is refused before the search
+        table_rows(tuned_file(device))  # refuses an unreadable one before the search
         share = options.budget / len(works)
         results = [
             tune(work, device, rounds=options.rounds, deadline=time.monotonic() + share)

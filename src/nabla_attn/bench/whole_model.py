@@ -1,4 +1,4 @@
-"""A whole transformer forward: dense, sparse, and the bound that Amdahl's law sets."""
+"""Measure a whole transformer forward, dense and sparse, beside the bound of Amdahl's law."""
 
 from typing import Any
 
@@ -17,13 +17,15 @@ TEXT_TOKENS = 512
 def measure_model(
     device: torch.device, density: float, *, num_layers: int | None = None, rounds: int = 3
 ) -> dict[str, Any]:
-    """Time one forward of a Wan-shaped model with random weights, its maps forced to a density.
+    """Time one forward of a model with the shape of Wan and random weights, at a given density.
 
     Args:
-        device: a CPU takes a small shape, a GPU that of Wan2.1 14B at 1280x720.
-        density: kept share of blocks in every layer (`topk`, since random weights have flat maps).
-        num_layers: fewer layers than the shape has, to fit the memory.
-        rounds: timed rounds.
+        device: The device to run on. A CPU takes a small shape, a GPU that of Wan2.1 14B at
+            1280x720.
+        density: The share of blocks that every layer keeps, by `topk`, because the maps of random
+            weights are flat.
+        num_layers: Number of layers, to fit the memory; None takes those of the shape.
+        rounds: Number of timed rounds.
 
     Returns:
         Seconds dense and sparse, the share of attention, and Amdahl's bound on the speed-up.
@@ -59,7 +61,7 @@ def measure_model(
 
 
 def attention_share(heads: int, ffn_dim: int, num_tokens: int) -> float:
-    """Self-attention products / all products of a Wan block."""
+    """Return the share of self-attention in the products of a Wan block."""
     width = heads * HEAD_DIM
     attention = 4 * num_tokens**2 * width
     linear = 2 * num_tokens * (4 * width**2 + 2 * width * ffn_dim)
