@@ -117,7 +117,7 @@ def test_other_errors_keep_their_traceback(good, monkeypatch):
     def fail(*_, **__):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("nabla_attn.generation.generate.generate", fail)
+    monkeypatch.setattr("nabla_attn.generation.job.generate", fail)
     result = run("generate", **good)
     assert isinstance(result.exception, ZeroDivisionError)
 

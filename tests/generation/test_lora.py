@@ -188,3 +188,30 @@ def test_the_built_in_model_and_its_adapters_stay_small():
     folders = (BUILTIN_DIRECTORY, BUILTIN_LORA)
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 25e6
+
+
+@pytest.mark.parametrize(
+    ("extra", "first"),
+    [
+        ("transformer.blocks.3.attn1.to_q", "transformer.blocks.3.attn1.to_q"),
+        ("transformer.blocks.0.attn2.add_k_proj", "transformer.blocks.0.attn2.add_k_proj"),
+        ("text_encoder.encoder.block.0.layer.0.SelfAttention.q", "text_encoder.encoder.block.0"),
+        ("", ""),
+    ],
+)
+def test_layers_without_a_place_are_counted(tiny_wan, tmp_path, recwarn, extra, first):
+    layers = [f"transformer.blocks.{b}.attn1.{p}" for b in (0, 1) for p in ("to_q", "to_k")]
+    layers += [extra] if extra else []
+    tensors = {}
+    for layer in layers:
+        tensors[f"{layer}.lora_A.weight"] = torch.randn(2, 32)
+        tensors[f"{layer}.lora_B.weight"] = torch.randn(32, 2)
+    save_file(tensors, tmp_path / "half.safetensors")
+    load_pipeline(
+        tiny_wan, device="cpu", dtype="float32", lora=[str(tmp_path / "half.safetensors")]
+    )
+    said = [str(each.message) for each in recwarn.list if "left out" in str(each.message)]
+    assert bool(said) == bool(extra)
+    if extra:
+        assert "1 of its 5 layers have no place in WanTransformer3DModel" in said[0]
+        assert f"are left out, first {first}" in said[0]

@@ -36,6 +36,8 @@ def compare(
     from nabla_attn.evaluation.compare import compare as run_all
     from nabla_attn.files import check_writable
 
+    if not prompt.strip():
+        raise ValueError("the prompt is empty. Say what the videos show: --prompt TEXT.")
     asked: list[str | None] = [*sparse_algo] if sparse_algo else [None]
     requests = [video.request(prompt=prompt, seed=seed, sparse_algo=algo) for algo in asked]
     algos = [request.sparse_algo for request in requests]

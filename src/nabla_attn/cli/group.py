@@ -2,13 +2,15 @@
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
+
+from nabla_attn.cli import output
 
 # Each is the function, or the group of them, of the same name in the module of that name.
 VERBS = (
@@ -28,11 +30,18 @@ VERBS = (
     "view",
     "vote",
 )
-BAD_INPUT, INTERRUPTED = 2, 130
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+# Whose warnings are shown; those of torch and others speak to programmers.
+SPEAKERS = "nabla_attn|isynet|diffusers|transformers|peft"
 
 
 class VerbCommand(TyperCommand):
-    """A verb whose options may be written ``--like-this`` or ``--like_this``."""
+    """A verb whose options may be written `--like-this` or `--like_this`, and may be quiet."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if all(param.name != "quiet" for param in self.params):
+            self.params.append(_quiet_option())
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Spell the options as declared, then parse."""
@@ -81,19 +90,20 @@ class VerbGroup(TyperGroup):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                warnings.filterwarnings("always", category=UserWarning, module="nabla_attn|isynet")
-                warnings.showwarning = _say_each_once()
+                warnings.filterwarnings("always", category=UserWarning, module=SPEAKERS)
+                warnings.showwarning = output.warn_once()
+                output.Settings.is_quiet = False
                 code = super().main(*args, **(options | {"standalone_mode": False}))
         except KeyboardInterrupt:
             code = INTERRUPTED
         except typer.Abort:
-            code = 1
+            code = FAILED
         except (ValueError, OSError, TyperException) as error:
             message = error.format_message() if isinstance(error, TyperException) else str(error)
-            _say("error", message or type(error).__name__)
+            output.notice("error", message or type(error).__name__)
             code = BAD_INPUT
         if code == INTERRUPTED:
-            _say("interrupted", "no partial file was left.")
+            output.notice("interrupted", "no partial file was left.")
         sys.exit(code or 0)
 
 
@@ -110,16 +120,22 @@ def spell_as_declared(args: Iterable[str], declared: Iterable[str]) -> list[str]
     return result
 
 
-def _say_each_once() -> Callable[..., None]:
-    said: set[str] = set()
+def _quiet_option() -> Any:
+    """`--quiet`, which no verb's function sees: what prints reads it."""
 
-    def show(message: Any, *_: Any) -> None:
-        if str(message) not in said:
-            said.add(str(message))
-            _say("warning", str(message))
+    def switch(context: typer.Context, value: bool) -> bool:
+        output.Settings.is_quiet = value
+        return value
 
-    return show
+    def verb(
+        quiet: Annotated[
+            bool,
+            typer.Option("--quiet", "-q", callback=switch, help="Print only warnings and errors."),
+        ] = False,
+    ) -> None: ...
 
-
-def _say(kind: str, message: str) -> None:
-    typer.echo(f"{kind}: {' '.join(message.split())}", err=True)
+    single = typer.Typer(add_completion=False)
+    single.command()(verb)
+    option = next(each for each in typer.main.get_command(single).params if each.name == "quiet")
+    option.expose_value = False
+    return option

@@ -1,8 +1,7 @@
 """Options that several verbs share, and what follows from them."""
 
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property, wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -10,8 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nabla_attn.cli.output import quiet_libraries
+
 if TYPE_CHECKING:
     from nabla_attn.generation.request import GenerationRequest, ModelDefaults
+    from nabla_attn.schedule import Schedule
 
 MODEL_DEFAULT = "the model's default"
 
@@ -39,7 +41,6 @@ ScheduleFile = Annotated[
     Path | None,
     typer.Option("--schedule", help="JSON file: which steps and layers run which algorithm."),
 ]
-
 Engine = Annotated[
     str,
     typer.Option(
@@ -62,11 +63,15 @@ Lora = Annotated[
         show_default=False,
     ),
 ]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace what is there, instead of taking the next name."),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoOptions:
-    """The options of every verb that makes videos; ``None`` takes the model's default."""
+    """The options of every verb that makes videos; None takes the model's default."""
 
     model: Model = "builtin"
     lora: Lora = None
@@ -97,32 +102,21 @@ class VideoOptions:
         return check_fps(self.defaults.fps if self.fps is None else self.fps)
 
     def request(self, *, prompt: str, seed: int, sparse_algo: str | None) -> "GenerationRequest":
-        """A request for one video.
+        """A request for one video; see `make_request` for what algorithm and schedule hold."""
+        from nabla_attn.generation.request import make_request
 
-        An algorithm given replaces the schedule file's own; its other rules stay. Without either,
-        the model's own algorithm and rules hold.
-        """
-        from nabla_attn.config import parse
-        from nabla_attn.generation.request import GenerationRequest
-
-        rules = _read_schedule(self.schedule) if self.schedule else None
-        if sparse_algo is None:
-            rules = rules or self.defaults.schedule
-            sparse_algo = str(rules.algorithm) if rules else self.defaults.sparse_algo
-        algo = str(parse(sparse_algo))
-        if rules is not None:
-            rules = replace(rules, algorithm=parse(algo))
-        sizes: dict[str, Any] = {}
-        for name in ("height", "width", "frames", "steps", "guidance"):
-            given = getattr(self, name)
-            sizes[name] = getattr(self.defaults, name) if given is None else given
-        return GenerationRequest(
+        return make_request(
+            self.defaults,
             prompt=prompt,
             negative_prompt=self.negative_prompt,
             seed=seed,
-            sparse_algo=algo,
-            schedule=rules,
-            **sizes,
+            sparse_algo=sparse_algo,
+            schedule=_read_schedule(self.schedule) if self.schedule else None,
+            height=self.height,
+            width=self.width,
+            frames=self.frames,
+            steps=self.steps,
+            guidance=self.guidance,
         )
 
     def base_request(self, *, prompt: str, seed: int) -> "GenerationRequest":
@@ -152,27 +146,15 @@ def with_video_options(verb: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def quiet_libraries() -> None:
-    """Turn off the bars and notes of diffusers and transformers; ours take their place."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
-        library.utils.logging.set_verbosity_error()
-
-
 def load_quietly(model: str, device: str, dtype: str, lora: Sequence[str] = ()) -> Any:
-    """Load a pipeline under a spinner, with the libraries' own bars and notes off."""
+    """Load a pipeline under a spinner, without the libraries' own bars."""
     from rich.console import Console
 
     with Console(stderr=True).status(f"loading {model}"):
         quiet_libraries()
         from nabla_attn.generation.pipeline import load_pipeline
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return load_pipeline(model, device=device, dtype=dtype, lora=lora)
+        return load_pipeline(model, device=device, dtype=dtype, lora=lora)
 
 
 def load_on_own_device(model: str, device: str, dtype: str, lora: Sequence[str] = ()) -> Any:
@@ -189,10 +171,10 @@ def load_on_own_device(model: str, device: str, dtype: str, lora: Sequence[str] 
 
 
 def read_indices(text: str) -> tuple[int, ...] | None:
-    """``"0,10,19"`` as numbers; nothing as None.
+    """`"0,10,19"` as numbers; nothing as None.
 
     Raises:
-        ValueError: not whole numbers with commas between.
+        ValueError: The text is not whole numbers with commas between.
     """
     try:
         return tuple(int(part) for part in text.split(",")) if text.strip() else None
@@ -200,7 +182,7 @@ def read_indices(text: str) -> tuple[int, ...] | None:
         raise ValueError(f"expected whole numbers such as 0,10,19: got {text!r}.") from None
 
 
-def _read_schedule(path: Path) -> Any:
+def _read_schedule(path: Path) -> "Schedule":
     from nabla_attn.schedule import Schedule
 
     try:

@@ -1,6 +1,7 @@
 """LoRA adapters: loaded into a pipeline from files, and told apart in records."""
 
 import hashlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,12 @@ def load_lora(pipeline: Any, source: str) -> None:
     except Exception as error:
         name = type(model).__name__
         raise ValueError(f"{file} does not fit {name} ({first_line(error)}).") from error
-    if _adapters(model) == before:
+    added = [name for name in _adapters(model) if name not in before]
+    if not added:
         raise ValueError(f"{file} has no LoRA weights for {type(model).__name__}.")
     # Loading one more leaves those before aside.
     model.set_adapters(_adapters(model))
+    _warn_of_rest(pipeline, model, file, added)
 
 
 def lora_fingerprint(pipeline: Any) -> str | None:
@@ -98,6 +101,39 @@ def _load(pipeline: Any, model: Any, part: str, file: Path) -> None:
         pipeline.load_lora_weights(file.parent, **options)
     else:
         pipeline.load_lora_weights(file.parent, load_into_transformer_2=True, **options)
+
+
+def _warn_of_rest(pipeline: Any, model: Any, file: Path, added: list[str]) -> None:
+    """Warn of the layers of a file that the model has no place for."""
+    asked = {_layer_of(key) for key in _read_keys(pipeline, file)}
+    used = {
+        f"{PARTS[0]}.{name}"
+        for name, layer in _tuned(model)
+        if any(adapter in layer.scaling for adapter in added)
+    }
+    left = sorted(asked - used - {name.removeprefix(f"{PARTS[0]}.") for name in used})
+    if left:
+        warnings.warn(
+            f"{file}: {len(left)} of its {len(asked)} layers have no place in "
+            f"{type(model).__name__} and are left out, first {left[0]}.",
+            stacklevel=3,
+        )
+
+
+def _read_keys(pipeline: Any, file: Path) -> list[str]:
+    """The names of a file's tensors, as diffusers' formats have them."""
+    if hasattr(pipeline, "lora_state_dict"):
+        found = pipeline.lora_state_dict(file.parent, weight_name=file.name, local_files_only=True)
+        return list(found[0] if isinstance(found, tuple) else found)
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())
+
+
+def _layer_of(key: str) -> str:
+    """The layer that a tensor of an adapter belongs to."""
+    return key.split(".lora")[0].removesuffix(".alpha").removesuffix(".dora_scale")
 
 
 def _adapters(model: Any) -> list[str]:

@@ -1,0 +1,108 @@
+"""One video as files: the mp4, its record, and its block maps where they are asked for."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nabla_attn.distributed import is_first_process
+from nabla_attn.files import check_writable
+from nabla_attn.generation.generate import generate
+from nabla_attn.generation.record_maps import MapRecorder
+from nabla_attn.generation.request import GenerationRequest
+from nabla_attn.generation.video import write_video
+from nabla_attn.media import read_image
+from nabla_attn.progress import ProgressCallback, ignore_progress
+from nabla_attn.record import RunRecord
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAPS = ".maps.safetensors"
+"""The ending of recorded maps, in the place of the video's `.mp4`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoJob:
+    """A video to make and where it goes; everything is checked before a model is loaded.
+
+    Attributes:
+        request: The video to make.
+        output: The mp4; the record and the maps have the same name with other endings.
+        fps: Frames per second.
+        image: The first frame, for image-to-video pipelines; of the video's size.
+        maps: "steps", "layers" and "heads" to record, each a tuple or None for what fits; None
+            records nothing.
+
+    Raises:
+        ValueError: The output is no mp4 or cannot be written, the image cannot be read or has
+            another size, or dense attention is to be recorded.
+    """
+
+    request: GenerationRequest
+    output: Path
+    fps: float
+    image: Path | None = None
+    maps: Mapping[str, tuple[int, ...] | None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.output.suffix.lower() != ".mp4":
+            raise ValueError(f"the output must be an .mp4 file, got {self.output}.")
+        if self.maps is not None and self.request.is_dense:
+            raise ValueError("dense attention has no maps to record. Pass --sparse-algo nabla-0.7.")
+        check_writable(self.output)
+        self._check_first_frame()
+
+    @cached_property
+    def first_frame(self) -> "Image | None":
+        """The image as it is seen."""
+        return None if self.image is None else read_image(self.image)
+
+    def run(
+        self, pipeline: Any, *, on_progress: ProgressCallback = ignore_progress
+    ) -> RunRecord | None:
+        """Make the video and write its files; the first of several processes writes.
+
+        Args:
+            pipeline: A pipeline of diffusers.
+            on_progress: Called at every stage and step.
+
+        Returns:
+            The record; None on the other processes.
+        """
+        recorder = None
+        if self.maps is not None:
+            asked: dict[str, Any] = dict(self.maps)
+            recorder = MapRecorder(pipeline, self.request, **asked)
+        frames, record = generate(
+            pipeline,
+            self.request,
+            on_progress=on_progress,
+            inputs={} if self.first_frame is None else {"image": self.first_frame},
+            on_apply=recorder.attach if recorder else None,
+        )
+        if not is_first_process():
+            return None
+        if self.first_frame is not None:
+            digest = hashlib.sha256(self.first_frame.tobytes()).hexdigest()
+            record = replace(record, config=record.config | {"image_sha256": digest})
+        write_video(frames, self.output, self.fps)
+        maps_file = self.output.with_suffix(MAPS)
+        # Those of an earlier run under this name would pass for this one's.
+        maps_file.unlink(missing_ok=True)
+        if recorder:
+            recorder.result().save(maps_file)
+            record = recorder.note_in(record)
+        record.save(self.output.with_suffix(".json"))
+        return record
+
+    def _check_first_frame(self) -> None:
+        image, request = self.first_frame, self.request
+        if image is not None and image.size != (request.width, request.height):
+            raise ValueError(
+                f"{self.image} has {image.width}x{image.height} pixels and the video "
+                f"{request.width}x{request.height}. Scale or crop it, or pass --width "
+                f"{image.width} --height {image.height}."
+            )
