@@ -8,8 +8,12 @@ if TYPE_CHECKING:
     from isynet.authors_json import load_json, save_json
     from isynet.checkpoint import convert, create, load, register_timm, save
     from isynet.counting import count
+    from isynet.evolution import search
+    from isynet.growth import scale
+    from isynet.latency import LatencyTable
     from isynet.network import FeatureMaps, ISyNet
     from isynet.onnx_file import export
+    from isynet.space import SearchSpace
 
 # Loaded on first use, so that `isynet --help` answers without torch.
 _ROOMS = {
@@ -26,6 +30,10 @@ _ROOMS = {
     "parse": "architecture",
     "register_timm": "checkpoint",
     "save": "checkpoint",
+    "scale": "growth",
+    "search": "evolution",
+    "SearchSpace": "space",
+    "LatencyTable": "latency",
     "save_json": "authors_json",
 }
 
@@ -33,6 +41,8 @@ __all__ = [
     "Architecture",
     "FeatureMaps",
     "ISyNet",
+    "LatencyTable",
+    "SearchSpace",
     "Stage",
     "convert",
     "count",
@@ -44,6 +54,8 @@ __all__ = [
     "register_timm",
     "save",
     "save_json",
+    "scale",
+    "search",
 ]
 
 

@@ -1,18 +1,20 @@
 """The work of networks that see images."""
 
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from isynet.architecture import Architecture
+from isynet.architecture import BASE_CHANNELS, Architecture, Stage
 from isynet.checkpoint import create
 from isynet.family import find_architecture
-from isynet.network import ISyNet
+from isynet.network import Edge, Head, ISyNet, make_stage
 from isynet.peers import PEERS
 from nabla_attn.cost import count as counter
-from nabla_attn.cost.work import Work
+from nabla_attn.cost.work import Operator, Work
 
 TABLE_SIZE = 244
 """Pixels at which the published table counts operations; a slip for 224, which it names."""
@@ -39,10 +41,44 @@ def count(
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < 1:
         raise ValueError(f"the size must be positive, got {size}.")
-    if not isinstance(source, nn.Module):
-        with torch.device("meta"):
-            source = ISyNet(find_architecture(source), num_classes, in_chans)
-    return counter.count(source, (1, in_chans, height, width))
+    if isinstance(source, nn.Module):
+        return counter.count(source, (1, in_chans, height, width))
+    return _count_architecture(find_architecture(source), height, width, in_chans, num_classes)
+
+
+def _count_architecture(
+    architecture: Architecture, height: int, width: int, in_chans: int, num_classes: int
+) -> Work:
+    """The work of a network, from each stage's first block, one more and the head."""
+    operators: tuple[Operator, ...] = ()
+    inputs = in_chans
+    for index, stage in enumerate(architecture.stages):
+        pair = replace(stage, num_blocks=2)
+        first, more = _count_pair(index, pair, inputs, height, width)
+        operators += first + more * (stage.num_blocks - 1)
+        inputs = architecture.channels[index]
+        height, width = -(-height // 2), -(-width // 2)
+    with torch.device("meta"):
+        neck = Edge("1", inputs, architecture.head_width) if architecture.head_width else None
+        fc = nn.Linear(architecture.head_width or inputs, num_classes)
+        head = Head(neck or nn.Identity(), fc, nn.BatchNorm1d(num_classes))
+    return Work(operators) + counter.count(head, (1, inputs, height, width))
+
+
+@lru_cache(maxsize=4096)
+def _count_pair(
+    index: int, stage: Stage, inputs: int, height: int, width: int
+) -> tuple[tuple[Operator, ...], tuple[Operator, ...]]:
+    """Operators of a stage's first block and of its second."""
+    with torch.device("meta"):
+        first, second = make_stage(index, stage, inputs)
+    channels, half = BASE_CHANNELS << (index + stage.width_log2), (-(-height // 2), -(-width // 2))
+    works = (
+        counter.count(first, (1, inputs, height, width)),
+        counter.count(second, (1, channels, *half)),
+    )
+    assert not any(work.unknown for work in works)
+    return works[0].operators, works[1].operators
 
 
 class Part(NamedTuple):
@@ -72,7 +108,7 @@ def count_parts(net: ISyNet, size: int = 224) -> list[Part]:
         channels, pixels = net.feature_info[len(parts)]["num_chs"], -(-shape[2] // 2)
         shape = (1, channels, pixels, pixels)
         parts.append(Part(str(stage), channels, pixels, _parameters(module), work))
-    rest = _Head(net)
+    rest = Head(net.neck, net.fc, net.bn)
     work = counter.count(rest, shape)
     return [*parts, Part("head", net.num_classes or net.num_features, 1, _parameters(rest), work)]
 
@@ -84,15 +120,6 @@ def find_network(source: str | Path) -> nn.Module:
         ValueError: An unknown name; the known are listed.
     """
     return PEERS[str(source)]() if str(source) in PEERS else create(source)
-
-
-class _Head(nn.Module):
-    def __init__(self, net: ISyNet) -> None:
-        super().__init__()
-        self.neck, self.fc, self.bn = net.neck, net.fc, net.bn
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.bn(self.fc(self.neck(x).mean((2, 3))))
 
 
 def _parameters(module: nn.Module) -> int:

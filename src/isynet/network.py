@@ -3,6 +3,7 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ TRUNCATED_STD = 0.87962566103423978
 class Edge(nn.Sequential):
     """One or two convolutions, a batch norm and a ReLU unless it is linear."""
 
-    def __init__(self, edge: str, inputs: int, outputs: int, stride: int, is_linear: bool) -> None:
+    def __init__(
+        self, edge: str, inputs: int, outputs: int, stride: int = 1, is_linear: bool = False
+    ) -> None:
         size = int(edge[0])
         half = size // 2
         convs: list[nn.Module]
@@ -68,6 +71,22 @@ class Block(nn.Module):
         return x + y if self.has_skip else y
 
 
+def make_stage(index: int, stage: Stage, inputs: int) -> nn.Sequential:
+    """The blocks of the stage at an index; the first takes `inputs` channels."""
+    width = BASE_CHANNELS << (index + stage.width_log2)
+    hidden = width * stage.expansion
+    first = Block(stage, inputs, hidden, width, True)
+    more = (Block(stage, width, hidden, width, False) for _ in range(stage.num_blocks - 1))
+    return nn.Sequential(first, *more)
+
+
+def fuse_edges(module: nn.Module) -> None:
+    """Fold the batch norms of all edges into their convolutions, in place; for evaluation only."""
+    for edge in module.modules():
+        if isinstance(edge, Edge) and any(isinstance(x, nn.BatchNorm2d) for x in edge):
+            edge.fuse()
+
+
 class ISyNet(nn.Module):
     """A network of the ISyNet search space (arXiv:2109.01932).
 
@@ -110,22 +129,13 @@ class ISyNet(nn.Module):
         self.architecture = architecture
         self.in_chans, self.has_last_norm = in_chans, has_last_norm
         channels = architecture.channels
-        stages, inputs = [], in_chans
-        for index, (stage, width) in enumerate(zip(architecture.stages, channels, strict=True)):
-            hidden = BASE_CHANNELS * 2 ** (index + stage.width_log2) * stage.expansion
-            blocks = []
-            for number in range(stage.num_blocks):
-                blocks.append(Block(stage, inputs, hidden, width, number == 0))
-                inputs = width
-            stages.append(nn.Sequential(*blocks))
-        self.stages = nn.Sequential(*stages)
-        head = architecture.head_width
-        self.neck = (
-            nn.Sequential(_conv(inputs, head, 1), nn.BatchNorm2d(head), nn.ReLU(inplace=True))
-            if head
-            else nn.Identity()
+        widths = (in_chans, *channels)
+        self.stages = nn.Sequential(
+            *(make_stage(*item) for item in zip(count(), architecture.stages, widths, strict=False))
         )
-        self.num_features = head or inputs
+        head = architecture.head_width
+        self.neck = Edge("1", channels[-1], head) if head else nn.Identity()
+        self.num_features = head or channels[-1]
         self.feature_info = [
             {"num_chs": width, "reduction": 2 ** (index + 1), "module": f"stages.{index}"}
             for index, width in enumerate(channels)
@@ -184,15 +194,28 @@ class ISyNet(nn.Module):
     def fused(self) -> "ISyNet":
         """A copy for inference whose batch norms are folded into the layers before them."""
         result = copy.deepcopy(self).eval()
-        for edge in result.modules():
-            if isinstance(edge, Edge) and any(isinstance(x, nn.BatchNorm2d) for x in edge):
-                edge.fuse()
-        if isinstance(result.neck, nn.Sequential) and isinstance(result.neck[1], nn.BatchNorm2d):
-            convolution, norm, activation = result.neck
-            result.neck = nn.Sequential(_fuse(convolution, norm), activation)
+        fuse_edges(result)
         if isinstance(result.bn, nn.BatchNorm1d):
             result.fc, result.bn = _fuse(result.fc, result.bn), nn.Identity()
         return result
+
+
+class Head(nn.Module):
+    """What follows the stages, on its own.
+
+    Attributes:
+        neck: From maps to maps.
+        fc: From their mean to classes.
+        bn: From classes to classes.
+    """
+
+    def __init__(self, neck: nn.Module, fc: nn.Module, bn: nn.Module | None = None) -> None:
+        super().__init__()
+        self.neck, self.fc, self.bn = neck, fc, bn or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [batch, channels, height, width] to [batch, classes]."""
+        return self.bn(self.fc(self.neck(x).mean((2, 3))))
 
 
 class FeatureMaps(nn.Module):
@@ -220,11 +243,11 @@ class FeatureMaps(nn.Module):
             ValueError: No such stage.
         """
         super().__init__()
-        count = len(net.stages)
-        indices = tuple(range(count)) if out_indices is None else tuple(out_indices)
-        if not indices or not all(-count <= index < count for index in indices):
-            raise ValueError(f"out_indices must name stages 0 to {count - 1}, got {indices}.")
-        self.out_indices = tuple(sorted(index % count for index in indices))
+        number = len(net.stages)
+        indices = tuple(range(number)) if out_indices is None else tuple(out_indices)
+        if not indices or not all(-number <= index < number for index in indices):
+            raise ValueError(f"out_indices must name stages 0 to {number - 1}, got {indices}.")
+        self.out_indices = tuple(sorted(index % number for index in indices))
         # What follows the last map that is wanted is never run.
         self.stages = nn.Sequential(*list(net.stages)[: self.out_indices[-1] + 1])
         self.feature_info = [net.feature_info[index] for index in self.out_indices]

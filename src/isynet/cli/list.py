@@ -20,7 +20,7 @@ def list(as_json: AsJson = False) -> None:
             {
                 "name": name,
                 "M parameters": sum(value.numel() for value in net.parameters()) / 1e6,
-                "G MACs at 224": count(net).matrix / 1e9,
+                "G MACs at 224": count(text).matrix / 1e9,
                 "top-1 %": published.top1 if published else None,
                 "Ascend 310 ms": published.milliseconds if published else None,
                 "architecture": text,

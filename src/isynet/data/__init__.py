@@ -1,0 +1,1 @@
+"""Images with labels and boxes: idx files, folders by class, generated scenes."""

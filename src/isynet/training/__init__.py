@@ -1,0 +1,1 @@
+"""Training of classifiers by the published recipe."""
