@@ -1,15 +1,18 @@
 """Conversion to a diffusers directory: same pipeline, resumed, verified, within its memory."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import tiny_wan
 from nabla_attn.generation.request import ModelDefaults
-from nabla_attn.wan import WAN_FAMILIES, load_wan_pipeline
-from nabla_attn.wan.convert import convert_wan
+from nabla_attn.wan import WAN_FAMILIES, load_wan_pipeline, load_wan_transformer, read_layout
+from nabla_attn.wan.convert import LOCK, RECORD, convert_wan
+from nabla_attn.wan.tasks import TASKS
 
 FP32 = torch.float32
 STEM = "diffusion_pytorch_model"
@@ -155,3 +158,94 @@ def test_memory_of_the_process(tmp_path, monkeypatch, verb):
     )
     peak = int(done.stdout.split()[-1])
     assert peak <= 1.2 * largest, f"{peak / largest:.2f} of the largest part"
+
+
+@pytest.mark.parametrize("family", WAN_FAMILIES)
+def test_samples_as_the_task_does(tmp_path, family):
+    source = tiny_wan.write_checkpoint(tmp_path / "src", family)
+    target = convert_wan(source, tmp_path / "dst")
+    task = TASKS[read_layout(source).task]
+    scheduler = json.loads((target / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["flow_shift"] == task.shift
+    found = ModelDefaults.load(target)
+    assert (found.fps, found.frames, found.steps) == (task.fps, task.frames, task.steps)
+    assert found.guidance == task.guidance
+    assert f"{found.width}*{found.height}" == task.usual_size
+    assert task.shift_for((found.width, found.height)) == task.shift
+
+
+def test_the_size_of_a_model_tells_its_task():
+    t2v = WAN_FAMILIES["t2v"]
+    assert (t2v.task_for(1536), t2v.task_for(5120)) == ("t2v-1.3B", "t2v-14B")
+    assert TASKS["t2v-1.3B"].usual_size == "832*480"
+
+
+def break_off(source, target, **options):
+    def stop(stage, done, total):
+        if stage == "converting transformer":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_wan(source, target, on_progress=stop, **options)
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    source = tiny_wan.write_checkpoint(tmp_path / "src", "t2v")
+    break_off(source, tmp_path / "dst")
+    torn = tmp_path / "dst" / "transformer" / f".{STEM}.safetensors.0123456789abcdef.tmp"
+    torn.write_bytes(b"half")
+    (tmp_path / "dst" / f".{RECORD}.0123456789abcdef.tmp").write_bytes(b"{")
+    convert_wan(source, tmp_path / "dst")
+    assert not [path for path in (tmp_path / "dst").rglob("*") if path.name.startswith(".")]
+
+
+def test_a_damaged_source_that_is_replaced_is_accepted(tmp_path):
+    source = tiny_wan.write_checkpoint(tmp_path / "src", "t2v")
+    path = source / "models_t5_umt5-xxl-enc-bf16.pth"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1000])
+    with pytest.raises(ValueError, match="models_t5"):
+        convert_wan(source, tmp_path / "dst")
+    path.write_bytes(whole)
+    assert (convert_wan(source, tmp_path / "dst") / "model_index.json").is_file()
+
+
+def test_what_lies_there_is_compared_with_the_new_source(tmp_path):
+    """Weights of another download with the same shapes, in other numbers of files."""
+    source, target = tmp_path / "src", tmp_path / "dst"
+    tiny_wan.write_checkpoint(source, "t2v", num_layers=2)
+    break_off(source, target, max_shard_bytes=20_000)
+    torch.manual_seed(99)
+    tiny_wan.write_transformer(source, "t2v", num_layers=2)
+    convert_wan(source, target)
+    written = load_file(target / "transformer" / f"{STEM}.safetensors")
+    expected = load_wan_transformer(source).state_dict()
+    assert all(torch.equal(written[name], value) for name, value in expected.items())
+    assert len(list((target / "transformer").glob("*.safetensors*"))) == 1
+    with pytest.raises(ValueError, match="was made from other files"):
+        tiny_wan.write_transformer(source, "t2v", num_layers=2)
+        convert_wan(source, target)
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def fail(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    source = tiny_wan.write_checkpoint(tmp_path / "src", "t2v")
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(ValueError, match=r"cannot write [^\n]*No space left on device\.$"):
+        convert_wan(source, tmp_path / "dst")
+
+
+def test_two_at_once_do_not_meet(tmp_path):
+    from filelock import FileLock
+
+    source = tiny_wan.write_checkpoint(tmp_path / "src", "t2v")
+    break_off(source, tmp_path / "dst")
+    with (
+        FileLock(tmp_path / "dst" / LOCK),
+        pytest.raises(ValueError, match="another process converts to"),
+    ):
+        convert_wan(source, tmp_path / "dst")

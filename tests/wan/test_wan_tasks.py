@@ -8,7 +8,7 @@ import pytest
 
 import tiny_wan
 from nabla_attn.wan.command import generate_wan
-from nabla_attn.wan.request import WanRequest, video_size
+from nabla_attn.wan.request import WanRequest, fit_inputs, read_inputs, video_size
 from nabla_attn.wan.tasks import NEGATIVE, TASKS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*trained for", "ignore:the model does not know")
@@ -195,3 +195,67 @@ def test_docs_name_every_flag_and_default():
     for option in get_command(app).params:
         name = option.opts[0]
         assert name == "--help" or f"`{name}`" in page, name
+
+
+def test_settings_that_do_nothing_are_told(tmp_path, image):
+    from nabla_attn.wan.prompt_extension import PromptExtension
+
+    with pytest.warns(UserWarning, match="--negative_prompt is ignored at guidance 1"):
+        request = make_request("t2v-14B", image, guidance=1.0, negative_prompt="dull").resolved()
+    assert request.negative_prompt == ""
+    with pytest.warns(UserWarning, match="are ignored without --use_prompt_extend"):
+        PromptExtension(model=str(tmp_path), is_on=False).extend("a", 0, "cpu")
+
+
+def test_no_word_about_the_task_s_own_negative_prompt(image, recwarn):
+    assert make_request("t2v-14B", image, guidance=1.0).resolved().negative_prompt == ""
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
+def test_half_characters_are_refused(image, name):
+    with pytest.raises(ValueError, match="half a character"):
+        WanRequest(**{"ckpt_dir": Path("ckpt"), "prompt": "a", name: "cut \ud83d"}).resolved()
+
+
+def make_video(path, frames, height=128, width=128):
+    from nabla_attn.generation.video import write_video
+
+    write_video(np.zeros((frames, height, width, 3), np.uint8), path, 16)
+    return str(path)
+
+
+def test_inputs_that_are_cut_or_resized_are_told(tmp_path):
+    files = {"src_video": make_video(tmp_path / "v.mp4", 9, 96, 192)}
+    files["src_mask"] = make_video(tmp_path / "m.mp4", 5, 64, 64)
+    with pytest.warns(UserWarning, match="only the first 5 frames are used"):
+        inputs = read_inputs(files, 5)
+    with (
+        pytest.warns(UserWarning, match="--src_mask has 64x64 pixels"),
+        pytest.warns(UserWarning, match="--src_video has 192x96 pixels; it is resized to 128x64"),
+    ):
+        assert fit_inputs(inputs, (128, 128), 32) == (128, 64)
+    assert {frame.size for frame in inputs["video"]} == {(128, 64)}
+
+
+def test_a_last_frame_of_another_shape_is_told(tmp_path, image):
+    from PIL import Image
+
+    Image.new("RGB", (90, 140)).save(tmp_path / "last.png")
+    inputs = read_inputs({"first_frame": image, "last_frame": str(tmp_path / "last.png")}, 5)
+    with pytest.warns(UserWarning, match="--last_frame has 90x140 pixels"):
+        fit_inputs(inputs, (256, 160), 16)
+    inputs["last_image"] = inputs["image"]
+    fit_inputs(inputs, (256, 160), 16)
+
+
+def test_the_video_has_the_size_that_the_record_says(tmp_path):
+    folder = tiny_wan.write_checkpoint(tmp_path / "ckpt", "vace")
+    source = make_video(tmp_path / "source.mp4", 5, 48, 96)
+    request = WanRequest(
+        folder, "a", "vace-14B", size="64*64", frames=5, steps=1, inputs={"src_video": source}
+    )
+    with pytest.warns(UserWarning, match="it is resized to 64x32"):
+        video, record = generate_wan(request)
+    assert video.shape == (5, 32, 64, 3)
+    assert (record.config["height"], record.config["width"]) == (32, 64)

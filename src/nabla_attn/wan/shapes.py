@@ -75,6 +75,7 @@ LATENTS_STD_2_2 = (
 CLIP_HEAD_DIM = 80  # ViT-H/14: 1280 wide, 16 heads
 WAN_HEAD_DIM = 128  # every released Wan
 MAX_BLOCKS = 512  # the largest released model has 40
+MAX_HEAD_DIM = 1024  # tables of positions grow with it
 
 
 def _axes(infos: Infos, name: str, count: int) -> tuple[int, ...]:
@@ -113,6 +114,11 @@ def _num_heads(width: int, given: Any, head_dim: int, remedy: str) -> int:
         raise ValueError(
             f"{width} channels do not split into {heads} heads; weights do not tell how many "
             f"there are. {remedy}"
+        )
+    if width // heads > MAX_HEAD_DIM:
+        raise ValueError(
+            f"{width} channels in {heads} heads are {width // heads} a head, at most "
+            f"{MAX_HEAD_DIM} are read. {remedy}"
         )
     return heads
 

@@ -145,15 +145,16 @@ def _open_pickle(path: Path) -> TensorFile:
 def _check_plain(path: Path, name: str, value: torch.Tensor) -> None:
     """Refuse a tensor whose shape claims more than its storage holds, such as one of stride 0."""
     is_plain = (
-        value.layout == torch.strided
+        not value.is_nested
+        and value.layout == torch.strided
         and value.device.type == "cpu"
         and not value.is_quantized
         and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
     )
     if not is_plain:
         raise ValueError(
-            f"{path}: tensor {shown(name)} of shape {list(value.shape)} is not stored as plain "
-            "numbers, each of them there. Save it again with torch.save of a contiguous copy."
+            f"{path}: tensor {shown(name)} is not stored as plain numbers, each of them there. "
+            "Save it again with torch.save of a contiguous copy."
         )
 
 
