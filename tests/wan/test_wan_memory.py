@@ -86,3 +86,39 @@ def test_the_table_of_the_docs_is_the_formula_s():
 def test_unknown_model():
     with pytest.raises(ValueError, match=r"unknown task 't2v-2B'. Known: t2v-1.3B"):
         memory.estimate("t2v-2B", 832, 480, 81)
+
+
+def ask(capsys, *arguments):
+    from nabla_attn.cli import app
+
+    with pytest.raises(SystemExit) as ended:
+        app(["info", *arguments])
+    said = capsys.readouterr()
+    return ended.value.code, " ".join((said.out + said.err).split())
+
+
+def test_info_tells_what_a_video_needs(capsys):
+    code, said = ask(capsys, "--memory", "t2v-14B", "1280*720")
+    assert code == 0
+    page = (Path(__file__).parents[2] / "docs" / "wan.md").read_text(encoding="utf-8")
+    row = next(line for line in page.splitlines() if line.startswith("| t2v-14B | 1280x720x81"))
+    cells = [cell.strip() for cell in row.split("|")]
+    assert f"transformer {cells[3]} GiB" in said and f"peak with both {cells[9]} GiB" in said
+    assert f"smallest card {cells[11]}" in said
+    _, fewer = ask(capsys, "--memory", "t2v-14B", "1280*720", "--frames", "41")
+    assert "41 frames" in fewer and fewer != said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--memory", "t2v-2B", "1280*720"], "unknown task 't2v-2B'. Known: t2v-1.3B"),
+        (["--memory", "ti2v-5B", "1280*720"], "height must be a multiple of 32 for ti2v-5B"),
+        (["--memory", "t2v-14B", "big"], "size must be WIDTH*HEIGHT"),
+        (["--memory", "t2v-14B", "1280*720", "--frames", "6"], "frames must be 4n+1, got 6"),
+        (["--frames", "5"], "Pass --memory TASK SIZE too"),
+    ],
+)
+def test_info_of_what_no_model_takes(capsys, arguments, message):
+    code, said = ask(capsys, *arguments)
+    assert code == 2 and message in said

@@ -9,6 +9,17 @@ CPU_FEATURES = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "asimd", "bf16", 
 
 def info(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    memory: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            metavar="TASK SIZE",
+            help="What a released Wan model needs on a GPU instead, such as t2v-14B 1280*720.",
+            show_default=False,
+        ),
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Frames of the video of --memory.", show_default="by task")
+    ] = None,
 ) -> None:
     """Print versions, the device, which backends run on it, and the models known."""
     from rich.console import Console
@@ -16,11 +27,19 @@ def info(
 
     from nabla_attn.generation.pipeline import resolve_device
 
-    place = resolve_device(device)
+    if memory is not None:
+        from nabla_attn.wan.memory import describe_memory
+
+        rows = describe_memory(*memory, frames)
+    else:
+        if frames is not None:
+            raise ValueError("--frames is of --memory. Pass --memory TASK SIZE too.")
+        place = resolve_device(device)
+        rows = [*_describe_machine(place), *_describe_backends(place), *_describe_models()]
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, value in (*_describe_machine(place), *_describe_backends(place), *_describe_models()):
+    for name, value in rows:
         table.add_row(name, value)
     Console(highlight=False).print(table)
 
