@@ -13,12 +13,11 @@ import typer
 
 import nabla_attn as na
 from nabla_attn.backends.gather import attend
-from nabla_attn.generation.attention_probe import BlockCall, block_call, measure_losses
+from nabla_attn.block_selection import select_blocks
+from nabla_attn.core.losses import BlockCall, measure_losses
 from nabla_attn.generation.call import sample
 from nabla_attn.generation.pipeline import BUILTIN_DIRECTORY, load_pipeline
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults, video_tokens
-from nabla_attn.mapping import map_blocks
-from nabla_attn.models.plan import Layer
 from nabla_attn.record import RunRecord, collect_versions, describe_device
 
 PROMPTS = ("a large red circle moving right", "a small blue square moving up")
@@ -85,19 +84,16 @@ def measure(
     """Return the final latents, and the mean of each measure over all calls, layers and heads."""
     found: list[torch.Tensor] = []
     with na.apply(pipeline, schedule=rules) as handle:
-        for index, layer in enumerate(handle.models[0][1].layers):
-
-            def observe(layer: Layer, *call: Any, index: int = index) -> None:
-                found.append(compare(block_call(layer, *call), rules.algorithm, index))
-
-            layer.observer = observe
+        handle.observe(
+            lambda call: found.append(compare(call.last_sample(), rules.algorithm, call.layer))
+        )
         latents = sample(pipeline, request, output_type="latent")
     return latents, torch.stack(found).mean(dim=0)
 
 
 def compare(call: BlockCall, config: na.SparseConfig, seed: int) -> torch.Tensor:
     """Compare the map that one call used with the map that its own tokens give."""
-    fresh = map_blocks(call.q, call.k, call.layout, config, scale=call.scale)
+    fresh = select_blocks(call.q, call.k, call.layout, config, scale=call.scale)
     used = call.block_map
     recall = (used.mask & fresh.mask).sum() / fresh.mask.sum()
     outputs = [attend(call.q, call.k, call.v, x, scale=call.scale) for x in (used, fresh)]

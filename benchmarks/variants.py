@@ -11,6 +11,7 @@ from nabla_attn.attention import build_block_map, nabla_attention
 from nabla_attn.backends.flex_options import FlexOptions, flex_options, why_not_flash
 from nabla_attn.bench.contenders import Contender
 from nabla_attn.bench.inputs import Inputs
+from nabla_attn.config import SparseConfig
 from nabla_attn.core.block_map import BlockMap
 from nabla_attn.core.grid import BlockShape, TokenGrid
 
@@ -44,7 +45,7 @@ def variants(
                 f"ours (flex, {name})",
                 None if reason else _runner(own, inputs, options, pair),
                 reason,
-                own_map=_own_map(own, inputs, pair) if block or pair else None,
+                own_map=_own_map(own, inputs.config, pair) if block or pair else None,
                 grid=None if block is None else own,
             )
         )
@@ -52,16 +53,18 @@ def variants(
 
 
 def _own_map(
-    grid: TokenGrid, inputs: Inputs, pair: str | None
+    grid: TokenGrid, config: SparseConfig, pair: str | None
 ) -> Callable[[Tensor, Tensor], BlockMap]:
-    return lambda q, k: build_block_map(q, k, grid, inputs.config, pair_queries=pair)
+    return lambda q, k: build_block_map(q, k, grid, replace(config, pair_queries=pair))
 
 
 def _runner(
     grid: TokenGrid, inputs: Inputs, options: FlexOptions, pair: str | None
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    config = replace(inputs.config, pair_queries=pair)
+
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with flex_options(options):
-            return nabla_attention(q, k, v, grid, inputs.config, backend=BACKEND, pair_queries=pair)
+            return nabla_attention(q, k, v, grid, config, backend=BACKEND)
 
     return run

@@ -28,13 +28,11 @@ class Settings:
         schedule: which algorithm at which step.
         start_sigma: highest noise level that is sparse.
         end_sigma: noise level at which attention is dense again.
-        keep_first_frame: every block attends the first frame.
     """
 
     schedule: Schedule
     start_sigma: float = math.inf
     end_sigma: float = -math.inf
-    keep_first_frame: bool = False
 
 
 @dataclass(kw_only=True)
@@ -44,7 +42,6 @@ class VideoCall:
     Args:
         grid: the latents' token grid.
         config: the algorithm of this step; never dense.
-        keep_first_frame: every block attends the first frame.
         reference_frames: frames of a reference latent that the model may put beside the video.
         text_tokens: length of the text, which cross-attention attends.
         told: reasons that were logged before.
@@ -53,7 +50,6 @@ class VideoCall:
 
     grid: TokenGrid
     config: SparseConfig
-    keep_first_frame: bool
     reference_frames: int
     text_tokens: int
     told: set[str] = field(default_factory=set)
@@ -119,7 +115,6 @@ def _plan(
     return VideoCall(
         grid=grid,
         config=config,
-        keep_first_frame=settings.keep_first_frame,
         reference_frames=_reference_frames(kwargs.get("reference_latent")),
         text_tokens=0 if text is None else text.shape[1],
     )

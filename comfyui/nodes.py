@@ -76,7 +76,10 @@ class NablaAttention:
         """
         from comfy.patcher_extension import WrappersMP
 
-        schedule = Schedule.default(algorithm)
+        config = parse(algorithm)
+        if keep_first_frame and not config.is_dense:
+            config = replace(config, keep_first_frame=True)
+        schedule = Schedule.default(config)
         if dense_first_steps >= 0:
             schedule = replace(schedule, dense_first_steps=dense_first_steps)
         _check_model(model.get_model_object("diffusion_model"))
@@ -85,7 +88,6 @@ class NablaAttention:
             schedule=replace(schedule, min_tokens=min_tokens),
             start_sigma=start_sigma,
             end_sigma=end_sigma,
-            keep_first_frame=keep_first_frame,
         )
         patched = model.clone()
         patched.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, _KEY)

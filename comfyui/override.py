@@ -86,13 +86,6 @@ def _fit(request: _Request, call: VideoCall, grid_sizes: Any) -> TokenGrid | Non
 
 def _attend(request: _Request, grid: TokenGrid, call: VideoCall) -> Tensor:
     call.num_sparse += 1
-    out = nabla_attention(
-        request.q,
-        request.k,
-        request.v,
-        grid,
-        call.config,
-        scale=request.scale,
-        keep_first_frame=call.keep_first_frame,
-    )
+    q, k, v = request.q, request.k, request.v
+    out = nabla_attention(q, k, v, grid, call.config, scale=request.scale)
     return out if request.keeps_heads else out.transpose(1, 2).flatten(2)

@@ -31,18 +31,6 @@ def random_qkv(grid, *, batch=1, heads=2, dim=16, num_text=0, dtype=torch.float3
     return (q + sharpness * field).to(dtype), (k + sharpness * field).to(dtype), v.to(dtype)
 
 
-def row_mass_keep(row, threshold):
-    """The kept blocks of one row, straight from the law, in exact Python arithmetic."""
-    order = sorted(range(len(row)), key=lambda j: (-row[j], j))
-    kept, mass = set(), 0.0
-    for j in order:
-        if kept and (mass >= threshold and threshold < 1):
-            break
-        kept.add(j)
-        mass = math.fsum(row[i] for i in kept)
-    return [j in kept for j in range(len(row))]
-
-
 def token_mask(block_map, layout):
     """[batch, heads, tokens, tokens] of a map, raster order: who attends whom, token by token."""
     if isinstance(layout, na.TokenGrid):

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tests.oracle import ODD_GRIDS, random_qkv
 
 import nabla_attn as na
-from nabla_attn import backends, mapping
+from nabla_attn import backends, block_selection
+from nabla_attn.config import PAIRINGS
 from nabla_attn.core.order import TokenLayout
 from nabla_attn.core.scores import pool_blocks, score_blocks
 
@@ -54,8 +55,10 @@ def test_of_nothing_there_is_an_empty_map_and_output(name, algorithm, shape):
     q, k, v = (torch.zeros(*shape, grid.num_tokens + num_text, 16) for _ in range(3))
     q.requires_grad_()
     valid = torch.ones(shape[0], num_text, dtype=torch.bool)
-    for pair in (None, *mapping.PAIRS):
-        options = {"text_after": num_text, "text_valid": valid, "pair_queries": pair}
+    config = na.parse(algorithm)
+    pairings = (None,) if config.is_dense else (None, *PAIRINGS)
+    for algorithm in (replace(config, pair_queries=pair) for pair in pairings):
+        options = {"text_after": num_text, "text_valid": valid}
         bmap = na.build_block_map(q, k, grid, algorithm, **options)
         assert bmap.mask.shape[:2] == bmap.head_density.shape == shape
         assert math.isnan(bmap.density)
@@ -177,7 +180,7 @@ def test_keys_of_other_heads_are_refused(shape):
 def test_first_frame_can_be_kept():
     grid = na.TokenGrid(3, 8, 16)
     q, k, _ = random_qkv(grid)
-    bmap = na.build_block_map(q, k, grid, na.parse("nabla-0.1"), keep_first_frame=True)
+    bmap = na.build_block_map(q, k, grid, "nabla-0.1_keep-first-frame")
     assert bmap.mask[..., :2].all()
     assert not na.build_block_map(q, k, grid, na.parse("nabla-0.1")).mask[..., :2].all()
 
@@ -234,7 +237,7 @@ def test_panels_of_any_size_give_the_same_map(grid, algorithm, monkeypatch):
     q, k, _ = random_qkv(grid, batch=2, heads=3)
     whole = na.build_block_map(q, k, grid, na.parse(algorithm))
     for scores in (1, 3 * grid.num_blocks, 2 * grid.num_blocks**2):
-        monkeypatch.setattr(mapping, "PANEL_SCORES", scores)
+        monkeypatch.setattr(block_selection, "PANEL_SCORES", scores)
         assert torch.equal(na.build_block_map(q, k, grid, na.parse(algorithm)).mask, whole.mask)
 
 
@@ -265,9 +268,46 @@ def test_kept_mass_is_measured_on_the_map_that_is_used():
     layout = TokenLayout(grid)
     blocks = [na.to_blocks(x, grid) for x in (q, k)]
     for algorithm, low in (("nabla-0.6", 0.6), ("dense", 1), ("sta-1-1-1", 0), ("topk-0.5", 0)):
-        bmap = mapping.map_blocks(*blocks, layout, na.parse(algorithm), measure=True)
+        bmap = block_selection.select_blocks(*blocks, layout, na.parse(algorithm), measure=True)
         pooled = [pool_blocks(x, torch.full((8,), 64)) for x in blocks]
         probs = score_blocks(*pooled)
         expected = (probs * bmap.mask).sum(-1).mean(-1)
         torch.testing.assert_close(bmap.kept_mass, expected)
         assert (bmap.kept_mass >= low - 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("algorithm", ["nabla-0.5", "dense"])
+def test_autocast_acts_as_on_scaled_dot_product_attention(algorithm, dtype):
+    # Normalised q and k often come in fp32 beside v in half precision.
+    grid = ODD_GRIDS["ragged"]
+    q, k, v = random_qkv(grid)
+    v = v.to(dtype)
+    with pytest.raises((ValueError, RuntimeError), match="dtype"):
+        na.nabla_attention(q, k, v, grid, algorithm)
+    with torch.autocast("cpu", dtype=dtype):
+        out = na.nabla_attention(q, k, v, grid, algorithm)
+        assert out.dtype == F.scaled_dot_product_attention(q, k, v).dtype == dtype
+        # A rounded map is a different result.
+        used = na.build_block_map(q, k, grid, algorithm).mask
+    assert torch.equal(used, na.build_block_map(q, k, grid, algorithm).mask)
+    exact = na.nabla_attention(q, k, v.float(), grid, algorithm)
+    torch.testing.assert_close(out.float(), exact, atol=0.1, rtol=0.1)
+    with torch.autocast("cpu", dtype=dtype):
+        assert na.nabla_attention(*(x.double() for x in (q, k, v)), grid, algorithm).dtype == (
+            torch.float64
+        )
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "gather"])
+@pytest.mark.parametrize("num_valid", [0, 3])
+def test_dense_behind_padded_text_is_dense_on_every_backend(backend, num_valid):
+    grid, num_text = ODD_GRIDS["ragged"], 7
+    q, k, v = random_qkv(grid, batch=2, num_text=num_text)
+    valid = torch.ones(2, num_text, dtype=torch.bool)
+    valid[1, num_valid:] = False
+    options = {"text_after": num_text, "text_valid": valid, "backend": backend}
+    out = na.nabla_attention(q, k, v, grid, "dense", **options)
+    mask = torch.cat([valid.new_ones(2, grid.num_tokens), valid], dim=1)[:, None, None]
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)

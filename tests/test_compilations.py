@@ -58,8 +58,8 @@ for algorithm, grid, sizes in (
 print(json.dumps(counts))
 """
 PANELS = """
-from nabla_attn import mapping
-mapping.PANEL_SCORES = 2 * A.num_blocks**2
+from nabla_attn import block_selection
+block_selection.PANEL_SCORES = 2 * A.num_blocks**2
 for heads in (5, 7, 9):
     count(lambda: build("nabla-0.4", A, heads=heads))
 print(json.dumps(counts))

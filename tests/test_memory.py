@@ -10,7 +10,7 @@ import torch
 from tests.wan.live_memory import measure_peak
 
 import nabla_attn as na
-from nabla_attn import mapping
+from nabla_attn import block_selection
 from nabla_attn.core import block_map
 from nabla_attn.core.order import TokenLayout
 
@@ -20,8 +20,8 @@ DIM, TEXT = 16, 70
 
 @pytest.fixture
 def small_panels(monkeypatch):
-    monkeypatch.setattr(mapping, "PANEL_SCORES", 2**13)
-    monkeypatch.setattr(mapping, "PANEL_TOKENS", 2**15)
+    monkeypatch.setattr(block_selection, "PANEL_SCORES", 2**13)
+    monkeypatch.setattr(block_selection, "PANEL_TOKENS", 2**15)
     monkeypatch.setattr(block_map, "PANEL_PAIRS", 2**13)
 
 
@@ -55,8 +55,8 @@ def test_panels_do_not_change_the_map(monkeypatch, heads, algorithm):
     config = na.parse(algorithm)
     whole = na.build_block_map(q, k, GRID, config, text_after=TEXT)
     for scores, tokens in ((2**13, 2**15), (2**15, 2**40), (50, 1)):
-        monkeypatch.setattr(mapping, "PANEL_SCORES", scores)
-        monkeypatch.setattr(mapping, "PANEL_TOKENS", tokens)
+        monkeypatch.setattr(block_selection, "PANEL_SCORES", scores)
+        monkeypatch.setattr(block_selection, "PANEL_TOKENS", tokens)
         monkeypatch.setattr(block_map, "PANEL_PAIRS", scores)
         panels = na.build_block_map(q, k, GRID, config, text_after=TEXT)
         assert torch.equal(panels.mask, whole.mask)
@@ -65,7 +65,7 @@ def test_panels_do_not_change_the_map(monkeypatch, heads, algorithm):
 
 @pytest.mark.parametrize(("total", "most"), [(1, 5), (7, 3), (12, 5), (40, 21), (5, 0), (4, 4)])
 def test_slices_have_one_length_and_cover_all(total, most):
-    slices = list(mapping._equal_slices(total, most))
+    slices = list(block_selection._equal_slices(total, most))
     assert len({part.stop - part.start for part in slices}) == 1
     assert {i for part in slices for i in range(part.start, part.stop)} == set(range(total))
     assert slices[0].stop - slices[0].start <= max(1, most)

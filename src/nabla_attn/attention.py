@@ -1,17 +1,29 @@
 """NABLA attention, the whole algorithm in one screen (arXiv:2507.13546, Algorithm 1).
 
 tokens -> blocks -> scores -> block map -> backend -> output
+
+`nabla_attention` and the attention of every model (`models/operator.py`) are calls of `attend`.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nabla_attn import backends
+from nabla_attn.block_selection import select_blocks
 from nabla_attn.config import SparseConfig, as_config
 from nabla_attn.core.block_map import BlockMap
 from nabla_attn.core.grid import TokenGrid
-from nabla_attn.core.order import TokenLayout, check_tokens, to_blocks, to_raster
-from nabla_attn.mapping import map_blocks
+from nabla_attn.core.order import (
+    TokenLayout,
+    check_tokens,
+    text_entries,
+    to_blocks,
+    to_raster,
+)
 from nabla_attn.shapes import Bool, Float
 
 
@@ -27,53 +39,33 @@ def nabla_attention(
     text_before: int = 0,
     text_after: int = 0,
     text_valid: Bool[Tensor, "batch text"] | None = None,
-    keep_first_frame: bool = False,
-    pair_queries: str | None = None,
 ) -> Float[Tensor, "batch heads tokens dim"]:
     """Block-sparse attention over a video's tokens; raster order in and out, differentiable.
 
-    Every sample and head gets its own map. Gradients flow through the attention output only.
+    Every sample and head gets its own map. Gradients flow through the attention output only. Under
+    autocast the products run in its dtype, as those of `scaled_dot_product_attention` do; the map
+    is computed from q and k as they come.
 
     Args:
-        q: queries, rotary embedding applied; text tokens may stand before or after the video's.
-        k: keys, like q.
-        v: values.
-        grid: the video's token grid.
-        config: which blocks are kept; a string such as "nabla-0.7" is parsed.
+        q: Queries, rotary embedding applied; text tokens may stand before or after the video's.
+        k: Keys, like q.
+        v: Values.
+        grid: The video's token grid.
+        config: Which blocks are kept; a string such as "nabla-0.7" is parsed.
         backend: "auto" or one of `backends.NAMES`.
-        scale: factor on q.k, in the map too; None is 1/sqrt(dim).
-        text_before: text tokens in front of the video; text attends and is attended by all.
-        text_after: text tokens behind it.
+        scale: Factor on q.k, in the map too; None is 1/sqrt(dim).
+        text_before: Number of text tokens in front of the video. Text attends all tokens and is
+            attended by all.
+        text_after: Number of text tokens behind it.
         text_valid: False where a sample's text is padding, which is never attended.
-        keep_first_frame: every block attends the first frame of its clip.
-        pair_queries: "union" or "pool": two neighbouring query blocks share one map, which suits
-            taller GPU tiles and changes the result; None leaves every block its own.
 
     Raises:
-        ValueError: shapes do not fit the grid, or an unknown backend.
-        RuntimeError: the backend asked for cannot run here; says why.
+        ValueError: Shapes do not fit the grid, or the backend is unknown.
+        RuntimeError: The backend that was asked for cannot run here; the message says why.
     """
-    config = as_config(config)
-    grid = grid.with_block(config.block)
     layout = TokenLayout(grid, text_before, text_after)
-    attend = backends.resolve(backend, q, k, v, block_tokens=grid.block.tokens)
-    check_tokens(q, layout)
-    is_plain = config.is_dense and grid.segments is None and text_valid is None
-    if 0 in q.shape[:2] or (backend == "auto" and is_plain):
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    q_blocks, k_blocks, v_blocks = (to_blocks(x, layout) for x in (q, k, v))
-    block_map = map_blocks(
-        q_blocks,
-        k_blocks,
-        layout,
-        config,
-        scale=scale,
-        text_valid=text_valid,
-        keep_first_frame=keep_first_frame,
-        pair_queries=pair_queries,
-    )
-    out = attend(q_blocks, k_blocks, v_blocks, block_map, scale=scale)
-    return to_raster(out, layout)
+    options = {"backend": backend, "scale": scale, "text_valid": text_valid}
+    return attend(q, k, v, layout, as_config(config), **options)[0]  # type: ignore[arg-type]
 
 
 def build_block_map(
@@ -86,28 +78,103 @@ def build_block_map(
     text_before: int = 0,
     text_after: int = 0,
     text_valid: Bool[Tensor, "batch text"] | None = None,
-    keep_first_frame: bool = False,
-    pair_queries: str | None = None,
 ) -> BlockMap:
     """The map that `nabla_attention` would use for these queries and keys; same arguments.
 
     An empty batch has an empty map.
 
     Raises:
-        ValueError: shapes do not fit each other or the grid.
+        ValueError: Shapes do not fit each other or the grid.
     """
     config = as_config(config)
     layout = TokenLayout(grid.with_block(config.block), text_before, text_after)
     backends.check_inputs(q=q, k=k)
     check_tokens(q, layout)
-    return map_blocks(
-        q,
-        k,
-        layout,
-        config,
-        scale=scale,
-        text_valid=text_valid,
-        keep_first_frame=keep_first_frame,
-        pair_queries=pair_queries,
-        is_raster=True,
+    return select_blocks(q, k, layout, config, scale=scale, text_valid=text_valid, is_raster=True)
+
+
+def attend(
+    q: Float[Tensor, "batch heads tokens dim"],
+    k: Float[Tensor, "batch heads tokens dim"],
+    v: Float[Tensor, "batch heads tokens dim"],
+    layout: TokenLayout,
+    config: SparseConfig,
+    *,
+    backend: str = "auto",
+    scale: float | None = None,
+    text_valid: Bool[Tensor, "batch text_or_tokens"] | None = None,
+    measure: bool = False,
+    dtype: torch.dtype | None = None,
+    is_block_order: bool = False,
+    select: Callable[..., BlockMap] = select_blocks,
+) -> tuple[Float[Tensor, "batch heads tokens dim"], BlockMap | None]:
+    """Attention of one call, and the map that it used; None where it was dense.
+
+    A dense algorithm is left to `scaled_dot_product_attention` when the backend is "auto" and no
+    clips are packed. An explicit backend computes it over a map that keeps everything.
+
+    Args:
+        q: Queries in raster order.
+        k: Keys, like q.
+        v: Values, like q.
+        layout: Where the video's tokens and the text's are.
+        config: Which blocks are kept, and how large they are.
+        backend: "auto" or one of `backends.NAMES`.
+        scale: Factor on q.k; None is 1/sqrt(dim).
+        text_valid: False where a sample's text is padding; of all tokens only those of the text
+            count.
+        measure: Whether the map says which probability mass it keeps.
+        dtype: Type of the products and of the output; None is autocast's where it is on, or else
+            that of q, k and v.
+        is_block_order: Whether tokens come in block order and the output leaves in it.
+        select: What chooses the blocks, called as `select_blocks` is; a cache of maps, for example.
+
+    Raises:
+        ValueError: Shapes do not fit the layout, or the backend is unknown.
+        RuntimeError: The backend cannot run here; the message says why.
+    """
+    layout = replace(layout, grid=layout.grid.with_block(config.block))
+    text_valid = None if text_valid is None else text_entries(text_valid, layout)
+    dtype = autocast_dtype(q.device) if dtype is None else dtype
+    uncast = [] if dtype is None else [q, k]
+    q, k, v = (_cast(x, dtype) for x in (q, k, v))
+    run = backends.resolve(backend, q, k, v, block_tokens=layout.grid.block.tokens)
+    check_tokens(q, layout)
+    is_plain = config.is_dense and layout.grid.segments is None and backend == "auto"
+    if is_plain or 0 in q.shape[:2]:
+        return _attend_densely(q, k, v, layout, text_valid, scale), None
+    if not is_block_order:
+        q, k, v, *uncast = (to_blocks(x, layout) for x in (q, k, v, *uncast))
+    block_map = select(
+        *(uncast or (q, k)), layout, config, scale=scale, text_valid=text_valid, measure=measure
     )
+    out = run(q, k, v, block_map, scale=scale)
+    return (out if is_block_order else to_raster(out, layout)), block_map
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The type that autocast gives to attention on a device; None where it is off."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    # Autocast leaves float64 alone.
+    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
+
+
+def _attend_densely(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TokenLayout,
+    text_valid: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    mask = None
+    if text_valid is not None:
+        mask = text_valid.new_ones(len(text_valid), layout.num_tokens, dtype=torch.bool)
+        mask[:, : layout.text_before] = text_valid[:, : layout.text_before]
+        mask[:, layout.num_tokens - layout.text_after :] = text_valid[:, layout.text_before :]
+        mask = mask[:, None, None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

@@ -1,16 +1,18 @@
-"""Algorithm strings: `parse("nabla-0.6_sta-11-3-3")` <-> SparseConfig."""
+"""Algorithm strings <-> SparseConfig, which holds every rule of a map."""
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 GRAMMAR = (
     "nabla-THRESHOLD, topk-SHARE, sta-FRAMES-HEIGHT-WIDTH, two of them joined by '_', with "
-    "_block-FRAMES-HEIGHT-WIDTH behind them for other blocks than 1-8-8, or dense"
+    "_block-FRAMES-HEIGHT-WIDTH behind them for other blocks than 1-8-8, _keep-first-frame, "
+    "_pair-union or _pair-pool; or dense"
 )
-_NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+")
+PAIRINGS = ("union", "pool")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,21 +22,28 @@ class SparseConfig:
     With neither, attention is dense.
 
     Args:
-        threshold: kept probability mass per row of the pooled map, in (0, 1].
-        topk: kept share of each row's blocks, in (0, 1]; instead of a threshold.
-        window: sides of the sliding window along (frames, height, width), in blocks.
-        block: tokens of a block along (frames, height, width); None leaves those of the grid,
+        threshold: Kept probability mass per row of the pooled map, in (0, 1].
+        topk: Kept share of each row's blocks, in (0, 1]; instead of a threshold.
+        window: Sides of the sliding window along (frames, height, width), in blocks.
+        block: Tokens of a block along (frames, height, width); None leaves those of the grid,
             1x8x8 unless it says otherwise.
+        keep_first_frame: Whether every block attends the first frame of its clip, whatever its
+            score.
+        pair_queries: How two neighbouring query blocks share one map, which suits taller GPU tiles
+            and changes the result: "union" keeps what either keeps, "pool" pools their queries
+            together. None leaves every block its own map.
 
     Raises:
-        ValueError: a value is out of range, both threshold and topk are given, or a block without
-            any of them.
+        ValueError: A value is out of range, both threshold and topk are given, or there is a rule
+            about blocks and nothing that drops any.
     """
 
     threshold: float | None = None
     topk: float | None = None
     window: tuple[int, int, int] | None = None
     block: tuple[int, int, int] | None = None
+    keep_first_frame: bool = False
+    pair_queries: str | None = None
 
     def __post_init__(self) -> None:
         if self.threshold is not None and self.topk is not None:
@@ -47,8 +56,19 @@ class SparseConfig:
             object.__setattr__(self, field, _checked_share(name, getattr(self, field), meaning))
         for field in ("window", "block"):
             object.__setattr__(self, field, _checked_sides(field, getattr(self, field)))
-        if self.block is not None and self.is_dense:
-            raise ValueError("a block needs a threshold, a share or a window; dense has no blocks.")
+        if type(self.keep_first_frame) is not bool:
+            raise ValueError(f"keep_first_frame must be a bool: got {self.keep_first_frame!r}.")
+        if self.pair_queries not in (None, *PAIRINGS):
+            raise ValueError(
+                f"unknown pair_queries {self.pair_queries!r}; expected None or one of {PAIRINGS}."
+            )
+        rules: dict[str, Any] = {"a block": self.block, "keep-first-frame": self.keep_first_frame}
+        rules["a pairing"] = self.pair_queries
+        for rule, value in rules.items():
+            if value and self.is_dense:
+                raise ValueError(
+                    f"{rule} needs a threshold, a share or a window; dense has no blocks."
+                )
 
     @property
     def is_dense(self) -> bool:
@@ -61,16 +81,8 @@ class SparseConfig:
         return self.threshold is not None or self.topk is not None
 
     def __str__(self) -> str:
-        parts = []
-        if self.threshold is not None:
-            parts.append(f"nabla-{_format(self.threshold)}")
-        if self.topk is not None:
-            parts.append(f"topk-{_format(self.topk)}")
-        if self.window is not None:
-            parts.append("sta-" + "-".join(str(side) for side in self.window))
-        if self.block is not None:
-            parts.append("block-" + "-".join(str(side) for side in self.block))
-        return "_".join(parts) or "dense"
+        parts = [(part, getattr(self, part.field)) for part in _PARTS]
+        return "_".join(part.write(value) for part, value in parts if value) or "dense"
 
 
 def parse(text: str) -> SparseConfig:
@@ -80,21 +92,21 @@ def parse(text: str) -> SparseConfig:
     (wan/modules/model.py:145-159); sides of a block are the same in tokens.
 
     Raises:
-        ValueError: names the part at fault.
+        ValueError: A part is not one of the grammar's, or is out of range; the message names it.
     """
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"the algorithm must not be empty: got {text!r}. Expected {GRAMMAR}.")
     text = text.strip()
     if text == "dense":
         return DENSE
-    values: dict[str, float | tuple[int, int, int]] = {}
+    values: dict[str, Any] = {}
     for part in text.split("_"):
         field, value = _parse_part(part, text)
         if field in values:
             raise ValueError(f"'{part}' in '{text}' repeats a rule. Expected {GRAMMAR}.")
         values[field] = value
     try:
-        return SparseConfig(**values)  # type: ignore[arg-type]
+        return SparseConfig(**values)
     except ValueError as error:
         raise ValueError(f"'{text}': {error}") from None
 
@@ -103,28 +115,109 @@ def as_config(algorithm: SparseConfig | str) -> SparseConfig:
     """An algorithm as it is, or parsed.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: It is neither.
     """
     return algorithm if isinstance(algorithm, SparseConfig) else parse(algorithm)
 
 
-def _parse_part(part: str, text: str) -> tuple[str, float | tuple[int, int, int]]:
-    name, *numbers = part.split("-")
-    where = f"'{part}'" if part == text else f"'{part}' in '{text}'"
-    if name in ("nabla", "topk") and len(numbers) == 1 and _NUMBER.fullmatch(numbers[0]):
-        return {"nabla": "threshold", "topk": "topk"}[name], float(numbers[0])
-    fields = {"sta": "window", "block": "block"}
-    if name in fields and len(numbers) == 3 and all(n.isascii() and n.isdigit() for n in numbers):
-        frames, height, width = (int(number) for number in numbers)
-        return fields[name], (frames, height, width)
-    forms = {
-        "nabla": "nabla-THRESHOLD with one number such as nabla-0.7",
-        "topk": "topk-SHARE with one number such as topk-0.2",
-        "sta": "sta-FRAMES-HEIGHT-WIDTH with three whole numbers such as sta-11-3-3",
-        "block": "block-FRAMES-HEIGHT-WIDTH with three whole numbers such as block-4-4-4",
-        "dense": "dense alone",
-    }
-    raise ValueError(f"{where} is not an algorithm. Expected {forms.get(name, GRAMMAR)}.")
+@dataclass(frozen=True)
+class _Part:
+    """One part of an algorithm string: `NAME-VALUE-VALUE`.
+
+    Attributes:
+        name: What it begins with.
+        field: The field of `SparseConfig` that it stands for.
+        form: What is said to those who wrote it wrongly.
+        read: The field's value from the text behind the name; None where it is none.
+        show: The text behind the name from the field's value.
+    """
+
+    name: str
+    field: str
+    form: str
+    read: Callable[[str], Any]
+    show: Callable[[Any], str]
+
+    def write(self, value: Any) -> str:
+        return f"{self.name}-{self.show(value)}"
+
+
+def _parse_part(text: str, whole: str) -> tuple[str, Any]:
+    name, _, rest = text.partition("-")
+    part = _BY_NAME.get(name)
+    value = None if part is None else part.read(rest)
+    if part is None or value is None:
+        where = f"'{text}'" if text == whole else f"'{text}' in '{whole}'"
+        forms = {part.name: part.form for part in _PARTS} | {"dense": "dense alone"}
+        raise ValueError(f"{where} is not an algorithm. Expected {forms.get(name, GRAMMAR)}.")
+    return part.field, value
+
+
+def _read_number(text: str) -> float | None:
+    return float(text) if re.fullmatch(r"\d+(\.\d*)?|\.\d+", text) else None
+
+
+def _show_number(value: float) -> str:
+    """Shortest decimal form that reads back to the same number, never with an exponent."""
+    text = repr(float(value))
+    if "e" in text:
+        digits = -math.floor(math.log10(value)) + 17
+        text = f"{value:.{digits}f}".rstrip("0")
+    return text.removesuffix(".0")
+
+
+def _read_sides(text: str) -> tuple[int, ...] | None:
+    sides = text.split("-")
+    if len(sides) != 3 or not all(side.isascii() and side.isdigit() for side in sides):
+        return None
+    return tuple(int(side) for side in sides)
+
+
+def _show_sides(sides: tuple[int, int, int]) -> str:
+    return "-".join(map(str, sides))
+
+
+_PARTS = (
+    _Part(
+        "nabla",
+        "threshold",
+        "nabla-THRESHOLD with one number such as nabla-0.7",
+        _read_number,
+        _show_number,
+    ),
+    _Part(
+        "topk", "topk", "topk-SHARE with one number such as topk-0.2", _read_number, _show_number
+    ),
+    _Part(
+        "sta",
+        "window",
+        "sta-FRAMES-HEIGHT-WIDTH with three whole numbers such as sta-11-3-3",
+        _read_sides,
+        _show_sides,
+    ),
+    _Part(
+        "block",
+        "block",
+        "block-FRAMES-HEIGHT-WIDTH with three whole numbers such as block-4-4-4",
+        _read_sides,
+        _show_sides,
+    ),
+    _Part(
+        "keep",
+        "keep_first_frame",
+        "keep-first-frame",
+        lambda text: True if text == "first-frame" else None,
+        lambda value: "first-frame",
+    ),
+    _Part(
+        "pair",
+        "pair_queries",
+        "pair-union or pair-pool",
+        lambda text: text if text in PAIRINGS else None,
+        str,
+    ),
+)
+_BY_NAME = {part.name: part for part in _PARTS}
 
 
 def _checked_share(name: str, value: float | None, meaning: str) -> float | None:
@@ -145,15 +238,6 @@ def _checked_sides(name: str, value: tuple[int, int, int] | None) -> tuple[int, 
             f"{name} sides must be three positive integers (frames, height, width): got {value}."
         )
     return sides  # type: ignore[return-value]
-
-
-def _format(value: float) -> str:
-    """Shortest decimal form that reads back to the same number, never with an exponent."""
-    text = repr(float(value))
-    if "e" in text:
-        digits = -math.floor(math.log10(value)) + 17
-        text = f"{value:.{digits}f}".rstrip("0")
-    return text.removesuffix(".0")
 
 
 DENSE = SparseConfig()

@@ -88,8 +88,9 @@ def test_no_table_is_sorted(monkeypatch):
 @pytest.mark.parametrize("grid", [ODD_GRIDS["exact"], na.TokenGrid(3, 8, 24)], ids=["even", "odd"])
 def test_full_tiles_are_those_that_all_rows_keep(grid):
     q, k, _ = random_qkv(grid)
-    for pair, config in ((None, "nabla-0.5"), ("union", "nabla-0.5"), ("pool", "nabla-0.5")):
-        bmap = na.build_block_map(q, k, grid, na.parse(config), pair_queries=pair)
+    for pair in (None, "union", "pool"):
+        config = na.SparseConfig(threshold=0.5, pair_queries=pair)
+        bmap = na.build_block_map(q, k, grid, config)
         (partial, _), (full, _), *_ = bmap.flex_tables(2)
         if pair is None:
             assert partial.sum() > 0
@@ -104,7 +105,7 @@ def test_a_union_is_a_superset_shared_by_pairs(grid, algorithm):
     q, k, _ = random_qkv(grid)
     config = na.parse(algorithm)
     own = na.build_block_map(q, k, grid, config).mask
-    union = na.build_block_map(q, k, grid, config, pair_queries="union").mask
+    union = na.build_block_map(q, k, grid, f"{algorithm}_pair-union").mask
     last = own.shape[2] // 2 * 2
     both = own[:, :, 0:last:2] | own[:, :, 1:last:2]
     if grid.segments is None:
@@ -123,7 +124,7 @@ def test_pooled_pairs_are_maps_of_taller_blocks():
     wide = na.TokenGrid(3, 8, 32, block=na.BlockShape(1, 8, 16))
     q, _, _ = random_qkv(grid)
     k = random_qkv(grid)[1]
-    pooled = na.build_block_map(q, k, grid, na.parse("nabla-0.5"), pair_queries="pool").mask
+    pooled = na.build_block_map(q, k, grid, "nabla-0.5_pair-pool").mask
     tall_q = na.to_blocks(q, wide).unflatten(2, (-1, 128)).mean(3)
     blocks_k = na.to_blocks(k, grid).unflatten(2, (-1, 64)).mean(3)
     from nabla_attn.core.scores import score_blocks
@@ -141,16 +142,16 @@ def test_pairs_do_not_span_clips(pair):
     other = q.clone()
     other[:, :, 192:] = 30 * torch.randn(1, 8, 192, 16)
     first, second = (
-        na.build_block_map(x, k, grid, "nabla-0.3", pair_queries=pair).mask[:, :, :3]
-        for x in (q, other)
+        na.build_block_map(x, k, grid, f"nabla-0.3_pair-{pair}").mask[:, :, :3] for x in (q, other)
     )
     assert torch.equal(first, second)
 
 
 def test_unknown_pairing_is_named():
-    q, k, _ = random_qkv(ODD_GRIDS["exact"])
     with pytest.raises(ValueError, match="unknown pair_queries 'both'; expected None or one of"):
-        na.build_block_map(q, k, ODD_GRIDS["exact"], na.parse("nabla-0.5"), pair_queries="both")
+        na.SparseConfig(threshold=0.5, pair_queries="both")
+    with pytest.raises(ValueError, match=r"'pair-both' in 'nabla-0.5_pair-both' is not"):
+        na.parse("nabla-0.5_pair-both")
 
 
 def row(**changes):

@@ -12,7 +12,7 @@ from nabla_attn import Schedule, parse
 from nabla_attn.calibrate import run as run_module
 from nabla_attn.calibrate.candidates import SHARES, THRESHOLDS, read_candidates
 from nabla_attn.calibrate.choose import choose_within, one_for_all
-from nabla_attn.calibrate.losses import Losses
+from nabla_attn.calibrate.losses import CandidateLosses
 from nabla_attn.calibrate.run import Calibration
 from nabla_attn.cli import app
 from nabla_attn.evaluation.probe import AttentionProbe
@@ -52,7 +52,7 @@ def test_what_is_no_algorithm_is_refused(texts):
 )
 def test_the_choice_is_the_best_of_all_within_the_budget(layers, seed, budget, by):
     rng = np.random.default_rng(seed)
-    losses = Losses(rng.random((layers, 3)), rng.random((layers, 3)))
+    losses = CandidateLosses(rng.random((layers, 3)), rng.random((layers, 3)))
     candidates = [parse(text) for text in ("nabla-0.2", "nabla-0.5", "dense")]
     spent, cost = losses.density, losses.error
     if by == "error":

@@ -193,7 +193,7 @@ def test_a_reference_frame_belongs_to_the_grid(node, wan):
     (patched,) = node.apply(wan, "nabla-0.5", keep_first_frame=True)
     _, calls = patched.sample_step(x, context, reference_latent=torch.randn(1, 4, 32, 48))
     for call in calls:
-        wanted = expected(call, (4, 16, 24), "nabla-0.5", keep_first_frame=True)
+        wanted = expected(call, (4, 16, 24), "nabla-0.5_keep-first-frame")
         assert torch.equal(call[3], wanted)
 
 

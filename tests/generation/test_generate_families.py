@@ -18,7 +18,6 @@ from nabla_attn.generation.request import (
     video_tokens,
 )
 from nabla_attn.models import replaced
-from nabla_attn.models.plan import plan_of
 from nabla_attn.sizes import fits_frames, frame_step, vae_strides
 
 # Name of the pipeline, frames, height, width, and the tokens that its transformer sees.
@@ -54,14 +53,13 @@ def test_a_request_makes_its_video(name, frames, height, width, tokens):
     wanted = request(frames, height, width)
 
     def look(handle):
-        layer = handle.models[0][1].layers[0]
-        layer.observer = lambda layer, *call: seen.append(layer)
+        handle.observe(seen.append)
 
     video, record = generate(pipeline, wanted, on_apply=look)
     assert video.shape == (frames, height, width, 3)
     assert len(record.numbers["seconds"]["transformer_steps"]) == wanted.steps
     assert tuple(record.numbers["tokens"].values()) == tokens == video_tokens(pipeline, wanted)
-    grid = plan_of(seen[0].key).grid
+    grid = seen[0].layout.grid
     assert (grid.frames, grid.height, grid.width) == tokens
     pipeline.transformer.register_forward_hook(lambda *call: seen.append(call))
     seen.clear()

@@ -22,8 +22,8 @@ def test_blocks_compile_as_full_graphs(name):
     expected = run(model, inputs)
     torch._dynamo.reset()
     counters.clear()
-    for layer in handle.models[0][1].layers:
-        model.get_submodule(layer.name.rpartition(".")[0]).compile(
+    for layer in handle.layers:
+        model.get_submodule(layer.path.rpartition(".")[0]).compile(
             fullgraph=True, backend="aot_eager"
         )
     compiled = run(model, inputs)

@@ -7,7 +7,7 @@ from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import BlockMask
 
 import nabla_attn as na
-from nabla_attn.models.trained import trained_algorithm
+from nabla_attn.models.modules import trained_algorithm
 
 GRID = (3, 16, 24)
 TRAINED = dict(

@@ -9,8 +9,9 @@ import torch
 from tests.models.tiny_models import TINY, relative_error, run
 
 import nabla_attn as na
-from nabla_attn.core.bits import pack_bits, unpack_bits
-from nabla_attn.models import maps, remove
+from nabla_attn.models import map_cache, operator, remove
+from nabla_attn.models.applied import applied_to
+from nabla_attn.models.map_cache import pack_bits, unpack_bits
 
 WAN = TINY["wan"]
 GRID = (3, 11, 13)
@@ -28,13 +29,14 @@ def model():
 @pytest.fixture
 def built(monkeypatch):
     """Batch of every map that is built."""
-    batches, original = [], maps.map_blocks
+    batches, original = [], map_cache.select_blocks
 
     def count(q, *args, **options):
         batches.append(q.shape[0])
         return original(q, *args, **options)
 
-    monkeypatch.setattr(maps, "map_blocks", count)
+    for module in (map_cache, operator):
+        monkeypatch.setattr(module, "select_blocks", count)
     return batches
 
 
@@ -67,11 +69,11 @@ def test_schedule_says_so_and_reads_back():
 @torch.no_grad()
 def test_heads_are_shared_out_anew_only_with_new_maps(model):
     # A rank's maps are those of its heads.
-    with na.apply(model, schedule=schedule(reuse_steps=2)) as handle:
-        reuse, fresh = handle.models[0][1].reuse, []
+    with na.apply(model, schedule=schedule(reuse_steps=2)):
+        fresh = []
         for time in (900, 900, 800, 700, 600):
             run(model, at(time))
-            fresh.append(reuse.is_fresh)
+            fresh.append(applied_to(model).planner.reuse.is_fresh)
     assert fresh == [True, False, False, True, False]
 
 
@@ -79,12 +81,10 @@ def test_heads_are_shared_out_anew_only_with_new_maps(model):
 def test_pairs_of_queries_share_a_map(model):
     density = {}
     for pair in (None, "union", "pool"):
-        with na.apply(model, "nabla-0.4", pair_queries=pair) as handle:
+        with na.apply(model, na.SparseConfig(threshold=0.4, pair_queries=pair)) as handle:
             run(model, at(900, grid=(3, 16, 16)))
             density[pair] = handle.report().mean_density
     assert density[None] < density["union"] < 1 and 0 < density["pool"] < 1
-    with pytest.raises(ValueError, match="unknown pair_queries 'both'"):
-        na.apply(model, "nabla-0.4", pair_queries="both")
 
 
 @torch.no_grad()
@@ -129,14 +129,8 @@ def test_calls_that_build(model, built, rules, new):
 def test_the_reused_map_is_the_first_one(model):
     seen = []
 
-    def watch(handle):
-        from nabla_attn.generation.attention_probe import block_call
-
-        for layer in handle.models[0][1].layers:
-            layer.observer = lambda *call: seen.append(block_call(*call).block_map.mask)
-
     with na.apply(model, schedule=schedule(reuse_steps=2)) as handle:
-        watch(handle)
+        handle.observe(lambda call: seen.append(call.block_map.mask))
         for time in (900, 800, 700):
             run(model, at(time, seed=time))
     first, second, third = seen[0:2], seen[2:4], seen[4:6]
@@ -222,7 +216,7 @@ def test_calls_that_may_be_of_another_video_reuse_nothing(model, built, rules):
         built.clear()
         run(model, at(500, seed=seed))
         counts.append(len(built))
-    kept = [layer.memory._kept for layer in handle.models[0][1].layers]
+    kept = [layer.maps._kept for layer in handle.layers]
     assert counts[1:] == [2] * 4 and not any(kept)
     run(model, at(1000))
     built.clear()
@@ -241,7 +235,7 @@ def test_other_pipelines_do_not_pile_up_maps(model, built):
     for time in (900, 900, 800, 800, 700, 700, 600, 600):
         run(model, at(time))
     assert len(built) == 8
-    assert all(len(layer.memory._kept) == 2 for layer in handle.models[0][1].layers)
+    assert all(len(layer.maps._kept) == 2 for layer in handle.layers)
 
 
 @torch.no_grad()
@@ -256,10 +250,10 @@ def test_copies_have_memories_of_their_own_and_removal_empties(model, built):
         assert len(built) == 2
     built.clear()
     assert torch.equal(run(model, inputs), expected) and not built
-    layers = handle.models[0][1].layers
-    assert all(layer.memory._kept for layer in layers)
+    layers = handle.layers
+    assert all(layer.maps._kept for layer in layers)
     handle.remove()
-    assert not any(layer.memory._kept for layer in layers)
+    assert not any(layer.maps._kept for layer in layers)
     remove(model)
 
 

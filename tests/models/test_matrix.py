@@ -105,5 +105,5 @@ def test_any_size(models, name, grid):
     dense = run(model, inputs)
     with na.apply(model, "nabla-1"):
         assert relative_error(run(model, inputs), dense) < 3e-6
-    with na.apply(model, "nabla-0.3_sta-3-1-1", keep_first_frame=True):
+    with na.apply(model, "nabla-0.3_sta-3-1-1_keep-first-frame"):
         assert run(model, inputs).isfinite().all()

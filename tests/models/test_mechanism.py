@@ -10,8 +10,7 @@ from tests.models.tiny_models import TINY, relative_error, run
 
 import nabla_attn as na
 from nabla_attn.models import register_model, remove, replaced
-from nabla_attn.models.plan import plan_of
-from nabla_attn.models.telemetry import Forward, Telemetry
+from nabla_attn.models.report import Forward, Telemetry
 
 WAN = TINY["wan"]
 GRID, OTHER_GRID = (3, 11, 13), (2, 16, 9)
@@ -124,7 +123,7 @@ def test_another_algorithm_for_the_time_of_a_block(model, inputs):
     for request in ({"algorithm": "nabla-1"}, {"algorithm": None, "schedule": rules}):
         with replaced(pipeline, telemetry=False, **request) as handle:
             assert relative_error(run(model, inputs), dense) < 3e-6
-            assert str(handle.models[0][1].settings.schedule) == "nabla-1"
+            assert str(handle.schedule) == "nabla-1"
         assert torch.equal(run(model, inputs), sparse)
     with pytest.raises(RuntimeError, match="stop"), replaced(pipeline, None):
         raise RuntimeError("stop")
@@ -137,7 +136,7 @@ def test_another_algorithm_for_the_time_of_a_block(model, inputs):
     # What was applied in the block stays: it is not the block's.
     with replaced(pipeline, "nabla-1"):
         na.apply(pipeline, "nabla-0.9")
-    assert str(model._nabla_attn.settings.schedule) == "nabla-0.9"
+    assert str(model._nabla_attn.planner.settings.schedule) == "nabla-0.9"
 
 
 @torch.no_grad()
@@ -147,7 +146,7 @@ def test_context_manager_and_keep_first_frame(model, inputs):
         run(model, inputs)
         plain = handle.report().mean_density
     assert torch.equal(run(model, inputs), dense)
-    with na.apply(model, "nabla-0.3", keep_first_frame=True) as handle:
+    with na.apply(model, "nabla-0.3_keep-first-frame") as handle:
         run(model, inputs)
         assert handle.report().mean_density > plain
         assert handle.report().density.min() >= 1 / 3
@@ -160,8 +159,7 @@ def test_each_layer_has_the_blocks_of_its_algorithm(model, inputs):
     def run_with(schedule):
         seen.clear()
         with na.apply(model, schedule=schedule) as handle:
-            for layer in handle.models[0][1].layers:
-                layer.observer = lambda layer, *call: seen.append(plan_of(layer.key).grid.block)
+            handle.observe(lambda call: seen.append(call.layout.grid.block))
             return run(model, inputs)
 
     frames, plain = na.parse("nabla-0.3_block-1-11-13"), na.parse("nabla-0.3")
@@ -302,10 +300,10 @@ def test_the_backward_may_come_after_removal(model, inputs, then):
 
 
 def steps_at(model, inputs, times):
-    layer, dense = model._nabla_attn.layers[0], []
+    layer, dense = model._nabla_attn.planner.layers[0], []
     for time in times:
         run(model, inputs | {"timestep": torch.full((2,), float(time))})
-        dense.append(layer.is_dense)
+        dense.append(layer.current.is_dense)
     return dense
 
 

@@ -10,8 +10,7 @@ from tests.models.tiny_models import TINY, randn, relative_error, run
 
 import nabla_attn as na
 from nabla_attn.core.grid import TokenGrid
-from nabla_attn.models.attend import _attend_op
-from nabla_attn.models.parallel import (
+from nabla_attn.models.context_parallel import (
     Ranks,
     balanced_order,
     gather_stats,
@@ -21,8 +20,9 @@ from nabla_attn.models.parallel import (
     to_heads,
     to_tokens,
 )
+from nabla_attn.models.operator import _attend_op
 from nabla_attn.models.plan import Plan, plan_key
-from nabla_attn.models.telemetry import Report
+from nabla_attn.models.report import Report
 
 # One without text, one with text behind the video, one with text before it and a port.
 QUICK = ("wan", "hunyuan", "cogvideox")
@@ -87,7 +87,7 @@ def test_the_operator_keeps_its_contract(group, ranks, algorithm):
         ranks=Ranks(group) if ranks else None,
     )
     q, k, v = (randn(1, 150, 2, 16).requires_grad_() for _ in range(3))
-    torch.library.opcheck(_attend_op, (q, k, v, None, plan_key(plan), None, None))
+    torch.library.opcheck(_attend_op, (q, k, v, None, plan_key(plan), None, None, None))
 
 
 def test_reordered_heads_come_back(group):

@@ -83,7 +83,7 @@ def test_steps_are_the_users_with_any_scheduler(build, name, calls):
     with na.apply(pipeline, schedule=schedule) as handle:
         for _ in range(2):
             generate(pipeline, arguments)
-            steps = [forward.step for forward in handle.telemetry.forwards]
+            steps = [forward.step for forward in handle._telemetry.forwards]
             assert [steps.count(step) for step in range(4)] == calls
             dense = [bool(row.mean() == 1) for row in handle.report().density]
             assert dense == [True, False, False, True]

@@ -10,7 +10,7 @@ from tests.models.tiny_models import TINY, relative_error
 
 import nabla_attn as na
 from nabla_attn.models import register_model, table
-from nabla_attn.models.grids import framepack_history, named_grid
+from nabla_attn.models.row import framepack_history, named_grid
 from nabla_attn.models.table import ModelRow
 
 ROWS = table._ROWS
@@ -105,8 +105,8 @@ def test_subclasses_share_the_row_of_their_base():
         pass
 
     model = FineTuned(**TINY["wan"].config)
-    with na.apply(model, "nabla-0.5") as handle:
-        assert handle.models[0][1].row.name == "WanTransformer3DModel"
+    with na.apply(model, "nabla-0.5"):
+        assert model._nabla_attn.planner.row.name == "WanTransformer3DModel"
 
 
 def test_grids_that_are_not_known():

@@ -73,7 +73,7 @@ def measure(name, degree, grid, algorithm):
         dist.all_reduce(mine.grad)
         mine.grad *= degree / dist.get_world_size()
         errors.append(relative_error(mine.grad, whole.grad) / 10)
-    orders = [layer.order for layer in handle.models[0][1].layers]
+    orders = [layer.current.order for layer in handle.layers]
     return max(errors), any(o is not None and o.tolist() != sorted(o.tolist()) for o in orders)
 
 

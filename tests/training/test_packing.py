@@ -1,5 +1,4 @@
 import random
-from dataclasses import replace
 
 import pytest
 import torch
@@ -49,7 +48,7 @@ def test_a_packed_clip_is_what_it_is_alone(algo, checkpointing):
         model.enable_gradient_checkpointing()
     with na.apply(model, "nabla-0.9") as handle:
         let_pack(model, FAMILY)
-        use(handle.models[0][1], algo)
+        handle.set_schedule(na.Schedule(algorithm=na.parse(algo)))
         together, packed_gradient = run_backward(model, [ITEMS])
         alone, gradient = run_backward(model, [[one] for one in ITEMS])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
@@ -65,10 +64,6 @@ def run_backward(model, packs):
         out.square().sum().backward()
         outs.append(out.detach())
     return torch.cat(outs, dim=2), torch.cat([p.grad.flatten() for p in model.parameters()])
-
-
-def use(state, algo):
-    state.settings = replace(state.settings, schedule=na.Schedule(algorithm=na.parse(algo)))
 
 
 def test_without_the_segments_clips_do_see_each_other():

@@ -19,7 +19,7 @@ def forward(model):
 
 
 def algorithm(sparsity):
-    return sparsity._state.settings.schedule.algorithm
+    return sparsity._handle.schedule.algorithm
 
 
 def test_the_ramp_ends_at_the_target_and_never_rises():

@@ -57,8 +57,9 @@ def test_gradients_are_those_of_masked_dense_attention(monkeypatch, is_distilled
     }
     sparsity = Sparsity(model, SparsityConfig(algorithm=ALGORITHM, backend="gather"))
     masks = []
-    for layer in sparsity._state.layers:
-        layer.observer = lambda _, q, k, *__: masks.append(token_mask(q.detach(), k.detach()))
+    sparsity._handle.observe(
+        lambda call: masks.append(token_mask(*(x.transpose(1, 2) for x in (call.q, call.k))))
+    )
     loss, sparse = gradients(objective, model, batch)
     assert len(masks) == 2 and not masks[0].all()
     assert 0.1 < sum(sparsity.densities()) / 2 < 0.95

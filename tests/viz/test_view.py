@@ -7,7 +7,7 @@ from tests.viz.view_helpers import make_frames, make_maps, make_record
 from typer.testing import CliRunner
 
 from nabla_attn.cli import app
-from nabla_attn.generation.recorded_maps import MAX_BYTES, RecordedMaps
+from nabla_attn.generation.map_file import MAX_BYTES, RecordedMaps
 from nabla_attn.generation.video import write_video
 from nabla_attn.record import RunRecord
 from nabla_attn.viz import view

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from nabla_attn.generation.recorded_maps import RecordedMaps, Selection
+from nabla_attn.generation.map_file import RecordedMaps, Selection
 from nabla_attn.record import RunRecord
 
 

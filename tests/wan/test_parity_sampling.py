@@ -13,8 +13,11 @@ NOTES = read_notes("sampling_a")
 CHANNELS = NOTES["channels"]
 
 
-def sample(t2v_dir, run, vae=None, **options):
-    """Run one recorded setting; gives the latents after every step and the pipeline's output."""
+def sample(t2v_dir, run, vae=None, counts=None, **options):
+    """Run one recorded setting; gives the latents after every step and the pipeline's output.
+
+    `counts` takes the kept blocks [1, heads, rows] of every sparse attention call.
+    """
     from diffusers import WanPipeline
 
     notes, recorded = NOTES["runs"][run], read_golden("sampling_a")
@@ -27,6 +30,8 @@ def sample(t2v_dir, run, vae=None, **options):
     )
     pipe.set_progress_bar_config(disable=True)
     handle = None if notes["algo"] == "dense" else na.apply(pipe, notes["algo"])
+    if handle is not None and counts is not None:
+        handle.observe(lambda call: counts.append(call.block_map.mask[0].sum(-1).int()))
     latents = []
 
     def keep(pipeline, step, timestep, tensors):
@@ -63,25 +68,10 @@ def test_noise_is_one_draw():
     assert torch.equal(torch.randn(16, 3, 16, 48, generator=generator), recorded["in.noise"])
 
 
-@pytest.fixture
-def counts(monkeypatch):
-    """Kept blocks [1, heads, rows] of every sparse attention call."""
-    from nabla_attn.models import maps
-
-    recorded, original = [], maps.map_blocks
-
-    def record(*args, **kwargs):
-        block_map = original(*args, **kwargs)
-        recorded.append(block_map.mask[0].sum(-1, dtype=torch.int32))
-        return block_map
-
-    monkeypatch.setattr(maps, "map_blocks", record)
-    return recorded
-
-
 @pytest.mark.parametrize("run", NOTES["runs"])
-def test_sampling_loop(t2v_dir, run, counts):
-    recorded, latents, final, _, handle = sample(t2v_dir, run)
+def test_sampling_loop(t2v_dir, run):
+    counts = []
+    recorded, latents, final, _, handle = sample(t2v_dir, run, counts=counts)
     assert_close(latents[:, CHANNELS], recorded[f"{run}.latents"], 1e-3)
     last = recorded[f"{run}.final"]
     assert_close(final[0], last, 1e-3)

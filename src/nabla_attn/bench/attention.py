@@ -13,9 +13,9 @@ from nabla_attn.bench.gate import check_output, sample_rows, token_rows
 from nabla_attn.bench.inputs import Inputs, make_inputs
 from nabla_attn.bench.measure import matmul_flops, peak_bytes, time_in_turn
 from nabla_attn.bench.workloads import Workload
+from nabla_attn.block_selection import select_blocks
 from nabla_attn.core.grid import TokenGrid
 from nabla_attn.core.order import TokenLayout, to_blocks, to_raster
-from nabla_attn.mapping import map_blocks
 
 
 def measure_attention(
@@ -155,7 +155,7 @@ def _measure_stages(
     q, k, v = inputs.q, inputs.k, inputs.v
     attend = backends.resolve("auto", q, k, v)
     blocks = [to_blocks(x, layout) for x in (q, k, v)]
-    block_map = map_blocks(blocks[0], blocks[1], layout, inputs.config)
+    block_map = select_blocks(blocks[0], blocks[1], layout, inputs.config)
 
     def reorder() -> object:
         return [to_blocks(x, layout) for x in (q, k, v)], to_raster(blocks[0], layout)
@@ -163,7 +163,7 @@ def _measure_stages(
     timings = time_in_turn(
         {
             "reorder": reorder,
-            "map": lambda: map_blocks(blocks[0], blocks[1], layout, inputs.config),
+            "map": lambda: select_blocks(blocks[0], blocks[1], layout, inputs.config),
             "attention": lambda: attend(*blocks, block_map, scale=None),
         },
         device,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nabla_attn.calibrate.losses import Losses
+from nabla_attn.calibrate.losses import CandidateLosses
 from nabla_attn.config import SparseConfig
 
 
@@ -25,7 +25,7 @@ class Choice:
 
 
 def choose_within(
-    losses: Losses,
+    losses: CandidateLosses,
     candidates: Sequence[SparseConfig],
     *,
     density: float | None = None,
@@ -51,7 +51,7 @@ def choose_within(
     return _choice(losses, candidates, picked)
 
 
-def one_for_all(losses: Losses, candidates: Sequence[SparseConfig]) -> list[Choice]:
+def one_for_all(losses: CandidateLosses, candidates: Sequence[SparseConfig]) -> list[Choice]:
     """Each candidate in all layers: what a choice by layer is to be compared with."""
     layers, count = losses.density.shape
     return [_choice(losses, candidates, np.full(layers, number)) for number in range(count)]
@@ -75,7 +75,9 @@ def _least(cost: np.ndarray, spent: np.ndarray, budget: float | None, name: str)
     return found.x.reshape(layers, candidates).argmax(axis=1)
 
 
-def _choice(losses: Losses, candidates: Sequence[SparseConfig], picked: np.ndarray) -> Choice:
+def _choice(
+    losses: CandidateLosses, candidates: Sequence[SparseConfig], picked: np.ndarray
+) -> Choice:
     layers = np.arange(len(picked))
     return Choice(
         tuple(candidates[number] for number in picked),

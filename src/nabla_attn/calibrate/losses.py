@@ -7,16 +7,12 @@ from typing import Any
 import numpy as np
 
 from nabla_attn.config import SparseConfig
-from nabla_attn.generation.attention_probe import (
-    block_call,
-    layers_and_heads,
-    measure_losses,
-    observe_layers,
-)
+from nabla_attn.core.losses import measure_losses
+from nabla_attn.models import AttentionCall
 
 
 @dataclass(frozen=True)
-class Losses:
+class CandidateLosses:
     """Means over steps, calls and heads, float64 [layers, candidates].
 
     Where a rule of the schedule keeps a layer dense in a step, all candidates count as dense.
@@ -51,23 +47,25 @@ class CandidateProbe:
 
     def attach(self, handle: Any) -> None:
         """Observe all layers of a handle."""
-        layers, _ = layers_and_heads(handle)
+        layers = handle.num_layers
         self._sums = np.zeros((2, self._num_steps, layers, len(self._candidates)))
         self._calls = np.zeros((self._num_steps, layers, 1))
-        observe_layers(handle, self._observe)
+        handle.observe(self._observe)
 
-    def losses(self) -> Losses:
+    def losses(self) -> CandidateLosses:
         """The means of the run."""
         means = self._sums / self._calls.clip(min=1)
         for mean, dense in zip(means, (1.0, 0.0), strict=True):
             mean[self._calls[..., 0] == 0] = dense
-        return Losses(*means.mean(axis=1))
+        return CandidateLosses(*means.mean(axis=1))
 
-    def _observe(self, step: int, index: int, layer: Any, *arguments: Any) -> None:
+    def _observe(self, seen: AttentionCall) -> None:
+        step, index = seen.step, seen.layer
+        assert step is not None
         for number, config in enumerate(self._candidates):
             density, error = 1.0, 0.0
             if not config.is_dense:
-                call = block_call(layer, *arguments, config=config)
+                call = seen.last_sample(config)
                 # The same tokens for all candidates, so that they differ in nothing else.
                 lost = measure_losses(call, num_rows=self._num_rows, seed=step * 1000 + index)
                 density, error = call.block_map.density, lost.output_error.mean().item()

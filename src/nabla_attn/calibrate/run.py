@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nabla_attn.calibrate.choose import Choice
-from nabla_attn.calibrate.losses import CandidateProbe, Losses
+from nabla_attn.calibrate.losses import CandidateLosses, CandidateProbe
 from nabla_attn.config import SparseConfig, parse
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import model_identity
@@ -59,7 +59,7 @@ class Calibration:
         prompts: Sequence[str],
         *,
         progress: Callable[[str], ProgressCallback] = lambda label: lambda *stage: None,
-    ) -> Losses:
+    ) -> CandidateLosses:
         """Make a video of each prompt with everything kept, and measure candidates on the way.
 
         Args:
@@ -74,7 +74,7 @@ class Calibration:
             np.mean([record.numbers[name] for record in records], axis=0)
             for name in ("density", "error")
         )
-        return Losses(*means)
+        return CandidateLosses(*means)
 
     def schedule(self, choice: Choice) -> Schedule:
         """The schedule of a choice, with the rules of the request's own."""

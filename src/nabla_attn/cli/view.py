@@ -17,7 +17,7 @@ def view(
     ] = None,
 ) -> None:
     """Write one HTML page: frames, block maps, density and true recall of a recorded run."""
-    from nabla_attn.generation.recorded_maps import RecordedMaps
+    from nabla_attn.generation.map_file import RecordedMaps
     from nabla_attn.media import read_video
     from nabla_attn.record import RunRecord
     from nabla_attn.viz.view import write_view

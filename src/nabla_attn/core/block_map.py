@@ -63,6 +63,14 @@ class BlockMap:
         """Keep the blocks of `other` too."""
         return BlockMap(self.mask | other, self.q_counts, self.kv_valid, self.block_tokens)
 
+    def sample(self, index: int) -> "BlockMap":
+        """The map of one sample of the batch, as a batch of one."""
+        chosen = slice(index, index + 1 or None)
+        valid = self.kv_valid
+        valid = valid[chosen] if valid is not None and len(valid) > 1 else valid
+        mass = None if self.kept_mass is None else self.kept_mass[chosen]
+        return BlockMap(self.mask[chosen], self.q_counts, valid, self.block_tokens, mass)
+
     def to_block_mask(self) -> BlockMask:
         """FlexAttention's form of the map, key blocks ascending, for forward use.
 

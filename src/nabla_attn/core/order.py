@@ -134,6 +134,23 @@ def check_tokens(x: Tensor, layout: TokenLayout, dim: int = 2) -> None:
     _check_length(x, dim, layout.num_tokens, layout, "tokens")
 
 
+def text_entries(valid: Tensor, layout: TokenLayout) -> Tensor:
+    """Those of a mask [batch, text tokens or all tokens] that are about text tokens.
+
+    Raises:
+        ValueError: The sequence has no text, so the mask is about the video.
+    """
+    if layout.num_text == 0:
+        raise ValueError(
+            "a mask over video tokens cannot be combined with block-sparse attention. Pass no "
+            "attention_mask for the video, or make the layers dense in the schedule."
+        )
+    if valid.shape[1] != layout.num_tokens:
+        return valid
+    after = layout.num_tokens - layout.text_after
+    return torch.cat([valid[:, : layout.text_before], valid[:, after:]], dim=1)
+
+
 def to_blocks(x: Tensor, grid: TokenGrid | TokenLayout, dim: int = 2) -> Tensor:
     """Bring the token axis `dim` from raster order into block order; empty slots become zero.
 

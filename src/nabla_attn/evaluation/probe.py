@@ -7,14 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nabla_attn.core.losses import measure_losses, pooled_mass
 from nabla_attn.files import whole_file
-from nabla_attn.generation.attention_probe import (
-    block_call,
-    layers_and_heads,
-    measure_losses,
-    observe_layers,
-    pooled_mass,
-)
+from nabla_attn.models import AttentionCall
 
 MEASURES = ("density", "kept_mass", "true_mass", "best_mass", "output_error")
 DENSE = {"density": 1.0, "kept_mass": 1.0, "true_mass": 1.0, "best_mass": 1.0, "output_error": 0.0}
@@ -68,10 +63,10 @@ class AttentionProbe:
 
     def attach(self, handle: Any) -> None:
         """Observe all layers of a handle."""
-        layers, heads = layers_and_heads(handle)
+        layers, heads = handle.num_layers, handle.num_heads
         self._sums = torch.zeros(len(MEASURES), self._num_steps, layers, heads)
         self._calls = torch.zeros(self._num_steps, layers, 1)
-        observe_layers(handle, self._observe)
+        handle.observe(self._observe)
 
     def result(self) -> ProbeResult:
         """The measures; what did not run sparse counts as dense."""
@@ -82,9 +77,10 @@ class AttentionProbe:
             values[name] = means.contiguous()
         return ProbeResult(values)
 
-    def _observe(self, step: int, index: int, layer: Any, *arguments: Any) -> None:
-        assert self._sums is not None
-        call = block_call(layer, *arguments)
+    def _observe(self, seen: AttentionCall) -> None:
+        step, index = seen.step, seen.layer
+        assert self._sums is not None and step is not None
+        call = seen.last_sample()
         losses = measure_losses(call, num_rows=self._num_rows, seed=step * 1000 + index)
         parts = (
             call.block_map.head_density[0].cpu(),

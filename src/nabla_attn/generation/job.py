@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nabla_attn.distributed import is_first_process
 from nabla_attn.files import check_writable
 from nabla_attn.generation.generate import generate
-from nabla_attn.generation.record_maps import MapRecorder
+from nabla_attn.generation.map_recorder import MapRecorder
 from nabla_attn.generation.request import GenerationRequest
 from nabla_attn.generation.video import write_video
 from nabla_attn.media import read_image

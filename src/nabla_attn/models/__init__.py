@@ -5,11 +5,13 @@ the processors of its video self-attention; everything else of the model stays d
 """
 
 from nabla_attn.models.handle import Handle, apply, remove, replaced
+from nabla_attn.models.plan import AttentionCall
+from nabla_attn.models.report import Report
 from nabla_attn.models.row import ModelRow
 from nabla_attn.models.table import model_rows, register_model
-from nabla_attn.models.telemetry import Report
 
 __all__ = [
+    "AttentionCall",
     "Handle",
     "ModelRow",
     "Report",

@@ -1,6 +1,6 @@
 """`apply`: put NABLA into a diffusers pipeline or model; the handle takes it out again."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import nn
 
+from nabla_attn import backends
 from nabla_attn.config import SparseConfig, as_config
 from nabla_attn.machine import load_min_tokens
-from nabla_attn.mapping import check_pairing
-from nabla_attn.models.hook import STATE_NAME
-from nabla_attn.models.modules import unwrap
-from nabla_attn.models.state import ModelState, Settings
+from nabla_attn.models.applied import AppliedModel, applied_to
+from nabla_attn.models.modules import trained_algorithm, unwrap
+from nabla_attn.models.plan import Layer, Observer
+from nabla_attn.models.planner import Planner, Settings
+from nabla_attn.models.report import Report, Telemetry
 from nabla_attn.models.steps import StepCounter
 from nabla_attn.models.table import find_row, row_of
-from nabla_attn.models.telemetry import Report, Telemetry
-from nabla_attn.models.trained import trained_algorithm
 from nabla_attn.schedule import Schedule
 
 
@@ -28,9 +28,7 @@ def apply(
     schedule: Schedule | None = None,
     backend: str = "auto",
     telemetry: bool = True,
-    keep_first_frame: bool = False,
     min_tokens: int | str | Path | None = None,
-    pair_queries: str | None = None,
 ) -> "Handle":
     """Run the video self-attention of a pipeline's transformers, or of one model, with NABLA.
 
@@ -43,12 +41,9 @@ def apply(
         schedule: which algorithm runs at which step and layer; None is the algorithm's default.
         backend: "auto" or one of `nabla_attn.backends.NAMES`.
         telemetry: measure density and kept mass for `Handle.report`.
-        keep_first_frame: every block attends the first latent frame, whatever its score.
         min_tokens: below this many video tokens attention stays dense; instead of the schedule's.
             "auto" takes what `nabla bench --crossover` measured on this machine, or stays at the
             schedule's with a warning; any other string is the path of such a record.
-        pair_queries: "union" or "pool": two neighbouring query blocks share one map, as in
-            `nabla_attention`.
 
     Returns:
         A handle; also a context manager, at whose end the models are as they were before: with
@@ -62,7 +57,6 @@ def apply(
     models = {"transformer": target} if is_model else _transformers(target)
     if algorithm is None and schedule is None:
         algorithm = _trained_algorithm(models)
-    check_pairing(pair_queries)
     rules = _schedule(algorithm, schedule)
     if min_tokens is not None and min_tokens != "auto":
         tokens = load_min_tokens(min_tokens) if isinstance(min_tokens, str | Path) else min_tokens
@@ -72,20 +66,18 @@ def apply(
         has_auto_min_tokens=min_tokens == "auto",
         backend=_checked_backend(backend),
         telemetry=telemetry,
-        keep_first_frame=keep_first_frame,
-        pair_queries=pair_queries,
     )
     steps, collector = StepCounter(None if is_model else target), Telemetry()
-    handle = Handle(collector)
+    pairs: Pairs = []
     for name, hooked in models.items():
         model = unwrap(hooked)
-        state = ModelState(name, model, row_of(model), settings, steps, collector)
-        handle.models.append((model, state))
-    handle.before = _applied(target)
-    for (model, state), hooked in zip(handle.models, models.values(), strict=True):
+        planner = Planner(name, model, row_of(model), settings, steps, collector)
+        pairs.append((model, AppliedModel(planner)))
+    before = _applied(target)
+    for (model, applied), hooked in zip(pairs, models.values(), strict=True):
         remove(model)
-        state.install(model, hooked if hasattr(hooked, "_orig_mod") else model)
-    return handle
+        applied.install(model, hooked if hasattr(hooked, "_orig_mod") else model)
+    return Handle(pairs, before, collector)
 
 
 @contextmanager
@@ -123,29 +115,88 @@ def replaced(
 def remove(model: nn.Module) -> None:
     """Take NABLA out of a model; also out of a copy, which has no handle. No effect without it."""
     model = unwrap(model)
-    state = _state_of(model)
-    if state is not None:
-        state.uninstall(model)
+    applied = applied_to(model)
+    if applied is not None:
+        applied.uninstall(model)
+
+
+Pairs = list[tuple[nn.Module, AppliedModel]]
 
 
 class Handle:
-    """What `apply` did. Leaving it as a context manager brings back what was applied before it.
+    """What `apply` did. Leaving it as a context manager brings back what was applied before it."""
 
-    Attributes:
-        models: the models, each with its state.
-        before: the models that had NABLA before, with their states then.
-    """
+    def __init__(self, models: Pairs, before: Pairs, telemetry: Telemetry) -> None:
+        self._models = models
+        self._before = before
+        self._telemetry = telemetry
 
-    def __init__(self, telemetry: Telemetry) -> None:
-        self.models: list[tuple[nn.Module, ModelState]] = []
-        self.before: list[tuple[nn.Module, ModelState]] = []
-        self.telemetry = telemetry
+    def __repr__(self) -> str:
+        names = ", ".join(type(model).__name__ for model, _ in self._models)
+        state = "" if any(self._is_ours(*pair) for pair in self._models) else ", removed"
+        return f"<NABLA in {names}: {self.schedule}{state}>"
 
     def remove(self) -> None:
         """Restore the models bit for bit. No effect on what was applied after this handle."""
-        for model, state in self.models:
-            if _state_of(model) is state:
-                state.uninstall(model)
+        for model, applied in self._models:
+            if self._is_ours(model, applied):
+                applied.uninstall(model)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule that the models follow."""
+        return self._settings.schedule
+
+    def set_schedule(self, schedule: Schedule | SparseConfig | str) -> None:
+        """Follow another schedule from the next forward on.
+
+        Args:
+            schedule: A schedule, or an algorithm such as "nabla-0.7", which gets its default one.
+
+        Raises:
+            ValueError: The schedule names a layer that a model does not have.
+        """
+        rules = schedule if isinstance(schedule, Schedule) else Schedule.default(schedule)
+        settings = replace(self._settings, schedule=rules)
+        for _, applied in self._models:
+            rules.check_layers(len(applied.planner.layers))
+        for _, applied in self._models:
+            applied.planner.use(settings)
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers of all models in order, each with `path`, `model`, `index`, `num_heads`."""
+        return [layer for _, applied in self._models for layer in applied.planner.layers]
+
+    @property
+    def num_layers(self) -> int:
+        """Most layers of a model."""
+        return max(layer.index for layer in self.layers) + 1
+
+    @property
+    def num_heads(self) -> int:
+        """Most heads of a layer."""
+        return max(layer.num_heads for layer in self.layers)
+
+    def observe(self, observer: Observer) -> Callable[[], None]:
+        """Have a function called after every sparse attention call, from the next forward on.
+
+        Args:
+            observer: Given an `AttentionCall`: queries, keys, values and the map that was used.
+
+        Returns:
+            A function that ends it.
+        """
+        layers = self.layers
+        for layer in layers:
+            layer.observers.append(observer)
+
+        def stop() -> None:
+            for layer in layers:
+                if observer in layer.observers:
+                    layer.observers.remove(observer)
+
+        return stop
 
     def report(self) -> Report:
         """Density and kept mass of the last generation per step, layer and head.
@@ -153,37 +204,48 @@ class Handle:
         Raises:
             ValueError: `apply` was called with telemetry=False.
         """
-        if not all(state.settings.telemetry for _, state in self.models):
+        if not self._settings.telemetry:
             raise ValueError("nothing was measured. Use apply(..., telemetry=True).")
-        return self.telemetry.report()
+        return self._telemetry.report()
+
+    def last_densities(self) -> list[float]:
+        """Kept share of the token pairs of every layer in the last forward; waits for the device.
+
+        A dense layer is 1. Empty before the first forward and without telemetry.
+        """
+        return self._telemetry.last_densities()
 
     def __enter__(self) -> "Handle":
         return self
 
     def __exit__(self, *_: object) -> None:
-        ours = {id(model) for model, state in self.models if _state_of(model) is state}
+        ours = {id(model) for model, applied in self._models if self._is_ours(model, applied)}
         self.remove()
-        _apply_again([pair for pair in self.before if id(pair[0]) in ours])
+        _apply_again([pair for pair in self._before if id(pair[0]) in ours])
+
+    @property
+    def _settings(self) -> Settings:
+        return self._models[0][1].planner.settings
+
+    @staticmethod
+    def _is_ours(model: nn.Module, applied: AppliedModel) -> bool:
+        return applied_to(model) is applied
 
 
-def _applied(target: Any) -> list[tuple[nn.Module, ModelState]]:
-    """The models of a pipeline, or the one model, that carry NABLA, with their states."""
+def _applied(target: Any) -> Pairs:
+    """The models of a pipeline, or the one model, that carry NABLA."""
     is_model = isinstance(target, nn.Module)
     parts = [target] if is_model else (getattr(target, "components", None) or {}).values()
     models = [unwrap(part) for part in parts if isinstance(part, nn.Module)]
-    states = [(model, _state_of(model)) for model in models]
-    return [(model, state) for model, state in states if state is not None]
+    pairs = [(model, applied_to(model)) for model in models]
+    return [(model, applied) for model, applied in pairs if applied is not None]
 
 
-def _state_of(model: nn.Module) -> ModelState | None:
-    return model.__dict__.get(STATE_NAME)
-
-
-def _apply_again(before: list[tuple[nn.Module, ModelState]]) -> None:
+def _apply_again(before: Pairs) -> None:
     """Put back what was there, instead of what is there now."""
-    for model, state in before:
+    for model, applied in before:
         remove(model)
-        state.install_again(model)
+        applied.install_again(model)
 
 
 def _trained_algorithm(models: dict[str, nn.Module]) -> SparseConfig:
@@ -211,8 +273,6 @@ def _schedule(algorithm: SparseConfig | str | None, schedule: Schedule | None) -
 
 
 def _checked_backend(backend: str) -> str:
-    from nabla_attn import backends
-
     known = ("auto", *backends.NAMES)
     if backend not in known:
         raise ValueError(f"unknown backend {backend!r}; expected one of {known}.")

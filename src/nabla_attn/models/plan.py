@@ -1,78 +1,79 @@
-"""Plans: what one attention module does in the current forward."""
+"""Plans: what one attention module does in the forward that runs in this thread."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import Any, NamedTuple
 from weakref import ReferenceType
 
-import torch
-from torch import Tensor
+from torch import Tensor, inference_mode, int64, tensor
 
+from nabla_attn.block_selection import select_blocks
 from nabla_attn.config import SparseConfig
+from nabla_attn.core.block_map import BlockMap
 from nabla_attn.core.grid import BlockShape, TokenGrid
-from nabla_attn.models.map_memory import MapMemory
-from nabla_attn.models.parallel import Ranks
+from nabla_attn.core.losses import BlockCall
+from nabla_attn.core.order import TokenLayout, text_entries, to_blocks
+from nabla_attn.models.context_parallel import Ranks
+from nabla_attn.models.map_cache import MapCache
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything an attention call needs beyond its tensors; hashable.
+    """Everything an attention call needs beside its tensors; hashable.
 
     Attributes:
-        grid: the video's tokens.
-        config: which blocks are kept.
-        text: where joint text tokens stand: "before" or "after" the video, or None for no text.
-        prefix: always-kept tokens in front of the video besides text (history frames).
-        in_block_order: the model already brings its tokens in block order.
-        backend: backend name.
-        keep_first_frame: every block attends the first frame.
-        pair_queries: as in `nabla_attention`.
-        telemetry: measure density and kept mass.
-        ranks: the processes that share the sequence; None is this one alone.
-        memory: where the layer keeps maps for later calls; None builds each map anew.
-        branch: which of the kept maps belongs to this call.
-        is_guidance_batch: the batch is the two halves of classifier-free guidance, the conditional
-            last, and one map serves both.
+        grid: The video's tokens.
+        config: Which blocks are kept.
+        text: Where joint text tokens stand: "before" or "after" the video, or None for no text.
+        prefix: Number of always-kept tokens in front of the video besides text (history frames).
+        is_block_order: Whether the model already brings its tokens in block order.
+        backend: The backend's name.
+        telemetry: Whether density and kept mass are measured.
+        ranks: The processes that share the sequence; None is this one alone.
+        layer: The layer, where it keeps its maps or somebody observes it.
+        branch: Which of the kept maps belongs to this call; None builds every map anew.
+        is_guidance_batch: Whether the batch is the two halves of classifier-free guidance, the
+            conditional last, and one map serves both.
     """
 
     grid: TokenGrid
     config: SparseConfig
     text: str | None = None
     prefix: int = 0
-    in_block_order: bool = False
+    is_block_order: bool = False
     backend: str = "auto"
-    keep_first_frame: bool = False
-    pair_queries: str | None = None
     telemetry: bool = False
     ranks: Ranks | None = None
-    memory: ReferenceType[MapMemory] | None = None
-    branch: int = 0
+    layer: "ReferenceType[Layer] | None" = None
+    branch: int | None = None
     is_guidance_batch: bool = False
 
     def with_config(self, config: SparseConfig) -> "Plan":
         """The same call with another algorithm, in the blocks that it asks for.
 
         Raises:
-            ValueError: the model's tokens come in other blocks.
+            ValueError: The model's tokens come in other blocks.
         """
         block = BlockShape(*(config.block or ()))
         if block == self.grid.block:
             return replace(self, config=config)
-        if self.in_block_order:
+        if self.is_block_order:
             raise ValueError(
                 f"this model brings its tokens in blocks of {self.grid.block}: got {config}. Drop "
                 "the block from the algorithm."
             )
         return replace(self, config=config, grid=replace(self.grid, block=block))
 
-    def text_tokens(self, num_tokens: int) -> tuple[int, int]:
-        """Tokens (before, after) the video among `num_tokens` of a call: text and history.
+    def layout(self, num_tokens: int) -> TokenLayout:
+        """The layout of the whole sequence, of which a call has `num_tokens`.
 
         With ranks, a call has their share of the video.
 
         Raises:
-            ValueError: the call's tokens do not fit the grid.
+            ValueError: The call's tokens do not fit the grid.
         """
         share = self.grid.num_tokens // (self.ranks.count if self.ranks else 1)
         num_text = num_tokens - share - self.prefix
@@ -86,7 +87,7 @@ class Plan:
                 "text of its attention (nabla_attn.register_model)."
             )
         before, after = (num_text, 0) if self.text == "before" else (0, num_text)
-        return self.prefix + before, after
+        return TokenLayout(self.grid, self.prefix + before, after)
 
 
 # Compiled graphs take the plan as a tensor that holds its number here, so that no change of step,
@@ -94,23 +95,25 @@ class Plan:
 _PLANS: dict[int, Plan] = {}
 _KEYS: OrderedDict[Plan, Tensor] = OrderedDict()
 _NUMBERS = count()
+_LOCK = threading.Lock()
 MAX_PLANS = 4096
 
 
 def plan_key(plan: Plan) -> Tensor:
     """The 0-d int64 CPU tensor that stands for `plan` in attention calls."""
-    key = _KEYS.get(plan)
-    if key is not None:
-        _KEYS.move_to_end(plan)
+    with _LOCK:
+        key = _KEYS.get(plan)
+        if key is not None:
+            _KEYS.move_to_end(plan)
+            return key
+        with inference_mode(False):
+            key = tensor(next(_NUMBERS), dtype=int64, device="cpu")
+        _KEYS[plan] = key
+        _PLANS[int(key)] = plan
+        if len(_KEYS) > MAX_PLANS:
+            _, oldest = _KEYS.popitem(last=False)
+            del _PLANS[int(oldest)]
         return key
-    with torch.inference_mode(False):
-        key = torch.tensor(next(_NUMBERS), dtype=torch.int64, device="cpu")
-    _KEYS[plan] = key
-    _PLANS[int(key)] = plan
-    if len(_KEYS) > MAX_PLANS:
-        _, oldest = _KEYS.popitem(last=False)
-        del _PLANS[int(oldest)]
-    return key
 
 
 def plan_of(key: Tensor) -> Plan:
@@ -118,36 +121,165 @@ def plan_of(key: Tensor) -> Plan:
     return _PLANS[int(key)]
 
 
-Snapshot = tuple[bool, Tensor | None, Tensor | None, Tensor | None]
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AttentionCall:
+    """One sparse attention call and the map that it used, as observers receive it.
+
+    Tokens are in raster order, unless the model brings them in block order (Kandinsky 6 SR).
+
+    Attributes:
+        model: The transformer's name in its pipeline.
+        layer: Number of the attention layer in the model, from 0.
+        step: Denoising step from 0; None with gradients.
+        q: Queries [batch, heads, tokens, dim], rotary embedding applied.
+        k: Keys, like q.
+        v: Values, like q.
+        layout: Where the video's tokens and the text's are.
+        config: Which blocks are kept.
+        block_map: The map, text included.
+        text_valid: Bool [batch, text tokens or all tokens], False at padding; None is no padding.
+        scale: Factor on q.k; None is 1/sqrt(dim).
+        is_block_order: Whether the model brought its tokens in block order.
+    """
+
+    model: str
+    layer: int
+    step: int | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    layout: TokenLayout
+    config: SparseConfig
+    block_map: BlockMap
+    text_valid: Tensor | None
+    scale: float | None
+    is_block_order: bool
+
+    def last_sample(self, config: SparseConfig | None = None) -> BlockCall:
+        """The last sample of the batch in block order.
+
+        Under classifier-free guidance in one batch, it is the one with the prompt.
+
+        Args:
+            config: Another algorithm, whose map is built from the same queries and keys; None is
+                the map that was used.
+
+        Raises:
+            ValueError: The model brings its tokens in other blocks than the algorithm asks for.
+        """
+        layout = self.layout
+        if config is not None:
+            layout = replace(layout, grid=layout.grid.with_block(config.block))
+            if self.is_block_order and layout != self.layout:
+                raise ValueError(f"{self.model} brings its tokens in other blocks: got {config}.")
+        q, k, v = (x[-1:] for x in (self.q, self.k, self.v))
+        if not self.is_block_order:
+            q, k, v = (to_blocks(x, layout) for x in (q, k, v))
+        if config is None:
+            block_map = self.block_map.sample(-1)
+        else:
+            valid = None if self.text_valid is None else text_entries(self.text_valid[-1:], layout)
+            block_map = select_blocks(q, k, layout, config, scale=self.scale, text_valid=valid)
+        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        return BlockCall(q, k, v, layout, block_map, scale)
+
+
+Observer = Callable[[AttentionCall], None]
+
+
+class Snapshot(NamedTuple):
+    """What a layer does in one forward."""
+
+    is_dense: bool = True
+    step: int | None = None
+    key: Tensor | None = None
+    stats: Tensor | None = None
+    order: Tensor | None = None
+
+
+class _Current(threading.local):
+    """What a layer does in the forward of each thread; attributes as in `Layer`."""
+
+    def __init__(self) -> None:
+        self.is_dense, self.step, self.key, self.stats, self.order = Snapshot()
 
 
 class Layer:
-    """The state of one attention module: what to do in this forward.
+    """One attention module under NABLA.
+
+    What it does in a forward is kept for each thread, so that several may call one model at once.
+
+    Args:
+        path: The module's path in the model.
+        model: The model's name in its pipeline.
+        index: Number of the layer in the model, from 0.
+        num_heads: Number of its query heads.
 
     Attributes:
-        name: the module's path in the model.
-        is_dense: whether this forward is dense here.
-        key: the plan of this forward.
-        stats: fp32 [2, heads], density and kept mass of this forward; None when not measured.
-        order: the heads in the order in which ranks take them; None is as they are.
-        memory: the maps kept for later calls, where the schedule reuses them.
-        observer: called after each eager sparse call with (layer, q, k, v, text_valid, scale), the
-            arguments of `attend`; for measuring and recording.
+        maps: The maps kept for later calls, where the schedule reuses them.
+        observers: Called with every sparse call.
+        current: What the layer does in the forward of this thread: `is_dense`, whether it stays
+            dense; `step`, the denoising step; `key`, its plan; `stats`, fp32 [2, heads] for density
+            and kept mass, None when not measured; `order`, the heads in the order in which ranks
+            take them, None as they are.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.is_dense = True
-        self.key: Tensor | None = None
-        self.stats: Tensor | None = None
-        self.order: Tensor | None = None
-        self.memory = MapMemory()
-        self.observer: Callable[..., None] | None = None
+    def __init__(self, path: str, *, model: str = "", index: int = 0, num_heads: int = 0) -> None:
+        self.path = path
+        self.model = model
+        self.index = index
+        self.num_heads = num_heads
+        self.maps = MapCache()
+        self.observers: list[Observer] = []
+        self.current = _Current()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of a model is nobody's to observe, and is in no forward.
+        return self.__dict__ | {"observers": [], "current": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"current": _Current()}
+
+    def __repr__(self) -> str:
+        return f"Layer({self.path!r}, model={self.model!r}, index={self.index})"
+
+    def show(
+        self,
+        plan: Plan,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: TokenLayout,
+        block_map: BlockMap,
+        *,
+        text_valid: Tensor | None,
+        scale: float | None,
+    ) -> None:
+        """Hand a call and its map to the observers; arguments as in `AttentionCall`."""
+        for observer in tuple(self.observers):
+            observer(
+                AttentionCall(
+                    model=self.model,
+                    layer=self.index,
+                    step=self.current.step,
+                    q=q.detach(),
+                    k=k.detach(),
+                    v=v.detach(),
+                    layout=layout,
+                    config=plan.config,
+                    block_map=block_map,
+                    text_valid=text_valid,
+                    scale=scale,
+                    is_block_order=plan.is_block_order,
+                )
+            )
 
     def snapshot(self) -> Snapshot:
         """What `restore` needs to come back to this forward."""
-        return self.is_dense, self.key, self.stats, self.order
+        now = self.current
+        return Snapshot(now.is_dense, now.step, now.key, now.stats, now.order)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Return to the forward of a snapshot."""
-        self.is_dense, self.key, self.stats, self.order = snapshot
+        now = self.current
+        now.is_dense, now.step, now.key, now.stats, now.order = snapshot

@@ -1,5 +1,6 @@
 """Which denoising step a forward belongs to, counted from the pipeline and not from calls."""
 
+import threading
 import weakref
 from typing import Any
 
@@ -23,6 +24,7 @@ class StepCounter:
     Attributes:
         generation: number of the generation, from 1.
         turned_after: steps of the generation before, where timesteps turned back after it; else 0.
+        is_foreign: whether the last forward went on with a generation of another thread.
     """
 
     def __init__(self, pipeline: Any = None) -> None:
@@ -32,6 +34,8 @@ class StepCounter:
         self._step = 0
         self.generation = 0
         self.turned_after = 0
+        self.is_foreign = False
+        self._thread = 0
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied model (EMA) or one in another process no longer belongs to the pipeline.
@@ -68,8 +72,12 @@ class StepCounter:
         Reads the timestep's value, which waits for the device, only where the scheduler does not
         know the step: once per generation with most schedulers.
         """
+        generation, thread = self.generation, threading.get_ident()
         index = self._scheduler.index_at(timestep)
         self._step = self._count(_value(timestep)) if index is None else self._follow(index)
+        if self.generation != generation:
+            self._thread = thread
+        self.is_foreign = self._thread != thread
         return self._step
 
     def _follow(self, index: int) -> int:

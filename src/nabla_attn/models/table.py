@@ -4,17 +4,27 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from nabla_attn.models import grids, sharing
-from nabla_attn.models.allegro import AllegroPort
-from nabla_attn.models.cogvideox import CogVideoXPort
-from nabla_attn.models.cosmos import CosmosPort
-from nabla_attn.models.easyanimate import EasyAnimatePort
-from nabla_attn.models.hunyuan15 import HunyuanVideo15Port
-from nabla_attn.models.kandinsky import Kandinsky6SRPort
-from nabla_attn.models.mochi import MochiPort
+from nabla_attn.models import cp_plans
+from nabla_attn.models.ports import (
+    AllegroPort,
+    CogVideoXPort,
+    CosmosPort,
+    EasyAnimatePort,
+    HunyuanVideo15Port,
+    Kandinsky6SRPort,
+    MochiPort,
+)
 from nabla_attn.models.processor import Port
-from nabla_attn.models.refusals import REFUSALS
-from nabla_attn.models.row import GridFunction, ModelRow
+from nabla_attn.models.row import (
+    GridFunction,
+    ModelRow,
+    channels_last_grid,
+    framepack_history,
+    frames_first_grid,
+    helios_history,
+    latent_grid,
+    named_grid,
+)
 
 _WAN = r"blocks\.\d+\.attn1"
 _BLOCKS = r"transformer_blocks\.\d+\.attn1"
@@ -27,42 +37,70 @@ _COGVIDEOX_PORTS = {
     "FusedCogVideoXAttnProcessor2_0": CogVideoXPort,
 }
 
+# Video models that NABLA cannot help, and why.
+_REFUSALS = {
+    "LatteTransformer3DModel": (
+        "it attends within a frame and along time separately, in rows too short to gain."
+    ),
+    "SanaVideoTransformer3DModel": (
+        "its video self-attention is linear; there is no map to make sparse."
+    ),
+    "SanaWMTransformer3DModel": (
+        "most of its video self-attention is recurrent; there is no map to make sparse."
+    ),
+    "SanaWMLTX2RefinerTransformer3DModel": (
+        "it attends a cache of earlier windows, so its keys are not one token grid."
+    ),
+    "AnyFlowFARTransformer3DModel": (
+        "it attends chunks causally behind a block mask of its own, and a cache of keys."
+    ),
+    "WanAnimate2Transformer3DModel": (
+        "its keys are the video and a cached reference behind a mask of its own."
+    ),
+    "Cosmos3OmniTransformer": (
+        "it packs video, sound and actions into one sequence with causal parts."
+    ),
+    "MiniMaxH3Transformer3DModel": (
+        "it packs text, images, sound and video into one sequence without a token grid."
+    ),
+}
+
 _ROWS = (
     ModelRow(name="WanTransformer3DModel", attention=_WAN),
     ModelRow(
-        name="WanVACETransformer3DModel", attention=r"(vace_)?" + _WAN, cp_plan=sharing.VACE_PLAN
+        name="WanVACETransformer3DModel", attention=r"(vace_)?" + _WAN, cp_plan=cp_plans.VACE_PLAN
     ),
     ModelRow(
         name="WanAnimateTransformer3DModel",
         attention=_WAN,
         no_ranks="its face adapter works on whole frames.",
     ),
-    ModelRow(name="SkyReelsV2Transformer3DModel", attention=_WAN, cp_plan=sharing.WAN_PLAN),
+    ModelRow(name="SkyReelsV2Transformer3DModel", attention=_WAN, cp_plan=cp_plans.WAN_PLAN),
     ModelRow(name="ChronoEditTransformer3DModel", attention=_WAN),
     ModelRow(
         name="AnyFlowTransformer3DModel",
         attention=_WAN,
-        grid=grids.frames_first_grid,
+        grid=frames_first_grid,
         guidance_in_batch=True,
         no_ranks="each token's time is made inside it, out of reach of diffusers' plans.",
     ),
     ModelRow(
         name="HeliosTransformer3DModel",
         attention=_WAN,
-        prefix=grids.helios_history,
+        prefix=helios_history,
         no_ranks=_HISTORY,
     ),
     ModelRow(
         name="HunyuanVideoTransformer3DModel",
         attention=_HUNYUAN,
         text="after",
-        cp_plan=sharing.hunyuan_plan,
+        cp_plan=cp_plans.hunyuan_plan,
     ),
     ModelRow(
         name="HunyuanVideoFramepackTransformer3DModel",
         attention=_HUNYUAN,
         text="after",
-        prefix=grids.framepack_history,
+        prefix=framepack_history,
         no_ranks=_HISTORY,
     ),
     ModelRow(
@@ -70,47 +108,47 @@ _ROWS = (
         attention=r"transformer_blocks\.\d+\.attn",
         text="after",
         ports={"HunyuanVideo15AttnProcessor2_0": HunyuanVideo15Port},
-        cp_plan=sharing.JOINT_PLAN,
+        cp_plan=cp_plans.JOINT_PLAN,
     ),
     ModelRow(
         name="Kandinsky5Transformer3DModel",
         attention=_KANDINSKY,
-        grid=grids.channels_last_grid,
+        grid=channels_last_grid,
         without=("sparse_params",),
-        cp_plan=sharing.KANDINSKY_PLAN,
+        cp_plan=cp_plans.KANDINSKY_PLAN,
         cp_trains=False,
     ),
     ModelRow(
         name="Kandinsky6Transformer3DModel",
         attention=r"visual_transformer_blocks\.\d+\.video_dec_block\.self_attention",
-        grid=grids.channels_last_grid,
+        grid=channels_last_grid,
         no_ranks=_SOUND,
     ),
     ModelRow(
         name="Kandinsky6SRTransformer3DModel",
         attention=_KANDINSKY,
-        grid=grids.channels_last_grid,
+        grid=channels_last_grid,
         ports={"Kandinsky6SRAttnProcessor": Kandinsky6SRPort},
-        in_block_order=True,
+        is_block_order=True,
         no_ranks="it works on small tiles. Share out the tiles instead.",
     ),
     ModelRow(
         name="CosmosTransformer3DModel",
         attention=_BLOCKS,
         ports={"CosmosAttnProcessor2_0": CosmosPort},
-        cp_plan=sharing.COSMOS_PLAN,
+        cp_plan=cp_plans.COSMOS_PLAN,
     ),
     ModelRow(
         name="LTXVideoTransformer3DModel",
         attention=_BLOCKS,
-        grid=grids.named_grid,
+        grid=named_grid,
         guidance_in_batch=True,
-        cp_plan=sharing.LTX_PLAN,
+        cp_plan=cp_plans.LTX_PLAN,
     ),
     ModelRow(
         name="LTX2VideoTransformer3DModel",
         attention=_BLOCKS,
-        grid=grids.named_grid,
+        grid=named_grid,
         guidance_in_batch=True,
         no_ranks=_SOUND,
     ),
@@ -118,19 +156,19 @@ _ROWS = (
         name="CogVideoXTransformer3DModel",
         guidance_in_batch=True,
         attention=_BLOCKS,
-        grid=grids.frames_first_grid,
+        grid=frames_first_grid,
         text="before",
         ports=_COGVIDEOX_PORTS,
-        cp_plan=sharing.COGVIDEOX_PLAN,
+        cp_plan=cp_plans.COGVIDEOX_PLAN,
     ),
     ModelRow(
         name="ConsisIDTransformer3DModel",
         guidance_in_batch=True,
         attention=_BLOCKS,
-        grid=grids.frames_first_grid,
+        grid=frames_first_grid,
         text="before",
         ports=_COGVIDEOX_PORTS,
-        cp_plan=sharing.COGVIDEOX_PLAN,
+        cp_plan=cp_plans.COGVIDEOX_PLAN,
     ),
     ModelRow(
         name="MochiTransformer3DModel",
@@ -138,7 +176,7 @@ _ROWS = (
         attention=_BLOCKS,
         text="after",
         ports={"MochiAttnProcessor2_0": MochiPort},
-        cp_plan=sharing.JOINT_PLAN,
+        cp_plan=cp_plans.JOINT_PLAN,
     ),
     ModelRow(
         name="AllegroTransformer3DModel",
@@ -153,7 +191,7 @@ _ROWS = (
         attention=_BLOCKS,
         text="before",
         ports={"EasyAnimateAttnProcessor2_0": EasyAnimatePort},
-        cp_plan=sharing.EASYANIMATE_PLAN,
+        cp_plan=cp_plans.EASYANIMATE_PLAN,
     ),
     ModelRow(
         name="MotifVideoTransformer3DModel",
@@ -161,7 +199,7 @@ _ROWS = (
         text="after",
         no_ranks="its decoder layers attend two copies of the video.",
     ),
-    *(ModelRow(name=name, refusal=reason) for name, reason in REFUSALS.items()),
+    *(ModelRow(name=name, refusal=reason) for name, reason in _REFUSALS.items()),
 )
 _TABLE = {row.name: row for row in _ROWS}
 
@@ -170,7 +208,7 @@ def register_model(
     name: str,
     *,
     attention: str,
-    grid: GridFunction = grids.latent_grid,
+    grid: GridFunction = latent_grid,
     text: str | None = None,
     ports: Mapping[str, Port] | None = None,
     guidance_in_batch: bool = False,

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from nabla_attn.generation.generate import generate
-from nabla_attn.generation.record_maps import MapRecorder
-from nabla_attn.generation.recorded_maps import RecordedMaps
+from nabla_attn.generation.map_file import RecordedMaps
+from nabla_attn.generation.map_recorder import MapRecorder
 from nabla_attn.generation.request import GenerationRequest
 from nabla_attn.progress import ProgressCallback
 from nabla_attn.record import RunRecord

@@ -174,7 +174,6 @@ class SparsityConfig:
         ramp: Number of steps over which the threshold, or share, falls from 1 to its target.
         dense_share: Share of the steps that stay dense, spread evenly.
         backend: "auto" or one of `nabla_attn.backends.NAMES`.
-        keep_first_frame: Whether every block attends the first latent frame.
     """
 
     algorithm: Algorithm = "nabla-0.7"
@@ -183,7 +182,6 @@ class SparsityConfig:
     ramp: Natural = 0
     dense_share: Share = 0.0
     backend: Text = "auto"
-    keep_first_frame: Switch = False
 
     @property
     def is_dense(self) -> bool:

@@ -4,12 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from nabla_attn.config import DENSE, SparseConfig, parse
-from nabla_attn.models import apply
+from nabla_attn.models import Handle, apply
 from nabla_attn.schedule import Schedule
 from nabla_attn.training.noise import GOLDEN
 from nabla_attn.training.sections import SparsityConfig
@@ -42,21 +41,15 @@ class Sparsity:
             reuse_steps=1,
             reuse_guidance=False,
         )
-        self._state: Any = None
+        self._handle: Handle | None = None
         is_dense = self.schedule.algorithm.is_dense and not self.schedule.layer_overrides
         if not is_dense:
-            self._handle = apply(
-                module,
-                schedule=self.schedule,
-                backend=config.backend,
-                keep_first_frame=config.keep_first_frame,
-            )
-            self._state = self._handle.models[0][1]
+            self._handle = apply(module, schedule=self.schedule, backend=config.backend)
 
     @property
     def layers(self) -> list[str]:
         """Paths of the attention modules, in order."""
-        return [] if self._state is None else list(self._state.modules)
+        return [] if self._handle is None else [layer.path for layer in self._handle.layers]
 
     def set_step(self, step: int) -> None:
         """Attention of an optimiser step, counted from 0."""
@@ -74,26 +67,22 @@ class Sparsity:
     @contextmanager
     def dense(self) -> Iterator[None]:
         """Dense attention for the time of the block."""
-        if self._state is None:
+        if self._handle is None:
             yield
             return
-        before = self._state.settings
+        before = self._handle.schedule
         self._use(Schedule(algorithm=DENSE))
         try:
             yield
         finally:
-            self._state.settings = before
+            self._use(before)
 
     def densities(self) -> list[float]:
         """Kept share of the token pairs of every layer in the last forward; waits for the device.
 
         A dense layer is 1. Empty without sparse attention or before the first forward.
         """
-        forwards = self._state and self._state.telemetry.forwards
-        if not forwards:
-            return []
-        stats = forwards[-1].stats
-        return [1.0 if layer is None else float(layer[0].detach().nanmean()) for layer in stats]
+        return [] if self._handle is None else self._handle.last_densities()
 
     def _drawn(self, step: int) -> Schedule:
         if self.config.thresholds is None:
@@ -105,8 +94,8 @@ class Sparsity:
         return replace(self.schedule, algorithm=algorithm)
 
     def _use(self, schedule: Schedule) -> None:
-        if self._state is not None:
-            self._state.settings = replace(self._state.settings, schedule=schedule)
+        if self._handle is not None:
+            self._handle.set_schedule(schedule)
 
 
 def read_schedule(config: SparsityConfig) -> Schedule:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from nabla_attn.files import write_text
-from nabla_attn.generation.recorded_maps import SCORE_BITS, RecordedMaps
+from nabla_attn.generation.map_file import SCORE_BITS, RecordedMaps
 from nabla_attn.record import RunRecord
 
 PAGE = Path(__file__).parent / "page"

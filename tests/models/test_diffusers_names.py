@@ -7,7 +7,8 @@ import pytest
 import torch
 from tests.models.tiny_models import TINY
 
-from nabla_attn.models import dispatch, table
+from nabla_attn.models import processor as dispatch
+from nabla_attn.models import table
 
 
 def test_the_dispatcher_is_as_expected():
@@ -33,7 +34,7 @@ def test_every_class_of_the_table_exists():
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_processors_have_a_door_or_a_port(name):
+def test_processors_call_the_dispatcher_or_have_a_port(name):
     from nabla_attn.models.modules import attention_modules
     from nabla_attn.models.table import row_of
 
@@ -46,8 +47,8 @@ def test_processors_have_a_door_or_a_port(name):
         for private in ("_attention_backend", "_parallel_config"):
             assert hasattr(processor, private), f"diffusers {version('diffusers')}: {path}"
         source = inspect.getsource(type(processor).__call__)
-        assert "backend=self._attention_backend" in source, f"{path} has no door any more"
-        assert "self._parallel_config" in source, f"{path} has no door any more"
+        assert "backend=self._attention_backend" in source, f"{path} bypasses the dispatcher now"
+        assert "self._parallel_config" in source, f"{path} bypasses the dispatcher now"
 
 
 def test_classes_with_a_plan_of_their_own():

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import nn
 
-Plan = dict[str, Any]
+CpPlan = dict[str, Any]
+"""A context-parallel plan in diffusers' form: module path to what is split or gathered there."""
 Axis = int | tuple[int, int] | list[int]
 
 
@@ -14,7 +15,7 @@ def sequence_plan(
     *,
     outputs: dict[str, list[int]] | None = None,
     gather: str = "proj_out",
-) -> Callable[[nn.Module], Plan | None]:
+) -> Callable[[nn.Module], CpPlan | None]:
     """A context-parallel plan in diffusers' form, for a model that has none.
 
     Plans are functions of the model; None from one means that it cannot be shared.
@@ -28,10 +29,10 @@ def sequence_plan(
             of partial gradients on every rank.
     """
 
-    def plan(model: nn.Module) -> Plan | None:
+    def plan(model: nn.Module) -> CpPlan | None:
         from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 
-        found: Plan = {}
+        found: CpPlan = {}
         for path, axes in (outputs or {}).items():
             if getattr(model, path, None) is not None:
                 found[path] = {
@@ -76,7 +77,7 @@ LTX_PLAN = sequence_plan({"transformer_blocks.0": _HIDDEN}, outputs={"rope": [1,
 JOINT_PLAN = sequence_plan({"transformer_blocks.0": _HIDDEN}, outputs={"rope": [0, 0]})
 
 
-def hunyuan_plan(model: nn.Module) -> Plan | None:
+def hunyuan_plan(model: nn.Module) -> CpPlan | None:
     """None for token replacement, which finds the first frame's tokens by their position."""
     config: Any = model.config
     return None if config.image_condition_type == "token_replace" else JOINT_PLAN(model)

@@ -1,35 +1,29 @@
-"""What block-sparse attention loses, from exact attention on sampled query tokens."""
+"""What a block map loses, from exact attention on sampled query tokens."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nabla_attn.config import SparseConfig
 from nabla_attn.core.block_map import BlockMap
-from nabla_attn.core.order import TokenLayout, block_order, to_blocks
-from nabla_attn.core.scores import score_blocks
-from nabla_attn.mapping import pool_video
-from nabla_attn.models.maps import map_of_last_sample
-from nabla_attn.models.modules import num_heads
-from nabla_attn.models.plan import Layer, plan_of
+from nabla_attn.core.order import TokenLayout, block_order
+from nabla_attn.core.scores import pool_blocks, score_blocks
 
 MAX_SCORES = 2**26  # exact scores held at once: 256 MB in fp32
 
 
 @dataclass(frozen=True)
 class BlockCall:
-    """One attention call in block order, and the map it used.
+    """One sample's attention call in block order, and its map.
 
     Attributes:
-        q: queries [batch, heads, slots, dim].
-        k: keys, like q.
-        v: values, like q.
-        layout: where the tokens are.
-        block_map: which blocks were kept.
-        scale: factor on q.k.
+        q: Queries [1, heads, slots, dim].
+        k: Keys, like q.
+        v: Values, like q.
+        layout: Where the tokens are.
+        block_map: Which blocks are kept.
+        scale: Factor on q.k.
     """
 
     q: Tensor
@@ -40,66 +34,13 @@ class BlockCall:
     scale: float
 
 
-def observe_layers(handle: Any, observe: Callable[..., None]) -> None:
-    """Have ``observe(step, index, layer, *arguments)`` called after every sparse call.
-
-    Args:
-        handle: of the sparse attention; the layers of both transformers of Wan 2.2 are observed.
-        observe: given the denoising step (None where it is not known), the layer's index, the
-            layer, and the arguments of its observer.
-    """
-
-    def observer(index: int) -> Callable[..., None]:
-        return lambda *call: observe(handle.telemetry.forwards[-1].step, index, *call)
-
-    for _, state in handle.models:
-        for index, layer in enumerate(state.layers):
-            layer.observer = observer(index)
-
-
-def layers_and_heads(handle: Any) -> tuple[int, int]:
-    """The most layers of a handle's transformers, and the most heads of a layer."""
-    modules = [list(state.modules.values()) for _, state in handle.models]
-    return max(map(len, modules)), max(num_heads(module) for some in modules for module in some)
-
-
 @torch.no_grad()
-def block_call(
-    layer: Layer,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text_valid: Tensor | None,
-    scale: float | None,
-    *,
-    config: SparseConfig | None = None,
-) -> BlockCall:
-    """Find the map of a call that a layer's observer saw; arguments as the observer's.
-
-    Only the last sample of the batch is kept: under classifier-free guidance in one batch, it is
-    the one with the prompt.
-
-    Args:
-        config: find the map that another algorithm would use.
-    """
-    assert layer.key is not None
-    plan = plan_of(layer.key)
-    if config is not None:
-        plan = replace(plan.with_config(config), memory=None)
-    layout = TokenLayout(plan.grid, *plan.text_tokens(q.shape[1]))
-    batch = q.shape[0]
-    q, k, v = (x[-1:].detach().transpose(1, 2) for x in (q, k, v))
-    if not plan.in_block_order:
-        q, k, v = (to_blocks(x, layout) for x in (q, k, v))
-    valid = None if text_valid is None else _text_only(text_valid[-1:], layout)
-    block_map = map_of_last_sample(plan, q, k, layout, batch, text_valid=valid, scale=scale)
-    return BlockCall(q, k, v, layout, block_map, q.shape[-1] ** -0.5 if scale is None else scale)
-
-
 def pooled_scores(call: BlockCall) -> Tensor:
     """Probabilities of the pooled map of this call's tokens, fp32 [heads, blocks, blocks]."""
-    q, k = (pool_video(x, call.layout) for x in (call.q, call.k))
-    return score_blocks(q, k, scale=call.scale)[0]
+    grid = call.layout.grid
+    counts = block_order(call.layout, call.q.device).counts[: grid.num_blocks]
+    q, k = (pool_blocks(x[0, :, : grid.num_slots], counts) for x in (call.q, call.k))
+    return score_blocks(q, k, scale=call.scale)
 
 
 def pooled_mass(call: BlockCall) -> Tensor:
@@ -110,7 +51,7 @@ def pooled_mass(call: BlockCall) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Losses:
+class MapLosses:
     """Means over sampled query tokens, per head; fp32 [heads] on the CPU.
 
     Attributes:
@@ -126,7 +67,7 @@ class Losses:
 
 
 @torch.no_grad()
-def measure_losses(call: BlockCall, *, num_rows: int = 16, seed: int = 0) -> Losses:
+def measure_losses(call: BlockCall, *, num_rows: int = 16, seed: int = 0) -> MapLosses:
     """Exact attention of sampled query tokens against what the map keeps of it.
 
     Keys of empty slots and padded text hold no mass, whatever their numbers are.
@@ -150,7 +91,7 @@ def measure_losses(call: BlockCall, *, num_rows: int = 16, seed: int = 0) -> Los
         if valid is not None:
             scores = scores.masked_fill(~valid[0], float("-inf"))
         parts.append(_losses(scores.softmax(dim=-1), v, kept[some], block))
-    return Losses(*(torch.cat(values).float().cpu() for values in zip(*parts, strict=True)))
+    return MapLosses(*(torch.cat(values).float().cpu() for values in zip(*parts, strict=True)))
 
 
 def _losses(probs: Tensor, v: Tensor, kept: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,12 +116,3 @@ def _sample_slots(layout: TokenLayout, count: int, seed: int, device: Any) -> Te
     tokens = layout.grid.num_tokens
     drawn = torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))[:count]
     return block_order(layout, device).to_raster[drawn.to(device) + layout.text_before]
-
-
-def _text_only(valid: Tensor, layout: TokenLayout) -> Tensor | None:
-    if layout.num_text == 0:
-        return None
-    if valid.shape[1] != layout.num_tokens:
-        return valid
-    after = layout.num_tokens - layout.text_after
-    return torch.cat([valid[:, : layout.text_before], valid[:, after:]], dim=1)

@@ -1,9 +1,9 @@
-"""The state of one model instance: it plans each forward."""
+"""The planner of one model: which grid, step and algorithm each layer has in a forward."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 from weakref import ref
 
 import torch
@@ -12,23 +12,19 @@ from torch import nn
 from nabla_attn.config import DENSE, SparseConfig
 from nabla_attn.core.grid import TokenGrid
 from nabla_attn.machine import min_tokens_here
-from nabla_attn.models.checkpointing import unwrap_checkpoint, wrap_checkpoint
-from nabla_attn.models.grids import packed_clips
-from nabla_attn.models.hook import STATE_NAME, PlanForward
-from nabla_attn.models.map_memory import Reuse
-from nabla_attn.models.modules import attention_modules, num_heads, set_processor
-from nabla_attn.models.parallel import (
+from nabla_attn.models.context_parallel import (
     Ranks,
     balanced_order,
     keep_ranks_from,
     ranks_of,
     shares_arguments,
 )
+from nabla_attn.models.map_cache import MapReuse
+from nabla_attn.models.modules import attention_modules, num_heads
 from nabla_attn.models.plan import Layer, Plan, plan_key
-from nabla_attn.models.processor import NablaProcessor, make_processor, open_door
-from nabla_attn.models.row import ModelRow
+from nabla_attn.models.report import Forward, Telemetry
+from nabla_attn.models.row import ModelRow, packed_clips
 from nabla_attn.models.steps import StepCounter
-from nabla_attn.models.telemetry import Forward, Telemetry
 from nabla_attn.schedule import Schedule
 
 
@@ -40,20 +36,21 @@ class Settings:
     has_auto_min_tokens: bool = False
     backend: str = "auto"
     telemetry: bool = True
-    keep_first_frame: bool = False
-    pair_queries: str | None = None
 
 
-class ModelState:
-    """Everything NABLA keeps about one model; lives on the model, so copies get their own.
+class Planner:
+    """Decides before each forward of a model what its layers do in it.
 
     Args:
-        name: the model's name in its pipeline, for reports.
-        model: the model, hooks not yet installed.
-        row: its row in the table.
-        settings: what the user asked for.
-        steps: step counter, shared by the transformers of a pipeline.
-        telemetry: collector of statistics, shared like `steps`.
+        name: The model's name in its pipeline, for reports.
+        model: The model.
+        row: Its row in the table.
+        settings: What the user asked for.
+        steps: The step counter, shared by the transformers of a pipeline.
+        telemetry: The collector of statistics, shared like `steps`.
+
+    Raises:
+        ValueError: The model has no such attention, or the schedule names a layer it lacks.
     """
 
     def __init__(
@@ -67,97 +64,55 @@ class ModelState:
     ) -> None:
         self.name = name
         self.row = row
-        self.settings = settings
         self.steps = steps
         self.telemetry = telemetry
         self.modules = attention_modules(model, row)
-        self.layers = [Layer(path) for path in self.modules]
-        settings.schedule.check_layers(len(self.layers))
-        self.reuse = Reuse(settings.schedule)
-        self.hook: Any = None
-        self.has_own_plan = False
-        self._hooked: ref[nn.Module] | None = None
+        self.layers = [
+            Layer(path, model=name, index=index, num_heads=num_heads(module))
+            for index, (path, module) in enumerate(self.modules.items())
+        ]
+        self.use(settings)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy does not belong to the original's wrapper.
-        return self.__dict__ | {"_hooked": None}
+    @property
+    def pairs(self) -> Iterator[tuple[Layer, Any]]:
+        """Every layer with its attention module."""
+        return zip(self.layers, self.modules.values(), strict=True)
 
-    def install(self, model: nn.Module, hooked: nn.Module) -> None:
-        """Put the processors in place and hook the forward of `hooked`, `model` or its wrapper.
+    def use(self, settings: Settings) -> None:
+        """Follow other settings from the next forward on; maps that are kept are dropped.
 
         Raises:
-            ValueError: a processor cannot be replaced; the model is left as it was.
+            ValueError: The schedule names a layer that the model does not have.
         """
-        setattr(model, STATE_NAME, self)
-        self._hooked = ref(hooked)
-        self.hook = hooked.register_forward_pre_hook(PlanForward(), with_kwargs=True)
-        try:
-            self._place_processors()
-        except ValueError:
-            self.uninstall(model)
-            raise
-        plan = self.row.cp_plan(model) if self.row.cp_plan is not None else None
-        if plan is not None and "_cp_plan" not in vars(model):
-            # Seen by `enable_parallelism` instead of the class's own.
-            cast(Any, model)._cp_plan = plan
-            self.has_own_plan = True
-
-    def install_again(self, model: nn.Module) -> None:
-        """Put back what `uninstall` took, where it was."""
-        hooked = self._hooked() if self._hooked is not None else None
-        self.install(model, model if hooked is None else hooked)
-
-    def uninstall(self, model: nn.Module) -> None:
-        """Take everything back."""
-        self.hook.remove()
-        for layer, module in zip(self.layers, self.modules.values(), strict=True):
-            layer.memory.forget()
-            # Who kept the processor may put it back.
-            layer.is_dense = True
-            if isinstance(module.processor, NablaProcessor):
-                set_processor(module, module.processor.original)
-        unwrap_checkpoint(model)
-        if self.has_own_plan:
-            delattr(model, "_cp_plan")
-            self.has_own_plan = False
-        delattr(model, STATE_NAME)
-
-    def _place_processors(self) -> None:
-        """Stand in for every processor that is not ours (users and fused QKV set new ones)."""
-        for layer, module in zip(self.layers, self.modules.values(), strict=True):
-            original = module.processor
-            if isinstance(original, NablaProcessor):
-                if original.layer is layer:
-                    continue
-                # Of an earlier `apply`, put back by who kept it (unfused QKV).
-                original = original.original
-            port = self.row.ports.get(type(original).__name__, open_door)
-            set_processor(module, make_processor(original, layer, port))
+        settings.schedule.check_layers(len(self.layers))
+        self.settings = settings
+        self.reuse = MapReuse(settings.schedule)
+        for layer in self.layers:
+            layer.maps.forget()
 
     def plan(self, model: nn.Module, arguments: Mapping[str, Any]) -> None:
-        """Decide for every layer what it does in this forward."""
-        self._place_processors()
-        if torch.is_grad_enabled():
-            wrap_checkpoint(model, self.layers, list(self.modules.values()))
+        """Decide for every layer what it does in this forward, in this thread."""
         step = self._step(model, arguments.get("timestep"))
         tensors = (value for value in arguments.values() if isinstance(value, torch.Tensor))
         device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         branch = self.reuse.begin(
             step,
             self.steps.generation,
-            (layer.memory for layer in self.layers),
+            (layer.maps for layer in self.layers),
             max_branches=self.steps.max_branches,
         )
         plan = self._common_plan(model, arguments)
         if plan.ranks is not None:
             self._prepare_ranks(model, plan.ranks, device)
         schedule = self._schedule(step, device)
-        for index, layer in enumerate(self.layers):
-            config = self._config(schedule, step, index, plan.grid)
-            self._plan_layer(layer, self._with_memory(plan, config, branch, layer), device)
+        for layer in self.layers:
+            config = self._config(schedule, step, layer.index, plan.grid)
+            layer.current.step = step
+            self._plan_layer(layer, self._plan_of(layer, plan, config, branch), device)
         if self.settings.telemetry:
             grid = (plan.grid.frames, plan.grid.height, plan.grid.width)
-            forward = Forward(self.name, step, grid, [layer.stats for layer in self.layers])
+            stats = [layer.current.stats for layer in self.layers]
+            forward = Forward(self.name, step, grid, stats)
             self.telemetry.record(forward, -1 if step is None else self.steps.generation)
 
     def _step(self, model: nn.Module, timestep: Any) -> int | None:
@@ -168,6 +123,12 @@ class ModelState:
                 _warn_about_gradients()
             return None
         step = self.steps.observe(timestep)
+        if self.steps.is_foreign and (schedule.reuses_maps or schedule != _without_steps(schedule)):
+            raise ValueError(
+                "another thread is in the middle of a generation with this model, and the schedule "
+                "has rules about steps, which are counted over one generation. Give each thread a "
+                "model of its own, or a schedule without such rules."
+            )
         if step == 0 and 0 < self.steps.turned_after <= schedule.dense_first_steps:
             _warn_about_random_steps(schedule)
         return step
@@ -182,26 +143,24 @@ class ModelState:
             config=DENSE,
             text=row.text,
             prefix=row.prefix(model, arguments) if row.prefix else 0,
-            in_block_order=row.in_block_order,
+            is_block_order=row.is_block_order,
             backend=settings.backend,
-            keep_first_frame=settings.keep_first_frame,
-            pair_queries=settings.pair_queries,
             # Ranks share heads by their densities.
             telemetry=settings.telemetry or ranks is not None,
             ranks=ranks,
         )
 
-    def _with_memory(
-        self, plan: Plan, config: SparseConfig, branch: int | None, layer: Layer
-    ) -> Plan:
-        """The layer's plan; a window's map needs no memory."""
+    def _plan_of(self, layer: Layer, plan: Plan, config: SparseConfig, branch: int | None) -> Plan:
+        """The plan of one layer, which knows it only where its maps are kept or observed."""
         plan = plan.with_config(config)
-        if branch is None or not config.is_adaptive:
+        # A window's map is cached elsewhere.
+        branch = branch if config.is_adaptive else None
+        if branch is None and not layer.observers:
             return plan
         in_batch = self.settings.schedule.reuse_guidance and self.row.guidance_in_batch
         return replace(
             plan,
-            memory=ref(layer.memory),
+            layer=ref(layer),
             branch=branch,
             is_guidance_batch=in_batch and self.steps.is_guided is not False,
         )
@@ -226,17 +185,17 @@ class ModelState:
         )
 
     def _plan_layer(self, layer: Layer, plan: Plan, device: torch.device) -> None:
-        # diffusers' own parallel attention does not know joint text, nor processors without a door.
+        # diffusers' own parallel attention knows no joint text, nor processors that need a port.
         needs_ranks = plan.ranks is not None and bool(self.row.text or self.row.ports)
         is_whole = plan.grid.segments is None and not needs_ranks
-        layer.is_dense = plan.config.is_dense and is_whole
-        layer.stats = None
-        if layer.is_dense:
+        current = layer.current
+        current.is_dense = plan.config.is_dense and is_whole
+        current.stats = None
+        if current.is_dense:
             return
-        layer.key = plan_key(plan)
+        current.key = plan_key(plan)
         if plan.telemetry:
-            heads = num_heads(self.modules[layer.name])
-            layer.stats = torch.full((2, heads), float("nan"), device=device)
+            current.stats = torch.full((2, layer.num_heads), float("nan"), device=device)
 
     def _prepare_ranks(self, model: nn.Module, ranks: Ranks, device: torch.device) -> None:
         if self.row.no_ranks is not None:
@@ -262,14 +221,14 @@ class ModelState:
 
     def _balance_heads(self, ranks: Ranks, device: torch.device) -> None:
         """Share heads by the densities of the last forward; the same on all ranks."""
-        measured = [layer for layer in self.layers if layer.stats is not None]
+        measured = [layer.current for layer in self.layers if layer.current.stats is not None]
         if not measured:
             return
-        loads = torch.stack([layer.stats[0] for layer in measured if layer.stats is not None])
-        for layer, load in zip(measured, loads.cpu().tolist(), strict=True):
+        loads = torch.stack([current.stats[0] for current in measured if current.stats is not None])
+        for current, load in zip(measured, loads.cpu().tolist(), strict=True):
             if load[0] == load[0]:
                 order = balanced_order(load, ranks.count)
-                layer.order = torch.tensor(order, device=device)
+                current.order = torch.tensor(order, device=device)
 
 
 def _without_steps(schedule: Schedule) -> Schedule:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_attn.models.parallel import balanced_order, imbalance
+from nabla_attn.models.context_parallel import balanced_order, imbalance
 
 # Forwards remembered of one step; training, which has no steps, must not fill memory.
 MAX_FORWARDS = 1024
@@ -109,6 +109,12 @@ class Telemetry:
     def forwards(self) -> list[Forward]:
         """The forwards of the running generation, oldest first."""
         return [forward for calls in self._steps.values() for forward in calls]
+
+    def last_densities(self) -> list[float]:
+        """Mean density of every layer in the last forward, 1 where it was dense."""
+        forwards = self.forwards
+        stats = forwards[-1].stats if forwards else []
+        return [1.0 if layer is None else float(layer[0].detach().nanmean()) for layer in stats]
 
     def report(self) -> Report:
         """Read the statistics; waits for the device."""

@@ -8,16 +8,10 @@ import numpy as np
 import torch
 
 from nabla_attn.core.grid import BlockShape, TokenGrid
-from nabla_attn.generation.attention_probe import (
-    BlockCall,
-    block_call,
-    layers_and_heads,
-    measure_losses,
-    observe_layers,
-    pooled_scores,
-)
-from nabla_attn.generation.recorded_maps import SCORE_BITS, RecordedMaps, choose
+from nabla_attn.core.losses import measure_losses, pooled_scores
+from nabla_attn.generation.map_file import SCORE_BITS, RecordedMaps, choose
 from nabla_attn.generation.request import GenerationRequest, video_tokens
+from nabla_attn.models import AttentionCall
 from nabla_attn.record import RunRecord
 from nabla_attn.schedule import Schedule
 
@@ -33,7 +27,7 @@ class MapRecorder:
         request: the request of the run.
         num_rows: query tokens sampled per step and layer for the losses.
         asked: steps, layers, heads, has_scores and max_bytes of
-            `nabla_attn.generation.recorded_maps.choose`.
+            `nabla_attn.generation.map_file.choose`.
     """
 
     def __init__(
@@ -54,11 +48,11 @@ class MapRecorder:
         Raises:
             ValueError: what was asked for does not exist or is too large.
         """
-        counts = (self._num_steps, *layers_and_heads(handle))
+        counts = (self._num_steps, handle.num_layers, handle.num_heads)
         self._selection = choose(counts, self._grid.num_blocks, **self._asked)
         names = ("density", "true_mass", "best_mass")
         self._numbers = {name: torch.ones(counts) for name in names}
-        observe_layers(handle, self._observe)
+        handle.observe(self._observe)
 
     def result(self) -> RecordedMaps:
         """What was recorded.
@@ -99,14 +93,15 @@ class MapRecorder:
         seconds = record.numbers["seconds"] | {"recording": round(self.seconds, 4)}
         return replace(record, numbers=record.numbers | {"seconds": seconds})
 
-    def _observe(self, step: int | None, index: int, layer: Any, *arguments: Any) -> None:
-        if step is not None and (step, index) not in self._seen:
-            self._seen.add((step, index))
+    def _observe(self, call: AttentionCall) -> None:
+        if call.step is not None and (call.step, call.layer) not in self._seen:
+            self._seen.add((call.step, call.layer))
             began = time.perf_counter()
-            self._record(step, index, block_call(layer, *arguments))
+            self._record(call.step, call.layer, call)
             self.seconds += time.perf_counter() - began
 
-    def _record(self, step: int, layer: int, call: BlockCall) -> None:
+    def _record(self, step: int, layer: int, seen: AttentionCall) -> None:
+        call = seen.last_sample()
         losses = measure_losses(call, num_rows=self._num_rows, seed=step * 1000 + layer)
         self._numbers["density"][step, layer] = call.block_map.head_density[0].cpu()
         self._numbers["true_mass"][step, layer] = losses.true_mass

@@ -7,9 +7,9 @@ import torch
 
 from nabla_attn.config import parse
 from nabla_attn.generation.generate import generate
+from nabla_attn.generation.map_file import SCORE_BITS, RecordedMaps, Selection, choose, spread
+from nabla_attn.generation.map_recorder import MapRecorder, to_bytes
 from nabla_attn.generation.pipeline import load_pipeline
-from nabla_attn.generation.record_maps import MapRecorder, to_bytes
-from nabla_attn.generation.recorded_maps import SCORE_BITS, RecordedMaps, Selection, choose, spread
 from nabla_attn.generation.request import GenerationRequest
 from nabla_attn.schedule import Schedule
 

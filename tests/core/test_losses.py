@@ -2,16 +2,16 @@ import pytest
 import torch
 
 from nabla_attn import TokenGrid, parse
+from nabla_attn.block_selection import select_blocks
+from nabla_attn.core import losses as losses_module
+from nabla_attn.core.losses import BlockCall, measure_losses
 from nabla_attn.core.order import TokenLayout, to_blocks
-from nabla_attn.generation.attention_probe import BlockCall, block_call, measure_losses
-from nabla_attn.mapping import map_blocks
-from nabla_attn.models.plan import Layer, Plan, plan_key
 
 
 def call_of(q, k, v, grid, config, text_after=0, text_valid=None):
     layout = TokenLayout(grid, 0, text_after)
     q, k, v = (to_blocks(x, layout) for x in (q, k, v))
-    block_map = map_blocks(q, k, layout, parse(config), text_valid=text_valid)
+    block_map = select_blocks(q, k, layout, parse(config), text_valid=text_valid)
     return BlockCall(q, k, v, layout, block_map, q.shape[-1] ** -0.5)
 
 
@@ -110,37 +110,11 @@ def test_text_that_is_padding_takes_no_mass():
     torch.testing.assert_close(measure_losses(call, num_rows=1000).true_mass, clean.true_mass)
 
 
-def test_the_call_is_the_layers_own_map_of_the_prompted_sample():
-    layer = Layer("a")
-    layer.key = plan_key(Plan(grid=GRID, config=parse("nabla-0.4")))
-    q, k, v = (torch.randn(2, GRID.num_tokens, 3, 8) for _ in range(3))
-    call = block_call(layer, q, k, v, None, None)
-    expected = call_of(*(x[1:].transpose(1, 2) for x in (q, k, v)), GRID, "nabla-0.4")
-    assert torch.equal(call.block_map.mask, expected.block_map.mask)
-    torch.testing.assert_close(call.scale, 8**-0.5)
-
-
-def test_another_algorithm_is_seen_in_its_own_blocks():
-    layer = Layer("a")
-    plan = Plan(grid=GRID, config=parse("dense"))
-    layer.key = plan_key(plan.with_config(parse("nabla-0.4_block-1-4-4")))
-    q, k, v = (torch.randn(1, GRID.num_tokens, 3, 8) for _ in range(3))
-    for algorithm, grid in [
-        ("nabla-0.4", GRID),
-        ("nabla-0.4_block-2-2-3", GRID.with_block((2, 2, 3))),
-    ]:
-        call = block_call(layer, q, k, v, None, None, config=parse(algorithm))
-        expected = call_of(*(x.transpose(1, 2) for x in (q, k, v)), grid, "nabla-0.4")
-        assert torch.equal(call.block_map.mask, expected.block_map.mask)
-
-
 def test_in_parts_as_at_once(monkeypatch):
-    from nabla_attn.generation import attention_probe
-
     q, k, v = random_qkv(GRID.num_tokens, heads=5)
     call = call_of(q, k, v, GRID, "nabla-0.5")
     whole = measure_losses(call)
-    monkeypatch.setattr(attention_probe, "MAX_SCORES", 1)
+    monkeypatch.setattr(losses_module, "MAX_SCORES", 1)
     parts = measure_losses(call)
     torch.testing.assert_close(whole.true_mass, parts.true_mass)
     torch.testing.assert_close(whole.output_error, parts.output_error)

@@ -1,4 +1,4 @@
-"""Scores -> block map: the adaptive part in panels of bounded memory, joined with the windows."""
+"""Queries and keys -> block map: pool, score and select, in panels of bounded memory."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -17,7 +17,6 @@ from nabla_attn.core.window import build_first_frame_map, build_segment_map, bui
 from nabla_attn.fusion import fused, take_any_length
 from nabla_attn.shapes import Bool, Float
 
-PAIRS = ("union", "pool")
 # Scores of one panel: 128 MB in fp32, so that a few temporaries stay far below 2 GB.
 PANEL_SCORES = 2**25
 # Queries or keys pooled at once, in numbers: 256 MB in fp32, into which a CPU copies them.
@@ -25,7 +24,7 @@ PANEL_TOKENS = 2**26
 
 
 @torch.no_grad()
-def map_blocks(
+def select_blocks(
     q: Float[Tensor, "batch heads slots dim"],
     k: Float[Tensor, "batch heads slots dim"],
     layout: TokenLayout,
@@ -33,71 +32,80 @@ def map_blocks(
     *,
     scale: float | None = None,
     text_valid: Bool[Tensor, "batch text"] | None = None,
-    keep_first_frame: bool = False,
     measure: bool = False,
     is_raster: bool = False,
-    pair_queries: str | None = None,
 ) -> BlockMap:
     """Pool, score and select blocks of queries and keys.
 
-    Memory beside the map is bounded, whatever the number of heads and tokens.
+    Memory beside the map is bounded, whatever the number of heads and tokens. Everything is
+    computed in fp32, autocast or not: a rounded map is a different result.
 
     Args:
-        q: queries in block order.
-        k: keys in block order.
-        layout: where the tokens are.
-        config: which blocks are kept.
-        scale: factor on q.k; None is 1/sqrt(dim).
+        q: Queries in block order, any floating dtype.
+        k: Keys in block order.
+        layout: Where the tokens are.
+        config: Which blocks are kept.
+        scale: Factor on q.k; None is 1/sqrt(dim).
         text_valid: False where a sample's text is padding.
-        keep_first_frame: every block attends the first frame of its clip.
-        measure: fill `BlockMap.kept_mass`.
-        is_raster: q and k are in raster order; a few heads at a time are reordered.
-        pair_queries: two neighbouring query blocks share one map, for taller kernel tiles: "union"
-            of theirs, or that of their "pool"ed queries. `kept_mass` is that before the union.
-
-    Raises:
-        ValueError: an unknown way to pair.
+        measure: Whether to fill `BlockMap.kept_mass`, which for queries that share the union of
+            their maps is the mass before the union.
+        is_raster: Whether q and k are in raster order; a few heads at a time are reordered.
     """
-    check_pairing(pair_queries)
-    grid, device = layout.grid, q.device
-    fixed = _fixed_blocks(layout, config, device, keep_first_frame)
-    segments = None if grid.segments is None else build_segment_map(grid, device)
+    grid = layout.grid
     shape = (*q.shape[:2], grid.num_blocks, grid.num_blocks)
     if 0 in shape:
-        empty = torch.ones(shape, dtype=torch.bool, device=device)
+        empty = torch.ones(shape, dtype=torch.bool, device=q.device)
         return block_map_of(empty, layout, text_valid, kept_mass=empty.new_empty(shape[:2]).float())
     if not config.is_adaptive and not measure:
-        # The window's map is cached, and a caller may write in what it is given.
-        kept = (
-            torch.ones(shape, dtype=torch.bool, device=device) if fixed is None else fixed.clone()
-        )
-        if pair_queries is not None:
-            share_pairs_(kept.view(-1, *shape[2:]))
-        kept = kept if segments is None else kept & segments
+        kept = _select_by_geometry(layout, config, q.device)
         return block_map_of(kept.expand(shape), layout, text_valid)
-    q_pooled, k_pooled = (pool_video(x, layout, is_raster=is_raster).flatten(0, 1) for x in (q, k))
-    if pair_queries == "pool":
-        counts = block_order(layout, device).counts[: grid.num_blocks]
-        q_pooled = mean_of_pairs(q_pooled, counts, segments)
     # The strips of text stay as they are: kept.
     whole = torch.ones(
-        (*shape[:2], layout.num_blocks, layout.num_blocks), dtype=torch.bool, device=device
+        (*shape[:2], layout.num_blocks, layout.num_blocks), dtype=torch.bool, device=q.device
     )
     kept = whole[:, :, : grid.num_blocks, : grid.num_blocks].flatten(0, 1)
-    target = _targets(grid, config, q_pooled.dtype, device)
-    mass = _select_(kept, q_pooled, k_pooled, target, _rule(config), fixed, segments, scale)
-    if pair_queries is not None:
+    q, k = (pool_video(x, layout, is_raster=is_raster).flatten(0, 1) for x in (q, k))
+    mass = _select_by_content_(kept, q, k, layout, config, scale).view(shape[:2])
+    return whole_block_map(whole, layout, text_valid, kept_mass=mass if measure else None)
+
+
+def _select_by_geometry(
+    layout: TokenLayout, config: SparseConfig, device: torch.device
+) -> Bool[Tensor, "q_blocks kv_blocks"]:
+    """Blocks that are kept whatever the tokens hold; all of them without a window."""
+    count = layout.grid.num_blocks
+    always = _always_kept(layout, config, device)
+    if always is None:
+        kept = torch.ones(count, count, dtype=torch.bool, device=device)
+    else:
+        # The window's map is cached, and a caller may write in what it is given.
+        kept = always.clone()
+    if config.pair_queries is not None:
+        share_pairs_(kept[None])
+    clips = _same_clip(layout, device)
+    return kept if clips is None else kept & clips
+
+
+def _select_by_content_(
+    kept: Bool[Tensor, "heads q_blocks kv_blocks"],
+    q_pooled: Float[Tensor, "heads q_blocks dim"],
+    k_pooled: Float[Tensor, "heads kv_blocks dim"],
+    layout: TokenLayout,
+    config: SparseConfig,
+    scale: float | None,
+) -> Float[Tensor, " heads"]:
+    """Fill `kept`; returns the mass that each head's rows hold, their mean."""
+    always, clips = _always_kept(layout, config, kept.device), _same_clip(layout, kept.device)
+    if config.pair_queries == "pool":
+        counts = block_order(layout, kept.device).counts[: layout.grid.num_blocks]
+        q_pooled = mean_of_pairs(q_pooled, counts, clips)
+    target = _targets(layout.grid, config, q_pooled.dtype, kept.device)
+    mass = _select_panels_(kept, q_pooled, k_pooled, target, _rule(config), always, clips, scale)
+    if config.pair_queries is not None:
         share_pairs_(kept)
-        if segments is not None:
-            kept &= segments
-    head_mass = mass.mean(dim=1).view(shape[:2]) if measure else None
-    return whole_block_map(whole, layout, text_valid, kept_mass=head_mass)
-
-
-def check_pairing(pair_queries: str | None) -> None:
-    """Raise ValueError unless `pair_queries` is a way to pair queries, or None."""
-    if pair_queries not in (None, *PAIRS):
-        raise ValueError(f"unknown pair_queries {pair_queries!r}; expected None or one of {PAIRS}.")
+        if clips is not None:
+            kept &= clips
+    return mass.mean(dim=1)
 
 
 def pool_video(
@@ -151,17 +159,24 @@ def _targets(
         return targets[:, None].to(device)
 
 
-def _fixed_blocks(
-    layout: TokenLayout, config: SparseConfig, device: torch.device, keep_first_frame: bool
+def _always_kept(
+    layout: TokenLayout, config: SparseConfig, device: torch.device
 ) -> Bool[Tensor, "q_blocks kv_blocks"] | None:
     """Blocks that are kept whatever the tokens hold, or None."""
-    fixed = None
+    always = None
     if config.window is not None:
-        fixed = build_window_map(layout.grid, config.window, device)
-    if keep_first_frame and not config.is_dense:
+        always = build_window_map(layout.grid, config.window, device)
+    if config.keep_first_frame:
         first = build_first_frame_map(layout.grid, device)
-        fixed = first.expand(first.numel(), -1) if fixed is None else fixed | first
-    return fixed
+        always = first.expand(first.numel(), -1) if always is None else always | first
+    return always
+
+
+def _same_clip(
+    layout: TokenLayout, device: torch.device
+) -> Bool[Tensor, "q_blocks kv_blocks"] | None:
+    """Blocks of the same packed clip; None where there is one clip."""
+    return None if layout.grid.segments is None else build_segment_map(layout.grid, device)
 
 
 def _panels(num_heads: int, num_rows: int, num_columns: int) -> Iterator[tuple[slice, slice]]:
@@ -182,27 +197,27 @@ def _equal_slices(total: int, most: int) -> Iterator[slice]:
         yield slice(start, start + length)
 
 
-def _select_(
+def _select_panels_(
     kept: Tensor,
     q_pooled: Tensor,
     k_pooled: Tensor,
     target: Tensor,
     rule: str,
-    fixed: Tensor | None,
-    segments: Tensor | None,
+    always: Tensor | None,
+    clips: Tensor | None,
     scale: float | None,
 ) -> Tensor:
-    """Fill kept [heads, rows, blocks] panel by panel; returns the mass that each row holds."""
+    """Fill `kept` panel by panel; returns the mass that each row holds."""
     mass = q_pooled.new_empty(q_pooled.shape[:2])
     run = fused(_select_panel, kept.numel() * NUM_PASSES, kept.device)
     # A compiled kernel on a CPU reads and writes bytes ten times as fast as bools.
-    fixed = None if fixed is None else fixed.byte()
+    always = None if always is None else always.byte()
     for heads, rows in _panels(*kept.shape):
-        always, allowed = (None if x is None else x[rows] for x in (fixed, segments))
+        fixed, allowed = (None if x is None else x[rows] for x in (always, clips))
         probs = score_blocks(q_pooled[heads, rows], k_pooled[heads], scale=scale, allowed=allowed)
         if run is not _select_panel:
             take_any_length(probs)
-        kept_bytes, mass[heads, rows] = run(probs, target[rows], always, allowed, rule)
+        kept_bytes, mass[heads, rows] = run(probs, target[rows], fixed, allowed, rule)
         kept[heads, rows] = kept_bytes.view(torch.bool)
     return mass
 

@@ -1,42 +1,59 @@
 """The attention call itself: grouped queries, masks, and models inside wrappers."""
 
+from weakref import ref
+
 import pytest
 import torch
 from tests.models.tiny_models import TINY, randn, relative_error, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nabla_attn as na
-from nabla_attn.models.allegro import AllegroPort
-from nabla_attn.models.attend import attend
-from nabla_attn.models.cogvideox import CogVideoXPort
-from nabla_attn.models.cosmos import CosmosPort
-from nabla_attn.models.dispatch import _nabla, text_valid_of
-from nabla_attn.models.easyanimate import EasyAnimatePort
+from nabla_attn.core.order import TokenLayout
 from nabla_attn.models.modules import num_heads, unwrap
+from nabla_attn.models.operator import attend_layer
 from nabla_attn.models.plan import Layer, Plan, plan_key
-from nabla_attn.models.processor import make_processor
+from nabla_attn.models.ports import AllegroPort, CogVideoXPort, CosmosPort, EasyAnimatePort
+from nabla_attn.models.processor import _nabla, make_processor, text_valid_of
 
 GRID = na.TokenGrid(2, 11, 9)
 
 
 def layer_with(text=None, **changes):
     layer = Layer("blocks.0.attn1")
-    layer.key = plan_key(Plan(grid=GRID, config=na.parse("nabla-0.5"), text=text, **changes))
+    plan = Plan(grid=GRID, config=na.parse("nabla-0.5"), text=text, **changes)
+    layer.current.key = plan_key(plan)
     return layer
 
 
 def test_grouped_queries_repeat_keys():
     q, k, v = (randn(2, GRID.num_tokens, heads, 16) for heads in (4, 2, 2))
     repeated = (x.repeat_interleave(2, dim=2) for x in (k, v))
-    assert torch.equal(attend(layer_with(), q, k, v), attend(layer_with(), q, *repeated))
+    assert torch.equal(
+        attend_layer(layer_with(), q, k, v), attend_layer(layer_with(), q, *repeated)
+    )
 
 
 def test_observers_see_the_call():
-    layer, seen = layer_with(), []
-    layer.observer = lambda *call: seen.append(call)
-    q = randn(1, GRID.num_tokens, 2, 16)
-    attend(layer, q, q, q)
-    assert seen[0][0] is layer and seen[0][1] is q
+    layer, seen = Layer("blocks.3.attn1", model="transformer", index=3), []
+    layer.observers.append(seen.append)
+    plan = Plan(grid=GRID, config=na.parse("nabla-0.4"), layer=ref(layer))
+    layer.current.key, layer.current.step = plan_key(plan), 7
+    q, k, v = (randn(2, GRID.num_tokens, 3, 8) for _ in range(3))
+    attend_layer(layer, q, k, v)
+    (call,) = seen
+    assert (call.model, call.layer, call.step) == ("transformer", 3, 7)
+    raster = [x.transpose(1, 2) for x in (q, k, v)]
+    assert torch.equal(call.k, raster[1]) and str(call.config) == "nabla-0.4"
+    used = na.build_block_map(*raster[:2], GRID, "nabla-0.4")
+    assert torch.equal(call.block_map.mask, used.mask)
+    # Under guidance in one batch, the last sample is the one with the prompt.
+    last = call.last_sample()
+    assert torch.equal(last.block_map.mask, used.mask[1:]) and last.scale == 8**-0.5
+    assert torch.equal(last.v, na.to_blocks(raster[2][1:], GRID))
+    # Another algorithm is seen in its own blocks.
+    other = na.parse("nabla-0.4_block-2-2-3")
+    wanted = na.build_block_map(*(x[1:] for x in raster[:2]), GRID, other)
+    assert torch.equal(call.last_sample(other).block_map.mask, wanted.mask)
 
 
 def test_masks_are_read_as_padded_keys():
@@ -55,14 +72,16 @@ def test_text_may_be_given_alone_or_with_the_video():
     text = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool()
     video = text.new_ones(2, GRID.num_tokens)
     for side, valid in (("after", [video, text]), ("before", [text, video])):
-        alone = attend(layer_with(side), q, q, q, text_valid=text)
-        assert torch.equal(alone, attend(layer_with(side), q, q, q, text_valid=torch.cat(valid, 1)))
-        assert not torch.equal(alone, attend(layer_with(side), q, q, q))
+        alone = attend_layer(layer_with(side), q, q, q, text_valid=text)
+        assert torch.equal(
+            alone, attend_layer(layer_with(side), q, q, q, text_valid=torch.cat(valid, 1))
+        )
+        assert not torch.equal(alone, attend_layer(layer_with(side), q, q, q))
 
 
 def test_history_counts_as_kept_text_in_front():
     plan = Plan(grid=GRID, config=na.parse("nabla-0.1"), text="after", prefix=5)
-    assert plan.text_tokens(GRID.num_tokens + 12) == (5, 7)
+    assert plan.layout(GRID.num_tokens + 12) == TokenLayout(GRID, 5, 7)
 
 
 class LargeMasks(TorchDispatchMode):
@@ -106,9 +125,9 @@ def test_allegro_adds_the_residual_where_the_module_asks_for_it():
 def test_what_cannot_be_attended_is_refused():
     q = randn(1, GRID.num_tokens, 2, 16)
     with pytest.raises(ValueError, match="a mask over video tokens"):
-        attend(layer_with(), q, q, q, text_valid=torch.ones(1, GRID.num_tokens).bool())
+        attend_layer(layer_with(), q, q, q, text_valid=torch.ones(1, GRID.num_tokens).bool())
     with pytest.raises(ValueError, match="got 190 tokens for 2x11x9 = 198"):
-        attend(layer_with("after"), q[:, :190], q[:, :190], q[:, :190])
+        attend_layer(layer_with("after"), q[:, :190], q[:, :190], q[:, :190])
     with pytest.raises(ValueError, match="no causal order and no dropout"):
         _nabla(q, q, q, is_causal=True, _parallel_config=layer_with())
     for port in (AllegroPort, CogVideoXPort, CosmosPort, EasyAnimatePort):
@@ -142,3 +161,18 @@ def test_models_inside_wrappers(tmp_path):
     compiled = torch.compile(adapted, backend="eager")
     with na.apply(compiled, "nabla-0.3"):
         assert relative_error(run(compiled, inputs), expected) > 1e-3
+
+
+@pytest.mark.parametrize("backend", ["auto", "gather", "reference"])
+@pytest.mark.parametrize("algorithm", ["dense", "nabla-0.5"])
+def test_models_and_the_function_attend_alike(algorithm, backend):
+    q, k, v = (randn(2, GRID.num_tokens + 4, 3, 16) for _ in range(3))
+    text = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool()
+    layer = Layer("blocks.0.attn1")
+    plan = Plan(grid=GRID, config=na.parse(algorithm), text="after", backend=backend)
+    layer.current.key = plan_key(plan)
+    out = attend_layer(layer, q, k, v, text_valid=text)
+    options = {"text_after": 4, "text_valid": text, "backend": backend}
+    raster = (x.transpose(1, 2) for x in (q, k, v))
+    expected = na.nabla_attention(*raster, GRID, algorithm, **options).transpose(1, 2)
+    assert torch.equal(out, expected)

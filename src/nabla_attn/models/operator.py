@@ -1,0 +1,202 @@
+"""The attention operator: a planned layer's call of `attention.attend`.
+
+It is opaque to the compiler, so graphs never break on it. FlexAttention stays compiled by this
+package alone: uncompiled, it ignores the block map and silently computes dense attention.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nabla_attn.attention import attend, autocast_dtype
+from nabla_attn.block_selection import select_blocks
+from nabla_attn.core.block_map import BlockMap
+from nabla_attn.models.context_parallel import gather_stats, to_heads, to_tokens
+from nabla_attn.models.plan import Layer, Plan, plan_of
+
+
+def attend_layer(
+    layer: Layer,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    text_valid: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Run a layer's plan on q, k, v in diffusers' layout.
+
+    Args:
+        layer: The layer, with the plan of this forward.
+        q: Queries [batch, tokens, heads, dim], rotary embedding applied, raster order.
+        k: Keys; fewer heads than q are repeated (grouped queries).
+        v: Values, like k.
+        text_valid: Bool, False where text is padding: [batch, text tokens], or [batch, tokens] of
+            which only those of the text count.
+        scale: Factor on q.k; None is 1/sqrt(dim).
+
+    Returns:
+        [batch, tokens, heads, dim], in autocast's dtype where it is on.
+
+    Raises:
+        ValueError: The tokens do not fit the grid.
+    """
+    if k.shape[2] != q.shape[2]:
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    current = layer.current
+    assert current.key is not None
+    run = _attend_op if torch.compiler.is_compiling() else _attend
+    # Asked for here: autocast is not seen from inside a compiled graph.
+    dtype = autocast_dtype(q.device)
+    out, stats = run(q, k, v, text_valid, current.key, current.order, scale, dtype)
+    if current.stats is not None:
+        current.stats.copy_(stats)
+    return out
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_valid: Tensor | None,
+    key: Tensor,
+    order: Tensor | None,
+    scale: float | None,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """The output of a planned call, and density and kept mass of its heads."""
+    return _follow(plan_of(key), q, k, v, text_valid, order, scale, dtype)
+
+
+def _follow(
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_valid: Tensor | None,
+    order: Tensor | None,
+    scale: float | None,
+    dtype: torch.dtype | None,
+    *,
+    is_replay: bool = False,
+) -> tuple[Tensor, Tensor]:
+    layout = plan.layout(q.shape[1])
+    text = (layout.text_before, layout.text_after)
+    if plan.ranks is not None:
+        q, k, v = (to_heads(x, plan.ranks, *text, order) for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    layer = None if plan.layer is None else plan.layer()
+    out, block_map = attend(
+        q,
+        k,
+        v,
+        layout,
+        plan.config,
+        backend=plan.backend,
+        scale=scale,
+        text_valid=text_valid,
+        measure=plan.telemetry,
+        dtype=dtype,
+        is_block_order=plan.is_block_order,
+        select=select_blocks if layer is None else _cached(plan, layer, q.shape[0]),
+    )
+    if layer is not None and block_map is not None and not is_replay:
+        layer.show(plan, q, k, v, layout, block_map, text_valid=text_valid, scale=scale)
+    out, stats = out.transpose(1, 2), _stats(plan, block_map, q)
+    if plan.ranks is not None:
+        out = to_tokens(out, plan.ranks, *text, order)
+        stats = gather_stats(stats, plan.ranks, order)
+    return out, stats
+
+
+def _cached(plan: Plan, layer: Layer, batch: int) -> Callable[..., BlockMap]:
+    """What chooses a call's blocks: the maps that the layer keeps, where the schedule says so."""
+    if plan.branch is None:
+        return select_blocks
+    copies = 2 if plan.is_guidance_batch and batch % 2 == 0 else 1
+    return partial(layer.maps.select, branch=plan.branch, copies=copies)
+
+
+@torch.no_grad()
+def _stats(plan: Plan, block_map: BlockMap | None, q: Tensor) -> Tensor:
+    """Density and kept mass of every head, averaged over the batch; stays on the device.
+
+    The kept mass is NaN under a map from an earlier call, whose scores were not computed.
+    """
+    if block_map is None:
+        return torch.ones((2, q.shape[1]), device=q.device)
+    if not plan.telemetry:
+        return torch.empty((2, q.shape[1]), device=q.device)
+    density = block_map.head_density.mean(dim=0)
+    mass = block_map.kept_mass
+    kept = torch.full_like(density, float("nan")) if mass is None else mass.nanmean(dim=0).float()
+    return torch.stack([density, kept])
+
+
+@torch.library.custom_op("nabla_attn::attend", mutates_args=())
+@wraps(_attend)
+def _attend_op(*args: Any, **kwargs: Any) -> Any:
+    out, stats = _attend(*args, **kwargs)
+    # One layout for every plan; models join the heads next, which would copy anyway.
+    return out.contiguous(), stats
+
+
+@_attend_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, _ = q.shape
+    out = q.new_empty((batch, tokens, heads, v.shape[-1]), dtype=rest[-1] or q.dtype)
+    return out, q.new_empty((2, heads), dtype=torch.float32)
+
+
+def _above_autograd() -> AbstractContextManager:
+    """Operators run below autograd; a graph inside one needs it back."""
+    include = torch._C._dispatch_tls_local_include_set()
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    for name in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView"):
+        exclude = exclude.remove(getattr(torch._C.DispatchKey, name))
+    return torch._C._ForceDispatchKeyGuard(include, exclude)
+
+
+@torch.library.custom_op("nabla_attn::attend_backward", mutates_args=())
+def _attend_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_valid: Tensor | None,
+    key: Tensor,
+    order: Tensor | None,
+    scale: float | None,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # The operator is opaque, so its inner graph is gone by now: run it again, with gradients.
+    with torch.enable_grad(), _above_autograd():
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        plan = plan_of(key)
+        out, _ = _follow(plan, q, k, v, text_valid, order, scale, dtype, is_replay=True)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@_attend_backward.register_fake
+def _(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    # Of q, k and v.
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:3])
+
+
+def _save_inputs(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+    *tensors, scale, dtype = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.options = scale, dtype  # type: ignore[attr-defined]
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple:
+    gradients = _attend_backward(grad, *ctx.saved_tensors, *ctx.options)  # type: ignore[attr-defined]
+    return *gradients, None, None, None, None, None
+
+
+_attend_op.register_autograd(_backward, setup_context=_save_inputs)
