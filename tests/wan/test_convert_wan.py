@@ -231,11 +231,13 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     from safetensors import SafetensorError
 
     def fail(*_, **__):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+        raise SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
 
     source = tiny_wan.write_checkpoint(tmp_path / "src", "t2v")
     monkeypatch.setattr("safetensors.torch.save_file", fail)
-    with pytest.raises(ValueError, match=r"cannot write [^\n]*No space left on device\.$"):
+    with pytest.raises(OSError, match=r"cannot write [^\n]*safetensors: no space left on device\.$"):
         convert_wan(source, tmp_path / "dst")
 
 

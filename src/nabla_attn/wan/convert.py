@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from nabla_attn.errors import first_line
 from nabla_attn.files import whole_file, write_text
 from nabla_attn.progress import ProgressCallback, ignore_progress
 from nabla_attn.wan.layout import WanLayout, read_layout
@@ -218,9 +217,9 @@ class Shard:
         """Write the file unless one with the same tensors lies there, and compare it.
 
         Raises:
-            ValueError: A tensor differs after writing, or the disk is full.
+            ValueError: A tensor differs after writing.
+            OSError: The disk is full.
         """
-        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         path = folder / self.name
@@ -228,11 +227,8 @@ class Shard:
             return
         # Copies: pieces of one tensor share memory, which the format refuses.
         tensors = {name: self._source(plan, name).clone() for name in self.infos}
-        try:
-            with whole_file(path) as temporary:
-                save_file(tensors, temporary, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise ValueError(f"cannot write {path}: {first_line(error)}.") from error
+        with whole_file(path) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
         del tensors
         if not self.is_in(plan, path):
             path.unlink()
