@@ -11,24 +11,24 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # A pattern, what to write instead, and how many places still have it.
 WORDS = (
-    (r"\bfeeds?\b(?![-_ ]?forward)", "a loader, or to pass", 5),
+    (r"\bfeeds?\b(?![-_ ]?forward|\")", "a loader, or to pass", 0),
     (r"\blogbooks?\b", "a metrics logger", 0),
-    (r"\bfootage\b", "videos", 13),
+    (r"\bfootage\b", "videos", 0),
     (r"\brivals?\b", "baselines", 0),
-    (r"\b(a|the|of|two) ways? in\b(?! which)|\*\*way in\*\*", "an extension point", 1),
+    (r"\b(a|the|of|two) ways? in\b(?! which)|\*\*way in\*\*", "an extension point", 0),
     (r"\bgone on with\b", "continued", 0),
     (r"\bshowings?\b(?! \w)", "a validation, or a presentation", 0),
-    (r"\boutcomes?\b", "a result", 20),
-    (r"\bdoors?\b", "an entry point, or what is really meant", 27),
+    (r"\boutcomes?\b", "a result", 0),
+    (r"\bdoors?\b", "an entry point, or what is really meant", 10),
     (r"\bguards?\b", "a check", 1),
     (r"\bthr\b", "threshold", 2),
-    (r"\bspoilt\b", "changed", 2),
-    (r"\bfor want of\b", "because there was no", 3),
-    (r"\bcounts nowhere\b", "is not counted", 1),
+    (r"\bspoilt\b", "changed", 0),
+    (r"\bfor want of\b", "because there was no", 1),
+    (r"\bcounts nowhere\b", "is not counted", 0),
     (r"\b(is|are|was|were) gone (on|through)\b", "continued, examined", 0),
-    (r"\bas (good|far) as .{1,30} goes\b", "a plain sentence", 1),
-    (r"``", "single backticks", 76),
-    (r"^ {8,12}\w+: (of|as of|like|as|as in) ", "a noun: `size: The size of ...`", 68),
+    (r"\bas (good|far) as .{1,30} goes\b", "a plain sentence", 0),
+    (r"``", "single backticks", 63),
+    (r"^ {8,12}\w+: (of|as of|like|as|as in) ", "a noun: `size: The size of ...`", 50),
 )
 FOLDERS = ("src", "docs", "benchmarks", "comfyui")
 

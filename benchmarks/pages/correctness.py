@@ -96,13 +96,15 @@ def _ulysses(record: RunRecord) -> str:
         [
             "## One video over several processes",
             "",
-            "Ulysses context parallelism on CPU processes (gloo), tiny random models, fp32: the "
-            "larger of the output's largest difference to one process and a tenth of the "
-            "gradients' (of Kandinsky 5 the output alone), relative to the largest value.",
+            "Ulysses context parallelism on CPU processes (gloo), with tiny random models in "
+            "float32. The table has the largest difference of the output to that of one process, "
+            "or a tenth of that of the gradients where this is larger, relative to the largest "
+            "value. For Kandinsky 5 it is the output alone.",
             "",
             *table(["model", *cases], rows),
-            "Sharing heads by their measured densities, on a random Wan of 16 heads from broad to "
-            "narrow: work of the busiest process over the mean.",
+            "Heads are shared by their measured densities. The second table has the work of the "
+            "busiest process divided by the mean, on a random Wan of 16 heads, from broad to "
+            "narrow ones.",
             "",
             *table(["processes", "heads as they are", "balanced"], balance),
         ]

@@ -56,7 +56,7 @@ def _stages(record: RunRecord) -> list[str]:
         "## The built-in model",
         "",
         f"Every stage of `nabla train builtin`; {minutes:.0f} minutes in all, without encoding. "
-        "Other programs shared the processor, so the seconds are no measure of speed.",
+        "Other programs shared the processor, so the seconds say little about speed.",
         "",
         *table(["stage", "steps", "seconds", "first loss", "last loss"], rows),
     ]

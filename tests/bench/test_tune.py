@@ -167,4 +167,4 @@ def test_a_budget_leaves_measurements_out_and_says_which(no_flex, monkeypatch, t
     monkeypatch.setitem(WORKLOADS, "toy-cpu", replace(SMALL, densities=(0.4,)))
     path = suite.run_suite(("toy-cpu",), CPU, tmp_path, rounds=1, budget=-1.0)[0]
     page = report.section(RunRecord.load(path))
-    assert "Left out for want of time: toy-cpu float32 density 0.4 forward," in page
+    assert "Left out because there was no time: toy-cpu float32 density 0.4 forward," in page

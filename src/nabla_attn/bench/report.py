@@ -36,7 +36,7 @@ def section(record: RunRecord, lines: list[str] | None = None) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     head = [f"## {title}", "", f"{record.device}; {versions}; {record.created[:10]}.", ""]
     if left_out := record.config.get("left_out"):
-        head += [f"Left out for want of time: {', '.join(left_out)}.", ""]
+        head += [f"Left out because there was no time: {', '.join(left_out)}.", ""]
     return "\n".join([*head, *(_tables(record) if lines is None else lines)]) + "\n"
 
 
@@ -189,7 +189,7 @@ def _model_table(results: list[dict[str, Any]]) -> list[str]:
     ]
     return [
         *table([*head, "bound by operations"], rows),
-        "The bound counts operations, as Amdahl's law would at one rate for all of them; where "
-        "dense attention runs below that rate, leaving it out gains more.",
+        "The bound counts operations, as Amdahl's law does if all run at one rate. Where dense "
+        "attention runs below that rate, skipping it gains more.",
         "",
     ]

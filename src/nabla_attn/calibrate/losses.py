@@ -30,7 +30,7 @@ class CandidateProbe:
     """Measures candidates on the queries and keys of sparse calls.
 
     Give `attach` to ``generate(on_apply=...)`` with an algorithm that keeps every block: the run
-    itself then loses nothing, and no candidate is measured on what another one spoilt.
+    itself then loses nothing, and no candidate is measured on what another one changed.
 
     Args:
         candidates: algorithms; dense is known and not measured.
