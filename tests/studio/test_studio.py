@@ -1,14 +1,32 @@
+import os
+import re
 import shutil
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import replace
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from nabla_attn.config import parse
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import load_pipeline
 from nabla_attn.generation.request import GenerationRequest
-from nabla_attn.studio.pair import Made, Step, make_pair
+from nabla_attn.moving_shapes.caption import parse_caption
+from nabla_attn.moving_shapes.scene import HELD_OUT
+from nabla_attn.studio.pair import FinishedVideo, Step, make_pair
+from nabla_attn.studio.session import (
+    BLOCKS,
+    RULES,
+    WINDOWS,
+    Studio,
+    compose_algorithm,
+    read_controls,
+)
 
 REQUEST = GenerationRequest(
     prompt="red circle", height=64, width=64, frames=5, steps=2, sparse_algo="nabla-0.4"
@@ -22,7 +40,7 @@ def pipeline(tiny_wan):
 
 def test_dense_then_sparse_with_steps_between(pipeline):
     events = list(make_pair(pipeline, REQUEST))
-    dense, sparse = (event for event in events if isinstance(event, Made))
+    dense, sparse = (event for event in events if isinstance(event, FinishedVideo))
     assert dense.record.config["sparse_algo"] == "dense"
     assert dense.maps is None
     assert sparse.maps.algorithm == "nabla-0.4"
@@ -52,62 +70,199 @@ def test_errors_reach_the_caller(pipeline):
         list(make_pair(pipeline, replace(REQUEST, height=65)))
 
 
+def test_controls_compose_every_kind_of_algorithm():
+    assert compose_algorithm("NABLA", 0.7, "none", "default") == "nabla-0.7"
+    assert (
+        compose_algorithm("NABLA", 0.4, "11-3-3", "1-16-16") == "nabla-0.4_sta-11-3-3_block-1-16-16"
+    )
+    assert compose_algorithm("top-k", 0.25, "none", "4-4-4") == "topk-0.25_block-4-4-4"
+    assert compose_algorithm("window only", 0.7, "3-3-3", "default") == "sta-3-3-3"
+    with pytest.raises(ValueError, match="needs the sides"):
+        compose_algorithm("window only", 0.7, "none", "default")
+    for rule, window, block in product(RULES, WINDOWS, BLOCKS):
+        if (rule, window) != ("window only", "none"):
+            algorithm = compose_algorithm(rule, 0.5, window, block)
+            if rule != "window only":
+                assert read_controls(algorithm) == (rule, 0.5, window, block)
+
+
+def test_examples_are_what_the_built_in_model_was_trained_on():
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    from nabla_attn.studio.page import EXAMPLES
+
+    for prompt, adapter, algorithm in EXAMPLES:
+        words = parse_caption(prompt)
+        triples = {(shape.colour, shape.kind, shape.direction) for shape in words.shapes}
+        assert triples.isdisjoint(HELD_OUT)
+        assert adapter in ("none", "builtin")
+        assert not parse(algorithm).is_dense
+
+
+def load_nothing_else(pipeline):
+    return lambda name, lora: pipeline
+
+
 def test_the_page(tiny_wan, pipeline):
     gradio = pytest.importorskip("gradio", reason="gradio is not installed")
-    from nabla_attn.studio.page import Studio, build_studio
+    from nabla_attn.studio.page import build_studio
 
-    page = build_studio([str(tiny_wan)], lambda name: pipeline)
-    assert page.max_threads
-    studio = Studio([str(tiny_wan)], lambda name: pipeline)
-    answers = list(studio.run("red circle", str(tiny_wan), "NABLA", 0.4, 64, 64, 5, 2, 0))
-    dense, sparse, facts, viewer = answers[-1]
+    model, load = str(tiny_wan), load_nothing_else(pipeline)
+    assert build_studio([model], load).max_threads
+    studio = Studio([model], load)
+    answers = list(studio.run("red circle", model, "none", "nabla-0.4", 64, 64, 5, 2, 0))
+    dense, sparse, summary, viewer = answers[-1]
     assert dense != sparse
-    assert "of the token pairs" in facts
+    assert "of the token pairs" in summary
     assert 'sandbox="allow-scripts"' in viewer
     assert any("step 1 of 2" in answer[2] for answer in answers)
-    whole = list(studio.run("red circle", str(tiny_wan), "top-k", 1.0, 64, 64, 5, 2, 0))[-1]
+    whole = list(studio.run("red circle", model, "none", "topk-1", 64, 64, 5, 2, 0))[-1]
     assert "Identical to dense." in whole[2]
-    assert studio.sizes_of(str(tiny_wan))[:2] == (480, 832)
+    blocks = list(
+        studio.run("red", model, "none", "nabla-0.4_sta-3-3-3_block-1-4-4", 64, 64, 5, 2, 0)
+    )[-1]
+    assert "nabla-0.4_sta-3-3-3_block-1-4-4" in blocks[2]
+    assert studio.defaults_of(model, "none").height == 480
     for wrong in (
-        ("x", "elsewhere", "NABLA", 0.4, 64, 64, 5, 2, 0),
-        ("x", str(tiny_wan), "NABLA", 0.4, 65, 64, 5, 2, 0),
-        ("x", str(tiny_wan), "NABLA", 9, 64, 64, 5, 2, 0),
-        ("x", str(tiny_wan), "NABLA", 0.4, None, 64, 5, 2, 0),
+        ("x", "elsewhere", "none", "nabla-0.4", 64, 64, 5, 2, 0),
+        ("x", model, "elsewhere", "nabla-0.4", 64, 64, 5, 2, 0),
+        ("x", model, "none", "nabla-0.4", 65, 64, 5, 2, 0),
+        ("x", model, "none", "nabla-9", 64, 64, 5, 2, 0),
+        ("x", model, "none", "dense", 64, 64, 5, 2, 0),
     ):
         with pytest.raises(gradio.Error):
             list(studio.run(*wrong))
     with pytest.raises(gradio.Error, match="height must be a whole number"):
-        list(studio.run("x", str(tiny_wan), "NABLA", 0.4, None, 64, 5, 2, 0))
+        list(studio.run("x", model, "none", "nabla-0.4", None, 64, 5, 2, 0))
     with pytest.raises(ValueError, match="model directory not found"):
-        build_studio([str(tiny_wan), "nowhere"], lambda name: pipeline)
+        build_studio([model, "nowhere"], load)
 
 
-def test_any_error_is_said_on_the_page(tiny_wan):
+def test_an_adapter_is_loaded_with_its_model(tiny_wan, pipeline):
     pytest.importorskip("gradio", reason="gradio is not installed")
-    from gradio_client import Client
-    from gradio_client.exceptions import AppError
+    model, asked = str(tiny_wan), []
 
+    def load(name, lora):
+        asked.append((name, lora))
+        return pipeline
+
+    studio = Studio([model], load, ["builtin"])
+    for adapter in ("builtin", "builtin", "none"):
+        list(studio.run("red", model, adapter, "nabla-0.4", 64, 64, 5, 1, 0))
+    assert asked == [(model, ("builtin",)), (model, ())]
+    assert studio.defaults_of(model, "builtin").sparse_algo == "nabla-0.4_block-1-16-16"
+
+
+def test_closing_removes_the_videos(tiny_wan, pipeline):
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    studio = Studio([str(tiny_wan)], load_nothing_else(pipeline))
+    *_, last = studio.run("red", str(tiny_wan), "none", "nabla-0.4", 64, 64, 5, 1, 0)
+    assert Path(last[0]).is_file()
+    studio.close()
+    assert not studio.cache.parent.exists()
+
+
+@pytest.fixture
+def served(tiny_wan):
+    pytest.importorskip("gradio", reason="gradio is not installed")
     from nabla_attn.studio.page import build_studio, launch
 
-    def load(name):
+    def load(name, lora):
         raise RuntimeError("out of memory")
 
     page = build_studio([str(tiny_wan)], load)
-    client = Client(launch(page, "127.0.0.1", 0), verbose=False)
-    with pytest.raises(AppError, match="out of memory"):
-        client.predict("x", str(tiny_wan), "NABLA", 0.4, 64, 64, 5, 2, 0, api_name="/run")
+    yield launch(page, "127.0.0.1", 0, ["studio.example"])
     page.close()
+
+
+def test_any_error_is_said_on_the_page(served, tiny_wan):
+    from gradio_client import Client
+    from gradio_client.exceptions import AppError
+
+    client = Client(served, verbose=False)
+    with pytest.raises(AppError, match="out of memory"):
+        client.predict("x", str(tiny_wan), "none", "nabla-0.4", 64, 64, 5, 2, 0, api_name="/run")
+
+
+def test_pages_of_other_sites_and_foreign_names_are_refused(served):
+    httpx = pytest.importorskip("httpx")
+    own = served.removeprefix("http://").rstrip("/")
+    port = own.rpartition(":")[2]
+    for host in (own, f"localhost:{port}", f"[::1]:{port}", "studio.example", "STUDIO.example:443"):
+        assert httpx.get(served, headers={"Host": host}).status_code == 200, host
+    for host in ("evil.example", f"127.0.0.1.evil.example:{port}", "", "[x"):
+        answer = httpx.get(served, headers={"Host": host})
+        assert answer.status_code in (400, 403), host
+    address = f"{served}gradio_api/queue/join"
+    for origin in ("https://evil.example", "null", "http://127.0.0.1:1"):
+        assert httpx.post(address, json={}, headers={"Origin": origin}).status_code == 403
+        assert httpx.get(served, headers={"Origin": origin}).status_code == 403
+    assert httpx.get(served, headers={"Origin": f"http://{own}"}).status_code == 200
+
+
+def test_nothing_can_be_uploaded(served):
+    httpx = pytest.importorskip("httpx")
+    files = {"files": ("x.mp4", b"0" * 100_000)}
+    assert httpx.post(f"{served}gradio_api/upload", files=files).status_code == 413
+
+
+RUN = """
+import sys
+import nabla_attn.cli.options as options
+from nabla_attn.generation.pipeline import load_pipeline
+options.load_quietly = lambda name, device, dtype, lora: load_pipeline(name, device="cpu")
+from nabla_attn.cli import app
+app()
+"""
+
+
+def test_sigterm_removes_the_videos_even_while_one_is_made(tiny_wan, tmp_path):
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    from gradio_client import Client
+
+    place = tmp_path / "temporary"
+    place.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", RUN, "studio", "--model", str(tiny_wan), "--port", "0"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(place)},
+    )
+    try:
+        address = re.search(r"http://\S+", process.stdout.readline())[0]
+        client = Client(address, verbose=False, download_files=False)
+        asked = ("x", str(tiny_wan), "none", "nabla-0.4", 64, 64, 5, 20, 0)
+        job = client.submit(*asked, api_name="/run")
+        while not list(place.rglob("*.mp4")):  # the dense one; the sparse one is under way
+            assert not job.done()
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(timeout=60) == 143
+    finally:
+        process.kill()
+        process.communicate()
+    assert list(place.rglob("*.mp4")) == []
+
+
+def test_a_missing_library_is_named_with_the_command_that_installs_it(monkeypatch):
+    from typer.testing import CliRunner
+
+    from nabla_attn.cli import app
+
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    result = CliRunner().invoke(app, ["studio"])
+    assert result.exit_code == 2
+    assert f"Run: {sys.executable} -m pip install 'gradio" in result.output
 
 
 def test_videos_are_those_of_generate(pipeline, tiny_wan, tmp_path, monkeypatch):
     pytest.importorskip("gradio", reason="gradio is not installed")
-    from nabla_attn.studio import page
+    from nabla_attn.studio import session
 
     model = shutil.copytree(tiny_wan, tmp_path / "model")
     (model / "defaults.json").write_text('{"guidance": 3.5}')
     requests = []
-    monkeypatch.setattr(page, "make_pair", lambda pipeline, request: requests.append(request))
-    studio = page.Studio([str(model)], lambda name: pipeline)
+    monkeypatch.setattr(session, "make_pair", lambda pipeline, request: requests.append(request))
+    studio = Studio([str(model)], load_nothing_else(pipeline))
     with pytest.raises(AttributeError):
-        list(studio.run("red", str(model), "NABLA", 0.4, 64, 64, 5, 2, 0))
+        list(studio.run("red", str(model), "none", "nabla-0.4", 64, 64, 5, 2, 0))
     assert requests[0].guidance == 3.5

@@ -1,1 +1,1 @@
-"""The studio: a page on which to try algorithms, dense and sparse side by side."""
+"""A page on which to try algorithms, with dense and sparse videos side by side (Gradio)."""

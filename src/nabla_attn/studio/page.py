@@ -1,96 +1,198 @@
-"""The studio: a page on which to try algorithms, dense and sparse side by side (Gradio)."""
+"""The page itself: its controls, and serving it."""
 
+import ipaddress
 import os
-import tempfile
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from html import escape
-from math import isfinite
-from pathlib import Path
+import signal
+import socket
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
-from nabla_attn.config import parse
-from nabla_attn.evaluation.metrics import measure_fidelity
-from nabla_attn.generation.pipeline import model_directory
-from nabla_attn.generation.request import GenerationRequest, ModelDefaults
-from nabla_attn.generation.video import write_video
-from nabla_attn.studio.pair import Made, Step, make_pair
-from nabla_attn.viz.view import build_view, net_seconds
-
-KEPT_SECONDS = 86400  # videos of pages that are still open
-MAX_WAITING = 8  # requests in the queue; the next one is told so
-FAMILIES = {
-    "NABLA": "nabla-{:g}",
-    "NABLA + window": "nabla-{:g}_sta-3-3-3",
-    "top-k": "topk-{:g}",
-}
-EXAMPLES = (
-    ("a small red circle moving right on a black background", "NABLA", 0.7),
-    ("a large red square moving right on a black background", "NABLA", 0.4),
-    ("a small green triangle moving left on a black background", "NABLA + window", 0.3),
-    ("a large yellow circle moving down on a black background", "top-k", 0.2),
+from nabla_attn.config import GRAMMAR
+from nabla_attn.studio.session import (
+    BLOCKS,
+    RULES,
+    WINDOWS,
+    LoadPipeline,
+    Studio,
+    compose_algorithm,
+    read_controls,
 )
+
+SECONDS_KEPT = 86400  # videos of pages that are still open
+MAX_WAITING = 8  # requests in the queue; the next one is refused
+MAX_FILE_SIZE = 1  # bytes of an upload: the page takes none
+EXAMPLES = (
+    ("a large blue square moving left on a black background", "builtin", "nabla-0.7_block-1-16-16"),
+    ("a large yellow square moving up on a black background", "builtin", "nabla-0.4_block-1-16-16"),
+    ("a large red square moving right on a black background", "none", "nabla-0.7"),
+    ("a large green triangle moving left on a black background", "none", "nabla-0.2_sta-3-3-3"),
+    ("a large green circle moving up on a black background", "none", "topk-0.4"),
+)
+"""Prompts of the built-in world that the built-in model was trained on, with adapters and
+algorithms; the first one is what the page opens with."""
 FONTS = ("system-ui", "sans-serif")
 
 
-def build_studio(models: Sequence[str], load: Callable[[str], Any]) -> Any:
-    """The page as Gradio Blocks; `launch` serves it.
+def build_studio(models: Sequence[str], load: LoadPipeline, adapters: Sequence[str] = ()) -> Any:
+    """Return the page as Gradio Blocks, for `launch`.
 
     Args:
         models: "builtin" or diffusers directories to choose from.
-        load: makes a pipeline of one of them.
+        load: Loads the pipeline of one of them with adapters.
+        adapters: LoRA weights to choose from.
 
     Raises:
-        ValueError: a model is not there.
+        ValueError: A model is missing.
     """
+    studio = Studio(models, load, adapters)
     # Neither statistics nor fonts are fetched from the network.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    # Read when the components are made: their copies of the videos go with the videos.
+    os.environ["GRADIO_TEMP_DIR"] = str(studio.cache)
     import gradio
 
-    studio = Studio(models, load)
-    defaults = studio.defaults[models[0]]
-    with gradio.Blocks(title="nabla studio", delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
+    examples = [
+        list(row) for row in EXAMPLES if models[0] == "builtin" and row[1] in studio.adapters
+    ]
+    defaults = studio.defaults_of(models[0], studio.adapters[0])
+    first = examples[0] if examples else ["", studio.adapters[0], defaults.sparse_algo]
+    defaults = studio.defaults_of(models[0], first[1])
+    with gradio.Blocks(title="nabla studio", delete_cache=(SECONDS_KEPT, SECONDS_KEPT)) as page:
         gradio.Markdown("# nabla studio\nDense and block-sparse attention from the same noise.")
         with gradio.Row():
             with gradio.Column(scale=1):
-                prompt = gradio.Textbox(label="Prompt", value=EXAMPLES[0][0], lines=2)
+                prompt = gradio.Textbox(first[0], label="Prompt", lines=2)
                 model = gradio.Dropdown(list(models), value=models[0], label="Model")
-                family = gradio.Radio(list(FAMILIES), value="NABLA", label="Algorithm")
-                number = gradio.Slider(
-                    0.05, 1.0, value=0.7, step=0.05, label="Threshold (kept mass) or share"
+                adapter = gradio.Dropdown(
+                    list(studio.adapters), value=first[1], label="Adapter (LoRA)"
                 )
+                algorithm = gradio.Textbox(first[2], label="Algorithm", info=f"{GRAMMAR}.")
+                with gradio.Row():
+                    start = gradio.Button("Generate", variant="primary")
+                    cancel = gradio.Button("Cancel")
+                controls = _add_controls(gradio, first[2])
                 with gradio.Accordion("Size and seed", open=False):
                     height = gradio.Number(defaults.height, label="Height", precision=0)
                     width = gradio.Number(defaults.width, label="Width", precision=0)
                     frames = gradio.Number(defaults.frames, label="Frames", precision=0)
                     steps = gradio.Slider(1, 100, value=defaults.steps, step=1, label="Steps")
                     seed = gradio.Number(0, label="Seed", precision=0)
-                with gradio.Row():
-                    start = gradio.Button("Generate", variant="primary")
-                    cancel = gradio.Button("Cancel")
             with gradio.Column(scale=3):
                 with gradio.Row():
                     dense = gradio.Video(label="dense", autoplay=True, loop=True)
                     sparse = gradio.Video(label="sparse", autoplay=True, loop=True)
-                facts = gradio.Markdown()
+                summary = gradio.Markdown()
                 viewer = gradio.HTML()
-        inputs = [prompt, model, family, number, height, width, frames, steps, seed]
-        outputs = [dense, sparse, facts, viewer]
-        gradio.Examples([list(row) for row in EXAMPLES], [prompt, family, number])
+        if examples:
+            gradio.Examples(examples, [prompt, adapter, algorithm])
+        inputs = [prompt, model, adapter, algorithm, height, width, frames, steps, seed]
+        outputs = [dense, sparse, summary, viewer]
         running = start.click(studio.run, inputs, outputs, concurrency_limit=1)
-        model.change(studio.sizes_of, model, [height, width, frames, steps])
-        # Said after the run has ended, or its last progress would stand over it.
+        for control in controls:
+            control.input(_compose, controls, algorithm, queue=False)
+        for choice in (model, adapter):
+            sizes = [height, width, frames, steps, algorithm]
+            choice.input(lambda *chosen: _sizes(studio, *chosen), [model, adapter], sizes)
+        # Said after the run has ended, or its last progress would replace it.
         stopped = cancel.click(None, None, None, cancels=[running], queue=False)
-        stopped.then(lambda: "Cancelled.", None, facts, queue=False)
+        stopped.then(lambda: "Cancelled.", None, summary, queue=False)
     page.queue(max_size=MAX_WAITING)
+    page.studio = studio
     return page
 
 
-def launch(page: Any, host: str, port: int) -> str:
-    """Serve the page from threads of its own and return its address; port 0 takes a free one."""
+def _add_controls(gradio: Any, algorithm: str) -> list[Any]:
+    """Add the controls that write an algorithm, set to the one that the page opens with."""
+    values = read_controls(algorithm)
+    with gradio.Accordion("Compose an algorithm"):
+        rule = gradio.Radio(list(RULES), value=values[0], label="Rule")
+        label = "Threshold (kept mass) or share"
+        number = gradio.Slider(0.05, 1.0, value=values[1], step=0.05, label=label)
+        with gradio.Row():
+            window = gradio.Dropdown(list(WINDOWS), value=values[2], label="Window, in blocks")
+            block = gradio.Dropdown(list(BLOCKS), value=values[3], label="Block, in tokens")
+    return [rule, number, window, block]
+
+
+def _compose(rule: str, number: float, window: str, block: str) -> str:
     import gradio
 
+    try:
+        return compose_algorithm(rule, number, window, block)
+    except ValueError as error:
+        raise gradio.Error(str(error)) from error
+
+
+def _sizes(studio: Studio, model: str, adapter: str) -> tuple[int, int, int, int, str]:
+    """Return height, width, frames, steps and algorithm that a model was trained for."""
+    import gradio
+
+    try:
+        found = studio.defaults_of(model, adapter)
+    except ValueError as error:
+        raise gradio.Error(str(error)) from error
+    return found.height, found.width, found.frames, found.steps, found.sparse_algo
+
+
+class SameSite:
+    """ASGI middleware that refuses foreign names of this server, and pages of other sites.
+
+    A page of another site could otherwise reach the studio through the browser of its user, by a
+    request of its own or by a name that it points at this machine.
+
+    Args:
+        app: The application behind it.
+        names: Host names that the page is served under, besides this machine's own names and
+            addresses.
+    """
+
+    def __init__(self, app: Any, names: Collection[str] = ()) -> None:
+        self._app = app
+        self._names = {"localhost", socket.gethostname().lower(), *map(str.lower, names)}
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer 403, or pass the request on."""
+        if scope["type"] in ("http", "websocket"):
+            from starlette.datastructures import Headers
+            from starlette.responses import PlainTextResponse
+
+            headers = Headers(scope=scope)
+            host, origin = headers.get("host", ""), headers.get("origin")
+            refusal = None
+            if not self._is_own(host):
+                refusal = f"unknown host {host!r}. Start the studio with --allow-host to permit it."
+            elif origin is not None and origin.partition("://")[2] != host:
+                refusal = "requests from other sites are refused."
+            if refusal:
+                await PlainTextResponse(refusal, 403)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _is_own(self, host: str) -> bool:
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
+        return name in self._names or _is_address(name)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def launch(page: Any, host: str, port: int, allowed_hosts: Collection[str] = ()) -> str:
+    """Serve the page from threads of its own and return its address; port 0 takes a free one."""
+    import gradio
+    from starlette.middleware import Middleware
+
     theme = gradio.themes.Base(font=list(FONTS), font_mono=["ui-monospace", "monospace"])
+    names = {host, *allowed_hosts}
     _, address, _ = page.launch(
         server_name=host,
         server_port=port or None,
@@ -99,137 +201,34 @@ def launch(page: Any, host: str, port: int) -> str:
         show_error=True,
         quiet=True,
         allowed_paths=[],
+        max_file_size=MAX_FILE_SIZE,
+        ssr_mode=False,
         prevent_thread_lock=True,
+        app_kwargs={"middleware": [Middleware(SameSite, names=names)]},
     )
     return str(address)
 
 
-class Studio:
-    """What the page's button does; one video at a time, the last model stays loaded.
-
-    Args:
-        models: "builtin" or diffusers directories that may be asked for.
-        load: makes a pipeline.
-
-    Raises:
-        ValueError: a model is not there.
-    """
-
-    def __init__(self, models: Sequence[str], load: Callable[[str], Any]) -> None:
-        self.defaults = {name: ModelDefaults.load(model_directory(name)) for name in models}
-        self._load = load
-        self._loaded: tuple[str, Any] | None = None
-        self._busy = threading.Lock()
-        self._folder = tempfile.TemporaryDirectory(prefix="nabla-studio-")
-        self._count = 0
-
-    def run(
-        self,
-        prompt: str,
-        model: str,
-        family: str,
-        number: float,
-        height: int,
-        width: int,
-        frames: int,
-        steps: int,
-        seed: int,
-    ) -> Iterator[tuple[Any, Any, str, str]]:
-        """Yield (dense video, sparse video, facts, viewer) as they come.
-
-        Raises:
-            gradio.Error: shown as a message, in words the user can act on.
-        """
-        import gradio
-
+def wait(page: Any) -> None:
+    """Wait for Ctrl-C or SIGTERM, then remove the videos."""
+    with _sigterm_as_exit():
         try:
-            if model not in self.defaults or family not in FAMILIES:
-                raise ValueError(f"unknown model or algorithm: {model!r}, {family!r}.")
-            algo = str(parse(FAMILIES[family].format(float(number))))
-            request = GenerationRequest(
-                prompt=prompt,
-                height=_whole("height", height),
-                width=_whole("width", width),
-                frames=_whole("frames", frames),
-                steps=_whole("steps", steps),
-                seed=_whole("seed", seed),
-                guidance=self.defaults[model].guidance,
-                sparse_algo=algo,
-            )
-            with self._busy:
-                yield from self._make(model, request)
-        except (ValueError, TypeError, OSError) as error:
-            raise gradio.Error(str(error)) from error
-
-    def sizes_of(self, model: str) -> tuple[int, int, int, int]:
-        """Height, width, frames and steps that a model was made for."""
-        defaults = self.defaults[model]
-        return defaults.height, defaults.width, defaults.frames, defaults.steps
-
-    def _make(self, model: str, request: GenerationRequest) -> Iterator[tuple[Any, Any, str, str]]:
-        yield None, None, f"Loading {model} …", ""
-        pipeline = self._pipeline(model)
-        # Gradio serves copies of its own.
-        for video in Path(self._folder.name).iterdir():
-            video.unlink()
-        made: list[Made] = []
-        paths: list[str | None] = [None, None]
-        pair = make_pair(pipeline, request)
-        try:
-            for event in pair:
-                if isinstance(event, Made):
-                    paths[len(made)] = self._write(event, self.defaults[model].fps)
-                    made.append(event)
-                else:
-                    yield paths[0], paths[1], describe_step(event), ""
+            page.block_thread()
+        except SystemExit as stopped:
+            page.studio.close()
+            # Threads that compute cannot be waited for, nor be ended by Python in good order.
+            os._exit(int(stopped.code or 0))
         finally:
-            pair.close()
-        yield paths[0], paths[1], describe_pair(*made), embed(made[1])
-
-    def _pipeline(self, model: str) -> Any:
-        if self._loaded is None or self._loaded[0] != model:
-            self._loaded = None  # first let go of the old one
-            self._loaded = (model, self._load(model))
-        return self._loaded[1]
-
-    def _write(self, made: Made, fps: float) -> str:
-        self._count += 1
-        path = Path(self._folder.name) / f"{self._count}.mp4"
-        write_video(made.frames, path, fps)
-        return str(path)
+            page.studio.close()
 
 
-def _whole(name: str, value: float | None) -> int:
-    if value is None or int(value) != value:
-        raise ValueError(f"{name} must be a whole number: got {value}.")
-    return int(value)
+@contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    def stop(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
 
-
-def describe_step(step: Step) -> str:
-    """A line of progress."""
-    if step.stage == "denoise":
-        return f"**{step.algo}**: step {step.done} of {step.total}"
-    words = {"text": "reading the prompt", "decode": "decoding", "done": "done"}
-    return f"**{step.algo}**: {words.get(step.stage, step.stage)}"
-
-
-def describe_pair(dense: Made, sparse: Made) -> str:
-    """Density, time and fidelity as Markdown."""
-    ours, theirs = (net_seconds(made.record) for made in (sparse, dense))
-    kept = sparse.record.numbers["attention"]["density"]
-    psnr = measure_fidelity(sparse.frames, dense.frames).psnr
-    closeness = f"PSNR to dense {psnr:.1f} dB." if isfinite(psnr) else "Identical to dense."
-    return (
-        f"**{sparse.record.config['sparse_algo']}** kept **{kept:.1%}** of the token pairs: "
-        f"{ours:.2f} s in the transformer against {theirs:.2f} s dense. {closeness}"
-    )
-
-
-def embed(made: Made) -> str:
-    """The viewer's page in a frame of its own, without rights on this one."""
-    assert made.maps is not None
-    page = escape(build_view(made.frames, made.maps, made.record), quote=True)
-    return (
-        '<iframe title="What attention kept" sandbox="allow-scripts" '
-        f'style="width:100%;height:56rem;border:0" srcdoc="{page}"></iframe>'
-    )
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

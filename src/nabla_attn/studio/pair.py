@@ -1,4 +1,4 @@
-"""Dense and sparse videos of one request, made beside the caller, who may stop at any time."""
+"""Generating the dense and the sparse video of one request in a thread that can be stopped."""
 
 import queue
 import threading
@@ -21,10 +21,10 @@ class Step:
     """How far a video is.
 
     Attributes:
-        algo: the algorithm at work.
-        stage: "text", "denoise", "decode" or "done".
-        done: steps done in this stage.
-        total: steps of this stage.
+        algo: The algorithm at work.
+        stage: One of "text", "denoise", "decode" and "done".
+        done: Number of finished steps of this stage.
+        total: Number of steps of this stage.
     """
 
     algo: str
@@ -34,13 +34,13 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Made:
+class FinishedVideo:
     """A finished video.
 
     Attributes:
         frames: uint8 [frames, height, width, 3].
-        record: of the run.
-        maps: recorded with it; None for dense.
+        record: Record of the run.
+        maps: Recorded block maps; None for dense attention.
     """
 
     frames: np.ndarray
@@ -49,25 +49,27 @@ class Made:
 
 
 class _Stopped(Exception):
-    """Nobody waits for the video any more."""
+    """The caller no longer wants the video."""
 
 
-def make_pair(pipeline: Any, request: GenerationRequest) -> Generator[Step | Made, None, None]:
-    """Make the request's video with dense attention, then with its algorithm.
+def make_pair(
+    pipeline: Any, request: GenerationRequest
+) -> Generator[Step | FinishedVideo, None, None]:
+    """Generate a request's video with dense attention, then with its own algorithm.
 
-    Closing the iterator stops the work at its next denoising step and waits until it has.
+    Closing the iterator stops the work at its next denoising step and waits until it has stopped.
 
     Args:
-        pipeline: a text-to-video pipeline; used by nobody else meanwhile.
-        request: what to make.
+        pipeline: A text-to-video pipeline that nobody else uses meanwhile.
+        request: The video to generate.
 
     Yields:
         Every step, and each video when it is finished.
 
     Raises:
-        ValueError: the model cannot take the request.
+        ValueError: The model cannot take the request.
     """
-    events: queue.Queue[Step | Made | BaseException | None] = queue.Queue()
+    events: queue.Queue[Step | FinishedVideo | BaseException | None] = queue.Queue()
     stop = threading.Event()
 
     def watch(algo: str) -> ProgressCallback:
@@ -89,9 +91,9 @@ def make_pair(pipeline: Any, request: GenerationRequest) -> Generator[Step | Mad
                     on_apply=recorder.attach if recorder else None,
                 )
                 if recorder is None:
-                    events.put(Made(frames, record, None))
+                    events.put(FinishedVideo(frames, record, None))
                 else:
-                    events.put(Made(frames, recorder.note_in(record), recorder.result()))
+                    events.put(FinishedVideo(frames, recorder.note_in(record), recorder.result()))
         except BaseException as error:
             events.put(error)
         finally:
