@@ -122,6 +122,7 @@ def test_the_page(tiny_wan, pipeline):
     )[-1]
     assert "nabla-0.4_sta-3-3-3_block-1-4-4" in blocks[2]
     assert studio.defaults_of(model, "none").height == 480
+    assert studio.defaults_of(model, "none").sparse_algo == "nabla-0.7"  # its own is dense
     for wrong in (
         ("x", "elsewhere", "none", "nabla-0.4", 64, 64, 5, 2, 0),
         ("x", model, "elsewhere", "nabla-0.4", 64, 64, 5, 2, 0),

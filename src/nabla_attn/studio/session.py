@@ -3,6 +3,7 @@
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from html import escape
 from math import isfinite
 from pathlib import Path
@@ -17,6 +18,7 @@ from nabla_attn.studio.pair import FinishedVideo, Step, make_pair
 from nabla_attn.viz.view import build_view, net_seconds
 
 NO_ADAPTER = "none"
+SPARSE = "nabla-0.7"  # where a model's own default is dense
 RULES = ("NABLA", "top-k", "window only")
 NO_WINDOW, MODEL_BLOCK = "none", "default"
 WINDOWS = (NO_WINDOW, "3-3-3", "5-5-5", "11-3-3")
@@ -95,14 +97,16 @@ class Studio:
         self._folder.cleanup()
 
     def defaults_of(self, model: str, adapter: str) -> ModelDefaults:
-        """Return the defaults of a model with an adapter.
+        """Return the defaults of a model with an adapter; the algorithm is never dense.
 
         Raises:
             ValueError: The model or the adapter is not on offer.
         """
         if model not in self.models or adapter not in self.adapters:
             raise ValueError(f"unknown model or adapter: got {model!r}, {adapter!r}.")
-        return ModelDefaults.load(model_directory(model), _lora(adapter))
+        found = ModelDefaults.load(model_directory(model), _lora(adapter))
+        is_dense = parse(found.sparse_algo).is_dense
+        return replace(found, sparse_algo=SPARSE, schedule=None) if is_dense else found
 
     def run(
         self,
