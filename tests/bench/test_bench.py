@@ -186,4 +186,4 @@ def test_a_package_without_its_checkout_says_what_pages_need(monkeypatch, tmp_pa
 
 def test_the_command_makes_the_pages_of_a_checkout(tmp_path):
     cli_bench.bench(device="cpu", docs=tmp_path / "docs", output=tmp_path / "none")
-    assert "Contenders run in turn" in (tmp_path / "docs/benchmarks.md").read_text()
+    assert "# Benchmarks" in (tmp_path / "docs/benchmarks.md").read_text()
