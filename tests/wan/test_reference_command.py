@@ -119,6 +119,19 @@ def test_what_is_said_about_sparsity(here, capsys):
     assert "--sparse_attention has no effect" in said
 
 
+def test_an_existing_video_is_replaced_only_when_asked(here, capsys):
+    out = here / "o.mp4"
+    out.write_bytes(b"mine")
+    flags = (
+        f"--ckpt_dir {PLAIN} {SMALL.replace('--frame_num 5', '--frame_num 1')} --save_file {out}"
+    )
+    assert run(["wan", *shlex.split(flags)]) == 0
+    assert out.read_bytes() == b"mine" and read_video(here / "o-2.mp4").shape[0] == 1
+    assert "Pass --overwrite" in capsys.readouterr().err
+    assert run(["wan", *shlex.split(flags), "--overwrite"]) == 0
+    assert read_video(out).shape[0] == 1
+
+
 def test_crop_to_blocks(here):
     out = here / "o.mp4"
     flags = f"--ckpt_dir {PLAIN} {SMALL} --crop_to_blocks --save_file {out}"

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from nabla_attn.cli import output as out
+
 
 def convert(
     source: Annotated[Path, typer.Argument(help="The checkpoint in the original Wan layout.")],
@@ -16,14 +18,13 @@ def convert(
     ] = "stored",
 ) -> None:
     """Write an original Wan checkpoint as a diffusers directory: streamed, resumable, verified."""
-    from nabla_attn.cli.options import quiet_libraries
     from nabla_attn.cli.progress import loading_bars
     from nabla_attn.generation.pipeline import DTYPES
     from nabla_attn.wan.convert import convert_wan
 
     if dtype != "stored" and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}. Known: stored, {', '.join(DTYPES)}.")
-    quiet_libraries()
+    out.quiet_libraries()
     with loading_bars() as on_progress:
         convert_wan(source, target, dtype=DTYPES.get(dtype), on_progress=on_progress)
-    typer.echo(f"{target}: written and compared with {source}, tensor by tensor.")
+    out.say(f"{target}: written and compared with {source}, tensor by tensor.")

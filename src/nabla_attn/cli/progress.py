@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from nabla_attn.cli.output import Settings
+
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
@@ -66,7 +68,10 @@ def loading_bars() -> Iterator["ProgressCallback"]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    # Transient, so that an error stays the one line on stderr.
+    console = Console(stderr=True)
+    is_shown = console.is_terminal and not Settings.is_quiet
+    with Progress(*columns, console=console, transient=True, disable=not is_shown) as bars:
         tasks: dict[str, "TaskID"] = {}
 
         def show(stage: str, done: int, total: int) -> None:

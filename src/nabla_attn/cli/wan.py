@@ -2,8 +2,7 @@
 
 import warnings
 
-import typer
-
+from nabla_attn.cli import output as out
 from nabla_attn.cli import wan_options as opt
 
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -42,11 +41,11 @@ def wan(
     negative_prompt: opt.NegativePrompt = None,
     crop_to_blocks: opt.CropToBlocks = False,
     vae_tiling: opt.VaeTiling = False,
+    overwrite: opt.Overwrite = False,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
 ) -> None:
     """Generate from a Wan checkpoint with the flags and defaults of the reference's generate.py."""
-    from nabla_attn.cli.options import quiet_libraries
     from nabla_attn.cli.progress import generation_bars, loading_bars
     from nabla_attn.distributed import is_first_process
     from nabla_attn.wan.command import WanJob
@@ -92,14 +91,15 @@ def wan(
     extension = PromptExtension(
         prompt_extend_method, prompt_extend_model, prompt_extend_target_lang, use_prompt_extend
     )
-    quiet_libraries()
-    job = WanJob.prepare(request, placement, save_file, extension)
+    out.quiet_libraries()
+    output = save_file and out.free_path(save_file, overwrite=overwrite)
+    job = WanJob.prepare(request, placement, output, extension)
     if is_first_process():
-        typer.echo(job.heading, err=True)
+        out.notice("note", job.heading)
     with loading_bars() as on_load, generation_bars() as start:
         summary = job.run(on_progress=start(job.algo), on_load=on_load)
     if summary:
-        typer.echo(summary)
+        out.say(summary)
 
 
 def _parse_bool(text: str | None) -> bool | None:

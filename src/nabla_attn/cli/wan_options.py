@@ -76,5 +76,8 @@ CropToBlocks = Annotated[
     bool, _flag("crop_to_blocks", "Cut the size to multiples of 128 as the reference does.", OURS)
 ]
 VaeTiling = Annotated[bool, _flag("vae_tiling", "Decode in tiles, with less memory.", OURS)]
+Overwrite = Annotated[
+    bool, _flag("overwrite", "Replace the file of --save_file, not take the next name.", OURS)
+]
 Device = Annotated[str, _flag("device", "auto, cpu, cuda, cuda:1.", OURS)]
 Dtype = Annotated[str, _flag("dtype", "auto, float32, bfloat16, float16.", OURS)]

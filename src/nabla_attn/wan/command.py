@@ -107,7 +107,7 @@ class WanJob:
         """What runs, for the user to see before it does."""
         request = self.request
         line = f"{request.task}: attention {self.algo} ({self.source}); seed {request.seed}"
-        return f"{line}\nextended prompt: {request.prompt}" if self.is_extended else line
+        return f"{line}; extended prompt: {request.prompt}" if self.is_extended else line
 
     def run(self, *, on_progress: ProgressCallback, on_load: ProgressCallback) -> str | None:
         """Make the video and write it with its record.
