@@ -25,9 +25,9 @@ class Settings:
     """Settings of one patched model.
 
     Args:
-        schedule: which algorithm at which step.
-        start_sigma: highest noise level that is sparse.
-        end_sigma: noise level at which attention is dense again.
+        schedule: The algorithm of each step.
+        start_sigma: Highest noise level with sparse attention.
+        end_sigma: Noise level at which attention is dense again.
     """
 
     schedule: Schedule
@@ -40,12 +40,13 @@ class VideoCall:
     """What the override needs to know during one forward.
 
     Args:
-        grid: the latents' token grid.
-        config: the algorithm of this step; never dense.
-        reference_frames: frames of a reference latent that the model may put beside the video.
-        text_tokens: length of the text, which cross-attention attends.
-        told: reasons that were logged before.
-        num_sparse: attention calls that were sparse so far.
+        grid: Token grid of the latents.
+        config: The algorithm of this step; never dense.
+        reference_frames: Number of frames of a reference latent that the model may put beside the
+            video.
+        text_tokens: Length of the text that cross-attention attends.
+        told: Reasons that were logged before.
+        num_sparse: Number of sparse attention calls so far.
     """
 
     grid: TokenGrid
@@ -63,7 +64,7 @@ class VideoCall:
 
 
 def make_wrapper(settings: Settings) -> Callable[..., Any]:
-    """A wrapper for ComfyUI's `WrappersMP.DIFFUSION_MODEL`, with log lines of its own."""
+    """Return a wrapper for ComfyUI's `WrappersMP.DIFFUSION_MODEL` that logs each reason once."""
     told: set[str] = set()
 
     def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +83,7 @@ def make_wrapper(settings: Settings) -> Callable[..., Any]:
 
 
 def _own_options(args: tuple, kwargs: dict) -> tuple[tuple, dict, dict]:
-    """The arguments with a copy of `transformer_options`, which Wan passes by position."""
+    """Return the arguments with a copy of `transformer_options`, which Wan passes by position."""
     if "transformer_options" in kwargs:
         options = _fresh(kwargs["transformer_options"])
         return args, {**kwargs, "transformer_options": options}, options
@@ -103,7 +104,7 @@ def _fresh(options: dict) -> dict:
 def _plan(
     settings: Settings, model: Any, args: tuple, kwargs: dict, options: dict
 ) -> VideoCall | None:
-    """The call of this forward, or None where the settings make it dense."""
+    """Return the call of this forward, or None where the settings make it dense."""
     if not _is_between(settings, options):
         return None
     grid = token_grid(args[0].shape, model.patch_size)
@@ -121,7 +122,7 @@ def _plan(
 
 
 def token_grid(shape: tuple[int, ...], patch_size: tuple[int, int, int]) -> TokenGrid:
-    """Token grid of latents [batch, channels, (frames,) height, width]; edges are padded."""
+    """Return the token grid of latents [batch, channels, (frames,) height, width], edges padded."""
     sizes = (1, *shape[2:]) if len(shape) == 4 else shape[2:]
     return TokenGrid(*(-(-size // patch) for size, patch in zip(sizes, patch_size, strict=True)))
 
@@ -139,7 +140,7 @@ def _is_between(settings: Settings, options: dict) -> bool:
 
 
 def _step(options: dict) -> int:
-    """Sampling step from 0; second evaluations between two noise levels belong to the first."""
+    """Return the sampling step, from 0; a second evaluation of a step counts as the first."""
     schedule = options.get("sample_sigmas")
     if schedule is None:
         raise ValueError(

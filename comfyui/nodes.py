@@ -24,7 +24,7 @@ class NablaAttention:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, dict[str, tuple]]:
-        """The inputs in ComfyUI's form: name -> (type, options)."""
+        """Return the inputs in ComfyUI's form: name -> (type, options)."""
         share = {"min": 0.0, "max": 1.0, "step": 0.001}
         count = {"max": 10_000_000, "step": 1}
         return {
@@ -41,7 +41,7 @@ class NablaAttention:
 
     @classmethod
     def VALIDATE_INPUTS(cls, algorithm: str | None = None) -> bool | str:
-        """True, or what is wrong with the algorithm; None is a linked input, not known yet."""
+        """Return True or the fault of the algorithm; None is a linked input, not known yet."""
         try:
             if algorithm is not None:
                 parse(algorithm)
@@ -59,20 +59,20 @@ class NablaAttention:
         min_tokens: int = 0,
         keep_first_frame: bool = False,
     ) -> tuple[Any]:
-        """Return a patched clone; on a model that was patched before, these settings replace it.
+        """Return a patched clone; settings of an earlier patch are replaced.
 
         Args:
             model: ComfyUI's ModelPatcher of a Wan or Kandinsky 5 model.
-            algorithm: an algorithm string such as "nabla-0.7" or "nabla-0.6_sta-11-3-3".
-            start_percent: sparse from this share of the noise schedule on.
-            end_percent: sparse up to this share of the noise schedule.
-            dense_first_steps: sampling steps at the start that stay dense; -1 is the reference's
+            algorithm: Algorithm string such as "nabla-0.7" or "nabla-0.6_sta-11-3-3".
+            start_percent: Share of the noise schedule at which sparse attention begins.
+            end_percent: Share of the noise schedule at which it ends.
+            dense_first_steps: Number of dense sampling steps at the start; -1 is the reference's
                 choice, 12 for a window alone and 0 otherwise.
-            min_tokens: below this many video tokens attention stays dense.
-            keep_first_frame: every block attends the first frame.
+            min_tokens: Number of video tokens below which attention stays dense.
+            keep_first_frame: Whether every block attends the first frame.
 
         Raises:
-            ValueError: not an algorithm, another model, or the percents are out of order.
+            ValueError: The algorithm or model is unknown, or the percents are out of order.
         """
         from comfy.patcher_extension import WrappersMP
 
@@ -107,7 +107,7 @@ def _check_model(diffusion_model: Any) -> None:
 
 
 def _sigmas(model: Any, start_percent: float, end_percent: float) -> tuple[float, float]:
-    """Noise levels between which attention is sparse; infinite where there is no limit."""
+    """Return the noise levels between which attention is sparse; infinite without a limit."""
     if not 0 <= start_percent <= end_percent <= 1:
         raise ValueError(
             "expected 0 <= start_percent <= end_percent <= 1: "

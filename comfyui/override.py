@@ -64,7 +64,7 @@ def _read(
 
 
 def _fit(request: _Request, call: VideoCall, grid_sizes: Any) -> TokenGrid | None:
-    """The grid of a self-attention call; None for any other, and where it does not fit."""
+    """Return the grid of a self-attention call; None for other calls and where it does not fit."""
     if not request.q.shape == request.k.shape == request.v.shape:
         return None
     # Wan's own sizes count frames that the model added to the latents.
