@@ -107,6 +107,40 @@ def test_other_settings_are_refused(pipeline, finished):
         evaluation(pipeline, finished).run(ALGOS, ITEMS, shard=(2, 2))
 
 
+def test_an_item_that_fails_stops_no_other(pipeline, tmp_path, monkeypatch):
+    real = run_module.generate
+
+    def fail_once(pipeline, request, **options):
+        if request.prompt == "a red circle" and request.seed == 1:
+            raise RuntimeError("out of\nmemory")
+        return real(pipeline, request, **options)
+
+    monkeypatch.setattr(run_module, "generate", fail_once)
+    shared = evaluation(pipeline, tmp_path).run(ALGOS, ITEMS)
+    assert shared.failed == {"p0000-s1": "out of memory"}
+    assert shared.made == ["p0000-s0", "p0001-s0", "p0001-s1"]
+    monkeypatch.undo()
+    again = evaluation(pipeline, tmp_path).run(ALGOS, ITEMS)
+    assert again.made == ["p0000-s1"] and len(again.there) == 3
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_another_process_is_at_is_left_to_it(pipeline, tmp_path):
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from filelock import FileLock\n"
+        "with FileLock(sys.argv[1]): print('held', flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, tmp_path / ".p0000-s0.lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        shared = evaluation(pipeline, tmp_path).run(ALGOS, ITEMS[:2])
+        holder.kill()
+    assert (shared.made, shared.elsewhere) == (["p0000-s1"], ["p0000-s0"])
+
+
 def test_a_measure_asked_for_later_is_made(pipeline, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     more = Measures(scorer=MovingShapesScorer(), num_probed=1, clip=lambda frames, prompt: 0.25)

@@ -1,13 +1,17 @@
 """``nabla evaluate``: algorithms against dense attention on prompts x seeds."""
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from nabla_attn.cli import options as opt
 from nabla_attn.cli.group import VerbCommand
+
+if TYPE_CHECKING:
+    from nabla_attn.progress import ProgressCallback
 
 
 class RunByDefault(TyperGroup):
@@ -61,11 +65,20 @@ def run(
     ] = 2,
     lpips: Annotated[Path | None, typer.Option(help="Weights of lpips.LPIPS(net='alex').")] = None,
     clip: Annotated[Path | None, typer.Option(help="Directory of a CLIP model.")] = None,
+    engine: opt.Engine = "locks",
+    workers: opt.Workers = None,
 ) -> None:
     """Make the videos, measure them, and write records, a summary and curves."""
     from nabla_attn.cli.progress import generation_bars
     from nabla_attn.evaluation.prompts import make_items, take_prompts
-    from nabla_attn.evaluation.run import Evaluation, Measures, describe_weights
+    from nabla_attn.evaluation.run import (
+        Evaluation,
+        Measures,
+        describe_weights,
+        evaluate_items,
+        list_algorithms,
+        take_shard,
+    )
     from nabla_attn.moving_shapes.scorer import MovingShapesScorer
 
     scorer = MovingShapesScorer()
@@ -73,6 +86,8 @@ def run(
     items = make_items(texts, opt.read_indices(seeds) or ())
     request = video.base_request(prompt=texts[0], seed=items[0].seed)
     part = _read_shard(shard)
+    if workers is not None and engine == "locks":
+        raise ValueError("--workers is for --engine ray; start more processes instead.")
     rate = video.rate
     measures = Measures(
         scorer=scorer,
@@ -85,17 +100,38 @@ def run(
         },
         num_probed=num_probed,
     )
-    pipeline = video.load()
-    algos = _match(pipeline, request, sparse_algo, items, match)
-    evaluation = Evaluation(pipeline, request, output, fps=rate, measures=measures)
+    pipeline = video.load() if match or engine == "locks" else None
+    names = list_algorithms(_match(pipeline, request, sparse_algo, items, match))
+    load = partial(_load_evaluation, video, request, output, rate, measures)
     with generation_bars(in_logs=True) as start:
-        evaluation.run(
-            algos,
-            items,
-            shard=part,
-            on_video=lambda label, done, total: start(f"{done + 1}/{total} {label}"),
-        )
+
+        def on_video(label: str, done: int, total: int) -> "ProgressCallback":
+            return start(f"{done + 1}/{total} {label}")
+
+        if engine == "locks":
+            evaluation = Evaluation(pipeline, request, output, fps=rate, measures=measures)
+            shared = evaluation.run(names, items, shard=part, on_video=on_video)
+        else:
+            shared = evaluate_items(
+                load,
+                output,
+                names,
+                take_shard(items, part),
+                measures,
+                engine=engine,
+                workers=workers,
+                has_gpus=video.device != "cpu",
+                on_item=lambda name, _: typer.echo(name, err=True),
+            )
+    for name, reason in shared.failed.items():
+        typer.echo(f"failed: {name}: {reason}", err=True)
+    if shared.elsewhere:
+        typer.echo(f"{len(shared.elsewhere)} items: other processes are at them.", err=True)
+    if shared.failed and not shared.made and not shared.there:
+        raise typer.Exit(1)
     _finish(output)
+    if shared.failed:
+        raise typer.Exit(1)
 
 
 @evaluate.command(cls=VerbCommand)
@@ -142,6 +178,16 @@ def vbench_read(
         typer.echo(f"{name:24s} {100 * score:6.2f}")
     for name, score in compute_totals(scores).items():
         typer.echo(f"{name:24s} {score:6.2f}")
+
+
+def _load_evaluation(
+    video: opt.VideoOptions, request: Any, output: Path, fps: float, measures: Any
+) -> Any:
+    """The evaluation with its pipeline on this process's own device."""
+    from nabla_attn.evaluation.run import Evaluation
+
+    pipeline = opt.load_on_own_device(video.model, video.device, video.dtype, video.lora or ())
+    return Evaluation(pipeline, request, output, fps=fps, measures=measures)
 
 
 def _match(pipeline: Any, request: Any, algos: list[str], items: Any, match: str) -> list[str]:

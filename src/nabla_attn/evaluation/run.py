@@ -6,6 +6,7 @@ A run is a folder: ``<algorithm>/<item>.mp4`` and beside it its record, ``<item>
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from nabla_attn.evaluation.metrics import measure_fidelity
 from nabla_attn.evaluation.motion import measure_motion
 from nabla_attn.evaluation.probe import AttentionProbe
 from nabla_attn.evaluation.prompts import Item
-from nabla_attn.files import fingerprint_files
+from nabla_attn.files import fingerprint_files, is_whole
 from nabla_attn.generation.generate import generate, warm_up
 from nabla_attn.generation.pipeline import model_identity
 from nabla_attn.generation.request import GenerationRequest, check_request
@@ -25,6 +26,7 @@ from nabla_attn.generation.scorer import Scorer
 from nabla_attn.generation.video import write_video
 from nabla_attn.progress import ProgressCallback, ignore_progress
 from nabla_attn.record import RunRecord, check_settings
+from nabla_attn.work_sharing import OnItem, Shared, Work, share_work
 
 VideoCallback = Callable[[str, int, int], ProgressCallback]
 """Called with a label, videos done and videos in all; gives the progress callback of the next."""
@@ -99,39 +101,53 @@ class Evaluation:
         *,
         shard: tuple[int, int] = (0, 1),
         on_video: VideoCallback = lambda label, done, total: ignore_progress,
-    ) -> None:
-        """Make and measure what is missing; dense first, since all others compare with it.
+    ) -> Shared:
+        """Make and measure what is missing and what no other process is at.
 
         Args:
-            algos: algorithms; dense is always added.
-            items: prompts and seeds.
+            algos: The algorithms; dense is always added.
+            items: Prompts and seeds.
             shard: (k, n): this process takes every n-th item from k on.
             on_video: Called before every video.
 
+        Returns:
+            The items made, found, failed, and left to other processes.
+
         Raises:
-            ValueError: an unknown algorithm, a shard outside 0 to n-1, or records in the folder
-                that were made with other settings.
+            ValueError: An algorithm is unknown, the shard is outside 0 to n-1, or the folder has
+                records that were made with other settings.
         """
-        index, count = shard
-        if not 0 <= index < count:
-            raise ValueError(f"a shard is K/N with K from 0 to N-1: got {index}/{count}.")
-        names = list(dict.fromkeys(["dense", *(str(parse(algo)) for algo in algos)]))
-        mine = list(items)[index::count]
-        total, done = len(mine) * len(names), 0
+        names, mine = list_algorithms(algos), take_shard(items, shard)
         # All before the first video: records made with other settings are refused now.
-        to_make = {item: [n for n in names if not self._is_done(n, item)] for item in mine}
-        for item, missing in to_make.items():
-            done += len(names) - len(missing)
-            dense: np.ndarray | None = None
-            for name in missing:
-                if dense is None and name != "dense":
-                    dense = self._make_dense_again(
-                        item, on_video(f"dense {item.name}", done, total)
-                    )
-                on_progress = on_video(f"{name} {item.name}", done, total)
-                frames = self._make(name, item, dense, on_progress)
-                dense = frames if name == "dense" else dense
-                done += 1
+        for item in mine:
+            for name in names:
+                self._check_record(name, item)
+        return evaluate_items(
+            lambda: self, self._folder, names, mine, self._measures, on_video=on_video
+        )
+
+    def make_item(
+        self,
+        names: Sequence[str],
+        item: Item,
+        on_video: Callable[[str], ProgressCallback] = lambda label: ignore_progress,
+    ) -> None:
+        """Make and measure what is missing of an item; dense first, as all compare with it.
+
+        Args:
+            names: The algorithms, dense first.
+            item: Prompt and seed.
+            on_video: Called before every video with its label.
+        """
+        dense: np.ndarray | None = None
+        for name in names:
+            if is_measured(self._folder, self._measures, name, item):
+                self._check_record(name, item)
+                continue
+            if dense is None and name != "dense":
+                dense = self._make_dense_again(item, on_video(f"dense {item.name}"))
+            frames = self._make(name, item, dense, on_video(f"{name} {item.name}"))
+            dense = frames if name == "dense" else dense
 
     def _make(
         self, name: str, item: Item, dense: np.ndarray | None, on_progress: ProgressCallback
@@ -193,21 +209,12 @@ class Evaluation:
         result.save(path.with_suffix(".probe.safetensors"))
         return result.to_dict()
 
-    def _is_done(self, name: str, item: Item) -> bool:
+    def _check_record(self, name: str, item: Item) -> None:
+        """Refuse a record that was made with other settings."""
         path = self._path(name, item)
-        if not path.is_file():
-            return False
-        asked = self._asked(name, item).to_dict() | self._identity | {"fps": self._fps}
-        numbers = check_settings(path, asked).numbers
-        check_settings(path, self._weights(numbers))
-        measures = self._measures
-        wanted = {
-            "lpips": measures.lpips is not None,
-            "clip": measures.clip is not None,
-            "probe": name != "dense" and item.index < measures.num_probed,
-        }
-        had = _measured(numbers)
-        return all(measure in had for measure, is_wanted in wanted.items() if is_wanted)
+        if is_whole(path):
+            asked = self._asked(name, item).to_dict() | self._identity | {"fps": self._fps}
+            check_settings(path, self._weights(check_settings(path, asked).numbers))
 
     def _weights(self, numbers: dict[str, Any]) -> dict[str, str]:
         """The weights of what was measured, under their names in a record's config."""
@@ -220,7 +227,125 @@ class Evaluation:
         return request.with_algo(name)
 
     def _path(self, name: str, item: Item) -> Path:
-        return self._folder / name / f"{item.name}.json"
+        return _record_path(self._folder, name, item)
+
+
+def evaluate_items(
+    load: Callable[[], Evaluation],
+    folder: Path,
+    names: Sequence[str],
+    items: Sequence[Item],
+    measures: Measures,
+    *,
+    engine: str = "locks",
+    workers: int | None = None,
+    has_gpus: bool = True,
+    on_video: VideoCallback = lambda label, done, total: ignore_progress,
+    on_item: OnItem = lambda name, result: None,
+) -> Shared:
+    """Make and measure items, shared with other processes; one that fails stops no other.
+
+    Args:
+        load: Makes the evaluation, with its pipeline; called once in each process that works.
+        folder: The run's folder.
+        names: The algorithms, dense first.
+        items: Prompts and seeds.
+        measures: What is measured.
+        engine: How processes share the work, see `share_work`.
+        workers: Number of Ray's workers.
+        has_gpus: Whether Ray's workers take a GPU each.
+        on_video: Called before every video that this process makes.
+        on_item: Called with each item that is made or has failed.
+    """
+    by_name = {item.name: item for item in items}
+    count = partial(_count_videos, folder, names, items, on_video)
+    start = partial(_start, load, names, by_name, None if engine == "ray" else count)
+    work = Work(
+        folder=folder,
+        items=list(by_name),
+        start=start,
+        is_done=partial(_is_finished, folder, measures, names, by_name),
+        failures=(ValueError, OSError, RuntimeError, MemoryError),
+    )
+    return share_work(work, engine, workers=workers, has_gpus=has_gpus, on_item=on_item)
+
+
+def list_algorithms(algos: Sequence[str]) -> list[str]:
+    """The algorithms of a run by their full names, each once, dense first.
+
+    Raises:
+        ValueError: One is unknown.
+    """
+    return list(dict.fromkeys(["dense", *(str(parse(algo)) for algo in algos)]))
+
+
+def take_shard(items: Sequence[Item], shard: tuple[int, int]) -> list[Item]:
+    """Every n-th item from k on.
+
+    Args:
+        items: All items.
+        shard: (k, n).
+
+    Raises:
+        ValueError: k is outside 0 to n-1.
+    """
+    index, count = shard
+    if not 0 <= index < count:
+        raise ValueError(f"a shard is K/N with K from 0 to N-1: got {index}/{count}.")
+    return list(items)[index::count]
+
+
+def is_measured(folder: Path, measures: Measures, name: str, item: Item) -> bool:
+    """Whether there is a record of an algorithm's video of an item, with all that is measured."""
+    path = _record_path(folder, name, item)
+    if not is_whole(path):
+        return False
+    wanted = {
+        "lpips": measures.lpips is not None,
+        "clip": measures.clip is not None,
+        "probe": name != "dense" and item.index < measures.num_probed,
+    }
+    had = _measured(RunRecord.load(path).numbers)
+    return all(measure in had for measure, is_wanted in wanted.items() if is_wanted)
+
+
+def _record_path(folder: Path, name: str, item: Item) -> Path:
+    return folder / name / f"{item.name}.json"
+
+
+def _is_finished(
+    folder: Path, measures: Measures, names: Sequence[str], items: Mapping[str, Item], item: str
+) -> bool:
+    return all(is_measured(folder, measures, name, items[item]) for name in names)
+
+
+def _start(
+    load: Callable[[], Evaluation],
+    names: Sequence[str],
+    items: Mapping[str, Item],
+    on_video: Callable[[str], ProgressCallback] | None,
+) -> Callable[[str], None]:
+    evaluation = load()
+
+    def make(item: str) -> None:
+        if on_video is None:
+            evaluation.make_item(names, items[item])
+        else:
+            evaluation.make_item(names, items[item], on_video)
+
+    return make
+
+
+def _count_videos(
+    folder: Path,
+    names: Sequence[str],
+    items: Sequence[Item],
+    on_video: VideoCallback,
+    label: str,
+) -> ProgressCallback:
+    """Tell of the next video, and how many there are by now, whoever made them."""
+    done = sum(is_whole(_record_path(folder, name, item)) for item in items for name in names)
+    return on_video(label, done, len(items) * len(names))
 
 
 def _measured(numbers: dict[str, Any]) -> dict[str, Any]:
