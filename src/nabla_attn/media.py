@@ -257,17 +257,32 @@ def _warn_stretched(path: object, old: tuple[int, int], new: tuple[int, int]) ->
 
 
 def _decode(container: Any, stream: Any) -> Iterator[Any]:
-    packets = 0
+    packets, end, length = 0, Fraction(0), Fraction(0)
     for packet in container.demux(stream):
         if packet.is_corrupt:
             raise UnreadableMedia("it is damaged, or ends early")
         packets += packet.size > 0
+        if packet.pts is not None and packet.duration:
+            length = packet.duration * packet.time_base
+            end = max(end, packet.pts * packet.time_base + length)
         for frame in packet.decode():
             if frame.is_corrupt:
                 raise UnreadableMedia("it is damaged")
             yield frame
     if packets < stream.frames:
         raise UnreadableMedia(f"it ends early: {packets} of {stream.frames} frames are there")
+    if end and end + length * 9 / 10 < (declared := _declared_end(stream)):
+        raise UnreadableMedia(f"it ends early: {float(end):.3f} of {float(declared):.3f} seconds")
+
+
+def _declared_end(stream: Any) -> Fraction:
+    """Where a stream of Matroska or WebM ends, as its writer noted it; 0 where there is no note."""
+    parts = stream.metadata.get("DURATION", "").rstrip("\0").split(":")
+    try:
+        hours, minutes, seconds = map(Fraction, parts)
+    except ValueError:
+        return Fraction(0)
+    return 3600 * hours + 60 * minutes + seconds
 
 
 def _to_picture(frame: Any, aspect: Fraction | None, reformatter: Any) -> np.ndarray:

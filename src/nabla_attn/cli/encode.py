@@ -1,6 +1,5 @@
 """`nabla encode`: videos and captions to what `nabla train` reads."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nabla_attn.cli import options as opt
+from nabla_attn.cli.output import notice, print_json, say
 
 if TYPE_CHECKING:
     from nabla_attn.training.data.clip import ClipSource
     from nabla_attn.training.data.encode import EncodeSummary
 
-WORLD = "world"
 OWN = "the videos' own"
 
 
@@ -25,15 +24,11 @@ def encode(
             ".tar files of webdataset, or a folder of them; or 'world', the built-in one."
         ),
     ],
-    output: Annotated[
-        Path, typer.Option(help="The folder to write; an interrupted run continues.")
-    ],
+    output: Annotated[Path, typer.Option(help="The folder; an interrupted run continues.")],
     model: opt.Model = "builtin",
     height: Annotated[int | None, typer.Option(help="Pixels.", show_default=OWN)] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", show_default=OWN)] = None,
-    frames: Annotated[
-        int | None, typer.Option(help="Number of frames, from the first.", show_default="all")
-    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames taken.", show_default="all")] = None,
     sizes: Annotated[
         list[str] | None,
         typer.Option(
@@ -56,7 +51,6 @@ def encode(
     dtype: opt.Dtype = "auto",
     engine: opt.Engine = "locks",
     workers: opt.Workers = None,
-    quiet: opt.Quiet = False,
     as_json: opt.AsJson = False,
 ) -> None:
     """Encode videos and captions once, for training: latents and embeddings in sharded files.
@@ -77,17 +71,15 @@ def encode(
     if sizes and single != Size():
         raise ValueError("pass either --sizes or --height, --width and --frames.")
     wanted = tuple(map(Size.parse, sizes or ())) or (single,)
-    if source == [WORLD]:
+    if source == ["world"]:
         from nabla_attn.moving_shapes.dataset import WorldSource
 
         if fps is not None:
             raise ValueError("--fps is for videos; the built-in world has no rate of its own.")
         if wanted == (Size(),):
             wanted = (Size.of_model(model_directory(model)),)
-        numbers = opt.read_indices(shapes or "1") or ()
-        found: "ClipSource" = WorldSource(
-            1024 if clips is None else clips, wanted, seed or 0, numbers
-        )
+        count, numbers = 1024 if clips is None else clips, opt.read_indices(shapes or "1") or ()
+        found: ClipSource = WorldSource(count, wanted, seed or 0, numbers)
     else:
         if (clips, shapes, seed) != (None, None, None):
             raise ValueError("--clips, --shapes and --seed are for the source 'world' alone.")
@@ -95,7 +87,7 @@ def encode(
     request = EncodeRequest(wanted, fps=fps, shard_size=shard_size)
     check_writable(output / "index.json")
     load = partial(opt.load_on_own_device, model, device, dtype)
-    with count_bar("encoding", "clips", is_quiet=quiet) as on_progress:
+    with count_bar("encoding", "clips") as on_progress:
         summary = encode_all(
             found,
             load,
@@ -107,8 +99,8 @@ def encode(
             on_progress=on_progress,
         )
     if as_json:
-        typer.echo(json.dumps({"folder": str(output)} | vars(summary)))
-    elif not quiet:
+        print_json({"folder": str(output)} | vars(summary))
+    else:
         _report(output, summary)
     if not summary.encoded and not summary.elsewhere:
         raise ValueError(f"no video could be used. {output / 'skipped.jsonl'} says why.")
@@ -116,12 +108,12 @@ def encode(
 
 def _report(output: Path, summary: "EncodeSummary") -> None:
     skipped = summary.skipped.total()
-    typer.echo(f"{output}: {summary.encoded} videos encoded, {skipped} skipped.")
+    say(f"{output}: {summary.encoded} videos encoded, {skipped} skipped.")
     for kind, count in summary.skipped.most_common():
-        typer.echo(f"skipped: {count} {kind}", err=True)
+        notice("skipped", f"{count} {kind}")
     if summary.cut:
-        typer.echo(f"captions that the text encoder did not read to the end: {summary.cut}")
+        say(f"captions that the text encoder did not read to the end: {summary.cut}")
     if summary.elsewhere:
-        typer.echo(f"{summary.elsewhere} of {summary.shards} shards: other processes are at them.")
+        say(f"{summary.elsewhere} of {summary.shards} shards: other processes are at them.")
     elif summary.encoded:
-        typer.echo(f"Next: nabla train finetune data.folder={output}")
+        say(f"Next: nabla train finetune data.folder={output}")

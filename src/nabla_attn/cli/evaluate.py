@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from nabla_attn.cli import options as opt
 from nabla_attn.cli.group import VerbCommand
+from nabla_attn.cli.output import notice
 
 if TYPE_CHECKING:
     from nabla_attn.progress import ProgressCallback
@@ -121,12 +122,12 @@ def run(
                 engine=engine,
                 workers=workers,
                 has_gpus=video.device != "cpu",
-                on_item=lambda name, _: typer.echo(name, err=True),
+                on_item=lambda name, _: notice("note", name),
             )
     for name, reason in shared.failed.items():
-        typer.echo(f"failed: {name}: {reason}", err=True)
+        notice("failed", f"{name}: {reason}")
     if shared.elsewhere:
-        typer.echo(f"{len(shared.elsewhere)} items: other processes are at them.", err=True)
+        notice("note", f"{len(shared.elsewhere)} items: other processes are at them.")
     if shared.failed and not shared.made and not shared.there:
         raise typer.Exit(1)
     _finish(output)

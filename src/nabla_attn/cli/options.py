@@ -53,7 +53,6 @@ Workers = Annotated[
         min=1, help="With --engine ray: processes.", show_default="one for each GPU or machine"
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors and warnings only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the results as one JSON object.")]
 Lora = Annotated[
     list[str] | None,

@@ -84,14 +84,13 @@ def loading_bars() -> Iterator["ProgressCallback"]:
 
 @contextmanager
 def count_bar(
-    label: str, unit: str, *, is_quiet: bool = False, every_seconds: float = 30.0
+    label: str, unit: str, *, every_seconds: float = 30.0
 ) -> Iterator["ProgressCallback"]:
     """Yield a progress callback that moves a bar, or writes lines where stderr is no terminal.
 
     Args:
         label: The name of the work.
         unit: The plural of what is counted.
-        is_quiet: Whether nothing is shown.
         every_seconds: Seconds from one line in a log file to the next.
     """
     from rich.console import Console
@@ -101,7 +100,7 @@ def count_bar(
     columns = (label, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # Transient, so that an error stays the one line on stderr.
     console = Console(stderr=True)
-    is_shown = console.is_terminal and not is_quiet
+    is_shown = console.is_terminal and not Settings.is_quiet
     first = None
     last = time.perf_counter()
     with Bars(*columns, console=console, transient=True, disable=not is_shown) as bars:
@@ -112,7 +111,7 @@ def count_bar(
             now = time.perf_counter()
             first = first or (done, now)
             bars.update(task, completed=done, total=total)
-            if not is_quiet and not is_shown and now - last >= every_seconds:
+            if not Settings.is_quiet and not is_shown and now - last >= every_seconds:
                 last = now
                 text = _describe_speed(done, total, done - first[0], now - first[1], unit)
                 print(f"{label}: {text}", file=sys.stderr, flush=True)  # noqa: T201

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from nabla_attn.cli import options as opt
+from nabla_attn.cli.output import notice, say
 
 if TYPE_CHECKING:
     from nabla_attn.generation.prompt_list import Generate
@@ -103,11 +104,11 @@ def _tell(folder: Path, videos: dict[str, "GenerationRequest"], name: str, resul
 
     path = folder / f"{name}.mp4"
     if isinstance(result, Failure):
-        typer.echo(f"{_rank_label()}{path}: failed: {result}", err=True)
+        notice("failed", f"{_rank_label()}{path}: {result}")
         return
     seconds = result.numbers["seconds"]["total"]
     text = " ".join(videos[name].prompt.split())[:60]
-    typer.echo(f"{_rank_label()}{path}: seed {result.seed}, {seconds:.1f} s, {text}")
+    say(f"{_rank_label()}{path}: seed {result.seed}, {seconds:.1f} s, {text}")
 
 
 def _rank_label() -> str:
@@ -123,6 +124,6 @@ def _summarise_list(folder: Path, count: int, shared: "Shared", broken: dict[str
         parts.append(f"{len(shared.elsewhere)} being made by other processes")
     if failed:
         parts.append(f"{len(failed)} failed")
-    typer.echo(f"{_rank_label()}{folder}: {count} videos: {', '.join(parts)}.")
+    say(f"{_rank_label()}{folder}: {count} videos: {', '.join(parts)}.")
     for name, reason in failed.items():
-        typer.echo(f"{_rank_label()}failed: {name}: {reason}", err=True)
+        notice("failed", f"{_rank_label()}{name}: {reason}")

@@ -355,7 +355,7 @@ def test_the_command(tiny_wan, videos, tmp_path):
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert (found["encoded"], found["skipped"]["odd size"], found["made"]) == (7, 2, 0)
-    assert run(videos, "--output", tmp_path / "a", *options, "--quiet").output == ""
+    assert run(videos, "--output", tmp_path / "a", *options, "--quiet").stdout == ""
 
 
 def test_log_files_have_lines_of_progress(capsys, monkeypatch):
@@ -363,6 +363,7 @@ def test_log_files_have_lines_of_progress(capsys, monkeypatch):
 
     now = [0.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(progress.Settings, "is_quiet", False)
     with progress.count_bar("encoding", "clips", every_seconds=30) as on_progress:
         for done in range(0, 101, 10):
             on_progress("encode", done, 100)
@@ -370,7 +371,8 @@ def test_log_files_have_lines_of_progress(capsys, monkeypatch):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "encoding: 20 of 100 clips, 0.50 clips/s, 160 s left"
     assert len(lines) == 5
-    with progress.count_bar("encoding", "clips", is_quiet=True, every_seconds=0) as on_progress:
+    monkeypatch.setattr(progress.Settings, "is_quiet", True)
+    with progress.count_bar("encoding", "clips", every_seconds=0) as on_progress:
         on_progress("encode", 1, 2)
     assert not capsys.readouterr().err
 

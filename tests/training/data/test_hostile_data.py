@@ -324,6 +324,24 @@ def test_damaged_videos_are_skipped_and_never_smeared(tmp_path):
     assert whole.shape == (17, 64, 64, 3)
 
 
+@pytest.mark.parametrize("codec", ["libx264", "libvpx-vp9"])
+def test_a_matroska_file_that_ends_early_is_skipped(tmp_path, codec):
+    path = tmp_path / "v.mkv"
+    frames = np.random.default_rng(0).integers(0, 255, (9, 32, 32, 3), np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=8)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    assert len(read_clip(Clip("v", "", lambda: path), None, None)) == 9
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 9 // 10])
+    with pytest.raises(Skipped, match="it ends early"):
+        read_clip(Clip("v", "", lambda: path), None, None)
+    # The frames that were asked for are there.
+    assert len(read_clip(Clip("v", "", lambda: path), 3, None)) == 3
+
+
 def test_whatever_a_decoder_raises_costs_one_clip(monkeypatch, mp4, tmp_path):
     def fail(source):
         raise IndexError("bytes nobody expected")
