@@ -66,36 +66,41 @@ class PromptExtension:
     def extend(self, prompt: str, seed: int, device: Any) -> str:
         """The prompt at more length, or as it is where the extension is off.
 
+        Args:
+            prompt: The user's words; images are not looked at.
+            seed: Seed of the sampling.
+            device: Device that the model runs on.
+
         Raises:
-            ValueError: As `directory` and `extend_prompt`.
+            ValueError: As `directory`; or the model cannot be read, asks to run code, or answers
+                nothing.
         """
-        if self.is_on:
-            return extend_prompt(prompt, self.directory(), self.language, seed, device)
-        if self.model is not None or self.method != METHODS[0]:
-            warnings.warn(
-                "--prompt_extend_model and --prompt_extend_method are ignored without "
-                "--use_prompt_extend.",
-                stacklevel=2,
-            )
-        return prompt
+        if not self.is_on:
+            if self.model is not None or self.method != METHODS[0]:
+                warnings.warn(
+                    "--prompt_extend_model and --prompt_extend_method are ignored without "
+                    "--use_prompt_extend.",
+                    stacklevel=2,
+                )
+            return prompt
+        return _answer(
+            self.directory(),
+            INSTRUCTION.format(language=LANGUAGES[self.language]),
+            prompt,
+            seed,
+            device,
+        )
 
 
-def extend_prompt(prompt: str, directory: Path, language: str, seed: int, device: Any) -> str:
-    """Rewrite a prompt at more length; images are not looked at.
-
-    Args:
-        prompt: The user's words.
-        directory: An instruct model in transformers format, with a chat template.
-        language: `"zh"` or `"en"`.
-        seed: Seed of the sampling.
-        device: Device that the model runs on.
-
-    Raises:
-        ValueError: The model cannot be read or asks to run code, or it answers nothing.
-    """
+def _answer(directory: Path, instruction: str, prompt: str, seed: int, device: Any) -> str:
+    """What the instruct model of a directory says to a prompt."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    messages = [
+        {"role": "system", "content": instruction},
+        {"role": "user", "content": prompt},
+    ]
     local: Any = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, **local)
@@ -104,19 +109,15 @@ def extend_prompt(prompt: str, directory: Path, language: str, seed: int, device
         ).to(device)
         if tokenizer.chat_template is None:
             raise ValueError("its tokenizer has no chat template")
+        encoded: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
     except Exception as error:
         # Models meet damaged files with every kind of error.
         raise ValueError(
             f"{directory} is no instruct model that transformers reads: {first_line(error)}. Pass "
             "another --prompt_extend_model."
         ) from error
-    messages = [
-        {"role": "system", "content": INSTRUCTION.format(language=LANGUAGES[language])},
-        {"role": "user", "content": prompt},
-    ]
-    encoded: Any = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
     inputs = encoded.to(device)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
