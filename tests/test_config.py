@@ -106,3 +106,22 @@ def test_configs_are_frozen_and_hashable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.threshold = 0.5
     assert len({config, na.parse("nabla-0.70")}) == 1
+
+
+@pytest.mark.parametrize("text", ["nabla-0.7_keep-first-frame", "topk-0.2_pair-pool"])
+def test_every_rule_of_a_map_has_a_spelling(text):
+    assert str(na.parse(text)) == text
+    assert na.Schedule.from_json(na.Schedule(algorithm=na.parse(text)).to_json()).algorithm == (
+        na.parse(text)
+    )
+
+
+@pytest.mark.parametrize("text", ["dense_pair-union", "keep-first-frame", "nabla-0.5_keep-last"])
+def test_rules_that_stand_alone_or_are_unknown_are_named(text):
+    with pytest.raises(ValueError, match=r"needs a threshold|is not an algorithm"):
+        na.parse(text)
+
+
+def test_a_bare_number_is_answered_with_its_algorithm():
+    with pytest.raises(ValueError, match=r'such as "nabla-0\.65": got 0\.65'):
+        na.parse(0.65)

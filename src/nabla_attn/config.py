@@ -94,7 +94,9 @@ def parse(text: str) -> SparseConfig:
     Raises:
         ValueError: A part is not one of the grammar's, or is out of range; the message names it.
     """
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str):
+        raise ValueError(f"an algorithm is a string{_example(text)}: got {text!r}.")
+    if not text.strip():
         raise ValueError(f"the algorithm must not be empty: got {text!r}. Expected {GRAMMAR}.")
     text = text.strip()
     if text == "dense":
@@ -118,6 +120,11 @@ def as_config(algorithm: SparseConfig | str) -> SparseConfig:
         ValueError: It is neither.
     """
     return algorithm if isinstance(algorithm, SparseConfig) else parse(algorithm)
+
+
+def _example(value: Any) -> str:
+    is_share = isinstance(value, int | float) and 0 < value <= 1
+    return f' such as "nabla-{_show_number(value) if is_share else 0.7}"'
 
 
 @dataclass(frozen=True)

@@ -113,3 +113,22 @@ def test_rotary_tables_move_with_their_tokens():
     grid = ODD_GRIDS["ragged"]
     table = torch.randn(grid.num_tokens, 1, 6)
     assert torch.equal(na.to_raster(na.to_blocks(table, grid, dim=0), grid, dim=0), table)
+
+
+@pytest.mark.parametrize(
+    ("grid", "algorithm"),
+    [
+        ((2, 16, 16), "nabla-0.5_block-1000-1000-1000"),
+        ((2, 16, 16), "nabla-0.5_block-1-64-65"),
+        ((1, 1, 4096), "sta-1-1-1_block-64-64-1"),
+    ],
+)
+def test_blocks_far_beyond_the_grid_are_refused_before_any_work(grid, algorithm):
+    q = torch.zeros(1, 1, 1, 1).expand(1, 1, grid[0] * grid[1] * grid[2], 8)
+    with pytest.raises(ValueError, match=r"at most 4,096 tokens: got|are larger than the grid"):
+        na.nabla_attention(q, q, q, na.TokenGrid(*grid), algorithm)
+
+
+def test_a_single_token_may_have_the_paper_s_block():
+    q = torch.randn(1, 2, 1, 8)
+    torch.testing.assert_close(na.nabla_attention(q, q, q, na.TokenGrid(1, 1, 1), "nabla-0.5"), q)

@@ -479,3 +479,36 @@ def test_reports_keep_every_step_of_long_generations():
     for _ in range(3000):
         telemetry.record(Forward("transformer", None, (1, 1, 1), [None]), -1)
     assert len(telemetry.forwards) == 1024 and telemetry.report().density.shape == (1, 1, 1)
+
+
+@torch.no_grad()
+def test_what_people_print_is_short(model, inputs):
+    with na.apply(model, "nabla-0.3") as handle:
+        run(model, inputs)
+        assert repr(handle) == "<NABLA in WanTransformer3DModel: nabla-0.3>"
+        report = handle.report()
+        assert repr(report).startswith("Report(density 0.") and "2 layers" in repr(report)
+        assert report._repr_html_().count("<tr>") == 3
+        calls = []
+        handle.observe(calls.append)
+        run(model, inputs)
+    assert repr(handle).endswith(", removed>")
+    assert repr(calls[0].block_map).startswith("BlockMap(2 samples, 2 heads, 12x12 blocks of 64")
+
+
+@torch.no_grad()
+def test_a_handle_follows_another_schedule_and_observers_end(model, inputs):
+    handle, seen = na.apply(model, "nabla-0.3"), []
+    stop = handle.observe(lambda call: seen.append((call.layer, str(call.config))))
+    run(model, inputs)
+    handle.set_schedule("nabla-0.6")
+    run(model, inputs)
+    assert seen == [(0, "nabla-0.3"), (1, "nabla-0.3"), (0, "nabla-0.6"), (1, "nabla-0.6")]
+    stop()
+    stop()
+    run(model, inputs)
+    assert len(seen) == 4 and len(handle.last_densities()) == 2
+    assert [layer.path for layer in handle.layers] == ["blocks.0.attn1", "blocks.1.attn1"]
+    with pytest.raises(ValueError, match="the schedule names layer 7"):
+        handle.set_schedule(na.Schedule(algorithm=na.parse("nabla-0.5"), dense_layers=(7,)))
+    assert str(handle.schedule) == "nabla-0.6"

@@ -34,6 +34,13 @@ class BlockMap:
     block_tokens: int
     kept_mass: Float[Tensor, "batch heads"] | None = None
 
+    def __repr__(self) -> str:
+        batch, heads, q_blocks, kv_blocks = self.mask.shape
+        return (
+            f"BlockMap({batch} samples, {heads} heads, {q_blocks}x{kv_blocks} blocks of "
+            f"{self.block_tokens} tokens, density {self.density:.3f})"
+        )
+
     @property
     def kv_counts(self) -> Int[Tensor, "samples kv_blocks"]:
         """Tokens of every key block that may be attended."""

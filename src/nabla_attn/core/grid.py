@@ -4,6 +4,10 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from numbers import Integral
 
+MAX_BLOCK_TOKENS = 4096
+# Slots per token beyond which blocks are too large for their grid, unless it is small.
+MAX_PADDING, SMALL = 64, 2**16
+
 
 def _positive(what: str, size: int) -> int:
     if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
@@ -26,6 +30,11 @@ class BlockShape:
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width"):
             object.__setattr__(self, name, _positive(f"block {name}", getattr(self, name)))
+
+        if self.tokens > MAX_BLOCK_TOKENS:
+            raise ValueError(
+                f"a block holds at most {MAX_BLOCK_TOKENS:,} tokens: got {self} = {self.tokens:,}."
+            )
 
     @property
     def tokens(self) -> int:
@@ -53,7 +62,7 @@ class TokenGrid:
 
     Raises:
         ValueError: a size is not a positive integer, the segments do not sum to `frames`, or the
-            block is not a `BlockShape`.
+            block is not a `BlockShape`, or so large that the grid would be mostly padding.
     """
 
     frames: int
@@ -67,13 +76,20 @@ class TokenGrid:
             object.__setattr__(self, name, _positive(f"grid {name}", getattr(self, name)))
         if not isinstance(self.block, BlockShape):
             raise ValueError(f"the block must be a BlockShape: got {self.block!r}.")
-        if self.segments is None:
-            return
-        segments = tuple(_positive("segment frames", frames) for frames in self.segments)
-        object.__setattr__(self, "segments", segments)
-        if sum(self.segments) != self.frames:
+        if self.segments is not None:
+            self._check_segments(self.segments)
+        if self.num_slots > max(SMALL, MAX_PADDING * self.num_tokens):
             raise ValueError(
-                f"segments must sum to the frames: got {self.segments} = {sum(self.segments)} "
+                f"blocks of {self.block} are larger than the grid {self}, which would be padded "
+                f"from {self.num_tokens:,} tokens to {self.num_slots:,}. Choose smaller blocks."
+            )
+
+    def _check_segments(self, segments: tuple[int, ...]) -> None:
+        segments = tuple(_positive("segment frames", frames) for frames in segments)
+        object.__setattr__(self, "segments", segments)
+        if sum(segments) != self.frames:
+            raise ValueError(
+                f"segments must sum to the frames: got {segments} = {sum(segments)} "
                 f"for {self.frames} frames."
             )
 

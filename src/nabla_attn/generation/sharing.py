@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from nabla_attn import distributed
 from nabla_attn.generation.pipeline import resolve_device
-from nabla_attn.models.table import find_row
+from nabla_attn.models import find_row
 from nabla_attn.sizes import denoisers
 
 

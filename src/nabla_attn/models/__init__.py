@@ -8,7 +8,7 @@ from nabla_attn.models.handle import Handle, apply, remove, replaced
 from nabla_attn.models.plan import AttentionCall
 from nabla_attn.models.report import Report
 from nabla_attn.models.row import ModelRow
-from nabla_attn.models.table import model_rows, register_model
+from nabla_attn.models.table import find_row, model_rows, register_model
 
 __all__ = [
     "AttentionCall",
@@ -16,6 +16,7 @@ __all__ = [
     "ModelRow",
     "Report",
     "apply",
+    "find_row",
     "model_rows",
     "register_model",
     "remove",

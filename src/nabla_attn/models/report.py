@@ -90,6 +90,20 @@ class Report:
             f"{steps} steps, {layers} layers, {heads} heads"
         )
 
+    def __repr__(self) -> str:
+        return f"Report({self})"
+
+    def _repr_html_(self) -> str:
+        """A table of the layers, their steps and heads averaged, as notebooks show it."""
+        columns = (self.density.nanmean(dim=(0, 2)), self.kept_mass.nanmean(dim=(0, 2)))
+        cells = zip(*(column.tolist() for column in columns), strict=True)
+        rows = "".join(
+            f"<tr><td>{layer}</td><td>{density:.3f}</td><td>{mass:.3f}</td></tr>"
+            for layer, (density, mass) in enumerate(cells)
+        )
+        head = "<tr><th>layer</th><th>density</th><th>kept mass</th></tr>"
+        return f"<p>{self}</p><table><thead>{head}</thead><tbody>{rows}</tbody></table>"
+
 
 class Telemetry:
     """Collects the forwards of the running generation; shared by the transformers of a pipeline."""

@@ -14,7 +14,7 @@ from nabla_attn.files import whole_file
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.request import GenerationRequest
 from nabla_attn.generation.scorer import Scorer
-from nabla_attn.models.handle import remove
+from nabla_attn.models import remove
 
 Rows = list[tuple[str, np.ndarray]]
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from nabla_attn import distributed
-from nabla_attn.models.table import find_row
+from nabla_attn.models import find_row
 from nabla_attn.sizes import denoisers
 
 
