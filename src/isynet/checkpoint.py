@@ -1,5 +1,6 @@
 """Weights with their architecture inside: safetensors files, and what makes networks of them."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -102,6 +103,8 @@ def save(net: ISyNet, path: str | Path) -> None:
         "num_classes": str(net.num_classes),
         "in_chans": str(net.in_chans),
         "has_last_norm": str(int(net.has_last_norm)),
+        "mean": json.dumps(net.default_cfg["mean"]),
+        "std": json.dumps(net.default_cfg["std"]),
     }
     state = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
     with whole_file(path) as temporary:
@@ -128,7 +131,7 @@ def load(path: str | Path) -> ISyNet:
                 )
             net = _net_of(about)
             net.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (SafetensorError, RuntimeError, KeyError) as error:
+    except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged or no weights of ISyNet: {error}") from error
     return net
 
@@ -189,9 +192,12 @@ def _timm_entry(name: str) -> Any:
 
 
 def _net_of(about: dict[str, str]) -> ISyNet:
-    return ISyNet(
+    net = ISyNet(
         parse(about["architecture"]),
         int(about["num_classes"]),
         int(about["in_chans"]),
         has_last_norm=about["has_last_norm"] == "1",
     )
+    for name in ("mean", "std"):
+        net.default_cfg[name] = tuple(float(value) for value in json.loads(about[name]))
+    return net

@@ -5,15 +5,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from isynet.architecture import Architecture, parse
+from isynet.architecture import Architecture
 from isynet.data.source import ImageSource
 from isynet.latency import LatencyTable
-from isynet.runs import TrialFolder
+from isynet.runs import SEARCH_RECORD, TrialFolder
 from isynet.space import SearchSpace
 from isynet.training.recipe import Recipe
 from isynet.training.trial import split, train_briefly
 from nabla_attn.progress import ProgressCallback, ignore_progress
-from nabla_attn.record import RunRecord
 
 MAX_DRAWS = 20_000
 """Architectures drawn for one within the band before the search gives up."""
@@ -211,16 +210,4 @@ def _draw(
 def _save_result(trials: TrialFolder, ranked: list[Candidate]) -> None:
     rows = [{**asdict(each), "architecture": str(each.architecture)} for each in ranked]
     numbers = {"best": str(ranked[0].architecture), "candidates": rows}
-    trials.save(trials.folder / "search.json", trials.settings, numbers)
-
-
-def load_best(folder: str | Path) -> Architecture:
-    """The best architecture of a search that has ended.
-
-    Raises:
-        ValueError: The folder holds no finished search.
-    """
-    file = Path(folder) / "search.json"
-    if not file.is_file():
-        raise ValueError(f"{folder} holds no finished search: no search.json.")
-    return parse(RunRecord.load(file).numbers["best"])
+    trials.save(trials.folder / SEARCH_RECORD, trials.settings, numbers)

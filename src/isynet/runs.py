@@ -5,8 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from isynet.architecture import Architecture, parse
 from nabla_attn.files import read_json, write_text
 from nabla_attn.record import RunRecord, collect_versions, describe_device
+
+SEARCH_RECORD = "search.json"
 
 
 class TrialFolder:
@@ -72,3 +75,15 @@ class TrialFolder:
             numbers=numbers,
         ).save(file)
         return json.loads(json.dumps(numbers))
+
+
+def load_best(folder: str | Path) -> Architecture:
+    """The best architecture of a search that has ended.
+
+    Raises:
+        ValueError: The folder holds no finished search.
+    """
+    file = Path(folder) / SEARCH_RECORD
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no finished search: no {SEARCH_RECORD}.")
+    return parse(RunRecord.load(file).numbers["best"])

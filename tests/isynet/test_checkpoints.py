@@ -78,10 +78,12 @@ def net():
 
 
 def test_weights_carry_their_architecture(net, tmp_path):
+    net.default_cfg["mean"] = (0.25,)
     isynet.save(net, tmp_path / "a.safetensors")
     again = isynet.create(tmp_path / "a.safetensors").eval()
     images = torch.randn(2, 1, 32, 32)
     assert torch.equal(again(images), net(images))
+    assert again.default_cfg == net.default_cfg
     assert again.architecture == net.architecture and again.num_classes == 7
     assert isynet.create(SMALL, 7, 1, weights=tmp_path / "a.safetensors").num_classes == 7
 

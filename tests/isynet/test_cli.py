@@ -28,10 +28,10 @@ def test_every_verb_has_help(verb):
 
 
 def test_list_and_show():
-    rows = as_json("list")
+    rows = as_json("list")["rows"]
     assert [row["name"] for row in rows][:2] == ["isynet-n0", "isynet-n1"] and len(rows) == 8
     assert "isynet-n3-s2" in run("list").stdout
-    parts = as_json("show", SMALL, "--size", "64", "--num-classes", "5")
+    parts = as_json("show", SMALL, "--size", "64", "--num-classes", "5")["rows"]
     assert [part["pixels"] for part in parts] == [32, 16, 1]
     whole = isynet.count(SMALL, 64, num_classes=5)
     assert sum(part["M MACs"] for part in parts) * 1e6 == pytest.approx(whole.matrix)
@@ -40,7 +40,7 @@ def test_list_and_show():
 def test_mem_of_networks_and_attention():
     rows = as_json(
         "mem", "n0", "resnet18", "--machine", "ascend310", "--attention", "4096,8,64,0.1"
-    )
+    )["rows"]
     assert [row["name"] for row in rows] == ["n0", "resnet18", "attention 4096,8,64,0.1"]
     assert all(0 < row["MEM ascend310"] < 1 for row in rows)
     assert rows[0]["predicted ms"] == pytest.approx(0.43, rel=0.07)
@@ -52,6 +52,39 @@ def test_convert_and_export(tmp_path):
     file = tmp_path / "a.onnx"
     done = as_json("export", str(tmp_path / "a.safetensors"), "--output", str(file), "--size", "32")
     assert done["error"] < 1e-5 and file.is_file()
+
+
+QUICK = ("--data", "shapes", "--size", "16", "--steps", "3", "--batch", "8", "--runtime", "torch")
+
+
+def test_a_machine_is_measured_searched_scaled_and_trained_for(tmp_path, monkeypatch):
+    """The verbs of the tutorial, one after the other, at the smallest size."""
+    monkeypatch.setenv("NABLA_ATTN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    nets = ("isynet-n0", "mobilenet-v2", "squeezenet")
+    sizes = ("--size", "64", "--batch", "1", "--runtime", "torch")
+    measured = as_json("measure", *nets, *sizes)
+    assert {row["name"] for row in measured["networks"]} == set(nets)
+    assert 0 < as_json("mem", "resnet18", "--machine", "here")["rows"][0]["MEM here"] <= 1
+
+    space = ("--stages", "2", "--heads", "0", "--population", "2", "--generations", "1")
+    band = ("--latency-ms", "50", "--least", "0", "--rungs", "1", "--validation", "64")
+    found = as_json("search", *band, *space, *QUICK)
+    assert isynet.parse(found["best"]) and len(found["candidates"]) == 2
+    assert as_json("search", *band, *space, *QUICK) == found
+
+    cheap = ("--added", "1", "--seeds", "1", "--validation", "64", "--measured")
+    scaled = as_json("scale", "1x3 1x3 h0", "--latency-ms", "50", *cheap, *QUICK)
+    assert isynet.parse(scaled["scaled"][0]["architecture"]).num_blocks > (1, 1)
+    assert scaled["scaled"][0]["measured ms"] > 0
+
+    trained = as_json("train", "--model", "out/search", *QUICK[:-2])
+    assert trained["architecture"] == found["best"]
+    weights = "out/train/weights.safetensors"
+    again = as_json("train", "--model", weights, "--output", "b", *QUICK[:-2])
+    assert again["architecture"] == found["best"]
+    pytest.importorskip("onnxruntime")
+    assert as_json("export", weights, "--size", "16")["error"] < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -67,6 +100,16 @@ def test_convert_and_export(tmp_path):
         (("mem", "n0", "--machine", "abacus"), ["abacus"]),
         (("convert", "nowhere.ckpt"), ["nowhere.ckpt"]),
         (("export", SMALL, "--output", "a.txt"), [".onnx", "a.txt"]),
+        (("measure", "resnet19"), ["resnet19", "resnet18"]),
+        (("measure", "n0", "--runtime", "abacus"), ["unknown network 'n0'"]),
+        (("search", "--latency-ms", "1", "--data", "nowhere"), ["nowhere", "shapes"]),
+        (("search", "--latency-ms", "1", "--data", "shapes", "--edges", "4"), ["edge '4'"]),
+        (("search", "--latency-ms", "1", "--data", "shapes", "--stages", "x"), ["'x'"]),
+        (("scale", "n0", "--latency-ms", "1", "--data", "shapes", "--gains", "1"), ["gains"]),
+        (("scale", "n0", "--latency-ms", "1", "--data", "shapes", "--added", "0"), ["1 block"]),
+        (("train", "--data", "shapes", "--device", "abacus", "--steps", "1"), ["abacus"]),
+        (("train", "--data", "shapes", "--model", "."), ["finished search"]),
+        (("train", "--data", "shapes", "--augment", "11"), ["augment"]),
         (("dance",), ["dance"]),
     ],
 )

@@ -10,9 +10,10 @@ from tests.isynet.test_space_and_latency import CountingTimer
 
 import isynet
 from isynet.data.catalogue import open_source
-from isynet.evolution import SearchPlan, load_best, search
+from isynet.evolution import SearchPlan, search
 from isynet.growth import ScalePlan, measure_gains, scale, scale_evenly
 from isynet.latency import Conditions, LatencyTable
+from isynet.runs import load_best
 from isynet.space import SearchSpace
 from isynet.training.recipe import Recipe
 from isynet.training.trial import split, train_briefly

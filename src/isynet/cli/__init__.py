@@ -15,7 +15,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 class IsynetGroup(VerbGroup):
     """The verbs of `isynet`, found and failing as those of `nabla` do."""
 
-    verbs = ("list", "show", "mem", "export", "convert")
+    verbs = (
+        "list",
+        "show",
+        "mem",
+        "measure",
+        "search",
+        "scale",
+        "train",
+        "detect",
+        "export",
+        "convert",
+    )
     package = "isynet.cli"
 
 

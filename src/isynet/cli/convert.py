@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from nabla_attn.cli.output import say
+
 
 def convert(
     source: Annotated[Path, typer.Argument(help="The .ckpt file.")],
@@ -25,4 +27,4 @@ def convert(
     """Convert a MindSpore checkpoint; neither MindSpore nor protobuf is needed."""
     from isynet.checkpoint import convert as convert_checkpoint
 
-    typer.echo(convert_checkpoint(source, output, architecture=architecture, is_peer=peer))
+    say(str(convert_checkpoint(source, output, architecture=architecture, is_peer=peer)))

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from isynet.cli.output import AsJson, Model, Size, print_json
+from isynet.cli.output import AsJson, Model, Size
+from nabla_attn.cli.output import print_json, say
 
 
 def export(
@@ -25,4 +26,4 @@ def export(
     if as_json:
         print_json({"path": str(done.path), "error": done.error, "size": list(done.size)})
     else:
-        typer.echo(f"{done.path}: differs from PyTorch by {done.error:.1e} of the largest output")
+        say(f"{done.path}: differs from PyTorch by {done.error:.1e} of the largest output")

@@ -26,4 +26,4 @@ def list(as_json: AsJson = False) -> None:
                 "architecture": text,
             }
         )
-    print_rows(rows, as_json=as_json, title="top-1 and milliseconds as published")
+    print_rows(rows, as_json=as_json)

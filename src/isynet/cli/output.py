@@ -1,6 +1,5 @@
 """Options that several verbs share, and what they print: a table for readers, or JSON."""
 
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from nabla_attn.cli.output import print_json, print_table
 from nabla_attn.progress import ProgressCallback
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -21,30 +21,12 @@ Machine = Annotated[
 ]
 
 
-def print_rows(rows: Sequence[dict[str, Any]], *, as_json: bool, title: str = "") -> None:
-    """Print dictionaries of equal keys as a table, or as a JSON list with every digit."""
+def print_rows(rows: Sequence[dict[str, Any]], *, as_json: bool) -> None:
+    """Print dictionaries of equal keys as a table, or as JSON with every digit."""
     if as_json:
-        print_json(list(rows))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title or None, box=None, pad_edge=False, header_style="bold")
-    for name in rows[0] if rows else {}:
-        is_number = any(isinstance(row[name], int | float) for row in rows)
-        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(_show(value) for value in row.values()))
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        # In a file or a pipe no line is folded.
-        console.width = 400
-    console.print(table)
-
-
-def print_json(value: Any) -> None:
-    """Print a value as indented JSON."""
-    typer.echo(json.dumps(value, indent=2, allow_nan=False))
+        print_json({"rows": list(rows)})
+    elif rows:
+        print_table(list(rows[0]), [[_show(value) for value in row.values()] for row in rows])
 
 
 def warn_unknown(name: str, unknown: dict[str, int]) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from isynet.cli.output import AsJson, Model, Size, print_rows
+from nabla_attn.cli.output import say
 
 
 def show(
@@ -34,4 +35,6 @@ def show(
         }
         for part in count_parts(net, size)
     ]
-    print_rows(rows, as_json=as_json, title=str(net.architecture))
+    if not as_json:
+        say(str(net.architecture))
+    print_rows(rows, as_json=as_json)

@@ -1,6 +1,7 @@
 """The training loop of a classifier, alone or with a peer, resumed to the bit after any end."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,30 +74,78 @@ def train(
         ValueError: The state belongs to another run, or is damaged.
         DivergedError: The loss is no number any more.
     """
-    device = torch.device(device)
     nets = [net] if peer is None else [net, peer]
-    for each in nets:
-        each.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(
-        _groups(nets, recipe), lr=recipe.learning_rate, betas=recipe.betas
+
+    def loss_of(step: int) -> Tensor:
+        images, labels = draw_batch(source, recipe, seed, step)
+        images = images.to(device).contiguous(memory_format=torch.channels_last)
+        return _loss(nets, images, labels.to(device), recipe)
+
+    losses = run_steps(
+        nets,
+        recipe,
+        loss_of,
+        about={"seed": seed, "images": [len(source), source.size, *source.classes]},
+        state_file=state_file,
+        save_every=save_every,
+        device=device,
+        on_progress=on_progress,
     )
-    about = _fingerprint(nets, source, recipe, seed)
+    accuracy = measure_accuracy(net, test, device=device) if test is not None else None
+    return Trained(net, accuracy, losses)
+
+
+def run_steps(
+    nets: list[nn.Module],
+    recipe: Recipe,
+    loss_of: Callable[[int], Tensor],
+    *,
+    about: dict[str, Any],
+    state_file: str | Path | None = None,
+    save_every: int = 200,
+    device: str | torch.device = "cpu",
+    on_progress: ProgressCallback = ignore_progress,
+) -> list[float]:
+    """Run the steps of a recipe, from the state in a file where there is one.
+
+    Args:
+        nets: What is trained, in place; left in evaluation mode.
+        recipe: The numbers of the run.
+        loss_of: The loss of a step, which follows from its number and the nets alone.
+        about: What else the result depends on; a state with anything else is refused.
+        state_file: File of the run's state.
+        save_every: Steps between two writings of the state.
+        device: Where to train.
+        on_progress: Called after every step.
+
+    Returns:
+        Mean loss of each tenth of the run.
+
+    Raises:
+        ValueError: The state belongs to another run, or is damaged.
+        DivergedError: The loss is no number any more.
+    """
+    device = torch.device(device)
+    for net in nets:
+        net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    groups = _groups(nets, recipe)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas)
+    shapes = [[list(value.shape) for value in net.parameters()] for net in nets]
+    about = {"recipe": recipe.to_dict(), **about, "shapes": shapes}
     losses: list[float] = []
     if state_file and Path(state_file).is_file():
         losses = _load_state(Path(state_file), about, nets, optimizer, device)
-    for each in nets:
-        each.train()
+    for net in nets:
+        net.train()
     for step in range(len(losses), recipe.steps):
-        images, labels = draw_batch(source, recipe, seed, step)
-        images, labels = images.to(device), labels.to(device)
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
-        loss = _loss(nets, images.contiguous(memory_format=torch.channels_last), labels, recipe)
+        loss = loss_of(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         if recipe.clip_norm:
-            for each in nets:
-                nn.utils.clip_grad_norm_(each.parameters(), recipe.clip_norm)
+            for net in nets:
+                nn.utils.clip_grad_norm_(net.parameters(), recipe.clip_norm)
         optimizer.step()
         losses.append(loss.item())
         if not losses[-1] < float("inf"):
@@ -107,26 +156,34 @@ def train(
         if state_file and ((step + 1) % save_every == 0 or step + 1 == recipe.steps):
             _save_state(Path(state_file), about, nets, optimizer, losses)
         on_progress("train", step + 1, recipe.steps)
-    for each in nets:
-        each.eval()
-    accuracy = measure_accuracy(net, test, device=device) if test is not None else None
-    return Trained(net, accuracy, _tenths(losses))
+    for net in nets:
+        net.eval()
+    return _tenths(losses)
 
 
 def draw_batch(source: ImageSource, recipe: Recipe, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """The normalized images and labels of a step, which follow from seed and step alone.
-
-    An epoch is a permutation of all images; a last batch that is not full is filled from the next.
-    """
-    first = step * recipe.batch
-    picked: list[int] = []
-    while len(picked) < recipe.batch:
-        epoch, place = divmod(first + len(picked), len(source))
-        order = torch.randperm(len(source), generator=_generator(seed, "epoch", epoch))
-        picked += order[place : place + recipe.batch - len(picked)].tolist()
-    generator = _generator(seed, "step", step)
-    images, labels = source.draw(torch.tensor(picked), generator)
+    """The normalized images and labels of a step, which follow from seed and step alone."""
+    generator = make_generator(seed, "step", step)
+    images, labels = source.draw(draw_indices(len(source), recipe.batch, seed, step), generator)
     return normalize(augment(images, generator, recipe.augment, recipe.augment_std)), labels
+
+
+def draw_indices(count: int, batch: int, seed: int, step: int) -> Tensor:
+    """The images of a step: an epoch is a permutation of all, and batches are always full."""
+    first = step * batch
+    picked: list[int] = []
+    while len(picked) < batch:
+        epoch, place = divmod(first + len(picked), count)
+        order = torch.randperm(count, generator=make_generator(seed, "epoch", epoch))
+        picked += order[place : place + batch - len(picked)].tolist()
+    return torch.tensor(picked)
+
+
+def make_generator(seed: int, kind: str, number: int) -> torch.Generator:
+    """The generator of a step, an epoch or a test batch."""
+    # Seeds of neighbouring steps must not be neighbours, so they are hashed.
+    digest = hashlib.sha256(f"{seed} {kind} {number}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 @torch.inference_mode()
@@ -143,7 +200,7 @@ def predict(
     logits, labels = [], []
     for first in range(0, count, TEST_BATCH):
         indices = torch.arange(first, min(first + TEST_BATCH, count))
-        images, own = source.draw(indices, _generator(0, "test", first), is_training=False)
+        images, own = source.draw(indices, make_generator(0, "test", first), is_training=False)
         images = normalize(images).to(device).contiguous(memory_format=torch.channels_last)
         logits.append(net(images).float().cpu())
         labels.append(own)
@@ -186,23 +243,6 @@ def _groups(nets: list[nn.Module], recipe: Recipe) -> list[dict[str, Any]]:
         {"params": decayed, "weight_decay": recipe.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-
-
-def _generator(seed: int, kind: str, number: int) -> torch.Generator:
-    # Seeds of neighbouring steps must not be neighbours, so they are hashed.
-    digest = hashlib.sha256(f"{seed} {kind} {number}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def _fingerprint(
-    nets: list[nn.Module], source: ImageSource, recipe: Recipe, seed: int
-) -> dict[str, Any]:
-    return {
-        "recipe": recipe.to_dict(),
-        "seed": seed,
-        "images": [len(source), source.size, *source.classes],
-        "shapes": [[list(value.shape) for value in net.parameters()] for net in nets],
-    }
 
 
 def _save_state(
