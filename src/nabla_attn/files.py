@@ -96,8 +96,8 @@ def read_ends(path: Path, count: int) -> bytes:
 def fingerprint_files(folder: Path, paths: Iterable[Path]) -> str:
     """Hash of names, sizes, and both ends of files of a folder, in their order.
 
-    Weights that were trained further differ everywhere, so their ends tell; all of them would take
-    minutes to read.
+    Weights that were trained further differ everywhere, so their ends suffice; reading them whole
+    would take minutes.
     """
     total = hashlib.sha256()
     for path in paths:

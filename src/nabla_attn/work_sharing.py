@@ -24,7 +24,7 @@ MAX_CRASHES = 3
 """Workers that one item may cost: what kills them all is damaged, or too large for the machine."""
 
 Make = Callable[[str], Any]
-"""Makes the item of a name, and returns what is to be told of it."""
+"""Makes the item of a name, and returns what its caller reports."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class _Worker:
         """Make an item if nobody else has made it or is at it.
 
         Returns:
-            "made" with what there is to tell, "there", "busy", or "failed" with the reason.
+            "made" with what `Make` returned, "there", "busy", or "failed" with the reason.
         """
         work = self._work
         if work.is_done(name):

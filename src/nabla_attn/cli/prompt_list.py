@@ -56,7 +56,7 @@ def make_list(
         wait=num_processes() > 1,
         workers=workers,
         has_gpus=options.device != "cpu",
-        on_item=partial(_tell, folder, videos),
+        on_item=partial(_report, folder, videos),
     )
     _summarise_list(folder, len(videos) + len(found.broken), shared, found.broken)
     if shared.failed or found.broken:
@@ -99,7 +99,7 @@ def _start(
     return make
 
 
-def _tell(folder: Path, videos: dict[str, "GenerationRequest"], name: str, result: Any) -> None:
+def _report(folder: Path, videos: dict[str, "GenerationRequest"], name: str, result: Any) -> None:
     from nabla_attn.work_sharing import Failure
 
     path = folder / f"{name}.mp4"

@@ -60,7 +60,7 @@ def test_a_resumed_order_is_the_uninterrupted_one(stop):
 def test_states_of_other_data_are_refused():
     state = BucketSampler(SHAPES, 2, seed=4).state_dict()
     for other in (BucketSampler(SHAPES[1:], 2, 4), BucketSampler(SHAPES, 2, 5)):
-        with pytest.raises(ValueError, match="cannot go on"):
+        with pytest.raises(ValueError, match="cannot be continued"):
             other.load_state_dict(state)
 
 

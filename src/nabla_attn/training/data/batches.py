@@ -97,7 +97,7 @@ class BucketSampler(Sampler[list[int]]):
             # Checkpoints written before the number of processes had this name lack it.
             if state.get(name, mine[name]) != mine[name]:
                 raise ValueError(
-                    f"the order of samples cannot go on: {name} was {state[name]}, "
+                    f"the order of samples cannot be continued: {name} was {state[name]}, "
                     f"now it is {mine[name]}."
                 )
         self.epoch, self.position = state["epoch"], state["position"]

@@ -116,7 +116,7 @@ def encode(
         done += clips
         on_progress("encode", done, len(source))
 
-    # Clip by clip in this process; Ray's workers tell of whole shards.
+    # Clip by clip in this process; Ray's workers report whole shards.
     counts = ignore_clip if engine == "ray" else count
     start = partial(_Encoder.start, source, load, folder, request, counts)
     if all(map(is_done, spans)):
@@ -300,7 +300,7 @@ class _Encoder:
 
 
 def _agree(source: ClipSource, pipeline: Any, folder: Path, request: EncodeRequest) -> None:
-    """Write what is asked for, or see that it is what the folder was begun with."""
+    """Write what is asked for, or check that it is what the folder was begun with."""
     wanted = {
         "version": VERSION,
         "pipeline": family_of(pipeline).pipeline,
@@ -325,7 +325,7 @@ def _agree(source: ClipSource, pipeline: Any, folder: Path, request: EncodeReque
     if differing:
         raise ValueError(
             f"{folder} was begun with another {', '.join(differing)}. Choose a new folder, or ask "
-            "for the same to go on."
+            "for the same to continue."
         )
 
 

@@ -1,6 +1,6 @@
 """The files of a folder of encoded videos, and reading them back.
 
-encoding.json                 what was asked, so that a run goes on with the same
+encoding.json                 what was asked for, so that a run continues with the same
 shard-00000.safetensors       latents by number, and conditions by first frame as number.name
 shard-00000.json              their names and captions, and what was skipped; written last
 captions/ab/ab12....safetensors   conditions of one caption, whoever shows it
@@ -152,7 +152,7 @@ def read_index(folder: Path) -> list[EncodedVideo]:
             done = len(list(folder.glob("shard-*.json")))
             raise ValueError(
                 f"{folder} is not finished: {done} shards are done. Run the same `nabla encode` "
-                "again; it goes on."
+                "again; it continues."
             )
         raise ValueError(f"{folder} holds no encoded videos. Make them with `nabla encode`.")
     values = read_json(folder / INDEX)

@@ -266,7 +266,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any] | Skipped]]:
     header: list[str] | None = None
     start = 0
     while start < len(lines):
-        # From a broken row the reader goes on at the next line, so that a stray quote costs one.
+        # After a broken row the reader starts at the next line: a stray quote costs one line.
         reader = csv.reader((lines[n] for n in range(start, len(lines))), strict=True)
         whole = 0
         try:
