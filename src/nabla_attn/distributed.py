@@ -98,7 +98,7 @@ def make_accelerator(
             )
         options["fsdp_plugin"] = _fsdp_plugin(transformer)
     mixed = "bf16" if precision == "bfloat16" else "no"
-    # Unless it is told, accelerate makes nothing of several processes without GPUs.
+    # Without `cpu`, accelerate ignores several processes on a machine without GPUs.
     on_cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(mixed_precision=mixed, cpu=on_cpu, **options)
     expected = num_processes()
@@ -123,7 +123,7 @@ def share_sequences(modules: Sequence[Any], count: int, device: torch.device) ->
         device: The device of this process.
 
     Raises:
-        ValueError: A model has no plan for it, or there are no GPUs, which diffusers asks for.
+        ValueError: A model has no plan for it, or there are no GPUs, which diffusers requires.
     """
     if count == 1:
         return
@@ -144,9 +144,9 @@ def share_sequences(modules: Sequence[Any], count: int, device: torch.device) ->
 
 
 def reshard(module: torch.nn.Module) -> None:
-    """Let FSDP give back what a forward without gradients has gathered; no effect without FSDP.
+    """Let FSDP free what a forward without gradients has gathered; no effect without FSDP.
 
-    Until then the outermost weights are whole copies, which see no change of the shards.
+    Until then the outermost weights are whole copies, which do not follow changes of the shards.
     """
     for part in module.modules():
         give_back: Any = getattr(part, "reshard", None)

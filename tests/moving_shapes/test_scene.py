@@ -59,5 +59,5 @@ def test_held_out_scenes_cycle_and_extend():
 
 @pytest.mark.parametrize("num_shapes", [0, 4])
 def test_number_of_shapes_is_checked(num_shapes):
-    with pytest.raises(ValueError, match="1 to 3 shapes"):
+    with pytest.raises(ValueError, match="num_shapes must be 1, 2 or 3: got"):
         sample_scene(0, num_shapes)

@@ -1,4 +1,4 @@
-"""``nabla train``: run a recipe, or continue one."""
+"""`nabla train`: run a recipe, or continue one."""
 
 import json
 from pathlib import Path

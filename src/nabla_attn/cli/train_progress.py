@@ -106,7 +106,7 @@ def _lines(clock: Callable[[], float] = time.monotonic) -> Callable[["StepMetric
 
 
 def describe_metrics(metrics: "StepMetrics") -> str:
-    """Such as ``loss 0.0123  4,096 tokens/s  density 0.31 (0.22-0.40)``; what is known of these."""
+    """The known ones of `loss 0.0123  4,096 tokens/s  density 0.31 (0.22-0.40)` and so on."""
     numbers = metrics.numbers
     parts = []
     if "loss" in numbers:

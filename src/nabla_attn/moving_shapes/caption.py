@@ -30,9 +30,10 @@ def describe(scene: Scene, rng: random.Random | None = None, drop: float = 0.25)
     """Say what a scene shows, such as "a small red circle moving right on a black background".
 
     Args:
-        scene: What to describe.
-        rng: With it, sizes and the background are left out at random, as short prompts do.
-        drop: How often they are left out.
+        scene: The scene.
+        rng: Random numbers that decide whether sizes and the background are left out, as short
+            prompts do; None says everything.
+        drop: Probability of leaving out either.
     """
     with_size = rng is None or rng.random() >= drop
     with_background = rng is None or rng.random() >= drop
@@ -59,7 +60,7 @@ def parse_caption(caption: str) -> Words:
     """Read a caption back into facts.
 
     Raises:
-        ValueError: The sentence is not of this world.
+        ValueError: The sentence describes no scene of this world.
     """
     text = " ".join(caption.lower().strip(" .").split())
     background = None

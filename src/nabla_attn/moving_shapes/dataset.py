@@ -1,4 +1,4 @@
-"""The built-in world as a source of clips and, rendered when asked for, as a dataset."""
+"""The built-in world as a source of clips, and as a dataset that is rendered on first use."""
 
 import random
 from collections.abc import Iterator
@@ -27,9 +27,9 @@ def draw_scene(seed: int, index: int, shapes: tuple[int, ...] = (1,)) -> tuple[S
     """Scene number `index` of a seed, and a caption that leaves out some of it at random.
 
     Args:
-        seed: of the stream.
-        index: in the stream; earlier scenes need not be drawn.
-        shapes: numbers of shapes, each as likely.
+        seed: Seed of the stream of scenes.
+        index: Place in the stream; earlier scenes need not be drawn.
+        shapes: Numbers of shapes, each equally likely.
     """
     rng = random.Random(f"{seed} world {index}")
     scene = sample_scene(rng.getrandbits(40), rng.choice(shapes))
@@ -37,16 +37,16 @@ def draw_scene(seed: int, index: int, shapes: tuple[int, ...] = (1,)) -> tuple[S
 
 
 class WorldSource:
-    """Clips of the built-in world, rendered at the sizes that were asked for in turn.
+    """Clips of the built-in world, rendered at each of the given sizes in turn.
 
     Args:
-        clips: how many.
-        sizes: with frames, height and width each.
-        seed: of the scenes.
-        shapes: numbers of shapes in a scene, each as likely.
+        clips: Number of clips.
+        sizes: Sizes, with frames, height and width each.
+        seed: Seed of the scenes.
+        shapes: Numbers of shapes in a scene, each equally likely.
 
     Raises:
-        ValueError: no clips, or a size without a number.
+        ValueError: There are no clips, or a size lacks a number.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class WorldSource:
         return self._clips
 
     def identity(self) -> str:
-        """What the clips follow from."""
+        """A text that names everything the clips follow from."""
         shapes = ",".join(map(str, self._shapes))
         return f"world, {self._clips} clips, seed {self._seed}, {shapes} shapes"
 
@@ -84,19 +84,19 @@ class WorldSet(Dataset[Item]):
     Items are those of `EncodedSet`.
 
     Args:
-        pipeline: encodes them.
-        clips: how many.
-        frames: of each.
-        height: in pixels.
-        width: in pixels.
-        seed: of the scenes.
-        shapes: numbers of shapes in a scene, each as likely.
+        pipeline: Pipeline that encodes them.
+        clips: Number of clips.
+        frames: Number of frames of a clip.
+        height: Height in pixels.
+        width: Width in pixels.
+        seed: Seed of the scenes.
+        shapes: Numbers of shapes in a scene, each equally likely.
 
     Attributes:
-        grids: shape of every item's latents.
+        grids: Shape of every item's latents.
 
     Raises:
-        ValueError: no clips, or a size that the model cannot take.
+        ValueError: There are no clips, or the model cannot take the size.
     """
 
     def __init__(

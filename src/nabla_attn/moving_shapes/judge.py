@@ -37,7 +37,7 @@ MIN_FIT = 0.7
 
 @dataclass(frozen=True)
 class ShapeFacts:
-    """What one shape looks like; None where it cannot be told."""
+    """The look of one shape; None where it cannot be told."""
 
     colour: str | None
     kind: str | None
@@ -47,14 +47,14 @@ class ShapeFacts:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a video shows; shapes are sorted by colour."""
+    """The content of a video; shapes are sorted by colour."""
 
     shapes: tuple[ShapeFacts, ...]
     background: str | None
 
     @property
     def num_shapes(self) -> int:
-        """How many shapes are seen."""
+        """Number of shapes that are seen."""
         return len(self.shapes)
 
 
@@ -195,17 +195,17 @@ def judge(video: NDArray[np.uint8]) -> Facts:
 
 
 def score(video: NDArray[np.uint8], scene: Scene) -> dict[str, bool]:
-    """Say which attributes of a scene a video gets right.
+    """Compare a video with the scene it should show.
 
     Shapes are matched by colour. Where a shape is missing or has the wrong colour, its colour is
     wrong, and its other attributes are compared with the shapes that are left over, in order.
 
     Args:
         video: uint8 [frames, height, width, 3].
-        scene: What the video should show.
+        scene: The scene that the video should show.
 
     Returns:
-        Right or wrong for "number", "colour", "shape", "direction", "size" and "background".
+        Whether each is right: "number", "colour", "shape", "direction", "size" and "background".
     """
     facts = judge(video)
     left = list(facts.shapes)

@@ -1,7 +1,7 @@
 """The training loop: any module, any loss, resumable, stopped safely by Ctrl-C.
 
 Every step draws its batch and its noise from a seed made of (recipe seed, stage, step), so there is
-no random state to save and a resumed run takes exactly the steps of an uninterrupted one.
+no random state to save, and a resumed run takes exactly the steps of an uninterrupted one.
 """
 
 import json
@@ -26,7 +26,7 @@ from nabla_attn.training.trainer import OnLog, rate_share
 
 @dataclass(frozen=True)
 class Step:
-    """The position of one step and everything random about it."""
+    """The position of one step, and its random numbers."""
 
     number: int
     total: int
@@ -50,11 +50,11 @@ class Stage:
     """One run of the loop.
 
     Attributes:
-        name: Names the stage's checkpoint and log lines, and seeds its steps.
-        folder: Where the checkpoint and `log.jsonl` are kept.
+        name: Name of the stage, its checkpoint and its log lines; it also seeds the steps.
+        folder: Folder of the checkpoint and `log.jsonl`.
         module: The network; trained in place, holding the averaged weights at the end.
-        loss_at: Step -> scalar loss.
-        is_hidden: Which parameters Muon takes.
+        loss_at: Function from a step to its scalar loss.
+        is_hidden: Function that says which parameters Muon takes.
         optim: Optimiser settings.
         steps: Number of steps.
         seed: The recipe's seed.
@@ -82,7 +82,7 @@ class MuonWithAdamW:
 
     Args:
         module: The network to train.
-        is_hidden: (name, parameter) -> whether Muon takes it.
+        is_hidden: Function from a name and parameter to whether Muon takes it.
         config: Learning rates and weight decay.
     """
 
@@ -182,14 +182,14 @@ def run_stage(stage: Stage) -> dict[str, Any]:
     """Train a stage from its checkpoint, or from the start, to its end.
 
     Args:
-        stage: What to train. Its module holds the averaged weights afterwards.
+        stage: The stage. Its module holds the averaged weights afterwards.
 
     Returns:
         A record: name, steps, seconds, and the mean loss of every twentieth of the stage.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; the checkpoint is saved first.
-        FloatingPointError: The loss is not finite.
+        ValueError: The loss is not finite.
     """
     run = _StageRun(stage)
     if run.checkpoint.exists():
@@ -203,7 +203,10 @@ def run_stage(stage: Stage) -> dict[str, Any]:
             loss = run.advance()
             run.seconds += time.perf_counter() - started
             if loss != loss or loss in (float("inf"), float("-inf")):
-                raise FloatingPointError(f"{stage.name}: loss is {loss} at step {run.step}")
+                raise ValueError(
+                    f"{stage.name}: the loss must be finite: got {loss} at step {run.step}. Run "
+                    "the same command again to continue from the last checkpoint."
+                )
             numbers = {"loss": loss, "seconds": run.seconds}
             stage.on_log(StepMetrics(run.step, stage.steps, numbers, stage=stage.name))
             line = {"stage": stage.name, "step": run.step, "steps": stage.steps} | numbers

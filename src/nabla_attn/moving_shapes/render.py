@@ -42,11 +42,11 @@ def render(
     """Draw a scene at any size.
 
     Args:
-        scene: What to draw. Shapes keep their proportions in frames that are not square.
+        scene: The scene. Shapes keep their proportions in frames that are not square.
         frames: Number of frames; the motion is spread over all of them.
-        height: Pixels of the result.
-        width: Pixels of the result.
-        window: (top, left, bottom, right), the part of the frame to show, as shares of it.
+        height: Height in pixels.
+        width: Width in pixels.
+        window: Part of the frame to show, (top, left, bottom, right) as shares of it.
 
     Returns:
         uint8 [frames, height, width, 3].
@@ -55,7 +55,7 @@ def render(
         ValueError: A size is not positive.
     """
     if min(frames, height, width) < 1:
-        raise ValueError(f"sizes must be positive: got {frames}x{height}x{width}")
+        raise ValueError(f"sizes must be positive: got {frames}x{height}x{width}.")
     top, left, bottom, right = window
     full_height, full_width = height / (bottom - top), width / (right - left)
     shorter = min(full_height, full_width)

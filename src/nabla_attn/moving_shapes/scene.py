@@ -60,7 +60,7 @@ class Shape:
 
     @property
     def triple(self) -> tuple[str, str, str]:
-        """What the held-out split is made of: (colour, kind, direction)."""
+        """(colour, kind, direction), which the held-out split is made of."""
         return (self.colour, self.kind, self.direction)
 
     def centre(self, time: float) -> tuple[float, float]:
@@ -126,14 +126,14 @@ def sample_scene(seed: int, num_shapes: int = 1) -> Scene:
     """Draw a training scene: colours differ, nothing collides, no held-out triple occurs.
 
     Args:
-        seed: The same seed gives the same scene.
-        num_shapes: 1 to 3.
+        seed: Seed of the scene.
+        num_shapes: Number of shapes, 1 to 3.
 
     Raises:
         ValueError: `num_shapes` is out of range.
     """
     if num_shapes not in (1, 2, 3):
-        raise ValueError(f"a scene has 1 to 3 shapes: got num_shapes={num_shapes}")
+        raise ValueError(f"num_shapes must be 1, 2 or 3: got {num_shapes}.")
     rng = random.Random(seed)
     background = rng.choice(list(BACKGROUNDS))
     shapes: list[Shape] = []
@@ -146,8 +146,8 @@ def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
     """Scenes of one shape for judging, cycling through the held-out triples.
 
     Args:
-        count: How many; the first n of a longer list are the list of n.
-        seed: Draws sizes, places and backgrounds.
+        count: Number of scenes; a shorter list is the beginning of a longer one.
+        seed: Seed of sizes, places and backgrounds.
     """
     triples = sorted(HELD_OUT)
     scenes = []

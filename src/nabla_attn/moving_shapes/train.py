@@ -158,7 +158,7 @@ def train_phase(
 
 
 def _load(model_class: Any, folder: Path) -> Any:
-    """Load a part without its origin, which would be saved with the pipeline."""
+    """Load a part and forget its origin, which would be saved with the pipeline."""
     part = model_class.from_pretrained(folder)
     part.register_to_config(_name_or_path="")
     return part
@@ -191,7 +191,7 @@ class _Log:
             record = RunRecord.load(self._path)
             if record.config != self._config:
                 raise ValueError(
-                    f"{folder} was begun with another recipe. Choose a new --output folder."
+                    f"{folder} was begun with another recipe. Choose another --output."
                 )
             self._stages = record.numbers["stages"]
         self._save()
@@ -228,7 +228,7 @@ def train_builtin(
 
     Raises:
         ValueError: The folder was begun with another recipe.
-        KeyboardInterrupt: Ctrl-C; the same call goes on from there.
+        KeyboardInterrupt: Ctrl-C; the same call continues from there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     log = _Log(config, folder)

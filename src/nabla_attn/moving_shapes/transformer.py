@@ -72,9 +72,9 @@ class CaptionEncoder:
     """Captions to embeddings, each distinct caption encoded once.
 
     Args:
-        tokenizer: As `build_tokenizer` makes it.
-        encoder: As `build_text_encoder` makes it.
-        num_tokens: Length of the result; the rest is zeros, as in `WanPipeline`.
+        tokenizer: Tokenizer from `build_tokenizer`.
+        encoder: Text encoder from `build_text_encoder`.
+        num_tokens: Length of the result; zeros fill it, as in `WanPipeline`.
     """
 
     def __init__(
@@ -88,8 +88,8 @@ class CaptionEncoder:
         tokens = self._tokenizer(caption, return_tensors="pt")
         if tokens.input_ids.shape[1] >= self._num_tokens:
             raise ValueError(
-                f"caption too long: {tokens.input_ids.shape[1]} tokens need at least one pad in "
-                f"{self._num_tokens}. Raise text_tokens or shorten {caption!r}."
+                f"a caption must leave room for padding in {self._num_tokens} tokens: got "
+                f"{tokens.input_ids.shape[1]} in {caption!r}. Shorten it, or raise text_tokens."
             )
         hidden = self._encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state[0]
         padded = hidden.new_zeros(self._num_tokens, hidden.shape[1])
@@ -143,7 +143,7 @@ class PadWeight:
         self._full = PIPELINE_TOKENS - num_tokens + 1
 
     def set(self, share: float) -> None:
-        """Let the last token count for full ** share tokens."""
+        """Let the last token count for `full ** share` tokens."""
         self._bias[..., -1] = share * math.log(self._full)
 
     def _add_bias(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -198,11 +198,11 @@ def flow_loss(
 
     Args:
         model: The transformer.
-        clips: What video steps draw from.
-        text: Encodes captions.
+        clips: Clips that video steps draw from.
+        text: Encoder of the captions.
         phase: The stage.
         step: The step, with all that is random about it.
-        images: What image steps draw from; None is the clips.
+        images: Clips that image steps draw from; None takes `clips`.
         drop: Share of the captions left empty, for guidance.
     """
     latents, captions, shift = _draw(clips, images or clips, phase, step, drop)

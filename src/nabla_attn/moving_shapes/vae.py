@@ -153,7 +153,7 @@ class LatentSet:
 
     Attributes:
         latents: Normalised, float16 [clips, channels, latent frames, height / 8, width / 8].
-        scenes: What each clip shows.
+        scenes: The scene of each clip.
     """
 
     latents: Tensor
@@ -190,11 +190,11 @@ def encode_scenes(
 
     Args:
         vae: The trained VAE.
-        folder: Where `latents-<frames>x<size>-<clips>.safetensors` is kept.
+        folder: Folder of `latents-<frames>x<size>-<clips>.safetensors`.
         clips: Number of clips.
         frames: Frames of a clip, 4 n + 1.
         size: Height and width in pixels.
-        seed: Seeds the scenes.
+        seed: Seed of the scenes.
         on_progress: Called with the clips that are done.
     """
     rng = random.Random(f"{seed} clips {frames} {size}")

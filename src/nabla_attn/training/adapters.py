@@ -13,7 +13,8 @@ from nabla_attn.training.objective import Teacher
 from nabla_attn.training.sections import LoraConfig
 from nabla_attn.training.sparsity import Sparsity
 
-# Of q, k, v and the output; below are Kandinsky 5's, which has other layers named out_layer.
+# Projections of q, k, v and the output; the second line names those of Kandinsky 5, which has
+# other layers named out_layer.
 PROJECTIONS = (
     *("to_q", "to_k", "to_v", "to_out.0"),
     *("to_query", "to_key", "to_value", "self_attention.out_layer", "cross_attention.out_layer"),
@@ -21,7 +22,7 @@ PROJECTIONS = (
 
 
 def freeze(transformer: nn.Module, names: str) -> None:
-    """Train no parameter in whose name a regular expression is found; an empty one is in none."""
+    """Freeze parameters whose names a regular expression is found in; an empty one does nothing."""
     for name, parameter in transformer.named_parameters():
         if names and re.search(names, name):
             parameter.requires_grad_(False)
@@ -31,13 +32,13 @@ def add_lora(transformer: Any, config: LoraConfig, seed: int, frozen: str = "") 
     """Freeze a transformer of diffusers and give it adapters that start as zero.
 
     Args:
-        transformer: Changed in place.
+        transformer: The transformer; changed in place.
         config: Rank and targets.
-        seed: Of the adapters' start.
-        frozen: As of `freeze`: layers that get none.
+        seed: Seed of the initial adapters.
+        frozen: Regular expression found in the names of layers that get none.
 
     Raises:
-        ValueError: PEFT is not installed, the model takes no adapters, or no layer has such a name.
+        ValueError: PEFT is not installed, the model takes no adapters, or no layer has that name.
     """
     try:
         import peft
@@ -67,7 +68,7 @@ def _targets(transformer: nn.Module, config: LoraConfig, frozen: str) -> list[st
     def fit(target: str) -> list[str]:
         return [name for name in layers if name == target or name.endswith(f".{target}")]
 
-    # PEFT passes over a name that fits nothing as long as another one fits.
+    # PEFT ignores a name that fits nothing as long as another one fits.
     missing = [target for target in config.targets if not fit(target)]
     if missing or not (config.targets or any(map(fit, PROJECTIONS))):
         raise ValueError(
@@ -78,7 +79,7 @@ def _targets(transformer: nn.Module, config: LoraConfig, frozen: str) -> list[st
     targets = list(config.targets) or [target for target in PROJECTIONS if fit(target)]
     if not frozen:
         return targets
-    # Ends of names fit frozen layers too. PEFT makes ends that do not of whole names.
+    # Ends of names would fit frozen layers too; whole names do not.
     return [name for target in targets for name in fit(target)]
 
 
@@ -87,7 +88,7 @@ def copied_teacher(transformer: nn.Module, dtype: torch.dtype) -> tuple[nn.Modul
 
     Args:
         transformer: The student before training, without NABLA.
-        dtype: Of the copy; parts that diffusers keeps in float32 stay there.
+        dtype: Type of the copy; parts that diffusers keeps in float32 stay there.
     """
     copy = deepcopy(transformer).requires_grad_(False).eval()
     kept = tuple(getattr(copy, "_keep_in_fp32_modules", None) or ())
@@ -103,7 +104,7 @@ def copied_teacher(transformer: nn.Module, dtype: torch.dtype) -> tuple[nn.Modul
 
 
 def bare_teacher(transformer: Any, sparsity: Sparsity) -> Teacher:
-    """The student itself with adapters and sparse attention off, for the time of a block."""
+    """The student itself, with adapters and sparse attention switched off during a block."""
 
     @contextmanager
     def teacher() -> Iterator[nn.Module]:

@@ -53,7 +53,7 @@ class Checkpoints:
     """The checkpoints of a run.
 
     Attributes:
-        folder: Where they are kept; other names in it are left alone.
+        folder: Folder of the checkpoints; other names in it are left alone.
         keep: Number of the last ones that are kept.
         best: Whether the one of the lowest finite validation loss is kept as well.
     """
@@ -74,17 +74,17 @@ class Checkpoints:
         """Write a checkpoint and drop those that are no longer kept.
 
         Args:
-            step: Optimiser steps that are done.
+            step: Number of optimiser steps that are done.
             state: Plain JSON values; "validation" is the validation loss or None.
-            write: Writes the tensors into a folder.
+            write: Function that writes the tensors into a folder.
 
         Raises:
-            SaveFailed: It could not be written; says what is left.
+            SaveFailed: It could not be written; the last good one is named.
         """
         path = self.folder / f"step-{step:08d}"
         if path.exists():
             return
-        # What killed processes were writing or removing.
+        # Left by processes that were killed while writing or removing.
         for leftover in self.folder.glob(".step-*"):
             if _LEFTOVER.fullmatch(leftover.name):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -142,7 +142,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path) -> None:
-    """See that the files of a checkpoint are those that were written.
+    """Check that the files of a checkpoint are those that were written.
 
     Checkpoints without hashes, which earlier versions wrote, pass.
 
@@ -158,7 +158,7 @@ def verify(path: Path) -> None:
 
 
 def _find_fault(state: Any, path: Path) -> str | None:
-    """What is wrong with the values of a checkpoint, or None."""
+    """The fault in the values of a checkpoint, or None."""
     if not isinstance(state, dict):
         return f"expected an object, got {type(state).__name__}"
     written = state.get("hash")

@@ -1,4 +1,4 @@
-"""Videos and captions to what a transformer is trained on, through the pipeline itself."""
+"""Videos and captions to the latents and conditions of training, through the pipeline itself."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -26,14 +26,14 @@ def encode_video(pipeline: Any, frames: np.ndarray) -> Tensor:
     """Encode a video to the mean of its latents, normalised as the transformer expects them.
 
     Args:
-        pipeline: of a known family.
-        frames: uint8 [frames, height, width, 3].
+        pipeline: A pipeline of a known family.
+        frames: The video, uint8 [frames, height, width, 3].
 
     Returns:
-        float32 [*layout of the family], on the CPU.
+        float32 [*layout of the family] on the CPU.
 
     Raises:
-        ValueError: the model cannot take the size.
+        ValueError: The model cannot take the size.
     """
     family, vae = family_of(pipeline), pipeline.vae
     check_size(pipeline, *frames.shape[:3])
@@ -53,21 +53,21 @@ def encode_caption(
     width: int,
     image: np.ndarray | None = None,
 ) -> Conditions:
-    """What the pipeline would tell its transformer, besides noisy latents and time.
+    """The arguments that the pipeline gives its transformer, besides noisy latents and time.
 
     Args:
-        pipeline: of a known family.
-        caption: may be empty.
-        frames: of the video.
-        height: in pixels.
-        width: in pixels.
-        image: first frame, uint8 [height, width, 3]; without one, nothing is said of it.
+        pipeline: A pipeline of a known family.
+        caption: The caption; it may be empty.
+        frames: Number of video frames.
+        height: Height in pixels.
+        width: Width in pixels.
+        image: First frame, uint8 [height, width, 3]; without one, its conditions are left out.
 
     Returns:
         Tensors without batch axis, by argument; parts of a tuple as "name.0", "name.1", ...
 
     Raises:
-        ValueError: the model cannot take the size.
+        ValueError: The model cannot take the size.
     """
     family = family_of(pipeline)
     check_size(pipeline, frames, height, width)
@@ -80,17 +80,17 @@ def encode_caption(
 
 @torch.no_grad()
 def encode_first_frame(pipeline: Any, frames: np.ndarray) -> Conditions:
-    """What the pipeline would tell its transformer of a video's first frame.
+    """The arguments that the pipeline gives its transformer for a video's first frame.
 
     Args:
-        pipeline: of a known family.
-        frames: uint8 [frames, height, width, 3].
+        pipeline: A pipeline of a known family.
+        frames: The video, uint8 [frames, height, width, 3].
 
     Returns:
         Tensors without batch axis, by argument; none where the pipeline takes no image.
 
     Raises:
-        ValueError: the model cannot take the size.
+        ValueError: The model cannot take the size.
     """
     family = family_of(pipeline)
     if not family.by_image:
@@ -134,7 +134,7 @@ def _record(
 
 
 def _first_frame_masks(family: Family, hidden: Tensor, timestep: Tensor) -> Conditions:
-    """Where the transformer's first input shows the image, and what it says of time there."""
+    """Masks of where the transformer's first input shows the image, and of its time there."""
     masks: Conditions = {}
     if family.has_token_times:
         masks[TOKEN_TIMES] = (timestep[0] != 0).float().cpu()
@@ -183,7 +183,7 @@ def _quiet(pipeline: Any) -> Iterator[None]:
 
 @contextmanager
 def _unguided(pipeline: Any, family: Family) -> Iterator[dict[str, float]]:
-    """The call's arguments without guidance: a scale, or none while a guider is switched off."""
+    """Yield the arguments that switch guidance off: a scale, or none while a guider is disabled."""
     guider = getattr(pipeline, "guider", None)
     if guider is None:
         yield {"guidance_scale": 1.0, **family.unguided}
@@ -214,7 +214,7 @@ def _flatten(name: str, value: Any, *, is_batched: bool) -> Conditions:
 
 
 def _normalise(vae: Any, latents: Tensor) -> Tensor:
-    """(latents - mean) * scaling factor / deviation, with what the VAE has of these."""
+    """(latents - mean) * scaling factor / deviation, as far as the VAE has these."""
 
     def read(name: str) -> Tensor | None:
         value = vae.config.get(name)

@@ -8,7 +8,7 @@ from nabla_attn.training.family import EXTRA_LATENTS, Family
 
 _LTX_GRID = ("num_frames", "height", "width", "rope_interpolation_scale")
 _LTX2_GRID = ("num_frames", "height", "width", "fps", "audio_num_frames", "use_cross_timestep")
-# Videos have no sound here: what LTX-2 has for it stays as it is, and the video does not attend it.
+# Videos have no sound here: LTX-2's weights for it stay as they are, and the video ignores it.
 _LTX2: dict[str, Any] = {
     "layout": "tokens c",
     "by_grid": (*_LTX2_GRID, "audio_hidden_states", "video_coords", "audio_coords"),
@@ -93,7 +93,7 @@ def family_of(pipeline: Any) -> Family:
     """The family of a pipeline that can be trained.
 
     Raises:
-        ValueError: its class has no row, or it has no VAE, text encoder or transformer.
+        ValueError: Its class has no row, or it has no VAE, text encoder or transformer.
     """
     family = find_family(type(pipeline), pipeline.config)
     parts = {"vae": "VAE", "text_encoder": "text encoder", "tokenizer": "tokenizer"}
@@ -113,11 +113,11 @@ def find_family(pipeline_class: type, config: Mapping[str, Any]) -> Family:
     """The family of a pipeline class, or of its nearest base class.
 
     Args:
-        pipeline_class: of diffusers.
-        config: of the pipeline, as in its `model_index.json`.
+        pipeline_class: A pipeline class of diffusers.
+        config: The pipeline's configuration, as in its `model_index.json`.
 
     Raises:
-        ValueError: it has no row.
+        ValueError: It has no row.
     """
     names = [cls.__name__ for cls in pipeline_class.__mro__]
     family = next((_TABLE[name] for name in names if name in _TABLE), None)
@@ -132,10 +132,10 @@ def find_family(pipeline_class: type, config: Mapping[str, Any]) -> Family:
 
 
 def size_steps(pipeline: Any) -> tuple[int, int, int]:
-    """Frames come in a + b n with (a, b) the first two; height and width in multiples of the third.
+    """The sizes a model takes: frames a + b n, and height and width in multiples of c.
 
     Returns:
-        (fewest frames, step of frames, step of height and width).
+        (a, b, c): fewest frames, step of frames, step of height and width.
     """
     temporal, _ = vae_strides(pipeline)
     patch_frames, _, _ = patch_size(pipeline.transformer)
@@ -148,14 +148,17 @@ def size_steps(pipeline: Any) -> tuple[int, int, int]:
 
 
 def check_size(pipeline: Any, frames: int, height: int, width: int) -> None:
-    """See that the model takes a size.
+    """Check that the model takes a size.
 
     Raises:
-        ValueError: it does not; what it takes is named.
+        ValueError: It does not; the sizes that it takes are named.
     """
     fewest, step, multiple = size_steps(pipeline)
     if frames < fewest or (frames - fewest) % step:
-        raise ValueError(f"{frames} frames do not fit this model: it takes {step}n+{fewest}.")
+        raise ValueError(
+            f"{frames} frames do not fit this model: it takes {step}n+{fewest}, "
+            f"such as {fewest + step * max(0, (frames - fewest) // step)}."
+        )
     for name, value in (("height", height), ("width", width)):
         if value < 1 or value % multiple:
             raise ValueError(

@@ -1,8 +1,8 @@
-"""How one pipeline class is trained by a loop that knows no family.
+"""How one pipeline class is trained, for a loop that knows no family.
 
 Conditions (text embeddings, masks, positions, ...) are not described here. They are recorded: the
-pipeline itself runs until its transformer is called (`training.encoders`), so they are what
-generation would use.
+pipeline itself runs until it calls its transformer (`training.encoders`), so training sees what
+generation would.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ CLEAN = "clean"
 """Condition: 1 where latents show the first frame, without noise and loss; [*layout], 1 channel."""
 
 TOKEN_TIMES = "token_times"
-"""Condition: what each token's time is multiplied by, [tokens]."""
+"""Condition: factor of each token's time, [tokens]."""
 
 SEGMENTS, TEXTS = "segments", "texts"
 """Conditions of packed clips: latent frames and text tokens of each, [1, clips]."""
@@ -35,25 +35,25 @@ class Family:
     """How one pipeline class is trained.
 
     Attributes:
-        pipeline: the class.
-        layout: axes of the transformer's input after the batch: "c f h w", "f c h w", "f h w c",
+        pipeline: Name of the class.
+        layout: Axes of the transformer's input after the batch: "c f h w", "f c h w", "f h w c",
             or "tokens c".
-        prediction: what the transformer predicts: "flow" (velocity of the straight path) or
-            "v_prediction" (of a scheduler with `alphas_cumprod`).
-        is_reversed: a flow from noise to data with time growing towards data, as in Mochi.
-        by_grid: arguments of the transformer that follow from the video's size.
-        unbatched: arguments of the transformer without a batch axis.
-        times: arguments of the transformer that are its time.
-        fixed: arguments of the transformer that are always the same in training.
-        unguided: arguments of the pipeline, beside the usual one, that switch guidance off.
-        frozen: regular expression found in the names of parameters that are not trained.
-        by_image: conditions that follow from the video's first frame, which the pipeline is given.
-        keeps_first: the first frame's latents are the image's, at every noise level.
-        has_token_times: the transformer is told the time of every token.
-        ignored: arguments that NABLA replaces.
-        cross_attention: regular expression that matches the paths of the modules that see the text
+        prediction: Kind of the transformer's prediction: "flow" (velocity of the straight path) or
+            "v_prediction" (for schedulers with `alphas_cumprod`).
+        is_reversed: Whether time grows from noise to data, as in Mochi.
+        by_grid: Arguments of the transformer that follow from the video's size.
+        unbatched: Arguments of the transformer without a batch axis.
+        times: Arguments of the transformer that carry the time.
+        fixed: Arguments of the transformer that are always the same in training.
+        unguided: Arguments of the pipeline, beside the usual one, that switch guidance off.
+        frozen: Regular expression found in the names of parameters that are not trained.
+        by_image: Conditions that follow from the first frame, for pipelines that take one.
+        keeps_first: Whether the first frame's latents stay those of the image at every noise level.
+        has_token_times: Whether the transformer takes a time for every token.
+        ignored: Arguments that NABLA replaces.
+        cross_attention: Regular expression that matches the paths of the modules that see the text
             and nothing else; empty where there are none, and clips cannot be packed.
-        timestep_scale: timestep of pure noise.
+        timestep_scale: Timestep of pure noise.
     """
 
     pipeline: str
@@ -84,20 +84,20 @@ class Family:
         return self.keeps_first or bool(self.by_image)
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """What the transformer is told of noise levels [batch] in [0, 1]; 1 is pure noise."""
+        """The transformer's time argument for noise levels [batch] in [0, 1]; 1 is pure noise."""
         return (1 - sigma if self.is_reversed else sigma) * self.timestep_scale
 
     def flow_target(self, latents: Tensor, noise: Tensor) -> Tensor:
-        """What a flow-matching transformer predicts."""
+        """The target of a flow-matching transformer."""
         return latents - noise if self.is_reversed else noise - latents
 
     def inputs(self, noisy: Tensor, timestep: Tensor, conditions: Conditions) -> dict[str, Any]:
         """Arguments of the transformer's forward.
 
         Args:
-            noisy: noisy latents [batch, *layout].
-            timestep: [batch], as `timestep` gives it or as the scheduler counts.
-            conditions: as `collate` stacks them: [batch, ...] each.
+            noisy: Noisy latents, [batch, *layout].
+            timestep: Times, [batch], from `timestep` or as the scheduler counts.
+            conditions: Conditions as `collate` stacks them, [batch, ...] each.
         """
         values = dict(conditions)
         values.pop(CLEAN, None)

@@ -66,7 +66,7 @@ def run_job(
         drawn: The built-in source of clips.
         resume: Whether to continue a run that is there.
         allow_changes: Whether to continue even though the configuration changed.
-        on_start: Called with the stage's name and what is known of it before its first step.
+        on_start: Called before the first step of a stage with its name and what it will take.
         on_log: Called with the metrics of every logged step.
 
     Returns:
@@ -123,7 +123,7 @@ def describe_use(config: TrainConfig, result: Path) -> str:
     part = "transformer_2=" if config.part == "transformer_2" else ""
     in_code = f'pipeline.{config.part}.load_lora_adapter("{result}", weight_name="{LORA_WEIGHTS}")'
     if hasattr(kind, "load_lora_weights"):
-        # diffusers puts adapters into the first transformer unless it is told.
+        # By default diffusers loads adapters into the first transformer.
         second = ", load_into_transformer_2=True" if part else ""
         in_code = f'pipeline.load_lora_weights("{result}"{second})'
     return f"--model {config.model} --lora {part}{result}{image}, or {in_code}"
@@ -206,14 +206,15 @@ def make_sampler(
     size: VideoSize,
     scorer: Scorer,
 ) -> Sample | None:
-    """What generates and scores held-out prompts, on the first process; None where nothing can."""
+    """A function that generates and scores held-out prompts; None on other processes than the first
+    and where samples cannot be made."""
     if not config.watch.prompts or not is_first_process():
         return None
     if family_of(pipeline).takes_image:
         warnings.warn("no samples are made of pipelines that take an image.", stacklevel=2)
         return None
     if config.sharding == "fsdp" or config.context_parallel > 1:
-        # One process generates, and of such a model it has a part.
+        # One process generates, and it holds only a part of such a model.
         warnings.warn("no samples are made with sharding or context_parallel.", stacklevel=2)
         return None
     defaults = ModelDefaults.load(model)

@@ -1,7 +1,7 @@
 """Batches of a run: the same clips, captions and noise for any number of processes.
 
-A step's clips are drawn together and shared out, so one process that accumulates sees what several
-processes see. What is random about a batch follows from the seed and its number alone.
+The clips of a step are drawn together and then split, so one process that accumulates sees what
+several processes see. All that is random about a batch follows from the seed and its number.
 """
 
 import random
@@ -29,7 +29,7 @@ class BatchLoader:
     Args:
         dataset: Encoded clips, with `grids`: the shape of each one's latents.
         config: Batch, accumulation, seed, held-out clips.
-        replica: Which share of a step this process takes.
+        replica: Share of a step that this process takes, counted from 0.
         replicas: Number of shares; processes that share a sequence take the same one.
 
     Raises:
@@ -58,7 +58,7 @@ class BatchLoader:
         """The batches of an optimiser step, each with the generator of its noise.
 
         Args:
-            number: Of the step; names the noise, while the sampler says which clips are next.
+            number: Number of the step, which seeds the noise; the sampler chooses the clips.
         """
         size = self.config.data.batch
         indices = self._next_indices()
@@ -75,7 +75,7 @@ class BatchLoader:
     def validation(self) -> Iterator[tuple[dict[str, Any], torch.Generator, float]]:
         """This process's held-out clips one by one, with fixed noise and their weight.
 
-        All processes get equally many; what fills up has weight 0.
+        All processes get equally many; clips that pad a share have weight 0.
         """
         for first in range(0, len(self.held_out), self.replicas):
             place = first + self.replica
@@ -105,10 +105,10 @@ class BatchLoader:
         return self.sampler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a position.
+        """Continue from a position.
 
         Raises:
-            ValueError: It is of other data or another batch.
+            ValueError: It belongs to other data or another batch size.
         """
         self.sampler.load_state_dict(state)
         self._batches = iter(())

@@ -18,7 +18,7 @@ Curve = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What is known after a step.
+    """The metrics of a step.
 
     Attributes:
         step: Number of optimiser steps done.
@@ -86,7 +86,7 @@ class MetricsLogger:
         try:
             yield
         except OSError as error:
-            # It never recovers: what it has failed to write it raises again and again.
+            # It never recovers: the same failure is raised again and again.
             self._writer = None
             warnings.warn(f"tensorboard's log ends: {error.strerror}.", stacklevel=4)
 

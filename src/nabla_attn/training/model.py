@@ -22,7 +22,7 @@ DEFAULTS = "defaults.json"
 
 @dataclass(frozen=True)
 class Parts:
-    """What is trained, and where it comes from.
+    """The transformer that is trained, and the pipeline it comes from.
 
     Attributes:
         directory: The pipeline directory.
@@ -74,13 +74,16 @@ def read_trainable(directory: Path) -> dict[str, Any]:
     """`model_index.json` of a pipeline directory that training data can be encoded with.
 
     Raises:
-        ValueError: As of `read_model_index`, or there is no VAE or text encoder.
+        ValueError: `read_model_index` refuses it, or there is no VAE or text encoder.
     """
     index = read_model_index(directory)
     parts = named_parts(index)
     for name in ("vae", "text_encoder"):
         if name not in parts or not (directory / name).is_dir():
-            raise ValueError(f"{directory} has no {name}, which training data is encoded with.")
+            raise ValueError(
+                f"{directory} has no {name}, and training data is encoded with it. "
+                "Use a whole pipeline directory."
+            )
     return index
 
 
@@ -97,11 +100,12 @@ def save_pipeline(
     Other parts are hard links where the file system has them: nothing large is copied.
 
     Args:
-        parts: Where the other parts come from.
-        weights: Of the trained transformer, whole.
+        parts: The parts of the pipeline that was trained.
+        weights: The trained transformer's weights, whole.
         folder: The directory to write; an earlier one is replaced.
-        schedule: Kept in `defaults.json`, so that generation uses what was trained.
-        is_guided: The weights predict what guidance gave: generation shall not guide again.
+        schedule: Schedule to keep in `defaults.json`, so that generation uses what was trained.
+        is_guided: Whether the weights predict what guidance gave, so that generation must not guide
+            again.
     """
     with torch.device("meta"):
         transformer = type(parts.transformer).from_config(parts.transformer.config)
@@ -122,7 +126,7 @@ def save_pipeline(
 
 
 def _trained_defaults(schedule: Schedule, *, is_guided: bool) -> dict[str, Any]:
-    """What generation shall do by default with trained weights."""
+    """The defaults of generation with trained weights."""
     defaults: dict[str, Any] = {"sparse_algo": str(schedule.algorithm)}
     if schedule != Schedule(algorithm=schedule.algorithm):
         defaults["schedule"] = json.loads(schedule.to_json())
@@ -148,11 +152,12 @@ def save_lora(
     Where the pipeline has no such method, its transformer's `load_lora_adapter` reads it.
 
     Args:
-        parts: Names the pipeline class, whose format it is, and the adapters' settings.
-        weights: Of the adapters, as PEFT names them.
+        parts: The trained parts; they name the pipeline class, whose format is written, and hold
+            the adapters' settings.
+        weights: The adapters' weights, as PEFT names them.
         folder: The directory to write; an earlier one is replaced.
-        schedule: As of `save_pipeline`.
-        is_guided: As of `save_pipeline`.
+        schedule: Schedule to keep in `defaults.json`.
+        is_guided: Whether the weights predict what guidance gave.
     """
     from diffusers.loaders import WanLoraLoaderMixin
 
@@ -174,7 +179,7 @@ def save_lora(
 
 def _link(source: str, target: str) -> None:
     try:
-        # Of the file itself: a link to a link of a download cache would point nowhere.
+        # The file itself: a link to a link of a download cache would point nowhere.
         os.link(os.path.realpath(source), target)
     except OSError:
         shutil.copy2(source, target)

@@ -51,7 +51,7 @@ def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def flow_target(latents: Tensor, noise: Tensor) -> Tensor:
-    """What the network predicts: the path's velocity, noise - latents."""
+    """The target of the network: the path's velocity, noise - latents."""
     return noise - latents
 
 
@@ -90,13 +90,13 @@ def served_levels(index: Mapping[str, Any], part: str) -> Range:
 
 @dataclass(frozen=True)
 class Noised:
-    """Latents with noise, and what a network should say about them.
+    """Latents with noise, and the network's target for them.
 
     Attributes:
-        latents: What the network sees, [batch, ...].
-        timestep: Its time argument, [batch].
-        target: What it should predict, as `latents`.
-        weight: 0 where nothing is asked of it, else 1, broadcasts to `latents`; None is 1.
+        latents: Input of the network, [batch, ...].
+        timestep: Time argument of the network, [batch].
+        target: Target of the prediction, of the shape of `latents`.
+        weight: Weight in the loss, 0 or 1; broadcasts to `latents`. None is 1.
     """
 
     latents: Tensor
@@ -113,12 +113,12 @@ class NoisePath(Protocol):
 
 
 def noise_batch(path: NoisePath, batch: dict[str, Any], generator: torch.Generator) -> Noised:
-    """A batch with noise, but for latents that show an image, where nothing is predicted.
+    """A batch with noise, except for latents that show an image, where nothing is predicted.
 
     Args:
         path: How data becomes noise.
         batch: {"latents": [batch, ...], "conditions": dict of [batch, ...]}.
-        generator: Of the CPU; noise and levels are drawn from it.
+        generator: Generator of the CPU that noise and levels are drawn from.
     """
     latents = batch["latents"]
     noised = path.add_noise(latents, generator)
@@ -134,7 +134,7 @@ class FlowPath:
     """The straight path from data to noise, and how often each level is trained.
 
     Attributes:
-        family: What the network is told of a level, and what it predicts.
+        family: Family that defines the network's time argument and its target.
         shift: Factor by which the levels move to more noise.
         times: Distribution of the levels before the shift, "uniform" or "logit-normal".
         logit_mean: Mean of the logit-normal levels.
@@ -193,7 +193,7 @@ class VelocityPath:
     """Diffusion with v-prediction, as CogVideoX has it: the scheduler's own noise, uniform steps.
 
     Args:
-        scheduler: Of diffusers, with `add_noise`, and with `get_velocity` or `alphas_cumprod`.
+        scheduler: A scheduler of diffusers with `add_noise` and `alphas_cumprod`.
     """
 
     def __init__(self, scheduler: Any) -> None:
@@ -241,7 +241,10 @@ def path_of(
             )
         return VelocityPath(scheduler)
     if "FlowMatch" not in name and config.get("prediction_type") != "flow_prediction":
-        raise ValueError(f"{family.pipeline} is trained by flow matching, and {name} is not.")
+        raise ValueError(
+            f"{family.pipeline} is trained by flow matching: got {name}, which is no "
+            "flow-matching scheduler. Use the scheduler that the model was published with."
+        )
     shift = objective.shift
     if shift is None and config.get("use_dynamic_shifting"):
         raise ValueError(

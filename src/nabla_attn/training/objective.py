@@ -20,7 +20,7 @@ Terms = dict[str, Tensor]
 
 
 class Objective(Protocol):
-    """What the loop minimises."""
+    """A loss to minimise."""
 
     def __call__(
         self, module: nn.Module, batch: dict[str, Any], generator: torch.Generator
@@ -33,7 +33,7 @@ class FlowMatching:
 
     Args:
         path: Noise levels and targets.
-        inputs: Makes the module's arguments.
+        inputs: Function that makes the module's arguments.
     """
 
     def __init__(self, path: NoisePath, inputs: Inputs) -> None:
@@ -48,7 +48,7 @@ class FlowMatching:
         Args:
             module: The transformer, or a wrapper with its arguments.
             batch: {"latents": [batch, ...], "conditions": dict of [batch, ...]}.
-            generator: Of the CPU; noise and levels are drawn from it.
+            generator: Generator of the CPU that noise and levels are drawn from.
         """
         noised = noise_batch(self.path, batch, generator)
         arguments = self.inputs(noised.latents, noised.timestep, batch["conditions"])
@@ -62,16 +62,16 @@ class Distillation:
 
     Args:
         path: Noise levels and targets.
-        inputs: Makes the module's arguments.
-        teacher: Enters the dense teacher.
+        inputs: Function that makes the module's arguments.
+        teacher: Function that enters the dense teacher.
         data_weight: Weight of the flow-matching term.
         layer_weight: Weight of the attention outputs' error, the mean over layers.
         layers: Paths of the attention modules, the same in teacher and student.
         student: The module that has `layers`, inside any wrapper; needed with a layer weight.
-        guidance: Scale of classifier-free guidance in what the teacher predicts; with any but 1, a
+        guidance: Scale of classifier-free guidance in the teacher's prediction; unless it is 1, a
             batch also has "empty", the conditions of the empty caption.
-        parts: Processes that share a sequence. Each sees its part of an attention output, while
-            predictions are whole.
+        parts: Number of processes that share a sequence. Each sees its part of an attention
+            output, while predictions are whole.
     """
 
     def __init__(
@@ -150,9 +150,9 @@ def squared_error(predicted: Tensor, wanted: Tensor, weight: Tensor | None = Non
     """Mean squared error in float32, or in float64 where the inputs are.
 
     Args:
-        predicted: Any shape.
-        wanted: As `predicted`.
-        weight: Of each entry in the mean, broadcasts to `predicted`; None is 1.
+        predicted: Predictions of any shape.
+        wanted: Targets of the same shape.
+        weight: Weight of each entry in the mean; broadcasts to `predicted`. None is 1.
     """
     kind = torch.promote_types(predicted.dtype, torch.float32)
     errors = (predicted.to(kind) - wanted.to(kind)).square()

@@ -1,4 +1,4 @@
-"""Overrides of a configuration: `optim.lr=1e-5` and YAML files, and what is said of bad ones."""
+"""Overrides of a configuration, such as `optim.lr=1e-5`, and the messages about bad ones."""
 
 import difflib
 from dataclasses import asdict

@@ -17,15 +17,14 @@ from nabla_attn.training.family import SEGMENTS, TEXTS, Family
 class TextMask:
     """Forward pre-hooks that let each packed clip see its own text alone.
 
-    What the last forward was told stays until the next one, for blocks that are run again by
-    gradient checkpointing.
+    The mask stays until the next forward, for blocks that gradient checkpointing runs again.
     """
 
     def __init__(self) -> None:
         self._mask: Tensor | None = None
 
     def read(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Of the model: take the clips from `attention_kwargs`."""
+        """Hook of the model: read the clips from `attention_kwargs`."""
         packed = kwargs.get("attention_kwargs") or {}
         self._mask = None
         if SEGMENTS in packed:
@@ -37,7 +36,7 @@ class TextMask:
             self._mask = _same_clip(tokens, packed[TEXTS], hidden.device)
 
     def add(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Of a cross-attention (hidden states, text, mask, ...): put the mask in."""
+        """Hook of a cross-attention (hidden states, text, mask, ...): insert the mask."""
         if self._mask is None:
             return None
         hidden_states, text, _, *rest = args
@@ -48,14 +47,14 @@ def let_pack(model: nn.Module, family: Family) -> None:
     """Teach a transformer to keep packed clips apart; NABLA is on it already.
 
     Raises:
-        ValueError: the family's texts cannot be kept apart.
+        ValueError: The family's texts cannot be kept apart.
     """
     named = model.named_modules() if family.cross_attention else ()
     found = [part for path, part in named if re.fullmatch(family.cross_attention, path)]
     if not found:
         raise ValueError(
-            f"{family.pipeline} cannot train on packed clips: its texts would be seen by all of "
-            "them. Use data.pack=0."
+            f"{family.pipeline} cannot train on packed clips: each clip would see the texts of all "
+            "of them. Use data.pack=0."
         )
     mask = TextMask()
     model.register_forward_pre_hook(mask.read, with_kwargs=True)
@@ -64,7 +63,7 @@ def let_pack(model: nn.Module, family: Family) -> None:
 
 
 def _same_clip(tokens: Sequence[int], texts: Sequence[int], device: torch.device) -> Tensor:
-    """Whether a video token and a text token are of one clip, bool [1, 1, tokens, texts]."""
+    """Whether a video token and a text token belong to one clip, bool [1, 1, tokens, texts]."""
     clips = torch.arange(len(tokens), device=device)
     rows = clips.repeat_interleave(torch.tensor(tokens, device=device))
     columns = clips.repeat_interleave(torch.tensor(texts, device=device))

@@ -31,11 +31,11 @@ class TrainRun:
     Attributes:
         config: The configuration.
         parts: The pipeline's parts; `parts.transformer` is the bare module.
-        accelerator: Of accelerate.
+        accelerator: The `Accelerator` of accelerate.
         module: The module as the loop calls it, wrapped for several processes.
         sparsity: The module's attention.
-        objective: What is minimised.
-        optimizer: AdamW of the trained parameters.
+        objective: The loss that is minimised.
+        optimizer: AdamW for the trained parameters.
         loader: Batches of training and validation.
         average: Running average of the trained parameters, or None.
         family: The pipeline's family.
@@ -62,7 +62,7 @@ class TrainRun:
         return [p for p in self.module.parameters() if p.requires_grad]
 
     def tokens(self, shape: Sequence[int]) -> int:
-        """Video tokens of latents without batch."""
+        """Number of video tokens in latents without a batch axis."""
         axes = self.family.layout.split()
         sides = [side for side, axis in zip(shape, axes, strict=True) if axis != "c"]
         patch = prod(patch_size(self.bare)) if len(sides) == 3 else 1
@@ -70,7 +70,7 @@ class TrainRun:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The averaged weights for the time of the block; the trained ones without an average."""
+        """Put the averaged weights in place during the block; without an average, do nothing."""
         if self.average is None:
             yield
             return
@@ -90,7 +90,7 @@ def prepare(config: TrainConfig, parts: Parts, dataset: Any = None) -> TrainRun:
 
     Args:
         config: The configuration.
-        parts: As `load_parts` gives them; the transformer is changed in place.
+        parts: The parts that `load_parts` returns; the transformer is changed in place.
         dataset: Encoded clips; None reads the folder `config.data.folder`.
 
     Raises:
@@ -146,7 +146,7 @@ def _check_sharing(run: TrainRun) -> None:
         if run.tokens(shape) % count:
             raise ValueError(
                 f"{run.tokens(shape)} tokens of latents {shape} do not divide over "
-                f"context_parallel={count} processes. Choose one that divides them."
+                f"context_parallel={count} processes. Choose a number that divides them."
             )
 
 

@@ -19,11 +19,11 @@ class Sparsity:
 
     Args:
         module: The transformer, not wrapped.
-        config: What is trained.
+        config: The attention to train.
 
     Attributes:
-        asked: The schedule with all of its rules, as generation follows it.
-        schedule: Those of its rules that training follows.
+        asked: The schedule with all its rules, as generation follows it.
+        schedule: The rules of it that training follows.
 
     Raises:
         ValueError: The module cannot be made sparse, or the schedule file is not one.
@@ -66,7 +66,7 @@ class Sparsity:
 
     @contextmanager
     def dense(self) -> Iterator[None]:
-        """Dense attention for the time of the block."""
+        """Switch to dense attention during the block."""
         if self._handle is None:
             yield
             return

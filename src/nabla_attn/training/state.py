@@ -1,4 +1,4 @@
-"""The tensors of a run, to a checkpoint and back: the same files whatever the processes are.
+"""The tensors of a run, to a checkpoint and back: the same files for any number of processes.
 
 Process 0 writes whole tensors, so FSDP and a single process read each other's checkpoints.
 """
@@ -24,7 +24,7 @@ def collect(run: TrainRun) -> Callable[[Path], None]:
     """Gather a run's tensors from all processes.
 
     Returns:
-        What writes them into a folder; to be called by one process.
+        A function that writes them into a folder, for one process to call.
     """
     from accelerate.utils import gather_object
     from torch.distributed.checkpoint.state_dict import (
@@ -36,7 +36,7 @@ def collect(run: TrainRun) -> Callable[[Path], None]:
     reshard(run.module)
     model: dict[str, Any] = get_model_state_dict(run.module, options=options)
     inner = _inner(run.optimizer)
-    # Before the first update there is nothing to keep, and torch would make an update up.
+    # Before the first update there is nothing to keep, and torch would invent an update.
     optimizer: dict[str, Any] = {}
     if inner.state:
         optimizer = get_optimizer_state_dict(run.module, inner, options=options)
@@ -82,13 +82,13 @@ def restore(run: TrainRun, folder: Path) -> None:
 
 
 def _check_names(run: TrainRun, model: dict[str, Tensor], folder: Path) -> None:
-    """See that a checkpoint has the weights that are trained, which loading would not say."""
+    """Check that a checkpoint has the weights that are trained; loading would not notice."""
     found = {name: tuple(value.shape) for name, value in model.items()}
     for name, parameter in run.bare.named_parameters():
         if parameter.requires_grad and found.get(name) != tuple(parameter.shape):
             raise ValueError(
                 f"{folder} holds other weights than are trained now: {name} is "
-                f"{found.get(name, 'not there')}, not {tuple(parameter.shape)}. Go on with the "
+                f"{found.get(name, 'not there')}, not {tuple(parameter.shape)}. Continue with the "
                 "same model and lora settings, or choose another --output."
             )
 
@@ -153,7 +153,7 @@ def _has_average(run: TrainRun, folder: Path) -> bool:
 
 
 def _start_average(run: TrainRun) -> None:
-    """Begin an average that is newly wanted, from the weights."""
+    """Start a new average from the weights."""
     for shadow, weight in zip(run.average.shadow_params, run.trained(), strict=True):
         shadow.copy_(weight.detach())
 
@@ -170,7 +170,7 @@ def _restore_average(run: TrainRun, tensors: dict[str, Tensor]) -> None:
 
 
 def whole_tensor(value: Any) -> Tensor:
-    """A tensor that FSDP has shared out, put together; any other as it is."""
+    """The whole of a tensor that FSDP has sharded; any other tensor as it is."""
     whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
     return whole
 

@@ -23,7 +23,7 @@ from nabla_attn.training.setup import TrainRun, prepare
 from nabla_attn.training.state import whole_weights
 from nabla_attn.training.trainer import OnLog, Sample, Trainer
 
-# (name of the run folder, what is known before the first step, by name)
+# Called with the name of the run folder and, by name, what is known before the first step.
 OnStart = Callable[[str, dict[str, str]], None]
 
 
@@ -77,7 +77,7 @@ def train(
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder; the system lets go when the process ends, however."""
+    """Keep other runs out of a folder; the lock ends with the process, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(folder / ".lock", blocking=False).acquire()
@@ -91,7 +91,7 @@ def refuse_begun(folder: Path, resume: bool) -> None:
     """Check that no other run is in the folder.
 
     Raises:
-        ValueError: There is one, and it shall not be resumed.
+        ValueError: There is one, and `resume` is not set.
     """
     if Checkpoints(folder / "checkpoints").latest() and not resume:
         raise ValueError(

@@ -22,7 +22,7 @@ from nabla_attn.training.state import collect, restore, whole_tensor
 # (steps done, the transformer with the weights that would be saved) -> numbers for the log.
 Sample = Callable[[int, Any], dict[str, float]]
 OnLog = Callable[[StepMetrics], None]
-# What every checkpoint of a run says.
+# Entries of every checkpoint's state.
 _NEEDED = ("config", "processes", "skipped", "seconds", "best", "feed")
 
 
@@ -80,7 +80,7 @@ class Trainer:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes."""
+        """Whether this process writes files."""
         return bool(self.run.accelerator.is_main_process)
 
     def resume(self, *, allow_changes: bool = False) -> int:
@@ -251,7 +251,7 @@ class Trainer:
             )
 
     def _save(self, *, is_last: bool = False) -> None:
-        """Save a checkpoint; while training goes on, one that fails is only said."""
+        """Save a checkpoint; a failure only warns unless it is the last one."""
         write = collect(self.run)
         if not self.is_main:
             return
@@ -270,7 +270,7 @@ class Trainer:
         except SaveFailed as error:
             if is_last:
                 raise
-            warnings.warn(f"{error} Training goes on.", stacklevel=2)
+            warnings.warn(f"{error} Training continues.", stacklevel=2)
 
     def _verified(self, path: Path) -> dict[str, Any]:
         """The state of a checkpoint whose files are whole; offers the one before where not."""
@@ -290,12 +290,12 @@ class Trainer:
         try:
             self.run.loader.load_state_dict(state)
         except ValueError:
-            # With other data or another batch there is no such position; the order starts anew.
+            # Other data or another batch size has no such position; the order starts anew.
             if not has_changes:
                 raise
 
     def _take_sample(self, sample: Sample) -> dict[str, float]:
-        """The first process alone is here: the others wait where they meet it next."""
+        """Take a sample on the first process; the others wait where they meet it next."""
         try:
             with self.run.averaged():
                 return sample(self.step, self.run.bare)
@@ -307,7 +307,7 @@ class Trainer:
         return self.step % every == 0 or self.step == self.config.steps
 
     def _is_stopped(self, stop: Event) -> bool:
-        """Whether any process was told to stop; all of them agree."""
+        """Whether any process received a signal to stop; all of them agree."""
         if self.run.accelerator.num_processes == 1:
             return stop.is_set()
         flag = torch.tensor(float(stop.is_set()), device=self.run.accelerator.device)
