@@ -1,29 +1,15 @@
 """`nabla train`: run a recipe, or continue one."""
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nabla_attn.cli.options import AsJson
+from nabla_attn.cli.output import print_json, quiet_libraries, say
+
 if TYPE_CHECKING:
     from nabla_attn.training.config import TrainConfig
-
-RECIPES = """\
-recipes:
-  pretrain   pretraining with sparse attention
-  finetune   your own videos, with the attention that will be used
-  distill    sparse attention learns what the dense model predicts
-  builtin    the built-in model from nothing, about three hours
-
-examples:
-  nabla train distill --check                    look at everything, train nothing
-  nabla train distill steps=200 lora.rank=16     the built-in model on its own world
-  nabla train finetune model=MODEL_DIR data.folder=encoded/ lora.rank=16 precision=bfloat16
-  nabla train finetune ... --resume              the same command continues where it stopped
-
-Clips for other models are encoded once: nabla encode VIDEOS --model MODEL_DIR --output encoded/
-"""
 
 
 def train(
@@ -44,10 +30,7 @@ def train(
         bool, typer.Option("--allow-changes", help="Resume with another configuration.")
     ] = False,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 takes torch's own choice.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as one JSON object.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a model. Without a recipe, list the recipes.
 
@@ -60,75 +43,84 @@ def train(
         raise ValueError(f"two recipes given: {recipe} and {recipe_name}. Give one.")
     if threads < 0:
         raise ValueError(f"threads must be 0 or more, got {threads}.")
+    from nabla_attn.training.recipes import OVERVIEW, read_config
+
     name = recipe or recipe_name
+    folder = output or Path("runs") / name
     if not name:
         if values or config or output or resume or check:
-            raise ValueError(
-                "no recipe given. Name one first: pretrain, finetune, distill or builtin."
-            )
-        typer.echo(RECIPES, nl=False)
-        return
-    _set_threads(threads)
-    folder = output or Path("runs") / name
-    if name == "builtin":
+            raise ValueError("no recipe given: name pretrain, finetune, distill or builtin first.")
+        typer.echo(OVERVIEW, nl=False)
+    elif name == "builtin":
         if values or config or check:
             raise ValueError(
                 "the builtin recipe takes no overrides and no --check. Use pretrain, finetune or "
                 "distill with model=builtin."
             )
-        _train_builtin(folder, quiet=quiet, as_json=as_json)
-        return
-    from nabla_attn.cli.options import quiet_libraries
-    from nabla_attn.moving_shapes.dataset import MovingShapes
-    from nabla_attn.training.job import check_job
-    from nabla_attn.training.recipes import read_config
-
-    wanted = read_config(name, values, config)
-    quiet_libraries()
-    if check:
-        _show(check_job(wanted, folder, MovingShapes()), as_json=as_json)
-        return
-    options = {"resume": resume, "allow_changes": allow_changes}
-    _train_model(wanted, folder, options, quiet=quiet, as_json=as_json)
+        _set_threads(threads)
+        _train_builtin(folder, as_json=as_json)
+    else:
+        wanted = read_config(name, values, config)
+        _set_threads(threads)
+        if check:
+            _check(wanted, folder, as_json=as_json)
+        else:
+            _train(wanted, folder, resume, allow_changes, as_json=as_json)
 
 
-def _train_model(
-    config: "TrainConfig", folder: Path, options: dict[str, bool], *, quiet: bool, as_json: bool
+def _train(
+    config: "TrainConfig", folder: Path, resume: bool, allow_changes: bool, *, as_json: bool
 ) -> None:
     from nabla_attn.cli.train_progress import show_progress, show_start
     from nabla_attn.distributed import is_first_process
     from nabla_attn.moving_shapes.dataset import MovingShapes
-    from nabla_attn.training.checkpoint import Checkpoints
-    from nabla_attn.training.job import describe_use, run_job
+    from nabla_attn.training.job import describe_use, has_checkpoint, run_job
 
-    is_shown = is_first_process() and not quiet
+    quiet_libraries()
     try:
-        with show_progress(is_shown) as on_log:
+        with show_progress() as on_log:
             result = run_job(
                 config,
                 folder,
                 MovingShapes(),
-                on_start=show_start(config) if is_shown else lambda stage, facts: None,
+                resume=resume,
+                allow_changes=allow_changes,
+                on_start=show_start(config),
                 on_log=on_log,
-                **options,
             )
     except KeyboardInterrupt:
-        places = [folder / name / "checkpoints" for name, _ in config.split()]
-        if is_first_process() and any(Checkpoints(place).latest() for place in places):
+        if is_first_process() and has_checkpoint(config, folder):
             typer.echo(f"{folder}: saved. The same command with --resume continues.", err=True)
         raise
     if not is_first_process():
         return
-    use = describe_use(config, result)
     if as_json:
-        _print_result(result, use)
+        _print_result(result, result.parent / "training.json", describe_use(config, result))
         return
-    typer.echo(f"{result}: done. Use it: {use}.")
+    say(f"{result}: done. Use it: {describe_use(config, result)}.")
     if config.objective.is_guided:
-        typer.echo("it predicts what guidance gave: use it with guidance 1, which is faster.")
+        say("it predicts what guidance gave: use it with guidance 1, which is faster.")
 
 
-def _train_builtin(folder: Path, *, quiet: bool, as_json: bool) -> None:
+def _check(config: "TrainConfig", folder: Path, *, as_json: bool) -> None:
+    from nabla_attn.distributed import is_first_process
+    from nabla_attn.moving_shapes.dataset import MovingShapes
+    from nabla_attn.training.job import check_job
+
+    quiet_libraries()
+    stages = check_job(config, folder, MovingShapes())
+    if not is_first_process():
+        return
+    if as_json:
+        print_json({"stages": stages})
+        return
+    for stage, facts in stages.items():
+        for name, text in ({"stage": stage} | facts if len(stages) > 1 else facts).items():
+            say(f"{name + ':':<11} {text}")
+    say("nothing was trained or written.")
+
+
+def _train_builtin(folder: Path, *, as_json: bool) -> None:
     import torch
 
     from nabla_attn.cli.train_progress import show_progress
@@ -137,37 +129,19 @@ def _train_builtin(folder: Path, *, quiet: bool, as_json: bool) -> None:
 
     # Products in bfloat16 where the processor has them: twice as fast, and enough for training.
     torch.set_float32_matmul_precision("medium")
-    with show_progress(not quiet) as on_log:
+    with show_progress() as on_log:
         pipeline = train_builtin(builtin(), folder, on_log)
     if as_json:
-        _print_result(pipeline, f"--model {pipeline}", folder / "training.json")
-        return
-    typer.echo(f"{pipeline}: done. Try: nabla generate --model {pipeline} --prompt ...")
+        _print_result(pipeline, folder / "training.json", f"--model {pipeline}")
+    else:
+        say(f"{pipeline}: done. Try: nabla generate --model {pipeline} --prompt ...")
 
 
-def _print_result(result: Path, use: str, record: Path | None = None) -> None:
+def _print_result(result: Path, record: Path, use: str) -> None:
     from nabla_attn.files import read_json
 
-    record = record or result.parent / "training.json"
     numbers = read_json(record)["numbers"]
-    shown = {"result": str(result), "use": use, "record": str(record), "numbers": numbers}
-    typer.echo(json.dumps(shown))
-
-
-def _show(facts: dict[str, dict[str, Any]], *, as_json: bool) -> None:
-    from nabla_attn.distributed import is_first_process
-
-    if not is_first_process():
-        return
-    if as_json:
-        typer.echo(json.dumps({"stages": facts}))
-        return
-    for stage, lines in facts.items():
-        if len(facts) > 1:
-            typer.echo(f"{stage}:")
-        for name, text in lines.items():
-            typer.echo(f"{name + ':':<11} {text}")
-    typer.echo("nothing was trained or written.")
+    print_json({"result": str(result), "use": use, "record": str(record), "numbers": numbers})
 
 
 def _set_threads(threads: int) -> None:

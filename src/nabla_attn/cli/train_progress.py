@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from nabla_attn.cli.output import Settings
+
 if TYPE_CHECKING:
     from nabla_attn.training.config import TrainConfig
     from nabla_attn.training.metrics import StepMetrics
@@ -23,6 +25,8 @@ def show_start(config: "TrainConfig") -> Callable[[str, dict[str, str]], None]:
     changed = differences(to_plain(find_recipe(config.recipe)), to_plain(config))
 
     def show(stage: str, facts: dict[str, str]) -> None:
+        if Settings.is_quiet:
+            return
         if changed:
             typer.echo(f"{config.recipe}, with", err=True)
         while changed:
@@ -34,12 +38,14 @@ def show_start(config: "TrainConfig") -> Callable[[str, dict[str, str]], None]:
 
 
 @contextmanager
-def show_progress(is_shown: bool) -> Iterator[Callable[["StepMetrics"], None]]:
+def show_progress() -> Iterator[Callable[["StepMetrics"], None]]:
     """Yield a callback for the metrics of steps: a bar a stage, or now and then a line."""
     from rich.console import Console
 
+    from nabla_attn.distributed import is_first_process
+
     console = Console(stderr=True)
-    if not is_shown:
+    if Settings.is_quiet or not is_first_process():
         yield lambda metrics: None
     elif console.is_terminal:
         with _bars(console) as show:

@@ -16,6 +16,7 @@ from nabla_attn.generation.pipeline import load_pipeline, model_directory
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults
 from nabla_attn.generation.scorer import Scorer
 from nabla_attn.training.check import check
+from nabla_attn.training.checkpoint import Checkpoints
 from nabla_attn.training.config import TrainConfig, differences, to_plain
 from nabla_attn.training.families import family_of, find_family
 from nabla_attn.training.model import load_parts
@@ -111,6 +112,12 @@ def check_job(config: TrainConfig, folder: Path, drawn: DrawnClips) -> dict[str,
             dataset, _ = _data_and_samples(stage, model, place, drawn)
             facts[place.name] = check(prepare(stage, load_parts(model, stage.part), dataset), place)
     return facts
+
+
+def has_checkpoint(config: TrainConfig, folder: Path) -> bool:
+    """Whether a job that was stopped can continue."""
+    places = [folder / name / "checkpoints" for name, _ in config.split()]
+    return any(Checkpoints(place).latest() for place in places)
 
 
 def describe_use(config: TrainConfig, result: Path) -> str:

@@ -18,6 +18,23 @@ WORLD = "world"
 """The value of `data.folder` that draws the built-in world instead of reading a folder."""
 
 
+OVERVIEW = """\
+recipes:
+  pretrain   pretraining with sparse attention
+  finetune   your own videos, with the attention that will be used
+  distill    sparse attention learns what the dense model predicts
+  builtin    the built-in model from nothing, about three hours
+
+examples:
+  nabla train distill --check                    look at everything, train nothing
+  nabla train distill steps=200 lora.rank=16     the built-in model on its own world
+  nabla train finetune model=MODEL_DIR data.folder=encoded/ lora.rank=16 precision=bfloat16
+  nabla train finetune ... --resume              the same command continues where it stopped
+
+Clips for other models are encoded once: nabla encode VIDEOS --model MODEL_DIR --output encoded/
+"""
+
+
 def pretrain() -> TrainConfig:
     """Pretrain with sparse attention, as the paper's last stage does (arXiv:2507.13546, 4.3)."""
     return TrainConfig(
