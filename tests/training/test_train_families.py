@@ -1,5 +1,7 @@
 """The loop knows no family: the same few lines train all of them."""
 
+import math
+
 import pytest
 import torch
 from tests.training import tiny_pipelines as tiny
@@ -51,6 +53,32 @@ def test_a_family_trains_and_its_weights_load(kind, recipe, tmp_path):
     loaded = type(pipeline.transformer).from_pretrained(result / "transformer")
     trained = dict(pipeline.transformer.named_parameters())
     assert all(torch.equal(p, trained[name]) for name, p in loaded.named_parameters())
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_a_family_trains_in_bfloat16(kind, tmp_path):
+    pipeline = getattr(tiny, kind)()
+    frames, height, width = tiny.size_of(kind)
+    clips = WorldSet(pipeline, clips=2, frames=frames, height=height, width=width)
+    entries = []
+    config = small_config(
+        steps=1,
+        precision="bfloat16",
+        sparsity__algorithm="nabla-0.5",
+        data__validation=1,
+        **shift_of(kind),
+    )
+    run = prepare(config, parts_of(pipeline, tmp_path / "model"), clips)
+    probe(run)
+    before = [p.detach().clone() for p in run.trained()]
+    Trainer(run, tmp_path / "run", on_log=entries.append).fit()
+    (numbers,) = (entry.numbers for entry in entries)
+    assert numbers["skipped"] == 0 and math.isfinite(numbers["validation"])
+    assert entries[0].layers
+    # The weights stay float32, and they moved.
+    assert {p.dtype for p in run.trained()} == {torch.float32}
+    pairs = zip(before, run.trained(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters")
