@@ -19,7 +19,7 @@ WORDS = (
     (r"\bgone on with\b", "continued", 0),
     (r"\bshowings?\b(?! \w)", "a validation, or a presentation", 0),
     (r"\boutcomes?\b", "a result", 0),
-    (r"\bdoors?\b", "an entry point, or what is really meant", 10),
+    (r"\bdoors?\b", "an entry point, or what is really meant", 0),
     (r"\bguards?\b", "a check", 1),
     (r"\bthr\b", "threshold", 2),
     (r"\bspoilt\b", "changed", 0),
@@ -27,8 +27,8 @@ WORDS = (
     (r"\bcounts nowhere\b", "is not counted", 0),
     (r"\b(is|are|was|were) gone (on|through)\b", "continued, examined", 0),
     (r"\bas (good|far) as .{1,30} goes\b", "a plain sentence", 0),
-    (r"``", "single backticks", 63),
-    (r"^ {8,12}\w+: (of|as of|like|as|as in) ", "a noun: `size: The size of ...`", 50),
+    (r"``", "single backticks", 61),
+    (r"^ {8,12}\w+: (of|as of|like|as|as in) ", "a noun: `size: The size of ...`", 44),
 )
 FOLDERS = ("src", "docs", "benchmarks", "comfyui")
 
