@@ -1,0 +1,44 @@
+"""Every model class under autocast: sparse attention runs wherever the dense one does."""
+
+import pytest
+import torch
+from tests.models.tiny_models import TINY, relative_error, run
+
+import nabla_attn as na
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_forward_and_backward_under_autocast(name):
+    model, inputs = TINY[name].build(), TINY[name].inputs(2, 8, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad():
+            dense = run(model, inputs)
+            with na.apply(model, "nabla-1"):
+                assert relative_error(run(model, inputs).float(), dense.float()) < 0.03
+        with na.apply(model, "nabla-0.5") as handle:
+            run(model, inputs).float().square().mean().backward()
+            assert 0 < handle.report().mean_density <= 1
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan", "cogvideox"])
+def test_compiled_blocks_under_autocast(name):
+    model, inputs = TINY[name].build(), TINY[name].inputs(2, 8, 16)
+    handle = na.apply(model, "nabla-0.5")
+
+    def outputs():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = run(model, inputs)
+        gradients = torch.autograd.grad(
+            out.float().square().mean(), list(model.parameters()), allow_unused=True
+        )
+        return out.float(), torch.cat([g.flatten() for g in gradients if g is not None])
+
+    expected = outputs()
+    torch._dynamo.reset()
+    for layer in handle.layers:
+        block = model.get_submodule(layer.path.rpartition(".")[0])
+        block.compile(fullgraph=True, backend="aot_eager")
+    for compiled, eager in zip(outputs(), expected, strict=True):
+        assert relative_error(compiled, eager) < 0.03
+    torch._dynamo.reset()
