@@ -27,7 +27,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	@echo "One prompt, dense and NABLA attention, same seed: pictures, videos and a table in out/demo"
 	$(BIN)/nabla compare --prompt "a small yellow square moving left on a black background" --frames 81 \
-		--sparse-algo nabla-0.3_sta-3-3-3 --sparse-algo nabla-0.5 --rounds 3 --output out/demo
+		--sparse-algo nabla-0.3_sta-3-3-3 --sparse-algo nabla-0.5 --rounds 3 --overwrite --output out/demo
 
 test: lint types contracts docs tests
 

@@ -9,13 +9,13 @@ from typer.testing import CliRunner
 from nabla_attn import Schedule
 from nabla_attn.cli import app
 from nabla_attn.evaluation import run as run_module
-from nabla_attn.evaluation.curves import draw_curves, draw_true_mass, family, line_of, mean_maps
+from nabla_attn.evaluation.curves import draw_curves, draw_true_mass, kind_of, line_of, mean_maps
 from nabla_attn.evaluation.match import bisect, match_algorithm
-from nabla_attn.evaluation.pack import pack
 from nabla_attn.evaluation.probe import MEASURES, AttentionProbe
 from nabla_attn.evaluation.prompts import make_items
+from nabla_attn.evaluation.records import pack_run, read_records
 from nabla_attn.evaluation.run import Evaluation, Measures, describe_weights
-from nabla_attn.evaluation.summary import read_records, resample, summarise, summary_record
+from nabla_attn.evaluation.summary import resample, summarise, summary_record
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import load_pipeline
 from nabla_attn.generation.request import GenerationRequest
@@ -247,7 +247,7 @@ def test_summary_of_a_run(finished):
 
 
 def test_a_packed_run_is_read_as_the_run_it_came_from(finished, tmp_path):
-    assert pack(finished, tmp_path / "packed") == 4
+    assert pack_run(finished, tmp_path / "packed") == 4
     assert read_records(tmp_path / "packed") == read_records(finished)
     names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")}
     folders = ("dense", "nabla-0.2")
@@ -287,7 +287,7 @@ def test_an_item_that_one_algorithm_lacks_is_not_packed(finished, tmp_path):
 
 
 def test_a_broken_line_of_a_packed_run_is_named(finished, tmp_path):
-    pack(finished, tmp_path)
+    pack_run(finished, tmp_path)
     with (tmp_path / "dense.jsonl").open("a") as file:
         file.write("{}\n")
     with pytest.raises(ValueError, match=r"dense.jsonl, line 5: run record: missing"):
@@ -400,7 +400,7 @@ def test_pictures_are_the_same_bytes_again(finished, tmp_path):
     assert (tmp_path / "losses-a.png").read_bytes() == (tmp_path / "losses-b.png").read_bytes()
     assert set(mean_maps(records, "true_mass")) == set(ALGOS)
     names = ("nabla-0.4", "nabla-0.2_sta-3-3-3", "sta-3-3-3", "topk-0.2", "topk-0.2_sta-1-1-1")
-    assert [family(name) for name in names] == [
+    assert [kind_of(name) for name in names] == [
         "nabla", "nabla + window", "window", "top-k", "top-k + window",
     ]  # fmt: skip
     assert line_of("nabla-0.4") == ("nabla", "nabla")

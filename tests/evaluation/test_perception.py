@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from nabla_attn.evaluation.clip_score import ClipScore
-from nabla_attn.evaluation.lpips import CONVOLUTIONS, LPIPS, SCALE, SHIFT, measure_lpips
-from nabla_attn.evaluation.motion import measure_motion
+from nabla_attn.evaluation.metrics import measure_motion
+from nabla_attn.evaluation.perception import (
+    CONVOLUTIONS,
+    LPIPS,
+    SCALE,
+    SHIFT,
+    ClipScore,
+    measure_lpips,
+)
 from nabla_attn.evaluation.prompts import make_items, read_prompts, take_prompts
 from nabla_attn.moving_shapes.scorer import MovingShapesScorer
 

@@ -1,4 +1,4 @@
-"""``nabla calibrate``: an algorithm for each layer, within a budget of density or error."""
+"""`nabla calibrate`: an algorithm for each layer, within a budget of density or error."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nabla_attn.cli import options as opt
+from nabla_attn.cli import output as out
 
 if TYPE_CHECKING:
     from nabla_attn.calibrate.choose import Choice
@@ -62,15 +63,11 @@ def calibrate(
     choice = choose_within(losses, candidates, density=density, error=error)
     write_text(target, calibration.schedule(choice).to_json() + "\n")
     _print(choice, one_for_all(losses, candidates))
-    typer.echo(f"Use it: nabla generate --schedule {target}")
+    out.say(f"Use it: nabla generate --schedule {target}")
 
 
 def _print(choice: "Choice", singles: "list[Choice]") -> None:
     """The choice by layer, between the nearest algorithms that are one for all layers."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("algorithm", "pairs kept", "error of attention's output")
     fewer = [single for single in singles if single.density <= choice.density]
     closer = [single for single in singles if single.error <= choice.error]
     rows = {"this schedule": choice}
@@ -79,9 +76,8 @@ def _print(choice: "Choice", singles: "list[Choice]") -> None:
         rows[f"{best.layers[0]} in all layers"] = best
     best = min(closer, key=lambda single: single.density)
     rows[f"{best.layers[0]} in all layers"] = best
-    for name, row in rows.items():
-        table.add_row(name, f"{row.density:.1%}", f"{row.error:.4f}")
-    console = Console(highlight=False)
     for layer, config in enumerate(choice.layers):
-        console.print(f"layer {layer}: {config}")
-    console.print(table)
+        out.say(f"layer {layer}: {config}")
+    header = ("algorithm", "pairs kept", "error of attention's output")
+    cells = [[name, f"{row.density:.1%}", f"{row.error:.4f}"] for name, row in rows.items()]
+    out.print_table(header, cells)

@@ -1,15 +1,12 @@
-"""``nabla compare``: dense and sparse videos of one seed, side by side."""
+"""`nabla compare`: dense and sparse videos of one seed, side by side."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from nabla_attn.cli import options as opt
-
-if TYPE_CHECKING:
-    from nabla_attn.evaluation.compare import Run
+from nabla_attn.cli import output as out
 
 
 @opt.with_video_options
@@ -30,59 +27,39 @@ def compare(
     rounds: Annotated[
         int, typer.Option(min=1, max=100, help="Runs of each, in turn; times are medians.")
     ] = 1,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Compare algorithms with dense attention on one seed: picture, videos, records, table."""
     from nabla_attn.cli.progress import generation_bars
     from nabla_attn.evaluation.compare import compare as run_all
     from nabla_attn.files import check_writable
+    from nabla_attn.viz.side_by_side import write_comparison
 
     if not prompt.strip():
         raise ValueError("the prompt is empty. Say what the videos show: --prompt TEXT.")
     asked: list[str | None] = [*sparse_algo] if sparse_algo else [None]
     requests = [video.request(prompt=prompt, seed=seed, sparse_algo=algo) for algo in asked]
-    algos = [request.sparse_algo for request in requests]
-    rate = video.rate
-    check_writable(output / "contact_sheet.png")
+    algos, rate = [request.sparse_algo for request in requests], video.rate
+    folder = out.free_path(output, overwrite=overwrite)
+    check_writable(folder / "contact_sheet.png")
     pipeline = video.load()
+    video.check(pipeline, requests[0])
     with generation_bars() as start:
-        runs = run_all(pipeline, requests[0], algos, rounds=rounds, on_progress=start)
-    _write(runs, output, rate)
-    _print_table(runs, output)
+        compared = run_all(pipeline, requests[0], algos, rounds=rounds, on_progress=start)
+    write_comparison([(each.frames, each.record) for each in compared], folder, rate)
+    if as_json:
+        numbers = {each.algo: each.record.numbers for each in compared}
+        out.print_json({"folder": folder, "algorithms": numbers})
+        return
+    header = ("algorithm", "pairs kept", "transformer", "speed-up", "PSNR", "SSIM")
+    out.print_table(header, [[each.algo, *_cells(each.record.numbers)] for each in compared])
+    out.say(f"Pictures, videos and records: {folder}")
 
 
-def _write(runs: Sequence["Run"], output: Path, fps: float) -> None:
-    from nabla_attn.generation.video import write_video
-    from nabla_attn.viz.contact_sheet import draw_contact_sheet
-    from nabla_attn.viz.side_by_side import join_side_by_side
-
-    for run in runs:
-        write_video(run.frames, output / f"{run.algo}.mp4", fps)
-        run.record.save(output / f"{run.algo}.json")
-    joined = join_side_by_side([run.frames for run in runs], [run.algo for run in runs])
-    write_video(joined, output / "side_by_side.mp4", fps)
-    draw_contact_sheet([(run.frames, run.record) for run in runs], output / "contact_sheet.png")
-
-
-def _print_table(runs: Sequence["Run"], output: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    table.add_column("algorithm", no_wrap=True, min_width=max(len(run.algo) for run in runs))
-    for column in ("pairs kept", "transformer", "speed-up", "PSNR", "SSIM"):
-        table.add_column(column, justify="right")
-    for run in runs:
-        table.add_row(run.algo, *_cells(run.record.numbers, run.algo == "dense"))
-    console = Console()
-    console.print(table)
-    console.print(f"Pictures, videos and records: {output}", highlight=False)
-
-
-def _cells(numbers: dict[str, Any], is_dense: bool) -> list[str]:
-    to_dense, psnr = numbers["to_dense"], numbers["to_dense"]["psnr"]
+def _cells(numbers: dict[str, Any]) -> list[str]:
+    to_dense = numbers["to_dense"]
     cells = [f"{numbers['attention']['density']:.1%}", f"{numbers['seconds']['transformer']:.2f} s"]
-    if is_dense:
-        return [*cells, "1.00x", "", ""]
+    speed, psnr = to_dense["speed_up"], to_dense["psnr"]
     identical = "identical" if psnr is None else f"{psnr:.1f} dB"
-    speed = to_dense["speed_up"]
     return [*cells, f"{speed:.2f}x" if speed else "", identical, f"{to_dense['ssim']:.4f}"]

@@ -96,6 +96,7 @@ def generate(
         shared_pipeline(video.load, video.device, has_maps=record_maps) as pipeline,
         first_bars() as start,
     ):
+        video.check(pipeline, request)
         record = job.run(pipeline, on_progress=start(request.sparse_algo))
     if record is not None:
         _print(job.output, record, as_json=as_json)

@@ -19,7 +19,10 @@ MODEL_DEFAULT = "the model's default"
 
 Prompt = Annotated[str, typer.Option(help="What the video shows.")]
 NegativePrompt = Annotated[str, typer.Option(help="What guidance steers away from.")]
-Model = Annotated[str, typer.Option(help="'builtin' or a diffusers pipeline directory.")]
+Model = Annotated[
+    str,
+    typer.Option(help="'builtin', a diffusers directory, or the id of a model in the Hub's cache."),
+]
 Height = Annotated[int | None, typer.Option(help="Pixels.", show_default=MODEL_DEFAULT)]
 Width = Annotated[int | None, typer.Option(help="Pixels.", show_default=MODEL_DEFAULT)]
 Frames = Annotated[int | None, typer.Option(help="Video frames.", show_default=MODEL_DEFAULT)]
@@ -30,7 +33,7 @@ Guidance = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed of the starting noise.")]
 Fps = Annotated[float | None, typer.Option(help="Frames per second.", show_default=MODEL_DEFAULT)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16; or fp32, bf16, fp16.")]
 Prompts = Annotated[
     Path | None,
     typer.Option(
@@ -62,6 +65,20 @@ Lora = Annotated[
         show_default=False,
     ),
 ]
+Offload = Annotated[
+    str, typer.Option(help="Keep on the GPU only what works: model, sequential or group.")
+]
+VaeTiling = Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory.")]
+VaeSlicing = Annotated[
+    bool, typer.Option("--vae-slicing", help="Decode one video of a batch at a time.")
+]
+Quantize = Annotated[
+    str,
+    typer.Option(help="Weights in fewer bits: int8 or nf4 (bitsandbytes), torchao, or a .gguf."),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Start even where the memory cannot be enough.")
+]
 Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace what is there, instead of taking the next name."),
@@ -84,6 +101,11 @@ class VideoOptions:
     schedule: ScheduleFile = None
     device: Device = "auto"
     dtype: Dtype = "auto"
+    offload: Offload = ""
+    vae_tiling: VaeTiling = False
+    vae_slicing: VaeSlicing = False
+    quantize: Quantize = ""
+    force: Force = False
 
     @cached_property
     def defaults(self) -> "ModelDefaults":
@@ -123,9 +145,25 @@ class VideoOptions:
         algo = None if self.schedule else "dense"
         return self.request(prompt=prompt, seed=seed, sparse_algo=algo)
 
+    @property
+    def placement(self) -> dict[str, Any]:
+        """How memory is saved, as `load_pipeline` takes it."""
+        names = ("offload", "vae_tiling", "vae_slicing", "quantize")
+        return {name: getattr(self, name) for name in names}
+
     def load(self, device: str = "") -> Any:
         """The pipeline, on `device` instead of the option's where one is given."""
-        return load_quietly(self.model, device or self.device, self.dtype, self.lora or ())
+        place = device or self.device
+        return load_quietly(self.model, place, self.dtype, self.lora or (), **self.placement)
+
+    def check(self, pipeline: Any, request: "GenerationRequest") -> None:
+        """Refuse a video that the pipeline cannot make, or the machine not hold."""
+        from nabla_attn.generation.memory import check_memory
+        from nabla_attn.generation.request import check_request
+
+        check_request(pipeline, request)
+        if not self.force:
+            check_memory(pipeline, request)
 
 
 def with_video_options(verb: Callable[..., None]) -> Callable[..., None]:
@@ -145,7 +183,9 @@ def with_video_options(verb: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def load_quietly(model: str, device: str, dtype: str, lora: Sequence[str] = ()) -> Any:
+def load_quietly(
+    model: str, device: str, dtype: str, lora: Sequence[str] = (), **placement: Any
+) -> Any:
     """Load a pipeline under a spinner, without the libraries' own bars."""
     from rich.console import Console
 
@@ -153,10 +193,12 @@ def load_quietly(model: str, device: str, dtype: str, lora: Sequence[str] = ()) 
         quiet_libraries()
         from nabla_attn.generation.pipeline import load_pipeline
 
-        return load_pipeline(model, device=device, dtype=dtype, lora=lora)
+        return load_pipeline(model, device=device, dtype=dtype, lora=lora, **placement)
 
 
-def load_on_own_device(model: str, device: str, dtype: str, lora: Sequence[str] = ()) -> Any:
+def load_on_own_device(
+    model: str, device: str, dtype: str, lora: Sequence[str] = (), **placement: Any
+) -> Any:
     """Load a pipeline on the device of this process among several."""
     import torch
 
@@ -166,7 +208,7 @@ def load_on_own_device(model: str, device: str, dtype: str, lora: Sequence[str] 
     place = local_device(resolve_device(device))
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    return load_quietly(model, str(place), dtype, lora)
+    return load_quietly(model, str(place), dtype, lora, **placement)
 
 
 def read_indices(text: str) -> tuple[int, ...] | None:

@@ -40,12 +40,20 @@ def make_list(
     """
     from nabla_attn.distributed import num_processes
     from nabla_attn.generation import prompt_list
+    from nabla_attn.generation.lora import lora_fingerprint_of
     from nabla_attn.generation.pipeline import model_directory
     from nabla_attn.work_sharing import share_work
 
     found = prompt_list.read_requests(prompts, request)
     directory = model_directory(options.model)
-    videos = prompt_list.name_videos(found.requests, directory, fps=fps, dtype=options.dtype)
+    # What changes the numbers; offloading does not.
+    changes = {name: options.placement[name] for name in ("vae_tiling", "quantize")}
+    given = {name: value for name, value in changes.items() if value}
+    if options.lora:
+        given["lora"] = [lora_fingerprint_of(each) for each in options.lora]
+    videos = prompt_list.name_videos(
+        found.requests, directory, fps=fps, dtype=options.dtype, **given
+    )
     prompt_list.check_folder(folder)
     first = next(iter(found.requests.values()))
     start = partial(_start, first, options, has_bars=engine == "locks")
@@ -81,12 +89,13 @@ def _start(
 ) -> "Generate":
     """Load the pipeline on this process's own device; what makes a video with it."""
     from nabla_attn.generation.generate import generate as make_video
-    from nabla_attn.generation.request import check_request
 
     lora = options.lora or ()
-    pipeline = opt.load_on_own_device(options.model, options.device, options.dtype, lora)
+    pipeline = opt.load_on_own_device(
+        options.model, options.device, options.dtype, lora, **options.placement
+    )
     # Sizes are the same in all: one line now, or as many failures.
-    check_request(pipeline, request)
+    options.check(pipeline, request)
 
     def make(request: "GenerationRequest") -> Any:
         if not has_bars:

@@ -1,9 +1,12 @@
-"""``nabla report``: one page from records."""
+"""`nabla report`: one page from records."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from nabla_attn.cli import options as opt
+from nabla_attn.cli import output as out
 
 
 def report(
@@ -14,6 +17,7 @@ def report(
         Path, typer.Option(help="The page without its ending: .md and .html are written.")
     ] = Path("out/report"),
     title: Annotated[str, typer.Option(help="Its heading.")] = "Quality report",
+    overwrite: opt.Overwrite = False,
 ) -> None:
     """Write settings, tables, curves and pictures of runs as Markdown and HTML."""
     from nabla_attn.files import check_writable
@@ -22,9 +26,10 @@ def report(
 
     # Appended: a name such as report-nabla-0.7 has no ending to replace.
     stem = output.with_suffix("") if output.suffix in (".md", ".html") else output
-    markdown, html = (stem.with_name(stem.name + ending) for ending in (".md", ".html"))
+    html = out.free_path(stem.with_name(f"{stem.name}.html"), overwrite=overwrite)
+    markdown = html.with_suffix(".md")
     sections = build_report(runs)
     check_writable(html)
     write_markdown(title, sections, markdown)
     write_html(title, sections, html)
-    typer.echo(f"{markdown} and {html}")
+    out.say(f"{markdown} and {html}")

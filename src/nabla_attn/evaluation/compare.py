@@ -16,8 +16,8 @@ from nabla_attn.record import RunRecord
 
 
 @dataclass(frozen=True)
-class Run:
-    """One algorithm's video and record; the record's ``numbers["to_dense"]`` compares it.
+class Compared:
+    """One algorithm's video and record; the record's `numbers["to_dense"]` compares it.
 
     Attributes:
         frames: uint8 [frames, height, width, 3].
@@ -40,7 +40,7 @@ def compare(
     *,
     rounds: int = 1,
     on_progress: Callable[[str], ProgressCallback] = lambda algo: ignore_progress,
-) -> list[Run]:
+) -> list[Compared]:
     """Generate with dense attention and with each algorithm, from the same noise.
 
     Every algorithm first runs one untimed step, so that compiling and cold caches count nowhere.
@@ -79,8 +79,8 @@ def compare(
             frames, record = generate(pipeline, asked, on_progress=watch)
             seconds[name].append(record.numbers["seconds"]["transformer"])
             made.setdefault(name, (frames, record))
-    runs = [Run(made[name][0], _with_rounds(made[name][1], seconds[name])) for name in made]
-    return [Run(run.frames, _with_comparison(run.frames, run.record, runs[0])) for run in runs]
+    runs = [Compared(made[name][0], _with_rounds(made[name][1], seconds[name])) for name in made]
+    return [Compared(run.frames, _with_comparison(run.frames, run.record, runs[0])) for run in runs]
 
 
 def _with_rounds(record: RunRecord, seconds: list[float]) -> RunRecord:
@@ -88,7 +88,7 @@ def _with_rounds(record: RunRecord, seconds: list[float]) -> RunRecord:
     return replace(record, numbers=record.numbers | {"seconds": stages, "rounds": seconds})
 
 
-def _with_comparison(frames: np.ndarray, record: RunRecord, dense: Run) -> RunRecord:
+def _with_comparison(frames: np.ndarray, record: RunRecord, dense: Compared) -> RunRecord:
     ours, theirs = (r.numbers["seconds"]["transformer"] for r in (record, dense.record))
     to_dense = {"speed_up": round(theirs / ours, 4) if ours else None}
     to_dense |= measure_fidelity(frames, dense.frames).to_dict()

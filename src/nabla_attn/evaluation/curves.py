@@ -6,11 +6,13 @@ from typing import Any
 
 from nabla_attn.config import parse
 from nabla_attn.core.grid import BlockShape
-from nabla_attn.evaluation.summary import Records, measured_items
+from nabla_attn.evaluation.records import Records, measured_items, read_records
+from nabla_attn.evaluation.summary import summary_record
 from nabla_attn.files import whole_file
+from nabla_attn.record import RunRecord
 
 INK, MUTED, RULE = "#1b1f24", "#667080", "#d8dee6"
-FAMILIES = {
+STYLES = {
     "nabla": ("#0f766e", "o"),
     "nabla + window": ("#1d4ed8", "s"),
     "window": ("#b45309", "^"),
@@ -29,7 +31,7 @@ QUALITIES = {
 COSTS = {"density": "token pairs kept", "seconds": "seconds in the transformer"}
 
 
-def family(algo: str) -> str:
+def kind_of(algo: str) -> str:
     """The kind of an algorithm, for its colour and marker."""
     config = parse(algo)
     if config.is_dense:
@@ -42,10 +44,27 @@ def family(algo: str) -> str:
 
 def line_of(algo: str) -> tuple[str, str]:
     """Kind and name of the line that an algorithm is a point of: one for each block shape."""
-    kind, sides = family(algo), parse(algo).block
+    kind, sides = kind_of(algo), parse(algo).block
     if sides is None:
         return kind, kind
     return kind, f"{kind}, {BlockShape(*sides)} blocks"
+
+
+def write_summary(run: Path) -> RunRecord:
+    """Write summary.json, curves.png and losses.png of a run into its folder.
+
+    Raises:
+        ValueError: The folder has no records that compare.
+    """
+    records = read_records(run)
+    record = summary_record(records)
+    record.save(run / "summary.json")
+    algorithms = record.numbers["algorithms"]
+    if len(algorithms) > 1:
+        draw_curves(algorithms, run / "curves.png")
+    if mean_maps(records, "true_mass"):
+        draw_true_mass(records, run / "losses.png")
+    return record
 
 
 def draw_curves(summary: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
@@ -143,7 +162,7 @@ def _draw_panel(
             (metrics[along]["value"], metrics[quality], algo)
         )
     for (kind, name), points in groups.items():
-        colour, marker = FAMILIES[kind]
+        colour, marker = STYLES[kind]
         points.sort(key=lambda point: point[0])
         xs, means = [x for x, _, _ in points], [entry["value"] for _, entry, _ in points]
         low = [

@@ -75,7 +75,7 @@ def match_algorithm(
     by: str,
     target: float,
     tolerance: float = 0.02,
-    report: Callable[[str, float], None] = lambda algo, value: None,
+    on_try: Callable[[str, float], None] = lambda algo, value: None,
 ) -> tuple[str, Match]:
     """Fill the ``*`` of an algorithm such as ``nabla-*_sta-3-3-3`` so that runs reach a target.
 
@@ -87,7 +87,7 @@ def match_algorithm(
         by: a name of `QUANTITIES`.
         target: the density, or the transformer's seconds.
         tolerance: how near, relative to the target.
-        report: told each algorithm tried and what it gave.
+        on_try: Called with each algorithm tried and what it gave.
 
     Raises:
         ValueError: no ``*``, an unknown quantity, or a target that cannot be reached.
@@ -105,11 +105,66 @@ def match_algorithm(
         if by == "seconds":
             warm_up(pipeline, asked[0])
         values = [QUANTITIES[by](generate(pipeline, one)[1]) for one in asked]
-        report(algo, sum(values) / len(values))
+        on_try(algo, sum(values) / len(values))
         return sum(values) / len(values)
 
     found = bisect(measure, target, tolerance=tolerance)
     return _fill(template, found.value), found
+
+
+def fill_algorithms(
+    pipeline: Any,
+    request: GenerationRequest,
+    algos: Sequence[str],
+    items: Sequence[Item],
+    by: str,
+    target: float,
+    *,
+    on_found: Callable[[str, Match], None] = lambda algo, found: None,
+    **options: Any,
+) -> list[str]:
+    """Algorithms with each `*` filled by `match_algorithm`; the others as they are.
+
+    Args:
+        pipeline: A pipeline of diffusers.
+        request: The run; prompt, seed and algorithm are replaced.
+        algos: Algorithms, of which some have a `*`.
+        items: The videos that are made for each number tried.
+        by: A name of `QUANTITIES`.
+        target: The value to reach.
+        on_found: Called with each filled algorithm and what was found.
+        options: Further arguments of `match_algorithm`.
+    """
+    filled = []
+    for algo in algos:
+        if "*" in algo:
+            algo, found = match_algorithm(
+                pipeline, request, algo, items, by=by, target=target, **options
+            )
+            on_found(algo, found)
+        filled.append(algo)
+    return filled
+
+
+def read_target(text: str, algos: Sequence[str]) -> tuple[str, float]:
+    """`"density=0.3"` as a quantity and a number; `("", 0)` of an empty text.
+
+    Raises:
+        ValueError: The text is not like that, an algorithm is unknown, or only one of text and
+            algorithms asks for a match.
+    """
+    if any("*" in algo for algo in algos) != bool(text):
+        raise ValueError(
+            "--match and algorithms with a * belong together: --sparse-algo 'nabla-*' --match "
+            "density=0.3."
+        )
+    for algo in algos:
+        parse(algo.replace("*", "0.5"))
+    by, _, target = text.partition("=")
+    try:
+        return by, float(target) if text else 0.0
+    except ValueError:
+        raise ValueError(f"--match takes NAME=NUMBER such as density=0.3: got {text!r}.") from None
 
 
 def _fill(template: str, value: float) -> str:

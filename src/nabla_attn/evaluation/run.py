@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from nabla_attn.config import parse
-from nabla_attn.evaluation.metrics import measure_fidelity
-from nabla_attn.evaluation.motion import measure_motion
+from nabla_attn.evaluation.metrics import measure_fidelity, measure_motion
 from nabla_attn.evaluation.probe import AttentionProbe
 from nabla_attn.evaluation.prompts import Item
 from nabla_attn.files import fingerprint_files, is_whole
@@ -52,6 +51,32 @@ class Measures:
     weights: Mapping[str, str] = field(default_factory=dict)
     num_probed: int = 2
     num_rows: int = 16
+
+    @classmethod
+    def load(
+        cls, scorer: Scorer | None, lpips: Path | None, clip: Path | None, num_probed: int
+    ) -> "Measures":
+        """Measures with the networks whose weights are given.
+
+        Args:
+            scorer: The reader of facts.
+            lpips: Weights of LPIPS.
+            clip: Directory of a CLIP model.
+            num_probed: Number of items whose attention is measured.
+
+        Raises:
+            ValueError: Weights cannot be loaded.
+        """
+        from nabla_attn.evaluation.perception import LPIPS, ClipScore, measure_lpips
+
+        paths = {"lpips": lpips, "clip": clip}
+        return cls(
+            scorer=scorer,
+            lpips=None if lpips is None else partial(measure_lpips, LPIPS(lpips)),
+            clip=None if clip is None else ClipScore(clip),
+            weights={name: describe_weights(path) for name, path in paths.items() if path},
+            num_probed=num_probed,
+        )
 
 
 def describe_weights(path: Path) -> str:

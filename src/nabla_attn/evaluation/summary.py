@@ -1,23 +1,17 @@
 """Means of a run with paired bootstrap intervals."""
 
 import math
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nabla_attn.config import parse
-from nabla_attn.evaluation.prompts import Item
+from nabla_attn.evaluation.records import Records, measured_items
 from nabla_attn.record import RunRecord, collect_versions
 
 NUM_RESAMPLES = 2000
-
-Records = dict[str, dict[str, RunRecord]]
-"""algorithm -> item -> record."""
 
 
 def _dig(record: RunRecord, keys: tuple[str, ...]) -> float | None:
@@ -67,63 +61,6 @@ MEDIANS = ("seconds",)
 """Metrics that are no means: whatever else a machine does only ever makes a run slower."""
 
 
-def read_records(run: str | Path) -> Records:
-    """The records of a run's folder, packed or not, of the items that every algorithm has made.
-
-    Only those compare on the same videos; of others left out there is a warning.
-
-    Raises:
-        ValueError: no such records; a broken one is named.
-    """
-    run = Path(run)
-    if not run.is_dir():
-        raise ValueError(f"there is no folder {run}. Pass one of `nabla evaluate`.")
-    found: Records = defaultdict(dict)
-    for record in _load_all(run):
-        if record.kind == "evaluate":
-            algo, item = _place(record, run)
-            found[algo][item.name] = record
-    if "dense" not in found:
-        raise ValueError(
-            f"{run} has no records of `nabla evaluate` with dense attention (those of compare and "
-            "generate do not count). Run it first."
-        )
-    every = set.union(*(set(records) for records in found.values()))
-    common = set.intersection(*(set(records) for records in found.values()))
-    if not common:
-        raise ValueError(f"{run} has no item that all of {', '.join(found)} have made.")
-    if left_out := len(every - common):
-        warnings.warn(
-            f"{run}: {left_out} of {len(every)} items are left out, since not every algorithm has "
-            "made them.",
-            stacklevel=2,
-        )
-    return {
-        algo: {name: record for name, record in records.items() if name in common}
-        for algo, records in found.items()
-    }
-
-
-def _load_all(run: Path) -> Iterator[RunRecord]:
-    for path in sorted(run.glob("*/*.json")):
-        yield RunRecord.load(path)
-    for path in sorted(run.glob("*.jsonl")):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                yield RunRecord.from_json(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-
-
-def _place(record: RunRecord, run: Path) -> tuple[str, Item]:
-    names = ("sparse_algo", "prompt_index", "prompt")
-    algo, index, prompt = (record.config.get(name) for name in names)
-    if not (isinstance(algo, str) and isinstance(index, int) and isinstance(prompt, str)):
-        raise ValueError(f"{run}: {', '.join(names)} of a record are {algo}, {index}, {prompt}.")
-    # Parsed, since it becomes the name of a folder.
-    return str(parse(algo)), Item(index, prompt, record.seed)
-
-
 def summarise(records: Records) -> dict[str, dict[str, Any]]:
     """Mean, 95 % interval and difference to dense of every metric of every algorithm.
 
@@ -148,15 +85,6 @@ def summarise(records: Records) -> dict[str, dict[str, Any]]:
         }
         for algo in order
     }
-
-
-def measured_items(records: Records, read: Callable[[RunRecord], Any]) -> list[str]:
-    """The items with a value in every algorithm that has any value: those compare."""
-    found = [
-        {item for item, record in items.items() if read(record) is not None}
-        for items in records.values()
-    ]
-    return sorted(set.intersection(*filter(None, found))) if any(found) else []
 
 
 def summary_record(records: Records) -> RunRecord:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nabla_attn.errors import first_line
+from nabla_attn.files import fingerprint_files
 from nabla_attn.sizes import denoisers
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -32,6 +33,12 @@ def lora_place(source: str) -> tuple[str, Path]:
             f"training run, or a .safetensors file; {PARTS[1]}=FOLDER is for a second transformer."
         )
     return part, file
+
+
+def lora_fingerprint_of(source: str) -> str:
+    """Place and contents of a source of `load_lora`, for names that must differ where these do."""
+    part, file = lora_place(source)
+    return f"{part} {fingerprint_files(file.parent, [file])}"
 
 
 def load_lora(pipeline: Any, source: str) -> None:

@@ -1,5 +1,6 @@
 """Load a diffusers pipeline directory, checked part by part so that a bad file is named."""
 
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +12,25 @@ from nabla_attn.errors import first_line
 from nabla_attn.files import fingerprint_files, read_json
 from nabla_attn.generation.lora import load_lora, lora_fingerprint, lora_place
 from nabla_attn.generation.model_index import find_class, named_parts, read_model_index
+from nabla_attn.generation.placement import DTYPES, Placement, resolve_device, resolve_dtype
 from nabla_attn.sizes import denoisers
+
+__all__ = [
+    "DTYPES",
+    "fingerprint",
+    "load_pipeline",
+    "model_directory",
+    "model_identity",
+    "model_name",
+    "resolve_device",
+    "resolve_dtype",
+]
 
 BUILTIN = "builtin"
 BUILTIN_DIRECTORY = Path(__file__).parents[1] / "moving_shapes" / "model"
 # These hand latents to their VAE in the transformer's dtype.
 ONE_DTYPE = ("CogVideoX", "ConsisID", "EasyAnimate", "Mochi")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def load_pipeline(
@@ -26,33 +39,40 @@ def load_pipeline(
     device: str = "auto",
     dtype: str = "auto",
     lora: Sequence[str] = (),
+    **placement: Any,
 ) -> Any:
-    """Load a text-to-video pipeline from a diffusers directory; nothing is downloaded.
+    """Load a diffusers pipeline of videos; nothing is downloaded.
 
     Args:
-        source: ``"builtin"`` or a directory with a ``model_index.json``.
-        device: ``"auto"`` (a GPU if there is one), or a torch device such as ``"cuda:0"``.
-        dtype: of transformer and text encoder: a name of :data:`DTYPES`, or ``"auto"``. The VAE
-            stays in float32, where its decoder is exact, unless its pipeline wants one dtype.
-        lora: adapters to put in, each as :func:`~nabla_attn.generation.lora.load_lora` takes it.
+        source: `"builtin"`, a directory with a `model_index.json`, or the id of a model in the
+            local cache of the Hugging Face Hub.
+        device: `"auto"` (a GPU if there is one), or a torch device such as `"cuda:0"`.
+        dtype: Dtype of transformer and text encoder: a name of `DTYPES`, its short form, or
+            `"auto"`. The VAE stays in float32, where its decoder is exact, unless its pipeline
+            wants one dtype.
+        lora: Adapters to put in, each as `load_lora` takes it.
+        placement: How memory is saved, as `Placement` takes it.
 
     Returns:
         The diffusers pipeline, on the device.
 
     Raises:
-        ValueError: the directory or one of its files is missing or broken, a config does not match
-            its weights, or device or dtype cannot be had here. The file is named.
+        ValueError: The directory or one of its files is missing or broken, a config does not match
+            its weights, or device, dtype or placement cannot be had here. The file is named.
     """
     for each in lora:
         lora_place(each)
     directory = model_directory(source)
-    place = resolve_device(device)
+    place, saving = resolve_device(device), Placement(**placement)
     kind = resolve_dtype(dtype, place)
+    saving.check(place)
     index = read_model_index(directory)
     pipeline_class = find_class("diffusers", index["_class_name"], directory)
     vae_kind = kind if index["_class_name"].startswith(ONE_DTYPE) else torch.float32
     parts = {
-        name: _load_part(directory / name, entry, vae_kind if name == "vae" else kind)
+        name: _load_quantized(directory / name, entry, kind, saving)
+        if saving.quantize and name.startswith("transformer")
+        else _load_part(directory / name, entry, vae_kind if name == "vae" else kind)
         for name, entry in named_parts(index).items()
     }
     try:
@@ -63,14 +83,35 @@ def load_pipeline(
         raise ValueError(f"{directory}: not a whole pipeline ({first_line(error)}).") from error
     for each in lora:
         load_lora(pipeline, each)
-    return pipeline.to(place)
+    return saving.place(pipeline, place)
+
+
+def _load_quantized(
+    folder: Path, entry: tuple[str, str], dtype: torch.dtype, placement: Placement
+) -> Any:
+    part_class = find_class(*entry, folder)
+    options: dict[str, Any] = {
+        "quantization_config": placement.quantization(dtype),
+        "torch_dtype": dtype,
+        "local_files_only": True,
+    }
+    try:
+        if placement.is_gguf:
+            file = placement.quantize
+            return part_class.from_single_file(file, config=str(folder), **options).eval()
+        return part_class.from_pretrained(folder, **options).eval()
+    except Exception as error:
+        raise ValueError(
+            f"{entry[1]} cannot be quantized by {placement.quantize} ({first_line(error)}). Leave "
+            "out --quantize, or pass another."
+        ) from error
 
 
 def model_directory(source: str | Path) -> Path:
-    """The directory that ``"builtin"`` or a path stands for.
+    """The directory that `"builtin"`, a path, or the id of a model in the local cache stands for.
 
     Raises:
-        ValueError: there is no such directory, or it has no ``model_index.json``.
+        ValueError: There is none, or it has no `model_index.json`.
     """
     if str(source) == BUILTIN:
         if not (BUILTIN_DIRECTORY / "model_index.json").is_file():
@@ -80,9 +121,12 @@ def model_directory(source: str | Path) -> Path:
             )
         return BUILTIN_DIRECTORY
     directory = Path(source)
+    if not directory.exists() and MODEL_ID.fullmatch(str(source)):
+        directory = _cached(str(source))
     if not directory.is_dir():
         raise ValueError(
-            f"model directory not found: {source}. Pass 'builtin' or a diffusers directory."
+            f"model directory not found: {source}. Pass 'builtin', a diffusers directory, or a "
+            "model id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
         )
     if not (directory / "model_index.json").is_file():
         raise ValueError(
@@ -91,8 +135,22 @@ def model_directory(source: str | Path) -> Path:
     return directory
 
 
+def _cached(model_id: str) -> Path:
+    """The snapshot of a model in the local cache of the Hugging Face Hub."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model_id, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError):
+        raise ValueError(
+            f"there is no directory {model_id}, and no such model in {constants.HF_HUB_CACHE}. "
+            f"Download it once with: hf download {model_id}"
+        ) from None
+
+
 def model_name(pipeline: Any) -> str:
-    """``"builtin"`` or the directory the pipeline was loaded from."""
+    """`"builtin"` or the directory the pipeline was loaded from."""
     origin = str(pipeline.config.get("_name_or_path", ""))
     return BUILTIN if origin == str(BUILTIN_DIRECTORY) else origin
 
@@ -102,8 +160,8 @@ def model_identity(pipeline: Any) -> dict[str, str | None]:
 
     Returns:
         "model" as `model_name`, "model_files" as `fingerprint` (None if it was not loaded from a
-        directory), "device", "dtype" of the transformer, and "lora" as `lora_fingerprint`, which is
-        left out without adapters.
+        directory), "device", "dtype" of the transformer; and where they apply "lora" as
+        `lora_fingerprint`, "vae_tiling" and "quantized".
     """
     directory = Path(str(pipeline.config.get("_name_or_path", "")))
     is_saved = (directory / "model_index.json").is_file()
@@ -116,51 +174,19 @@ def model_identity(pipeline: Any) -> dict[str, str | None]:
         "device": str(device),
         "dtype": str(denoisers(pipeline)[0].dtype).removeprefix("torch."),
     }
-    return identity if lora is None else identity | {"lora": lora[:16]}
+    quantizer = getattr(denoisers(pipeline)[0], "hf_quantizer", None)
+    is_tiled = getattr(getattr(pipeline, "vae", None), "use_tiling", False)
+    extra = {
+        "lora": None if lora is None else lora[:16],
+        "vae_tiling": "on" if is_tiled else None,
+        "quantized": None if quantizer is None else type(quantizer).__name__,
+    }
+    return identity | {name: value for name, value in extra.items() if value is not None}
 
 
 def fingerprint(model: Path) -> str:
     """`fingerprint_files` of those that a pipeline is loaded from."""
     return fingerprint_files(model, [model / "model_index.json", *sorted(model.glob("*/[!.]*"))])
-
-
-def resolve_device(name: str) -> torch.device:
-    """A torch device by name; ``"auto"`` takes a GPU if there is one.
-
-    Raises:
-        ValueError: not a device name, or not present in this machine.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"device {name!r} cannot be used here: {first_line(error)}. Try cpu or auto."
-        ) from error
-    return device
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """A torch dtype by name; ``"auto"`` is bfloat16 where the device computes in it, or float32.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    if name != "auto":
-        if name not in DTYPES:
-            raise ValueError(f"unknown dtype {name!r}. Known: auto, {', '.join(DTYPES)}.")
-        return DTYPES[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if device.type == "cpu":
-        features = torch.cpu.get_capabilities()
-        native = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-        return torch.bfloat16 if native else torch.float32
-    return torch.float32
 
 
 def _load_part(folder: Path, entry: tuple[str, str], dtype: torch.dtype) -> Any:

@@ -1,11 +1,35 @@
-"""Videos next to each other under small labels."""
+"""Videos next to each other under small labels, and all files of a comparison."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
+from nabla_attn.generation.video import write_video
+from nabla_attn.record import RunRecord
+from nabla_attn.viz.contact_sheet import draw_contact_sheet
+
 STRIP, GAP, TEXT = 26, 8, 14  # pixels
 INK, PAPER = (27, 31, 36), (255, 255, 255)
+
+
+def write_comparison(
+    videos: Sequence[tuple[np.ndarray, RunRecord]], folder: Path, fps: float
+) -> None:
+    """Write the videos, their records, all of them side by side, and a contact sheet.
+
+    Args:
+        videos: Frames, uint8 [frames, height, width, 3], and record of each algorithm.
+        folder: The folder of the files.
+        fps: Frames per second.
+    """
+    labels = [str(record.config["sparse_algo"]) for _, record in videos]
+    for label, (frames, record) in zip(labels, videos, strict=True):
+        write_video(frames, folder / f"{label}.mp4", fps)
+        record.save(folder / f"{label}.json")
+    joined = join_side_by_side([frames for frames, _ in videos], labels)
+    write_video(joined, folder / "side_by_side.mp4", fps)
+    draw_contact_sheet(videos, folder / "contact_sheet.png")
 
 
 def join_side_by_side(videos: Sequence[np.ndarray], labels: Sequence[str]) -> np.ndarray:

@@ -1,0 +1,71 @@
+"""Where a pipeline computes, and models by their ids."""
+
+import shutil
+import sys
+
+import pytest
+import torch
+
+from nabla_attn.generation.generate import generate
+from nabla_attn.generation.pipeline import load_pipeline, model_identity
+from nabla_attn.generation.placement import QUANTIZERS, Placement, resolve_dtype
+from nabla_attn.generation.request import GenerationRequest
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "message"),
+    [
+        ({"offload": "disk"}, "cuda", "unknown --offload 'disk'. Known: model, sequential, group"),
+        (
+            {"offload": "model"},
+            "cpu",
+            "keeps parts on the CPU .* pass --device cuda",
+        ),
+        ({"quantize": "int3"}, "cpu", "unknown --quantize 'int3'. Known: int8, nf4, torchao"),
+        ({"quantize": "nowhere.gguf"}, "cpu", "nowhere.gguf: there is no such file"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_loading(asked, device, message):
+    with pytest.raises(ValueError, match=message):
+        Placement(**asked).check(torch.device(device))
+
+
+@pytest.mark.parametrize("name", ["int8", "nf4", "torchao"])
+def test_a_missing_package_is_named(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, QUANTIZERS[name], None)
+    with pytest.raises(ValueError, match="pip install"):
+        Placement(quantize=name).check(torch.device("cuda"))
+
+
+def test_dtypes_have_short_names():
+    pairs = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    assert {name: resolve_dtype(name, CPU) for name in pairs} == pairs
+    with pytest.raises(ValueError, match=r"unknown dtype 'int4'\. Known: auto, float32"):
+        resolve_dtype("int4", CPU)
+
+
+def test_the_vae_decodes_in_tiles(tiny_wan):
+    request = GenerationRequest("red", height=32, width=32, frames=5, steps=1)
+    saving = {"vae_tiling": True, "vae_slicing": True}
+    pipeline = load_pipeline(tiny_wan, device="cpu", dtype="fp32", **saving)
+    assert pipeline.vae.use_tiling and pipeline.vae.use_slicing
+    _, record = generate(pipeline, request)
+    assert record.config["vae_tiling"] == "on"
+    assert "vae_tiling" not in model_identity(load_pipeline(tiny_wan, device="cpu", dtype="fp32"))
+
+
+def test_a_model_by_its_id(tiny_wan, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "a" * 40
+    folder = tmp_path / "models--someone--tiny-wan"
+    shutil.copytree(tiny_wan, folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    pipeline = load_pipeline("someone/tiny-wan", device="cpu", dtype="float32")
+    assert type(pipeline).__name__ == "WanPipeline"
+    with pytest.raises(ValueError, match="Download it once with: hf download someone/other"):
+        load_pipeline("someone/other", device="cpu")
