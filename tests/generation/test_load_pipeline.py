@@ -10,9 +10,8 @@ from nabla_attn.generation.pipeline import (
     model_directory,
     model_identity,
     model_name,
-    resolve_device,
-    resolve_dtype,
 )
+from nabla_attn.generation.placement import resolve_device, resolve_dtype
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -40,7 +40,7 @@ def bench(
     """Benchmark attention and maps: outputs are checked before anything is timed."""
     from nabla_attn.bench.report import contender_table
     from nabla_attn.bench.suite import default_suite, run_shapes, run_suite
-    from nabla_attn.generation.pipeline import resolve_device
+    from nabla_attn.generation.placement import resolve_device
 
     is_on = {"bench-scaling": scaling, "bench-crossover": crossover, "bench-model": model}
     shapes = [kind for kind, wanted in is_on.items() if wanted]

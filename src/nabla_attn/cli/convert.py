@@ -18,13 +18,14 @@ def convert(
     ] = "stored",
 ) -> None:
     """Write an original Wan checkpoint as a diffusers directory: streamed, resumable, verified."""
+    from nabla_attn.cli.loading import quiet_libraries
     from nabla_attn.cli.progress import loading_bars
-    from nabla_attn.generation.pipeline import DTYPES
+    from nabla_attn.generation.placement import DTYPES
     from nabla_attn.wan.convert import convert_wan
 
     if dtype != "stored" and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}. Known: stored, {', '.join(DTYPES)}.")
-    out.quiet_libraries()
+    quiet_libraries()
     with loading_bars() as on_progress:
         convert_wan(source, target, dtype=DTYPES.get(dtype), on_progress=on_progress)
     out.say(f"{target}: written and compared with {source}, tensor by tensor.")

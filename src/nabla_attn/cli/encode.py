@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nabla_attn.cli import options as opt
+from nabla_attn.cli.loading import load_on_own_device
 from nabla_attn.cli.output import notice, print_json, say
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def encode(
         found = open_source([Path(path) for path in source])
     request = EncodeRequest(wanted, fps=fps, shard_size=shard_size)
     check_writable(output / "index.json")
-    load = partial(opt.load_on_own_device, model, device, dtype)
+    load = partial(load_on_own_device, model, device, dtype)
     with count_bar("encoding", "clips") as on_progress:
         summary = encode_all(
             found,

@@ -25,7 +25,7 @@ def info(
     from rich.console import Console
     from rich.table import Table
 
-    from nabla_attn.generation.pipeline import resolve_device
+    from nabla_attn.generation.placement import resolve_device
 
     if memory is not None:
         from nabla_attn.wan.memory import describe_memory
@@ -47,7 +47,7 @@ def info(
 def _describe_machine(device: Any) -> list[tuple[str, str]]:
     import torch
 
-    from nabla_attn.generation.pipeline import resolve_dtype
+    from nabla_attn.generation.placement import resolve_dtype
     from nabla_attn.record import collect_versions, describe_device
 
     features = torch.cpu.get_capabilities()

@@ -1,6 +1,6 @@
 """Options that several verbs share, and what follows from them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property, wraps
 from inspect import Parameter, Signature, signature
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nabla_attn.cli.output import quiet_libraries
+from nabla_attn.cli.loading import load_quietly
 
 if TYPE_CHECKING:
     from nabla_attn.generation.request import GenerationRequest, ModelDefaults
@@ -181,34 +181,6 @@ def with_video_options(verb: Callable[..., None]) -> Callable[..., None]:
 
     run.__signature__ = Signature([*own, *shared])  # type: ignore[attr-defined]
     return run
-
-
-def load_quietly(
-    model: str, device: str, dtype: str, lora: Sequence[str] = (), **placement: Any
-) -> Any:
-    """Load a pipeline under a spinner, without the libraries' own bars."""
-    from rich.console import Console
-
-    with Console(stderr=True).status(f"loading {model}"):
-        quiet_libraries()
-        from nabla_attn.generation.pipeline import load_pipeline
-
-        return load_pipeline(model, device=device, dtype=dtype, lora=lora, **placement)
-
-
-def load_on_own_device(
-    model: str, device: str, dtype: str, lora: Sequence[str] = (), **placement: Any
-) -> Any:
-    """Load a pipeline on the device of this process among several."""
-    import torch
-
-    from nabla_attn.distributed import local_device
-    from nabla_attn.generation.pipeline import resolve_device
-
-    place = local_device(resolve_device(device))
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
-    return load_quietly(model, str(place), dtype, lora, **placement)
 
 
 def read_indices(text: str) -> tuple[int, ...] | None:

@@ -1,19 +1,14 @@
 """What verbs print: results, tables, JSON, warnings, and the names of files they write."""
 
 import json
-import logging
-import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from shutil import get_terminal_size
-from textwrap import shorten
 from typing import Any
 
 import typer
 
-MAX_MESSAGE = 400  # characters of a library's warning
 GAP = 2  # blanks between the columns of a table
 # Notes of libraries that ask nothing of a user, or that a warning of ours says better.
 HARMLESS = (
@@ -117,29 +112,3 @@ def warn_once() -> Callable[..., None]:
             notice("warning", text)
 
     return show
-
-
-class LibraryWarnings(logging.Handler):
-    """Hands warnings in the logs of libraries on to `warnings`, which shows them as ours."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Warn of a record; texts of several lines become one."""
-        message = record.getMessage()
-        if not message.startswith(HARMLESS):
-            warnings.warn(shorten(message, MAX_MESSAGE), stacklevel=1)
-
-
-def quiet_libraries() -> None:
-    """Turn off the bars of diffusers and transformers, and show their warnings as our own."""
-    # Both are slow to load and read this when they are.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        log = library.utils.logging
-        log.disable_progress_bar()
-        log.set_verbosity_warning()
-        root = logging.getLogger(library.__name__)
-        root.handlers = [LibraryWarnings(level=logging.WARNING)]
-        root.propagate = False

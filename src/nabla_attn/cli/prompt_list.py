@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from nabla_attn.cli import options as opt
+from nabla_attn.cli.loading import load_on_own_device
 from nabla_attn.cli.output import notice, say
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def _start(
     from nabla_attn.generation.generate import generate as make_video
 
     lora = options.lora or ()
-    pipeline = opt.load_on_own_device(
+    pipeline = load_on_own_device(
         options.model, options.device, options.dtype, lora, **options.placement
     )
     # Sizes are the same in all: one line now, or as many failures.

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from nabla_attn.cli import options as opt
+from nabla_attn.cli.loading import load_quietly
 from nabla_attn.errors import explain_missing
 
 
@@ -39,7 +40,7 @@ def studio(
     models = model or ["builtin"]
     adapters = [*(["builtin"] if "builtin" in models else []), *(lora or [])]
     page = build_studio(
-        models, lambda name, chosen: opt.load_quietly(name, device, dtype, chosen), adapters
+        models, lambda name, chosen: load_quietly(name, device, dtype, chosen), adapters
     )
     typer.echo(f"Studio: {launch(page, host, port, allow_host or ())}   (Ctrl-C stops)")
     wait(page)

@@ -46,6 +46,7 @@ def wan(
     dtype: opt.Dtype = "auto",
 ) -> None:
     """Generate from a Wan checkpoint with the flags and defaults of the reference's generate.py."""
+    from nabla_attn.cli.loading import quiet_libraries
     from nabla_attn.cli.progress import generation_bars, loading_bars
     from nabla_attn.distributed import is_first_process
     from nabla_attn.wan.command import WanJob
@@ -91,7 +92,7 @@ def wan(
     extension = PromptExtension(
         prompt_extend_method, prompt_extend_model, prompt_extend_target_lang, use_prompt_extend
     )
-    out.quiet_libraries()
+    quiet_libraries()
     output = save_file and out.free_path(save_file, overwrite=overwrite)
     job = WanJob.prepare(request, placement, output, extension)
     if is_first_process():

@@ -12,19 +12,8 @@ from nabla_attn.errors import first_line
 from nabla_attn.files import fingerprint_files, read_json
 from nabla_attn.generation.lora import load_lora, lora_fingerprint, lora_place
 from nabla_attn.generation.model_index import find_class, named_parts, read_model_index
-from nabla_attn.generation.placement import DTYPES, Placement, resolve_device, resolve_dtype
+from nabla_attn.generation.placement import Placement, resolve_device, resolve_dtype
 from nabla_attn.sizes import denoisers
-
-__all__ = [
-    "DTYPES",
-    "fingerprint",
-    "load_pipeline",
-    "model_directory",
-    "model_identity",
-    "model_name",
-    "resolve_device",
-    "resolve_dtype",
-]
 
 BUILTIN = "builtin"
 BUILTIN_DIRECTORY = Path(__file__).parents[1] / "moving_shapes" / "model"

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from nabla_attn import distributed
-from nabla_attn.generation.pipeline import resolve_device
+from nabla_attn.generation.placement import resolve_device
 from nabla_attn.models import find_row
 from nabla_attn.sizes import denoisers
 

@@ -14,7 +14,8 @@ import torch
 from nabla_attn import distributed
 from nabla_attn.files import check_writable, whole_file
 from nabla_attn.generation.generate import generate
-from nabla_attn.generation.pipeline import load_pipeline, resolve_device, resolve_dtype
+from nabla_attn.generation.pipeline import load_pipeline
+from nabla_attn.generation.placement import resolve_device, resolve_dtype
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults
 from nabla_attn.generation.text import watch_texts
 from nabla_attn.generation.video import write_video
