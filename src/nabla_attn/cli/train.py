@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nabla_attn.cli.loading import quiet_libraries
 from nabla_attn.cli.options import AsJson
-from nabla_attn.cli.output import print_json, quiet_libraries, say
+from nabla_attn.cli.output import print_json, say
 
 if TYPE_CHECKING:
     from nabla_attn.training.config import TrainConfig
