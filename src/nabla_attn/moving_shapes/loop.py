@@ -25,7 +25,7 @@ from nabla_attn.training.trainer import OnLog, rate_share
 
 
 @dataclass(frozen=True)
-class Step:
+class RecipeStep:
     """The position of one step, and its random numbers."""
 
     number: int
@@ -39,10 +39,10 @@ class Step:
         return self.number / self.total
 
 
-def step_at(seed: int, stage: str, number: int, total: int) -> Step:
+def step_at(seed: int, stage: str, number: int, total: int) -> RecipeStep:
     """Build the step `number` of a stage from the recipe's seed."""
     rng = random.Random(f"{seed} {stage} {number}")
-    return Step(number, total, rng, torch.Generator().manual_seed(rng.getrandbits(63)))
+    return RecipeStep(number, total, rng, torch.Generator().manual_seed(rng.getrandbits(63)))
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Stage:
     name: str
     folder: Path
     module: nn.Module
-    loss_at: Callable[[Step], Tensor]
+    loss_at: Callable[[RecipeStep], Tensor]
     is_hidden: Callable[[str, nn.Parameter], bool]
     optim: MuonConfig
     steps: int

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 
 from nabla_attn import apply
 from nabla_attn.files import write_text
-from nabla_attn.moving_shapes.loop import Stage, Step, run_stage
+from nabla_attn.moving_shapes.loop import RecipeStep, Stage, run_stage
 from nabla_attn.moving_shapes.recipe import BuiltinConfig, TransformerPhase
 from nabla_attn.moving_shapes.render import render
 from nabla_attn.moving_shapes.scene import sample_scene
@@ -87,7 +87,7 @@ def train_vae(config: BuiltinConfig, folder: Path, on_log: OnLog) -> dict[str, A
     return record
 
 
-def _sparse_step(model: WanTransformer3DModel, phase: TransformerPhase, step: Step) -> Any:
+def _sparse_step(model: WanTransformer3DModel, phase: TransformerPhase, step: RecipeStep) -> Any:
     """Attention of one step: NABLA with a random threshold, or dense; images are always dense."""
     if phase.thresholds is None or is_image_step(phase, step.number):
         return nullcontext()
@@ -133,7 +133,7 @@ def train_phase(
     )
     padding = PadWeight(config.text_tokens)
 
-    def loss_at(step: Step) -> torch.Tensor:
+    def loss_at(step: RecipeStep) -> torch.Tensor:
         low, high = phase.padding
         padding.set(low + (high - low) * step.progress)
         with padding.applied(model), _sparse_step(model, phase, step):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from nabla_attn.moving_shapes.caption import describe
-from nabla_attn.moving_shapes.loop import Step
+from nabla_attn.moving_shapes.loop import RecipeStep
 from nabla_attn.moving_shapes.recipe import TransformerPhase
 from nabla_attn.moving_shapes.scene import BACKGROUNDS, COLOURS, DIRECTIONS, KINDS, SIZES
 from nabla_attn.moving_shapes.vae import LatentSet
@@ -167,7 +167,7 @@ def is_image_step(phase: TransformerPhase, number: int) -> bool:
 
 
 def _draw(
-    clips: LatentSet, images: LatentSet, phase: TransformerPhase, step: Step, drop: float
+    clips: LatentSet, images: LatentSet, phase: TransformerPhase, step: RecipeStep, drop: float
 ) -> tuple[Tensor, list[str], float]:
     """A batch of latents and captions, some empty for guidance, and the shift of their noise."""
     is_image = is_image_step(phase, step.number)
@@ -189,7 +189,7 @@ def flow_loss(
     clips: LatentSet,
     text: CaptionEncoder,
     phase: TransformerPhase,
-    step: Step,
+    step: RecipeStep,
     *,
     images: LatentSet | None = None,
     drop: float = 0.1,

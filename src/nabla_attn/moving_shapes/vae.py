@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nabla_attn.files import whole_file
-from nabla_attn.moving_shapes.loop import Step
+from nabla_attn.moving_shapes.loop import RecipeStep
 from nabla_attn.moving_shapes.recipe import VaeConfig, VaePhase
 from nabla_attn.moving_shapes.render import Window, render
 from nabla_attn.moving_shapes.scene import BACKGROUNDS, Scene, sample_scene
@@ -126,7 +126,7 @@ def phase_at(config: VaeConfig, step: int) -> VaePhase:
     return next(phase for phase, end in zip(config.phases, ends, strict=True) if step < end)
 
 
-def vae_loss(vae: AutoencoderKLWan, config: VaeConfig, step: Step) -> Tensor:
+def vae_loss(vae: AutoencoderKLWan, config: VaeConfig, step: RecipeStep) -> Tensor:
     """Reconstruction error, counted more around shapes, plus a weak pull of latents to zero."""
     video, background = draw_crops(phase_at(config, step.number), step.rng)
     distance = (video - background[:, :, None, None, None]).abs().amax(1, keepdim=True)
