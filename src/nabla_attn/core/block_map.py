@@ -20,11 +20,11 @@ class BlockMap:
 
     Attributes:
         mask: True where a query block attends a key block.
-        q_counts: tokens of every query block.
-        kv_valid: slots that may be attended, per sample or for all (leading axis 1);
+        q_counts: Tokens of every query block.
+        kv_valid: Slots that may be attended, per sample or for all (leading axis 1);
             None when every slot holds a token.
-        block_tokens: slots of a block.
-        kept_mass: probability mass of the pooled map that is kept, mean over the rows of each
+        block_tokens: Slots of a block.
+        kept_mass: Probability mass of the pooled map that is kept, mean over the rows of each
             sample and head, where it was measured.
     """
 
@@ -107,10 +107,10 @@ def block_map_of(
     """Wrap a map of video blocks, adding dense strips of text: text sees all and is seen by all.
 
     Args:
-        video_mask: kept pairs of video blocks.
-        layout: where the tokens are.
+        video_mask: Kept pairs of video blocks.
+        layout: Where the tokens are.
         text_valid: False where a sample's text is padding, which is never attended; None is all.
-        kept_mass: as in `BlockMap`.
+        kept_mass: As in `BlockMap`.
 
     Raises:
         ValueError: `text_valid` does not have one entry per sample and text token.

@@ -14,8 +14,8 @@ class KeptColumns(NamedTuple):
     """Kept columns of every row of a map.
 
     Attributes:
-        counts: how many columns a row keeps.
-        columns: their indices in front, ascending; what follows means nothing.
+        counts: How many columns a row keeps.
+        columns: Their indices in front, ascending; what follows means nothing.
     """
 
     counts: Int[Tensor, " *rows"]
@@ -26,11 +26,11 @@ class FlexTables(NamedTuple):
     """What FlexAttention reads; no two tensors share memory.
 
     Attributes:
-        partial: key blocks of each query tile behind a mask.
-        full: key blocks that it attends whole.
-        transposed: partial and full query tiles of each key block, for the backward, or None.
-        valid: slots that may be attended, per sample or for all (leading axis 1).
-        mask: the map, where a tile spans several query blocks that keep different key blocks.
+        partial: Key blocks of each query tile behind a mask.
+        full: Key blocks that it attends whole.
+        transposed: Partial and full query tiles of each key block, for the backward, or None.
+        valid: Slots that may be attended, per sample or for all (leading axis 1).
+        mask: The map, where a tile spans several query blocks that keep different key blocks.
     """
 
     partial: KeptColumns
@@ -53,11 +53,11 @@ def build_flex_tables(
     A key block is partial if it has empty slots, or if only some query blocks of a tile keep it.
 
     Args:
-        mask: kept pairs of blocks.
-        valid: slots that may be attended; None is all.
-        block_tokens: slots of a block.
-        rows_per_tile: query blocks of one tile.
-        needs_backward: make the transposed tables too.
+        mask: Kept pairs of blocks.
+        valid: Slots that may be attended; None is all.
+        block_tokens: Slots of a block.
+        rows_per_tile: Query blocks of one tile.
+        needs_backward: Make the transposed tables too.
     """
     some, full = tile_rows(mask, rows_per_tile)
     if valid is None:
@@ -85,9 +85,9 @@ def build_block_mask(tables: FlexTables, block_tokens: int, *, rows_per_tile: in
     """A BlockMask from tables.
 
     Args:
-        tables: of a map.
-        block_tokens: slots of a block.
-        rows_per_tile: query blocks of one tile, as the tables were made for.
+        tables: Of a map.
+        block_tokens: Slots of a block.
+        rows_per_tile: Query blocks of one tile, as the tables were made for.
     """
     valid, mask = tables.valid, tables.mask
     per_sample = valid.shape[0] > 1

@@ -53,15 +53,15 @@ class TokenGrid:
     inside attention, where they are neither pooled nor attended.
 
     Args:
-        frames: latent frames of patch tokens.
-        height: token rows of a frame.
-        width: token columns of a frame.
-        segments: frames of each clip when several clips are packed along time; clips do not attend
+        frames: Latent frames of patch tokens.
+        height: Token rows of a frame.
+        width: Token columns of a frame.
+        segments: Frames of each clip when several clips are packed along time; clips do not attend
             each other and no block spans two of them. Must sum to `frames`. None is one clip.
-        block: tokens of one block.
+        block: Tokens of one block.
 
     Raises:
-        ValueError: a size is not a positive integer, the segments do not sum to `frames`, or the
+        ValueError: A size is not a positive integer, the segments do not sum to `frames`, or the
             block is not a `BlockShape`, or so large that the grid would be mostly padding.
     """
 

@@ -55,10 +55,10 @@ class MapLosses:
     """Means over sampled query tokens, per head; fp32 [heads] on the CPU.
 
     Attributes:
-        true_mass: probability mass of exact attention inside the kept blocks.
-        best_mass: the most that as many blocks, chosen for each token by exact attention, could
+        true_mass: Probability mass of exact attention inside the kept blocks.
+        best_mass: The most that as many blocks, chosen for each token by exact attention, could
             hold: no map of this density keeps more.
-        output_error: distance of the sparse from the exact output over the length of the latter.
+        output_error: Distance of the sparse from the exact output over the length of the latter.
     """
 
     true_mass: Tensor
@@ -73,9 +73,9 @@ def measure_losses(call: BlockCall, *, num_rows: int = 16, seed: int = 0) -> Map
     Keys of empty slots and padded text hold no mass, whatever their numbers are.
 
     Args:
-        call: the call.
-        num_rows: query tokens sampled, the same for all heads; all of them when there are fewer.
-        seed: draws them.
+        call: The call.
+        num_rows: Query tokens sampled, the same for all heads; all of them when there are fewer.
+        seed: Draws them.
     """
     slots = _sample_slots(call.layout, num_rows, seed, call.q.device)
     block = call.block_map.block_tokens

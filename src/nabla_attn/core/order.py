@@ -20,12 +20,12 @@ class TokenLayout:
     """A token sequence: a video grid, and text tokens before and after it.
 
     Args:
-        grid: the video's tokens.
-        text_before: text tokens in front of the video.
-        text_after: text tokens behind it.
+        grid: The video's tokens.
+        text_before: Text tokens in front of the video.
+        text_after: Text tokens behind it.
 
     Raises:
-        ValueError: a text length is negative.
+        ValueError: A text length is negative.
     """
 
     grid: TokenGrid
@@ -70,10 +70,10 @@ class BlockOrder:
     """The index tables of one layout on one device.
 
     Attributes:
-        to_blocks: token of every slot; an empty slot repeats some token.
-        to_raster: slot of every token.
-        empty_slots: slots that hold no token.
-        counts: tokens of every block.
+        to_blocks: Token of every slot; an empty slot repeats some token.
+        to_raster: Slot of every token.
+        empty_slots: Slots that hold no token.
+        counts: Tokens of every block.
     """
 
     to_blocks: Int[Tensor, " slots"]
@@ -155,15 +155,15 @@ def to_blocks(x: Tensor, grid: TokenGrid | TokenLayout, dim: int = 2) -> Tensor:
     """Bring the token axis `dim` from raster order into block order; empty slots become zero.
 
     Args:
-        x: any tensor with the grid's tokens along `dim` (q, k, v, hidden states, RoPE tables).
-        grid: the token grid, or a layout that holds one and its text.
-        dim: the token axis.
+        x: Any tensor with the grid's tokens along `dim` (q, k, v, hidden states, RoPE tables).
+        grid: The token grid, or a layout that holds one and its text.
+        dim: The token axis.
 
     Returns:
         A tensor with `num_slots` entries along `dim`.
 
     Raises:
-        ValueError: the axis does not hold the grid's tokens.
+        ValueError: The axis does not hold the grid's tokens.
     """
     layout = _as_layout(grid)
     check_tokens(x, layout, dim)
@@ -176,7 +176,7 @@ def to_raster(x: Tensor, grid: TokenGrid | TokenLayout, dim: int = 2) -> Tensor:
     """Undo `to_blocks`: slots -> tokens along `dim`.
 
     Raises:
-        ValueError: the axis does not hold the grid's slots.
+        ValueError: The axis does not hold the grid's slots.
     """
     layout = _as_layout(grid)
     _check_length(x, dim, layout.num_slots, layout, "slots")

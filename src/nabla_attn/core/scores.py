@@ -18,9 +18,9 @@ def pool_blocks(x: Tensor, counts: Tensor) -> Tensor:
     """Mean of the tokens of each block, in fp32 whatever the input (fp64 stays fp64).
 
     Args:
-        x: queries or keys in block order [..., slots, dim], empty slots zero (see
+        x: Queries or keys in block order [..., slots, dim], empty slots zero (see
             `order.to_blocks`).
-        counts: tokens of each block [blocks]; empty slots are not counted.
+        counts: Tokens of each block [blocks]; empty slots are not counted.
 
     Returns:
         [..., blocks, dim].
@@ -36,7 +36,7 @@ def pool_raster(x: Tensor) -> Tensor:
     """`pool_blocks` of tokens in raster order that fill their blocks: read once, not reordered.
 
     Args:
-        x: queries or keys as `split_raster` sees them, [..., times, frames, rows, height, columns,
+        x: Queries or keys as `split_raster` sees them, [..., times, frames, rows, height, columns,
             width, dim].
 
     Returns:
@@ -62,10 +62,10 @@ def score_blocks(
     """Probabilities of key blocks per query block: softmax of the scaled product of pooled tokens.
 
     Args:
-        q_pooled: pooled queries, fp32 or fp64.
-        k_pooled: pooled keys, same dtype.
-        scale: factor on the product; None is 1/sqrt(dim).
-        allowed: pairs outside it get probability 0 (packed clips).
+        q_pooled: Pooled queries, fp32 or fp64.
+        k_pooled: Pooled keys, same dtype.
+        scale: Factor on the product; None is 1/sqrt(dim).
+        allowed: Pairs outside it get probability 0 (packed clips).
 
     Source: arXiv:2507.13546 Alg. 1 line 6; reference wan/modules/attention.py:264-270.
     """

@@ -27,12 +27,12 @@ def select_by_mass(
     The block that crosses the threshold is kept, ties go to the lower index, and 1 keeps all.
 
     Args:
-        probs: rows that sum to 1, fp32 or fp64.
-        threshold: kept mass in (0, 1]; a tensor with one value per row is not checked, and a new
+        probs: Rows that sum to 1, fp32 or fp64.
+        threshold: Kept mass in (0, 1]; a tensor with one value per row is not checked, and a new
             value recompiles nothing.
 
     Raises:
-        ValueError: the threshold is outside (0, 1].
+        ValueError: The threshold is outside (0, 1].
 
     Source: arXiv:2507.13546 Alg. 1 lines 7-10; reference wan/modules/attention.py:272-276.
     """
@@ -51,12 +51,12 @@ def select_top_share(
     """Keep the highest `share` of each row's blocks, rounded up, so at least one.
 
     Args:
-        probs: rows of fp32 or fp64 that are not negative; only the order counts. Ties go to the
+        probs: Rows of fp32 or fp64 that are not negative; only the order counts. Ties go to the
             lower index.
-        share: kept blocks / all blocks, in (0, 1].
+        share: Kept blocks / all blocks, in (0, 1].
 
     Raises:
-        ValueError: the share is outside (0, 1].
+        ValueError: The share is outside (0, 1].
     """
     num_kept = count_of_share(share, probs.shape[-1])
     return select_top(probs, torch.tensor(num_kept, dtype=probs.dtype, device=probs.device))
@@ -73,7 +73,7 @@ def count_of_share(share: float, num_blocks: int) -> int:
     """Blocks that make up a share, rounded up, at least one.
 
     Raises:
-        ValueError: the share is outside (0, 1].
+        ValueError: The share is outside (0, 1].
     """
     check_share("share", share)
     # 0.1 * 30 is 3.0000000000000004 in binary: shave rounding off before going up.

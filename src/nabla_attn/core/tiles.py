@@ -41,9 +41,9 @@ def mean_of_pairs(
     A pair stands side by side in a frame: with blocks of 8x8, 8x16 tokens.
 
     Args:
-        pooled: means of the blocks.
-        counts: their tokens.
-        segments: which blocks are of one packed clip; others stay as they are.
+        pooled: Means of the blocks.
+        counts: Their tokens.
+        segments: Which blocks are of one packed clip; others stay as they are.
     """
     last = pooled.shape[1] // 2 * 2
     weights = counts[:last].to(pooled.dtype)[:, None]

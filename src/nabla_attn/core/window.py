@@ -16,10 +16,10 @@ def build_window_map(
     """Blocks within half a window of each other, cached per grid.
 
     Args:
-        grid: the token grid.
-        window: sides along (frames, height, width) in blocks. |delta| <= side // 2, clipped at
+        grid: The token grid.
+        window: Sides along (frames, height, width) in blocks. |delta| <= side // 2, clipped at
             the borders, so an even side acts as the next odd one.
-        device: where the map lives.
+        device: Where the map lives.
 
     Source: reference wan/modules/attention.py:243-254.
     """

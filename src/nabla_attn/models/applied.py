@@ -1,4 +1,4 @@
-"""NABLA in one model: its processors, the hook that has each forward planned, and the way back."""
+"""NABLA in one model: its processors, the hook that plans each forward, and their removal."""
 
 import inspect
 from typing import Any, cast
@@ -34,7 +34,7 @@ class AppliedModel:
         return self.__dict__ | {"_hooked": None}
 
     def install(self, model: nn.Module, hooked: nn.Module) -> None:
-        """Put the processors in place and hook the forward of `hooked`, `model` or its wrapper.
+        """Replace the processors and hook the forward of `hooked`, `model` or its wrapper.
 
         Raises:
             ValueError: A processor cannot be replaced; the model is left as it was.
@@ -55,12 +55,12 @@ class AppliedModel:
             self.has_own_cp_plan = True
 
     def install_again(self, model: nn.Module) -> None:
-        """Put back what `uninstall` took, where it was."""
+        """Install again what `uninstall` removed, on the same model or wrapper."""
         hooked = self._hooked() if self._hooked is not None else None
         self.install(model, model if hooked is None else hooked)
 
     def uninstall(self, model: nn.Module) -> None:
-        """Take everything back."""
+        """Restore the model: processors, hook, checkpointing and context-parallel plan."""
         self.hook.remove()
         for layer, module in self.planner.pairs:
             layer.maps.forget()
@@ -82,7 +82,7 @@ class AppliedModel:
         self.planner.plan(model, arguments)
 
     def place_processors(self) -> None:
-        """Stand in for every processor that is not ours (users and fused QKV set new ones)."""
+        """Replace every processor that is not ours (users and fused QKV set new ones)."""
         for layer, module in self.planner.pairs:
             original = module.processor
             if isinstance(original, NablaProcessor):
@@ -100,7 +100,7 @@ def applied_to(model: nn.Module) -> AppliedModel | None:
 
 
 class PlanForward:
-    """Pre-forward hook: has the forward planned before the model sees its tokens.
+    """A pre-forward hook that plans the forward before the model sees its tokens.
 
     It is one of torch's own hooks and not one of diffusers' registry, which replaces `forward`: a
     pre-hook can sit on the wrapper of a compiled model, so that its graph stays whole, and leaves

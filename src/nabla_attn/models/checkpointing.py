@@ -18,9 +18,9 @@ class PlannedCheckpoint:
     may have been removed.
 
     Args:
-        original: the function it stands in for, (module, *args) -> output.
-        layers: the layers whose plans are kept.
-        modules: their attention modules, whose processors are kept.
+        original: The function it stands in for, (module, *args) -> output.
+        layers: The layers whose plans are kept.
+        modules: Their attention modules, whose processors are kept.
     """
 
     def __init__(

@@ -20,19 +20,19 @@ class Ranks:
     """The processes that share one sequence.
 
     Attributes:
-        group: their process group.
+        group: Their process group.
     """
 
     group: Any
 
     @property
     def count(self) -> int:
-        """Processes."""
+        """Number of processes."""
         return dist.get_world_size(self.group)
 
     @property
     def rank(self) -> int:
-        """This process among them."""
+        """Number of this process among them, from 0."""
         return dist.get_rank(self.group)
 
 
@@ -40,7 +40,7 @@ def ranks_of(model: nn.Module, grid: TokenGrid, heads: int) -> Ranks | None:
     """The ranks that `enable_parallelism` gave the model; None without it.
 
     Raises:
-        ValueError: a kind of parallelism that block maps cannot follow, or tokens or heads that the
+        ValueError: A kind of parallelism that block maps cannot follow, or tokens or heads that the
             ranks cannot share evenly.
     """
     config = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
@@ -82,10 +82,10 @@ def to_heads(x: Tensor, ranks: Ranks, before: int, after: int, order: Tensor | N
 
     Args:
         x: [batch, tokens, heads, dim], the video's share of tokens between whole text.
-        ranks: the ranks.
-        before: text tokens in front.
-        after: text tokens behind.
-        order: the heads in the order in which ranks take them; None is as they are.
+        ranks: The ranks.
+        before: Text tokens in front.
+        after: Text tokens behind.
+        order: The heads in the order in which ranks take them; None is as they are.
     """
     from diffusers.models.attention_dispatch import SeqAllToAllDim
 
@@ -132,8 +132,8 @@ def balanced_order(loads: list[float], num_ranks: int) -> list[int]:
     agree.
 
     Args:
-        loads: work of every head, such as its density.
-        num_ranks: ranks that take equally many heads each.
+        loads: Work of every head, such as its density.
+        num_ranks: Ranks that take equally many heads each.
     """
     room = len(loads) // num_ranks
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
@@ -149,9 +149,9 @@ def imbalance(loads: list[float], num_ranks: int, order: list[int] | None = None
     """Load of the busiest rank / mean load; 1 is even.
 
     Args:
-        loads: work of every head.
-        num_ranks: ranks that take equally many heads each, in `order`.
-        order: the heads in the order in which ranks take them; None is as they are.
+        loads: Work of every head.
+        num_ranks: Ranks that take equally many heads each, in `order`.
+        order: The heads in the order in which ranks take them; None is as they are.
     """
     order = list(range(len(loads))) if order is None else order
     room = len(loads) // num_ranks

@@ -21,10 +21,10 @@ def sequence_plan(
     Plans are functions of the model; None from one means that it cannot be shared.
 
     Args:
-        split: module path -> argument -> token axis; a list for each of its tensors, or (axis,
+        split: Module path -> argument -> token axis; a list for each of its tensors, or (axis,
             number of axes) for what has tokens only then.
-        outputs: module path -> token axis of each output (rotary tables).
-        gather: the module after which tokens are put together again along axis 1; "{last}" in it
+        outputs: Module path -> token axis of each output (rotary tables).
+        gather: The module after which tokens are put together again along axis 1; "{last}" in it
             is the index of the last entry of the module list. Weights behind it get whole instead
             of partial gradients on every rank.
     """

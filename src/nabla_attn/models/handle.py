@@ -35,13 +35,13 @@ def apply(
     Applying again replaces what was applied before.
 
     Args:
-        target: a diffusers pipeline or transformer, compiled or wrapped ones included.
-        algorithm: such as "nabla-0.7" or "nabla-0.6_sta-11-3-3"; None takes the schedule's,
+        target: A diffusers pipeline or transformer; it may be compiled or wrapped.
+        algorithm: An algorithm such as "nabla-0.7" or "nabla-0.6_sta-11-3-3"; None takes the schedule's,
             or without one what the checkpoint's config says it was trained with.
-        schedule: which algorithm runs at which step and layer; None is the algorithm's default.
+        schedule: The algorithm of every step and layer; None is the algorithm's default schedule.
         backend: "auto" or one of `nabla_attn.backends.NAMES`.
-        telemetry: measure density and kept mass for `Handle.report`.
-        min_tokens: below this many video tokens attention stays dense; instead of the schedule's.
+        telemetry: Whether to measure density and kept mass for `Handle.report`.
+        min_tokens: Number of video tokens below which attention stays dense, instead of the schedule's.
             "auto" takes what `nabla bench --crossover` measured on this machine, or stays at the
             schedule's with a warning; any other string is the path of such a record.
 
@@ -50,7 +50,7 @@ def apply(
         what was applied then, or without NABLA.
 
     Raises:
-        ValueError: unknown or refused model class, no algorithm or two different ones, an
+        ValueError: Unknown or refused model class, no algorithm or two different ones, an
             unknown backend, or `min_tokens` that is not a number, "auto" or a record.
     """
     is_model = isinstance(target, nn.Module)
@@ -89,15 +89,15 @@ def replaced(
     Unlike `with apply(...)`, it can ask for the model's own dense attention.
 
     Args:
-        target: as in `apply`; for dense attention any pipeline.
-        algorithm: as in `apply`; None without a `schedule=` is dense: NABLA is taken out.
-        options: the other arguments of `apply`.
+        target: As in `apply`; for dense attention any pipeline.
+        algorithm: As in `apply`; None without a `schedule=` is dense: NABLA is taken out.
+        options: The other arguments of `apply`.
 
     Yields:
         The handle of `apply`; None for dense attention.
 
     Raises:
-        ValueError: as in `apply`.
+        ValueError: As in `apply`.
     """
     if algorithm is not None or options.get("schedule") is not None:
         with apply(target, algorithm, **options) as handle:
@@ -113,7 +113,7 @@ def replaced(
 
 
 def remove(model: nn.Module) -> None:
-    """Take NABLA out of a model; also out of a copy, which has no handle. No effect without it."""
+    """Remove NABLA from a model, or from a copy, which has no handle. No effect without it."""
     model = unwrap(model)
     applied = applied_to(model)
     if applied is not None:
@@ -170,12 +170,12 @@ class Handle:
 
     @property
     def num_layers(self) -> int:
-        """Most layers of a model."""
+        """The largest number of attention layers that one of the models has."""
         return max(layer.index for layer in self.layers) + 1
 
     @property
     def num_heads(self) -> int:
-        """Most heads of a layer."""
+        """The largest number of heads that one of the layers has."""
         return max(layer.num_heads for layer in self.layers)
 
     def observe(self, observer: Observer) -> Callable[[], None]:
@@ -242,7 +242,7 @@ def _applied(target: Any) -> Pairs:
 
 
 def _apply_again(before: Pairs) -> None:
-    """Put back what was there, instead of what is there now."""
+    """Apply what was applied before, instead of what is applied now."""
     for model, applied in before:
         remove(model)
         applied.install_again(model)

@@ -50,7 +50,7 @@ class MapCache:
         text_valid: Tensor | None = None,
         measure: bool = False,
     ) -> BlockMap:
-        """The kept map of a branch where there is one that fits, or a new one, which is kept.
+        """The kept map of a branch if one fits; otherwise a new one, which is then kept.
 
         A kept map has no `kept_mass`, and a copy of another sample's has NaN there.
 
@@ -118,7 +118,7 @@ class MapCache:
 
 
 class MapReuse:
-    """Says which kept map a forward of one model may use, and drops old ones.
+    """Decides which kept map a forward of one model may use, and drops old ones.
 
     Args:
         schedule: The schedule, with `reuse_steps` and `reuse_guidance`.

@@ -35,7 +35,7 @@ def attention_modules(model: nn.Module, row: ModelRow) -> dict[str, Any]:
     """The video self-attentions by path.
 
     Raises:
-        ValueError: there is none.
+        ValueError: There is none.
     """
     pattern = re.compile(row.attention)
     modules = {
@@ -68,7 +68,7 @@ def trained_algorithm(model: nn.Module) -> SparseConfig | None:
     `attention_add_sta` says.
 
     Raises:
-        ValueError: the config names an algorithm that does not parse.
+        ValueError: The config names an algorithm that does not parse.
     """
     config: Any = model.config
     if config.get("sparse_algo"):

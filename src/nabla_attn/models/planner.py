@@ -134,7 +134,7 @@ class Planner:
         return step
 
     def _common_plan(self, model: nn.Module, arguments: Mapping[str, Any]) -> Plan:
-        """What is the same for all layers of this forward."""
+        """The part of the plan that all layers of this forward share."""
         row, settings = self.row, self.settings
         grid = TokenGrid(*row.grid(model, arguments), segments=packed_clips(arguments))
         ranks = ranks_of(model, grid, num_heads(next(iter(self.modules.values()))))
@@ -151,7 +151,7 @@ class Planner:
         )
 
     def _plan_of(self, layer: Layer, plan: Plan, config: SparseConfig, branch: int | None) -> Plan:
-        """The plan of one layer, which knows it only where its maps are kept or observed."""
+        """The plan of one layer; it refers to the layer only where maps are kept or observed."""
         plan = plan.with_config(config)
         # A window's map is cached elsewhere.
         branch = branch if config.is_adaptive else None

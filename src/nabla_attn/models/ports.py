@@ -55,7 +55,7 @@ class CosmosPort(LayerPort):
         attention_mask: Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> Tensor:
-        """Attend."""
+        """Attend as the original processor does."""
         from diffusers.models.embeddings import apply_rotary_emb
 
         self.refuse(encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
@@ -81,7 +81,7 @@ class AllegroPort(LayerPort):
         temb: Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> Tensor:
-        """Attend."""
+        """Attend as the original processor does."""
         from diffusers.models.embeddings import apply_rotary_emb_allegro
 
         self.refuse(encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)

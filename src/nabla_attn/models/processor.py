@@ -31,11 +31,11 @@ class LayerPort:
     Subclasses are called as the processor is, with the attention module first.
 
     Args:
-        original: the processor that the port stands in for.
-        layer: the layer, with the plan of each forward.
+        original: The processor that the port stands in for.
+        layer: The layer, with the plan of each forward.
 
     Attributes:
-        runs_dense: whether it runs dense layers too.
+        runs_dense: Whether it runs dense layers too.
     """
 
     runs_dense = False
@@ -48,7 +48,7 @@ class LayerPort:
         """Check that arguments that a block map cannot follow were left out.
 
         Raises:
-            ValueError: one of them was given.
+            ValueError: One of them was given.
         """
         given = [name for name, value in arguments.items() if value is not None]
         if given:
@@ -107,7 +107,7 @@ def make_processor(original: Any, layer: Layer, port: Port = dispatched) -> Any:
     """The stand-in for a layer's original processor.
 
     Raises:
-        ValueError: the original holds weights, or no port fits and it does not call the dispatcher.
+        ValueError: The original holds weights, or no port fits and it does not call the dispatcher.
     """
     if isinstance(original, torch.nn.Module):
         raise ValueError(
@@ -147,7 +147,7 @@ def check_diffusers() -> None:
     """Check the private diffusers names that the mechanism stands on.
 
     Raises:
-        RuntimeError: this diffusers does not have one of them.
+        RuntimeError: This diffusers does not have one of them.
     """
     import inspect
 
@@ -176,7 +176,7 @@ def backend_member() -> Any:
     """The member of diffusers' AttentionBackendName that stands for `_nabla`, registered once.
 
     Raises:
-        RuntimeError: this diffusers does not have the private names needed.
+        RuntimeError: This diffusers does not have the private names needed.
     """
     check_diffusers()
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
@@ -223,14 +223,14 @@ def text_valid_of(attn_mask: Tensor | None, query: Tensor) -> Tensor | None:
     """Read a key mask [batch or 1, 1, 1, tokens] as the validity of every token.
 
     Args:
-        attn_mask: bool, or additive with -inf or a large negative number at padding.
+        attn_mask: Bool, or additive with -inf or a large negative number at padding.
         query: [batch, tokens, heads, dim].
 
     Returns:
         [batch, tokens] bool; None for no mask.
 
     Raises:
-        ValueError: the mask differs between queries or heads.
+        ValueError: The mask differs between queries or heads.
     """
     if attn_mask is None:
         return None

@@ -18,10 +18,10 @@ class Forward:
     """One forward of a transformer: the statistics that its layers write.
 
     Attributes:
-        model: the transformer's name in the pipeline.
-        step: denoising step; None with gradients.
-        tokens: video tokens along (frames, height, width).
-        stats: per layer fp32 [2, heads]; NaN where a layer did not run, None where it is dense.
+        model: The transformer's name in the pipeline.
+        step: Denoising step; None with gradients.
+        tokens: Video tokens along (frames, height, width).
+        stats: Per layer fp32 [2, heads]; NaN where a layer did not run, None where it is dense.
     """
 
     model: str
@@ -38,9 +38,9 @@ class Report:
     (a cache skipped it). Where a map from an earlier call served, its kept mass is NaN: not known.
 
     Attributes:
-        density: kept token pairs / all token pairs, fp32 [steps, layers, heads].
-        kept_mass: kept probability mass of the pooled map, fp32 [steps, layers, heads].
-        models: the transformer that ran each step.
+        density: Kept token pairs / all token pairs, fp32 [steps, layers, heads].
+        kept_mass: Kept probability mass of the pooled map, fp32 [steps, layers, heads].
+        models: The transformer that ran each step.
     """
 
     density: Tensor

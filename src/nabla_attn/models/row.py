@@ -28,21 +28,21 @@ class ModelRow:
     """How NABLA enters one model class.
 
     Attributes:
-        name: the class, and its subclasses without a row of their own.
-        attention: regular expression that matches the whole path of each video self-attention.
-        grid: tokens of the video from the arguments of the model's forward.
-        text: where joint text tokens stand in the attention: "before" or "after" the video, or
+        name: The class, and its subclasses without a row of their own.
+        attention: Regular expression that matches the whole path of each video self-attention.
+        grid: Tokens of the video from the arguments of the model's forward.
+        text: Where joint text tokens stand in the attention: "before" or "after" the video, or
             None for no text.
-        prefix: number of always-kept tokens in front of the video from the arguments (history).
-        ports: processor class name -> port, for processors that bypass diffusers' dispatcher.
-        guidance_in_batch: its pipelines run classifier-free guidance in one batch, the conditional
+        prefix: Number of always-kept tokens in front of the video from the arguments (history).
+        ports: Processor class name -> port, for processors that bypass diffusers' dispatcher.
+        guidance_in_batch: Its pipelines run classifier-free guidance in one batch, the conditional
             half last; otherwise as calls of their own.
-        is_block_order: the model brings its tokens in block order already.
-        without: arguments of the forward that are replaced by None (the model's own sparsity).
-        cp_plan: model -> context-parallel plan, where diffusers has none or one that does not work.
-        cp_trains: whether gradients under that plan are those of one process, summed over ranks.
-        no_ranks: why several processes cannot share one video.
-        refusal: why the model cannot gain; such a row refuses.
+        is_block_order: The model brings its tokens in block order already.
+        without: Arguments of the forward that are replaced by None (the model's own sparsity).
+        cp_plan: Model -> context-parallel plan, where diffusers has none or one that does not work.
+        cp_trains: Whether gradients under that plan are those of one process, summed over ranks.
+        no_ranks: Why several processes cannot share one video.
+        refusal: Why the model cannot gain; such a row refuses.
     """
 
     name: str
@@ -82,7 +82,7 @@ def named_grid(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, int
     """Tokens [batch, tokens, channels] whose grid comes as num_frames, height and width.
 
     Raises:
-        ValueError: the caller gave coordinates instead.
+        ValueError: The caller gave coordinates instead.
     """
     names = ("num_frames", "height", "width")
     missing = [name for name in names if arguments.get(name) is None]

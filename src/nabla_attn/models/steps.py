@@ -19,12 +19,12 @@ class StepCounter:
     index, while it rests, and without a pipeline, distinct timesteps are counted.
 
     Args:
-        pipeline: a diffusers pipeline; held weakly, and not by copies of the counter.
+        pipeline: A diffusers pipeline; held weakly, and not by copies of the counter.
 
     Attributes:
-        generation: number of the generation, from 1.
-        turned_after: steps of the generation before, where timesteps turned back after it; else 0.
-        is_foreign: whether the last forward went on with a generation of another thread.
+        generation: Number of the generation, from 1.
+        turned_after: Steps of the generation before, where timesteps turned back after it; else 0.
+        is_foreign: Whether the last forward went on with a generation of another thread.
     """
 
     def __init__(self, pipeline: Any = None) -> None:

@@ -216,16 +216,16 @@ def register_model(
     """Let `apply` work on a model class of your own, or replace the row of a known one.
 
     Args:
-        name: the class name, such as "MyTransformer3DModel".
-        attention: regular expression that matches the whole path of each video self-attention
+        name: The class name, such as "MyTransformer3DModel".
+        attention: Regular expression that matches the whole path of each video self-attention
             module, such as r"blocks\\.\\d+\\.attn1".
         grid: (model, arguments of its forward by name) -> (frames, height, width) in tokens. The
             default reads `hidden_states` [batch, channels, frames, height, width] and
             `config.patch_size`.
-        text: where joint text stands in the attention: "before" or "after" the video, or None.
-        ports: processor class name -> port, for processors that do not go through diffusers'
+        text: Where joint text stands in the attention: "before" or "after" the video, or None.
+        ports: Processor class name -> port, for processors that do not go through diffusers'
             attention dispatcher with their `_attention_backend` and `_parallel_config`.
-        guidance_in_batch: classifier-free guidance comes as one batch, the conditional half last,
+        guidance_in_batch: Classifier-free guidance comes as one batch, the conditional half last,
             and not as calls of its own; counts for schedules with `reuse_guidance`.
 
     Returns:
@@ -261,7 +261,7 @@ def row_of(model: nn.Module) -> ModelRow:
     """The row of a model that NABLA can enter.
 
     Raises:
-        ValueError: the class is unknown, or refused with the reason.
+        ValueError: The class is unknown, or refused with the reason.
     """
     row = find_row(model)
     if row is None:
