@@ -36,13 +36,13 @@ def apply(
 
     Args:
         target: A diffusers pipeline or transformer; it may be compiled or wrapped.
-        algorithm: An algorithm such as "nabla-0.7" or "nabla-0.6_sta-11-3-3"; None takes the schedule's,
-            or without one what the checkpoint's config says it was trained with.
+        algorithm: An algorithm such as "nabla-0.7" or "nabla-0.6_sta-11-3-3"; None takes that of
+            the schedule, or without one what the checkpoint's config says it was trained with.
         schedule: The algorithm of every step and layer; None is the algorithm's default schedule.
         backend: "auto" or one of `nabla_attn.backends.NAMES`.
         telemetry: Whether to measure density and kept mass for `Handle.report`.
-        min_tokens: Number of video tokens below which attention stays dense, instead of the schedule's.
-            "auto" takes what `nabla bench --crossover` measured on this machine, or stays at the
+        min_tokens: Number of video tokens below which attention stays dense, instead of that of
+            the schedule. "auto" takes what `nabla bench --crossover` measured on this machine, or stays at the
             schedule's with a warning; any other string is the path of such a record.
 
     Returns:

@@ -114,7 +114,7 @@ def _follow(
 
 
 def _cached(plan: Plan, layer: Layer, batch: int) -> Callable[..., BlockMap]:
-    """What selects the blocks of a call: the layer's cache of maps, where the schedule reuses them."""
+    """What selects the blocks of a call: the layer's cache, where the schedule reuses maps."""
     if plan.branch is None:
         return select_blocks
     copies = 2 if plan.is_guidance_batch and batch % 2 == 0 else 1
