@@ -95,7 +95,7 @@ def scale(
     numbers = np.array(counts)[:, None] + options
     loss = -np.array(gains)[:, None] * np.log(numbers / np.array(counts)[:, None])
     loss[numbers > MAX_BLOCKS] = np.inf
-    seconds = table.factor * np.array([[more] for _, more in pieces]) * options
+    seconds = table.scale * np.array([[more] for _, more in pieces]) * options
     results = []
     for budget in budgets:
         if budget < base:

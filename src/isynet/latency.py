@@ -19,6 +19,9 @@ from nabla_attn.files import read_json, write_text
 
 RUNTIMES = ("onnxruntime", "torch")
 FORMAT = 1
+FACTOR_NETWORKS = 5
+"""Networks that a table's factor is fitted to before it is used."""
+
 MAX_BYTES = 2**26
 
 Timer = Callable[[Mapping[str, nn.Module], tuple[int, ...]], dict[str, float]]
@@ -103,14 +106,14 @@ class LatencyTable:
         timer: What measures; `make_timer` of the conditions' runtime by default.
         path: File that is written after each measurement; None keeps them in memory.
         entries: Seconds an image of each piece.
-        factor: Seconds of whole networks over the sums of their pieces.
+        factor: Seconds of whole networks over the sums of their pieces; None until it is fitted.
     """
 
     conditions: Conditions
     timer: Timer | None = None
     path: Path | None = None
     entries: dict[str, float] = field(default_factory=dict)
-    factor: float = 1.0
+    factor: float | None = None
 
     def __post_init__(self) -> None:
         if self.timer is None:
@@ -124,7 +127,12 @@ class LatencyTable:
         pieces = self.pieces(architecture)
         counts = architecture.num_blocks
         total = sum(first + (n - 1) * more for (first, more), n in zip(pieces, counts, strict=True))
-        return self.factor * (total + self._head(architecture))
+        return self.scale * (total + self._head(architecture))
+
+    @property
+    def scale(self) -> float:
+        """The factor, or 1 before it is fitted."""
+        return 1.0 if self.factor is None else self.factor
 
     def pieces(self, architecture: Architecture) -> list[tuple[float, float]]:
         """Seconds an image of each stage's first block and of one more, before `factor`."""
@@ -142,9 +150,12 @@ class LatencyTable:
 
     def measure(self, architecture: Architecture) -> float:
         """Seconds an image of a whole network, measured now."""
-        now = self.conditions
-        net = ISyNet(architecture, now.num_classes, now.in_chans).fused()
-        return self._time({"net": net}, now.in_chans, now.size)["net"]
+        net = ISyNet(architecture, self.conditions.num_classes, self.conditions.in_chans)
+        return self.measure_module(net.fused())
+
+    def measure_module(self, module: nn.Module) -> float:
+        """Seconds an image of any module that takes the images, measured now."""
+        return self._time({"net": module}, self.conditions.in_chans, self.conditions.size)["net"]
 
     def fit_factor(self, architectures: list[Architecture]) -> list[float]:
         """Measure whole networks and set the factor to the median of their ratios.
@@ -152,7 +163,7 @@ class LatencyTable:
         Returns:
             Relative error of each network's predicted seconds, with the new factor.
         """
-        self.factor = 1.0
+        self.factor = None
         ratios = np.array([self.measure(each) / self.seconds(each) for each in architectures])
         self.factor = float(np.median(ratios))
         self._save()
@@ -217,7 +228,8 @@ class LatencyTable:
         try:
             if data["format"] != FORMAT:
                 raise ValueError(f"format {data['format']} is not known here")
-            found, self.factor = data["conditions"], float(data["factor"])
+            found, factor = data["conditions"], data["factor"]
+            self.factor = None if factor is None else float(factor)
             self.entries = {str(key): float(value) for key, value in data["entries"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(

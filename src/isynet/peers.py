@@ -251,7 +251,12 @@ def mobilenet_v1(width: float = 1.0, classes: int = 1000) -> nn.Sequential:
 
 
 def regnet(
-    widths: Sequence[int], depths: Sequence[int], group_width: int, *, has_squeeze: bool = False
+    widths: Sequence[int],
+    depths: Sequence[int],
+    group_width: int,
+    *,
+    has_squeeze: bool = False,
+    classes: int = 1000,
 ) -> nn.Sequential:
     """RegNetX, and RegNetY with squeeze-and-excite (arXiv:2003.13678)."""
     layers: list[nn.Module] = [conv(3, 32, 3, 2)]
@@ -270,7 +275,7 @@ def regnet(
             shortcut = conv(inputs, channels, 1, stride, act=None) if changes else None
             layers.append(Residual(body, shortcut, nn.ReLU()))
             inputs = channels
-    return nn.Sequential(*layers, *_head(inputs, 1000))
+    return nn.Sequential(*layers, *_head(inputs, classes))
 
 
 def vgg(blocks: Sequence[int]) -> nn.Sequential:

@@ -87,6 +87,12 @@ def test_a_machine_is_measured_searched_scaled_and_trained_for(tmp_path, monkeyp
     assert as_json("export", weights, "--size", "16")["error"] < 1e-4
 
 
+def test_bench_of_spaces():
+    own, twin = as_json("bench", "space", "--samples", "6", "--size", "64", "--stages", "3")["rows"]
+    assert twin["mean MEM"] < own["mean MEM"]
+    assert own["q0.1"] <= own["q0.5"] <= own["q0.9"]
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [

@@ -105,7 +105,13 @@ def test_tables_of_other_conditions_and_damaged_ones_are_refused(tmp_path):
     LatencyTable(Conditions(32), CountingTimer(), file).seconds(isynet.parse("1x3 h0"))
     with pytest.raises(ValueError, match="another size"):
         LatencyTable(Conditions(64), CountingTimer(), file)
-    for change in ({"format": 9}, {"entries": 3}, {"factor": "x"}, {"entries": {"a": None}}):
+    for change in (
+        {"format": 9},
+        {"entries": 3},
+        {"factor": "x"},
+        {"factor": []},
+        {"entries": {"a": None}},
+    ):
         data = json.loads(file.read_text())
         broken = tmp_path / "broken.json"
         broken.write_text(json.dumps(data | change))

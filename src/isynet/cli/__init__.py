@@ -26,6 +26,7 @@ class IsynetGroup(VerbGroup):
         "detect",
         "export",
         "convert",
+        "bench",
     )
     package = "isynet.cli"
 

@@ -48,6 +48,8 @@ def scale(
     architecture = create(model).architecture
     source = open_source(data, "train", size)
     table = opt.open_table(output, size, source.channels, len(source.classes), runtime)
+    if table.factor is None:
+        table.fit_factor([architecture])
     if gains:
         values = [float(part) for part in gains.split(",")]
     else:

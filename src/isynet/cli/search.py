@@ -1,6 +1,7 @@
 """`isynet search`: a network for a latency."""
 
 from pathlib import Path
+from random import Random
 from typing import Annotated
 
 import typer
@@ -44,6 +45,7 @@ def search(
     """
     from isynet.data.catalogue import open_source
     from isynet.evolution import SearchPlan, search
+    from isynet.latency import FACTOR_NETWORKS
     from isynet.space import SearchSpace
 
     space = SearchSpace(
@@ -51,6 +53,9 @@ def search(
     )
     source = open_source(data, "train", size)
     table = opt.open_table(output, size, source.channels, len(source.classes), runtime)
+    if table.factor is None:
+        rng = Random(seed)
+        table.fit_factor([space.sample(rng) for _ in range(FACTOR_NETWORKS)])
     plan = SearchPlan(population, generations, rungs=rungs, validation=validation)
     with progress_bar("searching") as on_progress:
         found = search(
