@@ -155,7 +155,8 @@ def _targets(
         per_time = grid.num_blocks // grid.blocks[0]
         counts = [count_of_share(config.topk, blocks * per_time) for blocks in grid.segment_blocks]
         lengths = torch.tensor([blocks * per_time for blocks in grid.segment_blocks])
-        targets = torch.tensor(counts, dtype=dtype).repeat_interleave(lengths)
+        targets = torch.tensor(counts, dtype=dtype)
+        targets = targets.repeat_interleave(lengths, output_size=grid.num_blocks)
         return targets[:, None].to(device)
 
 

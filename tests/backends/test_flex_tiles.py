@@ -249,6 +249,8 @@ def test_whole_tiles_are_known_to_be_whole_at_any_length(on):
     # Five blocks of 64 end in half a tile of 128.
     assert not kernel(on("sm_90", slots=5 * 64), 64, 2)["IS_DIVISIBLE"]
     assert kernel(on("sm_90", slots=6 * 64), 64, 2)["IS_DIVISIBLE"]
+    # A tile of three rows of 64 reaches beyond 256 queries, although they are a multiple of 128.
+    assert not kernel(on("sm_90", slots=4 * 64), 64, 3)["IS_DIVISIBLE"]
 
 
 @pytest.mark.parametrize("tokens", [25, 40, 1560])

@@ -193,11 +193,11 @@ def _fitted(options: FlexOptions, q: Tensor, block_tokens: int) -> FlexOptions:
         if reason is not None:
             raise ValueError(f"BACKEND='FLASH' cannot run: {reason}. Choose other options.")
         return options
-    kernel = dict(options.kernel)
+    height, kernel = options.tile_rows * block_tokens, dict(options.kernel)
     if q.device.type == "cuda":
         kernel = _default_kernel(q, block_tokens, options.tile_rows) | kernel
-        kernel.setdefault("IS_DIVISIBLE", _is_divisible(q, kernel))
-    height = options.tile_rows * block_tokens
+        # Said outright, since torch asks it of known lengths only, and not of the backward's tiles.
+        kernel.setdefault("IS_DIVISIBLE", q.shape[-2] % height == 0)
     for name, size in (("BLOCK_M", height), ("BLOCK_N", block_tokens)):
         if size % kernel.get(name, size):
             raise ValueError(
@@ -248,11 +248,6 @@ def fits(device: torch.device, rows: int, columns: int, stages: int, *, head_dim
 def has_tma(device: torch.device) -> bool:
     """Whether a GPU copies whole tiles by itself (tensor memory accelerator, from sm_90 on)."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] >= 9
-
-
-def _is_divisible(q: Tensor, kernel: dict[str, Any]) -> bool:
-    """Whether no tile reaches beyond the queries, which torch asks of a known length only."""
-    return q.shape[-2] % kernel["BLOCK_M"] == 0
 
 
 def _power_in(tokens: int, most: int = 128) -> int:
