@@ -1,0 +1,117 @@
+"""FlexAttention's kernels as the package asks for them, compiled for five architectures."""
+
+import re
+from itertools import product
+
+import pytest
+
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+LARGE, RAGGED, SMALL = (21, 45, 80), (3, 20, 24), (3, 16, 24)
+
+
+def kernel_of(answer, direction="flex_attention"):
+    return next(
+        k for k in answer["kernels"] if k["name"].startswith(f"triton_tem_fused_{direction}_")
+    )
+
+
+def check(kernel, most_stack=0, has_tensor_cores=True):
+    assert kernel["shared"] <= kernel["has_shared"], kernel
+    assert kernel["stack"] <= most_stack, kernel
+    assert (kernel["tensor_core"] > 0) == has_tensor_cores, kernel
+    return kernel
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_forward_fits_with_a_warp_for_16_rows(lab, architecture):
+    answer = lab.attention(architecture, grids=[RAGGED])
+    kernel = check(kernel_of(answer))
+    assert kernel["warps"] == 4 and answer["candidates"]["flex_attention"] == 1
+    if architecture == "sm_90":
+        # Eight warps would halve the width of the products: 40 instructions.
+        assert kernel["tensor_core"] <= 24
+
+
+@pytest.mark.parametrize(
+    ("architecture", "case", "most_stack"),
+    [
+        ("sm_90", {"options": {"tile_rows": 2}}, 64),
+        ("sm_89", {"options": {"tile_rows": 2}}, 128),
+        ("sm_90", {"block": [2, 8, 8], "dtype": "float16"}, 0),
+        ("sm_90", {"batch": 2, "num_text": 9, "dim": 96}, 0),
+        ("sm_120", {"dim": 64}, 0),
+        ("sm_80", {"block": [1, 6, 8]}, 0),
+        ("sm_90", {"options": {"tile_rows": 1, "kernel": {"fwd_USE_TMA": True}}}, 0),
+    ],
+    ids=["two-blocks", "two-blocks-ada", "128-token", "padded-text-96", "64", "48-token", "tma"],
+)
+def test_other_forwards_fit(lab, architecture, case, most_stack):
+    check(kernel_of(lab.attention(architecture, grids=[SMALL], **case)), most_stack)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_float32_stays_in_registers(lab, dim):
+    # Tiles of 64x64 with heads of 128 spill 13 KB a thread and do not fit.
+    answer = lab.attention("sm_80", grids=[SMALL], dim=dim, dtype="float32")
+    check(kernel_of(answer), has_tensor_cores=False)
+
+
+def test_a_second_size_of_video_has_the_same_kernel(lab):
+    answer = lab.attention("sm_90", grids=[SMALL, (5, 24, 40)])
+    forward = [k for k in answer["kernels"] if "flex_attention" in k["name"]]
+    assert forward and all(k["is_divisible"] and k["registers"] <= 168 for k in forward)
+    registers = [k["registers"] for k in forward]
+    assert max(registers) - min(registers) <= 8
+
+
+def test_a_single_block_is_no_case_for_the_decoding_kernel(lab):
+    answer = lab.attention("sm_90", grids=[(1, 8, 8)])
+    assert check(kernel_of(answer))["warps"] == 4
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
+def test_the_backward_has_kernels_and_fits(lab, architecture):
+    answer = lab.attention(architecture, grids=[SMALL], needs_backward=True)
+    is_tuned = architecture == "sm_90"
+    assert answer["candidates"]["flex_attention_backward"] == (12 if is_tuned else 1)
+    check(kernel_of(answer))
+    check(kernel_of(answer, "flex_attention_backward"), most_stack=512)
+
+
+def test_a_backward_in_float32_takes_blocks_of_48(lab):
+    case = {"grids": [SMALL], "block": [1, 6, 8], "dim": 64, "dtype": "float32"}
+    answer = lab.attention("sm_90", needs_backward=True, **case)
+    check(kernel_of(answer, "flex_attention_backward"), 512, has_tensor_cores=False)
+
+
+def test_pooling_and_selection_compile(lab):
+    answer = lab.attention("sm_90", grids=[LARGE], only_templates=False)
+    others = [kernel for kernel in answer["kernels"] if not kernel["is_template"]]
+    assert len(others) >= 2
+    for kernel in others:
+        assert kernel["stack"] == 0 and kernel["shared"] <= kernel["has_shared"], kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("needs_backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_everything_fits_everywhere(lab, architecture, dtype, needs_backward):
+    for dim, rows, block in product((64, 96, 128), (1, 2), ([1, 8, 8], [2, 8, 8])):
+        answer = lab.attention(
+            architecture,
+            grids=[SMALL],
+            dim=dim,
+            dtype=dtype,
+            block=block,
+            options={"tile_rows": rows} if rows > 1 else None,
+            needs_backward=needs_backward,
+            most=12,
+        )
+        found = {}
+        for kernel in answer["kernels"]:
+            if kernel["shared"] <= kernel["has_shared"]:
+                name = "backward" if "backward" in kernel["name"] else "forward"
+                found[name] = min(kernel["stack"], found.get(name, 2**20))
+        assert found.keys() >= ({"forward", "backward"} if needs_backward else {"forward"})
+        assert found["forward"] <= 512 and found.get("backward", 0) <= 2048, (dim, rows, block)
