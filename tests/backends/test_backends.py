@@ -99,6 +99,20 @@ def test_gather_does_not_depend_on_its_scratch_size(seed, max_bytes):
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+def test_gather_in_float16_takes_products_beyond_its_range(dim):
+    grid = na.TokenGrid(2, 16, 16)
+    q = 32 * torch.randn(1, 2, grid.num_tokens, dim)
+    k, v = q + torch.randn_like(q), torch.randn_like(q)
+    q, k, v = (x.half().requires_grad_() for x in (q, k, v))
+    products = (q.double() @ k.double().mT).abs().max()
+    assert 65_504 < products < 65_504 * dim**0.5
+    out = na.nabla_attention(q, k, v, grid, na.parse("nabla-1"), backend="gather")
+    exact = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in (q, k, v)))
+    torch.testing.assert_close(out.double(), exact, atol=2e-2, rtol=0)
+    assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
 @pytest.mark.parametrize("name", ["exact", "ragged"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_flex_within_the_budget(name, dtype):

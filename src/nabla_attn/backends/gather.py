@@ -7,7 +7,7 @@ keys and values; on a CPU several products run side by side. Scratch memory is b
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import sqrt
+from math import floor, log2, sqrt
 
 import torch
 from torch import Tensor
@@ -234,8 +234,11 @@ def _probabilities(
     scores = scratch.take("scores", shape, queries.dtype)
     start = scores if bias is None else bias.expand(shape)
     beta = 0 if bias is None else 1
-    # alpha scales inside the product, before anything is rounded to the inputs' dtype.
-    torch.baddbmm(start, queries, keys.transpose(1, 2), beta=beta, alpha=scale, out=scores)
+    # A CPU rounds to fp16, which ends at 65,504, before alpha scales: a power of two goes first.
+    early = 2.0 ** floor(log2(abs(scale))) if queries.dtype == torch.float16 and scale else 1.0
+    queries = queries if early == 1 else queries.mul(early)
+    alpha = scale / early
+    torch.baddbmm(start, queries, keys.transpose(1, 2), beta=beta, alpha=alpha, out=scores)
     # A CPU reads a whole row before it writes it, so a row's scores can turn into probabilities.
     is_in_place = scores.device.type == "cpu"
     probs = scores if is_in_place else scratch.take("probs", shape, queries.dtype)
