@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CASE = {"grids": [[1, 9, 12]], "heads": 1, "dim": 16, "batch": 2, "num_text": 5}
 
 

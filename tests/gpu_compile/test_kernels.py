@@ -10,9 +10,8 @@ LARGE, RAGGED, SMALL = (21, 45, 80), (3, 20, 24), (3, 16, 24)
 
 
 def kernel_of(answer, direction="flex_attention"):
-    return next(
-        k for k in answer["kernels"] if k["name"].startswith(f"triton_tem_fused_{direction}_")
-    )
+    name = re.compile(rf"triton_tem_fused_{direction}_\d+")
+    return next(kernel for kernel in answer["kernels"] if name.fullmatch(kernel["name"]))
 
 
 def check(kernel, most_stack=0, has_tensor_cores=True):
