@@ -92,6 +92,22 @@ def test_a_search_that_is_killed_gives_the_same_result(whole, tmp_path):
     assert results(tmp_path) == results(folder)
 
 
+def test_pictures(whole, tmp_path):
+    from PIL import Image
+
+    from isynet.evolution import Candidate
+    from isynet.pictures import draw_front, draw_mem, find_front
+
+    draw_front(whole[1].candidates, tmp_path / "front.png")
+    draw_mem(isynet.create("1x3 2x3,1+ h0", 5), tmp_path / "mem.png", size=32)
+    for name in ("front", "mem"):
+        assert Image.open(tmp_path / f"{name}.png").size[0] > 400
+    architecture = isynet.parse("1x3")
+    rows = [(3, 0.7), (1, 0.5), (2, 0.5), (4, 0.9), (5, 0.8)]
+    tried = [Candidate(architecture, 0, accuracy, 0.0, seconds) for seconds, accuracy in rows]
+    assert [each.seconds for each in find_front(tried)] == [1, 3, 4]
+
+
 def test_another_search_in_the_same_folder_is_refused(whole):
     with pytest.raises(ValueError, match="another seed"):
         run_search(whole[0], seed=1)

@@ -46,6 +46,7 @@ def search(
     from isynet.data.catalogue import open_source
     from isynet.evolution import SearchPlan, search
     from isynet.latency import FACTOR_NETWORKS
+    from isynet.pictures import draw_front
     from isynet.space import SearchSpace
 
     space = SearchSpace(
@@ -69,6 +70,7 @@ def search(
             seed=seed,
             on_progress=on_progress,
         )
+    draw_front(found.candidates, output / "front.png")
     rows = [
         {
             "architecture": str(each.architecture),
@@ -83,6 +85,7 @@ def search(
         return
     print_rows(rows[:10], as_json=False)
     say(f"best: {found.best}")
+    say(str(output / "front.png"))
     say(f"train it: isynet train --model {output} --data {data} --size {size}")
 
 

@@ -1,5 +1,6 @@
 """`isynet show`: the stages of a network."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +13,9 @@ def show(
     model: Model,
     size: Size = 224,
     num_classes: Annotated[int, typer.Option(min=0, help="Number of classes.")] = 1000,
+    picture: Annotated[
+        Path | None, typer.Option(help="Also draw MEM of the parts into this .png file.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show a network part by part: channels, parameters, work and plain MEM."""
@@ -19,6 +23,7 @@ def show(
 
     from isynet.checkpoint import create
     from isynet.counting import count_parts
+    from isynet.pictures import draw_mem
 
     with torch.device("meta"):
         net = create(model, num_classes)
@@ -38,3 +43,5 @@ def show(
     if not as_json:
         say(str(net.architecture))
     print_rows(rows, as_json=as_json)
+    if picture:
+        draw_mem(net, picture, size=size)

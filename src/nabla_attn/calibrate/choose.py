@@ -7,6 +7,7 @@ import numpy as np
 
 from nabla_attn.calibrate.losses import CandidateLosses
 from nabla_attn.config import SparseConfig
+from nabla_attn.cost.choose import choose
 
 
 @dataclass(frozen=True)
@@ -59,20 +60,13 @@ def one_for_all(losses: CandidateLosses, candidates: Sequence[SparseConfig]) -> 
 
 def _least(cost: np.ndarray, spent: np.ndarray, budget: float | None, name: str) -> np.ndarray:
     """A candidate for each layer: the smallest mean cost, exactly, at a mean spent in budget."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    layers, candidates = cost.shape
     least = spent.min(axis=1).mean()
     if budget is None or not budget >= least:
         raise ValueError(
             f"a mean {name} of {budget} is not possible: these algorithms reach {least:.4g}. "
             "Ask for more, or pass others."
         )
-    one_each = LinearConstraint(np.kron(np.eye(layers), np.ones(candidates)), 1, 1)
-    within = LinearConstraint(spent.reshape(1, -1) / layers, -np.inf, budget)
-    found = milp(cost.ravel(), integrality=1, bounds=Bounds(0, 1), constraints=[one_each, within])
-    assert found.x is not None, found.message
-    return found.x.reshape(layers, candidates).argmax(axis=1)
+    return choose(cost, spent, budget * len(spent))
 
 
 def _choice(
