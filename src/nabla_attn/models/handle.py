@@ -42,8 +42,8 @@ def apply(
         backend: "auto" or one of `nabla_attn.backends.NAMES`.
         telemetry: Whether to measure density and kept mass for `Handle.report`.
         min_tokens: Number of video tokens below which attention stays dense, instead of that of
-            the schedule. "auto" takes what `nabla bench --crossover` measured on this machine, or stays at the
-            schedule's with a warning; any other string is the path of such a record.
+            the schedule. "auto" takes what `nabla bench --crossover` measured on this machine, or
+            keeps the schedule's with a warning; any other string is the path of such a record.
 
     Returns:
         A handle; also a context manager, at whose end the models are as they were before: with
