@@ -1,6 +1,7 @@
 """Weights: safetensors with the architecture inside, and the authors' MindSpore checkpoints."""
 
 import random
+import zlib
 
 import numpy as np
 import pytest
@@ -169,10 +170,20 @@ def test_the_wire_format_is_read_as_protobuf_allows(tmp_path):
     values = np.arange(6, dtype=np.float16).reshape(2, 3)
     slices = 2 * entry("b", values, "Float16")
     file = tmp_path / "a.ckpt"
-    file.write_bytes(
-        entry("a", values, "Float16", packed=True) + CHECKSUM + (7).to_bytes(10, "big")
-    )
+    content = entry("a", values, "Float16", packed=True)
+    file.write_bytes(content + CHECKSUM + zlib.crc32(content).to_bytes(10, "big"))
     np.testing.assert_array_equal(read_checkpoint(file)["a"], values)
+    file.write_bytes(content + CHECKSUM + (7).to_bytes(10, "big"))
+    with pytest.raises(ValueError, match="checksum"):
+        read_checkpoint(file)
+    # A single number is written with the shape [0]; texts are left out.
+    number = field(1, varint(1 << 3) + b"\0" + field(2, b"Int32") + field(3, b"\7\0\0\0"))[2:]
+    file.write_bytes(
+        content
+        + field(1, field(1, b"epoch") + field(2, number))
+        + field(1, field(1, b"note") + field(2, field(2, b"str") + field(3, b"hello")))
+    )
+    assert set(read_checkpoint(file)) == {"a", "epoch"} and read_checkpoint(file)["epoch"] == 7
     # Cut into entries of one name, each with the whole tensor's header.
     half = field(1, b"\x04\x03") + field(2, b"Float16") + field(3, values.tobytes())
     file.write_bytes(2 * field(1, field(1, b"b") + field(2, half)))
