@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nabla_attn.files import is_whole, write_text
-from nabla_attn.work_sharing import Failure, Work, share_work
+from nabla_attn.work_sharing import Failure, SharedWork, share_work
 
 ITEMS = [f"item-{index}" for index in range(6)]
 
@@ -46,7 +46,7 @@ def is_done(folder: Path, name: str) -> bool:
 def work_in(folder, items=ITEMS, **kills):
     kills = {name.replace("_", "-"): count for name, count in kills.items()}
     load = partial(start, folder, kills)
-    return Work(folder, items, load, partial(is_done, folder), failures=(ValueError,))
+    return SharedWork(folder, items, load, partial(is_done, folder), failures=(ValueError,))
 
 
 def contents(folder):
@@ -70,7 +70,7 @@ def test_locks_make_each_item_and_a_failure_is_its_own(tmp_path):
 
 def test_other_errors_end_the_work(tmp_path):
     work = work_in(tmp_path, ["item-fails"])
-    work = Work(work.folder, work.items, work.start, work.is_done)
+    work = SharedWork(work.folder, work.items, work.start, work.is_done)
     with pytest.raises(ValueError, match="a bad"):
         share_work(work)
 
@@ -143,6 +143,6 @@ def test_rays_workers_leave_what_is_locked_to_others(ray, tmp_path):
 @pytest.mark.slow
 def test_rays_workers_hand_on_what_ends_the_work(ray, tmp_path):
     work = work_in(tmp_path, ["item-fails"])
-    work = Work(work.folder, work.items, work.start, work.is_done)
+    work = SharedWork(work.folder, work.items, work.start, work.is_done)
     with pytest.raises(ValueError, match="a bad"):
         share_work(work, "ray")

@@ -28,7 +28,7 @@ Make = Callable[[str], Any]
 
 
 @dataclass(frozen=True)
-class Work:
+class SharedWork:
     """What there is to do. Ray sends it to other processes, so all of it can be pickled.
 
     Attributes:
@@ -73,7 +73,7 @@ class Failure(str):
 
 
 def share_work(
-    work: Work,
+    work: SharedWork,
     engine: str = "locks",
     *,
     wait: bool = False,
@@ -105,7 +105,7 @@ def share_work(
     return _share_by_locks(work, wait, on_item)
 
 
-def _share_by_locks(work: Work, wait: bool, on_item: OnItem) -> Shared:
+def _share_by_locks(work: SharedWork, wait: bool, on_item: OnItem) -> Shared:
     shared, worker = Shared(), _Worker(work)
     left = list(work.items)
     while left:
@@ -138,7 +138,7 @@ def _note(shared: Shared, name: str, taken: tuple[str, Any], on_item: OnItem) ->
 class _Worker:
     """Makes items in one process, with what it has loaded for the first."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: SharedWork) -> None:
         self._work = work
         self._make: Make | None = None
 
@@ -181,7 +181,9 @@ class _Worker:
 class _RayDriver:
     """Hands items to the workers of a Ray cluster."""
 
-    def __init__(self, work: Work, workers: int | None, has_gpus: bool, on_item: OnItem) -> None:
+    def __init__(
+        self, work: SharedWork, workers: int | None, has_gpus: bool, on_item: OnItem
+    ) -> None:
         if workers is not None and workers < 1:
             raise ValueError(f"at least one worker is needed, got {workers}.")
         try:

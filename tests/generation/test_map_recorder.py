@@ -7,7 +7,13 @@ import torch
 
 from nabla_attn.config import parse
 from nabla_attn.generation.generate import generate
-from nabla_attn.generation.map_file import SCORE_BITS, RecordedMaps, Selection, choose, spread
+from nabla_attn.generation.map_file import (
+    SCORE_BITS,
+    RecordedMaps,
+    Selection,
+    choose_recorded,
+    spread,
+)
 from nabla_attn.generation.map_recorder import MapRecorder, to_bytes
 from nabla_attn.generation.pipeline import load_pipeline
 from nabla_attn.generation.request import GenerationRequest
@@ -106,15 +112,15 @@ def test_dense_steps_are_dense_in_the_recording(pipeline):
 
 def test_the_selection_fits_or_says_why():
     counts = (50, 40, 40)
-    small = choose(counts, 60)
+    small = choose_recorded(counts, 60)
     assert (small.steps, small.layers) == ((0, 12, 24, 37, 49), (0, 8, 16, 23, 31, 39))
-    large = choose(counts, 1260)
+    large = choose_recorded(counts, 1260)
     assert 0 < large.num_bytes(1260) <= 3_300_000
-    assert choose(counts, 60, steps=(3,)).steps == (3,)
+    assert choose_recorded(counts, 60, steps=(3,)).steps == (3,)
     with pytest.raises(ValueError, match="Record fewer"):
-        choose(counts, 1260, steps=(0, 1), layers=(0, 1), heads=tuple(range(40)))
+        choose_recorded(counts, 1260, steps=(0, 1), layers=(0, 1), heads=tuple(range(40)))
     with pytest.raises(ValueError, match="steps to record must be in 0 to 49"):
-        choose(counts, 60, steps=(50,))
+        choose_recorded(counts, 60, steps=(50,))
     assert spread(1, 5) == (0,)
     assert spread(3, 5) == (0, 1, 2)
 

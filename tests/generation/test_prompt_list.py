@@ -61,7 +61,7 @@ def test_lines_comments_and_json(tmp_path):
 )
 def test_bad_lists(tmp_path, text, words):
     with pytest.raises(ValueError, match=words):
-        prompt_list.read_lines(write(tmp_path, text))
+        prompt_list.read_prompt_list(write(tmp_path, text))
 
 
 def test_a_broken_line_fails_alone_and_shifts_no_name(model, tmp_path):
@@ -74,7 +74,7 @@ def test_a_broken_line_fails_alone_and_shifts_no_name(model, tmp_path):
     names = prompt_list.name_videos(found.requests, model, fps=8)
     assert [name[:4] for name in names] == ["0001", "0005", "0007"]
     with pytest.raises(ValueError, match="line 2: longer than"):
-        prompt_list.read_lines(write(tmp_path, content))
+        prompt_list.read_prompt_list(write(tmp_path, content))
 
 
 def test_empty_files_are_not_done(tmp_path):

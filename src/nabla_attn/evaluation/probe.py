@@ -12,7 +12,7 @@ from nabla_attn.files import whole_file
 from nabla_attn.models import AttentionCall
 
 MEASURES = ("density", "kept_mass", "true_mass", "best_mass", "output_error")
-DENSE = {"density": 1.0, "kept_mass": 1.0, "true_mass": 1.0, "best_mass": 1.0, "output_error": 0.0}
+LOSSLESS = dict.fromkeys(MEASURES, 1.0) | {"output_error": 0.0}
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class AttentionProbe:
         assert self._sums is not None
         values = {}
         for name, sums in zip(MEASURES, self._sums, strict=True):
-            means = torch.where(self._calls > 0, sums / self._calls.clamp_min(1), DENSE[name])
+            means = torch.where(self._calls > 0, sums / self._calls.clamp_min(1), LOSSLESS[name])
             values[name] = means.contiguous()
         return ProbeResult(values)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nabla_attn.generation.prompt_list import read_lines
+from nabla_attn.generation.prompt_list import read_prompt_list
 from nabla_attn.generation.scorer import Scorer
 
 
@@ -65,7 +65,7 @@ def read_prompts(path: str | Path) -> list[str]:
     """
     path = Path(path)
     if path.suffix != ".json":
-        lines = read_lines(path)
+        lines = read_prompt_list(path)
         if own := [prompt for prompt, seed in lines if seed is not None]:
             raise ValueError(f"{path}: {own[0]!r} has a seed; here all prompts take --seeds.")
         return list(dict.fromkeys(prompt for prompt, _ in lines))

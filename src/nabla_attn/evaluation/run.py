@@ -25,7 +25,7 @@ from nabla_attn.generation.scorer import Scorer
 from nabla_attn.generation.video import write_video
 from nabla_attn.progress import ProgressCallback, ignore_progress
 from nabla_attn.record import RunRecord, check_settings
-from nabla_attn.work_sharing import OnItem, Shared, Work, share_work
+from nabla_attn.work_sharing import OnItem, Shared, SharedWork, share_work
 
 VideoCallback = Callable[[str, int, int], ProgressCallback]
 """Called with a label, videos done and videos in all; gives the progress callback of the next."""
@@ -285,7 +285,7 @@ def evaluate_items(
     by_name = {item.name: item for item in items}
     count = partial(_count_videos, folder, names, items, on_video)
     start = partial(_start, load, names, by_name, None if engine == "ray" else count)
-    work = Work(
+    work = SharedWork(
         folder=folder,
         items=list(by_name),
         start=start,

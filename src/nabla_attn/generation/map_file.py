@@ -47,7 +47,7 @@ class Selection:
         return len(self.steps) * len(self.layers) * len(self.heads) * num_blocks * row
 
 
-def choose(
+def choose_recorded(
     counts: tuple[int, int, int],
     num_blocks: int,
     *,

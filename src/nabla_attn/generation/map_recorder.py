@@ -9,7 +9,7 @@ import torch
 
 from nabla_attn.core.grid import BlockShape, TokenGrid
 from nabla_attn.core.losses import measure_losses, pooled_scores
-from nabla_attn.generation.map_file import SCORE_BITS, RecordedMaps, choose
+from nabla_attn.generation.map_file import SCORE_BITS, RecordedMaps, choose_recorded
 from nabla_attn.generation.request import GenerationRequest, video_tokens
 from nabla_attn.models import AttentionCall
 from nabla_attn.record import RunRecord
@@ -27,7 +27,7 @@ class MapRecorder:
         request: the request of the run.
         num_rows: query tokens sampled per step and layer for the losses.
         asked: steps, layers, heads, has_scores and max_bytes of
-            `nabla_attn.generation.map_file.choose`.
+            `nabla_attn.generation.map_file.choose_recorded`.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class MapRecorder:
             ValueError: what was asked for does not exist or is too large.
         """
         counts = (self._num_steps, handle.num_layers, handle.num_heads)
-        self._selection = choose(counts, self._grid.num_blocks, **self._asked)
+        self._selection = choose_recorded(counts, self._grid.num_blocks, **self._asked)
         names = ("density", "true_mass", "best_mass")
         self._numbers = {name: torch.ones(counts) for name in names}
         handle.observe(self._observe)

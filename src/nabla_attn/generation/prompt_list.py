@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from nabla_attn.files import check_writable, is_whole
-from nabla_attn.files import read_lines as read_text_lines
+from nabla_attn.files import check_writable, is_whole, read_lines
 from nabla_attn.generation.pipeline import fingerprint
 from nabla_attn.generation.request import GenerationRequest, check_seed
 from nabla_attn.generation.video import write_video
 from nabla_attn.record import RunRecord
-from nabla_attn.work_sharing import Work
+from nabla_attn.work_sharing import SharedWork
 
 MAX_LINE_BYTES = 16384
 
@@ -37,7 +36,7 @@ class PromptList:
     broken: dict[str, str] = field(default_factory=dict)
 
 
-def read_lines(path: Path) -> list[tuple[str, int | None]]:
+def read_prompt_list(path: Path) -> list[tuple[str, int | None]]:
     """Prompt and perhaps seed of every line; blank ones and those that start with # are skipped.
 
     Args:
@@ -60,7 +59,7 @@ def read_requests(path: Path, request: GenerationRequest) -> PromptList:
     """The requests of a list of prompts; a broken line stops none of the others.
 
     Args:
-        path: A file that `read_lines` describes.
+        path: A file that `read_prompt_list` describes.
         request: What all have in common, and the seed of lines without one.
 
     Raises:
@@ -110,7 +109,7 @@ def make_work(
     videos: dict[str, GenerationRequest],
     start: Callable[[], Generate],
     fps: float,
-) -> Work:
+) -> SharedWork:
     """The work of a list, for `share_work`: each video is tried once and fails alone.
 
     Args:
@@ -119,7 +118,7 @@ def make_work(
         start: Loads the pipeline and returns what generates a video with it.
         fps: Frames per second.
     """
-    return Work(
+    return SharedWork(
         folder=folder,
         items=list(videos),
         start=partial(_start, folder, videos, start, fps),
@@ -163,7 +162,7 @@ def _parse_lines(path: Path) -> Iterator[tuple[int, tuple[str, int | None] | Val
         ValueError: The file cannot be read, or has no such line.
     """
     is_empty = True
-    for number, line in read_text_lines(path, MAX_LINE_BYTES):
+    for number, line in read_lines(path, MAX_LINE_BYTES):
         found: tuple[str, int | None] | ValueError | None
         try:
             found = line if isinstance(line, ValueError) else _read_line(line)

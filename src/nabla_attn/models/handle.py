@@ -14,7 +14,7 @@ from nabla_attn.machine import load_min_tokens
 from nabla_attn.models.applied import AppliedModel, applied_to
 from nabla_attn.models.modules import trained_algorithm, unwrap
 from nabla_attn.models.plan import Layer, Observer
-from nabla_attn.models.planner import Planner, Settings
+from nabla_attn.models.planner import ApplySettings, Planner
 from nabla_attn.models.report import Report, Telemetry
 from nabla_attn.models.steps import StepCounter
 from nabla_attn.models.table import find_row, row_of
@@ -61,7 +61,7 @@ def apply(
     if min_tokens is not None and min_tokens != "auto":
         tokens = load_min_tokens(min_tokens) if isinstance(min_tokens, str | Path) else min_tokens
         rules = replace(rules, min_tokens=tokens)
-    settings = Settings(
+    settings = ApplySettings(
         schedule=rules,
         has_auto_min_tokens=min_tokens == "auto",
         backend=_checked_backend(backend),
@@ -224,7 +224,7 @@ class Handle:
         _apply_again([pair for pair in self._before if id(pair[0]) in ours])
 
     @property
-    def _settings(self) -> Settings:
+    def _settings(self) -> ApplySettings:
         return self._models[0][1].planner.settings
 
     @staticmethod

@@ -29,7 +29,7 @@ from nabla_attn.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class ApplySettings:
     """What the user asked of `apply`, the same for all transformers of a pipeline."""
 
     schedule: Schedule
@@ -58,7 +58,7 @@ class Planner:
         name: str,
         model: nn.Module,
         row: ModelRow,
-        settings: Settings,
+        settings: ApplySettings,
         steps: StepCounter,
         telemetry: Telemetry,
     ) -> None:
@@ -78,7 +78,7 @@ class Planner:
         """Every layer with its attention module."""
         return zip(self.layers, self.modules.values(), strict=True)
 
-    def use(self, settings: Settings) -> None:
+    def use(self, settings: ApplySettings) -> None:
         """Follow other settings from the next forward on; maps that are kept are dropped.
 
         Raises:

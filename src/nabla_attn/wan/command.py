@@ -33,7 +33,7 @@ from nabla_attn.wan.request import (
     video_size,
 )
 from nabla_attn.wan.shapes import WanConfig
-from nabla_attn.wan.tasks import WanTask, family_of, find_task, width_and_height
+from nabla_attn.wan.tasks import WanTask, family_of_task, find_task, width_and_height
 
 
 def chosen_sparsity(request: WanRequest) -> tuple[str, str]:
@@ -206,7 +206,7 @@ def _load(
 
 
 def _check_pipeline(request: WanRequest, found: str) -> None:
-    wanted = family_of(request.task).pipeline
+    wanted = family_of_task(request.task).pipeline
     if found != wanted:
         raise ValueError(
             f"{request.ckpt_dir} is a {found}, {request.task} needs a {wanted}. Pass another task, "

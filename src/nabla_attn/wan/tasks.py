@@ -163,7 +163,7 @@ def find_task(name: str) -> WanTask:
     return TASKS[name]
 
 
-def family_of(task: str) -> WanFamily:
+def family_of_task(task: str) -> WanFamily:
     """The family of models that serves a task.
 
     Raises:

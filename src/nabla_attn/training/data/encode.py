@@ -26,7 +26,7 @@ from nabla_attn.training.data.resize import Size, choose_size, fit
 from nabla_attn.training.encoders import encode_caption, encode_first_frame, encode_video
 from nabla_attn.training.families import check_size, family_of
 from nabla_attn.training.family import Conditions
-from nabla_attn.work_sharing import Work, share_work
+from nabla_attn.work_sharing import SharedWork, share_work
 
 VERSION = 1
 
@@ -122,7 +122,7 @@ def encode(
     if all(map(is_done, spans)):
         start()  # A finished folder, too, must be one of the same request.
     shared = share_work(
-        Work(folder, list(spans), start, is_done),
+        SharedWork(folder, list(spans), start, is_done),
         engine,
         workers=workers,
         has_gpus=has_gpus,
