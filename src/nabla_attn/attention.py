@@ -136,7 +136,8 @@ def attend(
     layout = replace(layout, grid=layout.grid.with_block(config.block))
     text_valid = None if text_valid is None else text_entries(text_valid, layout)
     dtype = autocast_dtype(q.device) if dtype is None else dtype
-    uncast = [] if dtype is None else [q, k]
+    # The map is computed from what came: rounded, it would be another one.
+    uncast = [] if dtype in (None, q.dtype) else [q, k]
     q, k, v = (_cast(x, dtype) for x in (q, k, v))
     run = backends.resolve(backend, q, k, v, block_tokens=layout.grid.block.tokens)
     check_tokens(q, layout)

@@ -148,7 +148,9 @@ def _attend_op(*args: Any, **kwargs: Any) -> Any:
 @_attend_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = q.shape
-    out = q.new_empty((batch, tokens, heads, v.shape[-1]), dtype=rest[-1] or q.dtype)
+    # Autocast leaves float64 alone.
+    dtype = q.dtype if q.dtype == torch.float64 else rest[-1] or q.dtype
+    out = q.new_empty((batch, tokens, heads, v.shape[-1]), dtype=dtype)
     return out, q.new_empty((2, heads), dtype=torch.float32)
 
 
