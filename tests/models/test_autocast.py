@@ -21,7 +21,10 @@ def test_forward_and_backward_under_autocast(name):
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["wan", "hunyuan", "cogvideox"])
+@pytest.mark.parametrize(
+    "name",
+    ["wan", *(pytest.param(name, marks=pytest.mark.slow) for name in ("hunyuan", "cogvideox"))],
+)
 def test_compiled_blocks_under_autocast(name):
     model, inputs = TINY[name].build(), TINY[name].inputs(2, 8, 16)
     handle = na.apply(model, "nabla-0.5")

@@ -103,6 +103,6 @@ def test_from_prompt_to_page(tiny_wan, tmp_path):
     again = [word for word in arguments if word != "--record-maps"]
     result = CliRunner().invoke(app, [*again, "--map-steps", "1"])
     assert result.exit_code == 2 and "--record-maps" in result.output
-    assert CliRunner().invoke(app, again).exit_code == 0
+    assert CliRunner().invoke(app, [*again, "--overwrite"]).exit_code == 0
     # Maps of the run before would be drawn over this one's video.
     assert not (tmp_path / "v.maps.safetensors").exists()
