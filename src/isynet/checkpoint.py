@@ -1,9 +1,11 @@
 """Weights with their architecture inside: safetensors files, and what makes networks of them."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any, Literal, overload
 
+import torch
 from torch import nn
 
 from isynet.architecture import Architecture, parse
@@ -134,6 +136,20 @@ def load(path: str | Path) -> ISyNet:
     except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged or no weights of ISyNet: {error}") from error
     return net
+
+
+def architecture_of(source: str | Path | Architecture) -> Architecture:
+    """The architecture of a name, a string, an authors' `.json` or a `.safetensors` file.
+
+    Raises:
+        ValueError: None of them, or the file is damaged.
+    """
+    if isinstance(source, Architecture) or Path(source).suffix != ".safetensors":
+        return find_architecture(source)
+    with torch.device("meta"), warnings.catch_warnings():
+        # Nothing is copied to the meta device, which is all that is wanted here.
+        warnings.simplefilter("ignore")
+        return load(source).architecture
 
 
 def convert(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from isynet.architecture import BASE_CHANNELS, Architecture, Stage
-from isynet.checkpoint import create
+from isynet.checkpoint import architecture_of
 from isynet.family import find_architecture
 from isynet.network import Edge, Head, ISyNet, make_stage
 from isynet.peers import PEERS
@@ -113,13 +113,17 @@ def count_parts(net: ISyNet, size: int = 224) -> list[Part]:
     return [*parts, Part("head", net.num_classes or net.num_features, 1, _parameters(rest), work)]
 
 
-def find_network(source: str | Path) -> nn.Module:
-    """A network of ours, or of another family by its name, with random weights.
+def count_named(source: str, size: int = 224) -> Work:
+    """Count a network of ours, of a file, or of another family by its name.
 
     Raises:
         ValueError: An unknown name; the known are listed.
     """
-    return PEERS[str(source)]() if str(source) in PEERS else create(source)
+    if source not in PEERS:
+        return count(architecture_of(source), size)
+    with torch.device("meta"):
+        net = PEERS[source]()
+    return count(net, size)
 
 
 def _parameters(module: nn.Module) -> int:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import isynet
+from isynet.checkpoint import architecture_of
 from isynet.mindspore import CHECKSUM, read_checkpoint
 
 SMALL = "1x5 2x3,1+ 1x3s,3+le2 h64"
@@ -86,6 +87,7 @@ def test_weights_carry_their_architecture(net, tmp_path):
     assert torch.equal(again(images), net(images))
     assert again.default_cfg == net.default_cfg
     assert again.architecture == net.architecture and again.num_classes == 7
+    assert architecture_of(tmp_path / "a.safetensors") == net.architecture
     assert isynet.create(SMALL, 7, 1, weights=tmp_path / "a.safetensors").num_classes == 7
 
 

@@ -101,14 +101,13 @@ def peers(
 
     The same command goes on where an earlier one was stopped.
     """
+    from isynet.checkpoint import architecture_of
     from isynet.data.catalogue import open_source
-    from isynet.family import find_architecture
     from isynet.runs import load_best
     from isynet.studies import study_peers
 
     ours = [
-        load_best(name) if Path(name).is_dir() else find_architecture(name)
-        for name in architectures
+        load_best(name) if Path(name).is_dir() else architecture_of(name) for name in architectures
     ]
     source, test = open_source(data, "train", size), open_source(data, "test", size)
     table = opt.open_table(output, size, source.channels, len(source.classes), runtime)

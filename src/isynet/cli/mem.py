@@ -28,7 +28,7 @@ def mem(
     Plain MEM has no unit and compares networks; with --machine it is the share of the predicted
     time that useful matrix work takes. Both are reconstructed from the abstract of the paper.
     """
-    from isynet.counting import count, find_network
+    from isynet.counting import count_named
     from nabla_attn.cost.rates import find_rates
 
     if not models and not attention:
@@ -36,7 +36,7 @@ def mem(
     rates = find_rates(machine) if machine else None
     rows = []
     for model in models or ():
-        work = count(find_network(model), size)
+        work = count_named(model, size)
         warn_unknown(model, work.unknown)
         rows.append(_row(model, work, rates, None))
     for text in attention or ():

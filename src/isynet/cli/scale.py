@@ -41,11 +41,11 @@ def scale(
     Gains are measured by short trainings, milliseconds by a table of blocks; the choice is exact.
     The same command goes on where an earlier one was stopped.
     """
-    from isynet.checkpoint import create
+    from isynet.checkpoint import architecture_of
     from isynet.data.catalogue import open_source
     from isynet.growth import ScalePlan, measure_gains, scale, scale_evenly
 
-    architecture = create(model).architecture
+    architecture = architecture_of(model)
     source = open_source(data, "train", size)
     table = opt.open_table(output, size, source.channels, len(source.classes), runtime)
     if table.factor is None:

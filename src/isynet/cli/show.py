@@ -12,7 +12,10 @@ from nabla_attn.cli.output import say
 def show(
     model: Model,
     size: Size = 224,
-    num_classes: Annotated[int, typer.Option(min=0, help="Number of classes.")] = 1000,
+    num_classes: Annotated[
+        int | None,
+        typer.Option(min=0, help="Number of classes.", show_default="1000, or the weights'"),
+    ] = None,
     picture: Annotated[
         Path | None, typer.Option(help="Also draw MEM of the parts into this .png file.")
     ] = None,
