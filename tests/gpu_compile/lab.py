@@ -23,6 +23,7 @@ from tests.gpu_compile.kernels import compile_kernel, sources  # noqa: E402
 from tests.gpu_compile.waits import WatchedMode  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch._inductor.graph import GraphLowering  # noqa: E402
+from torch._inductor.kernel.flex.flex_flash_attention import is_trivial_mask_graph  # noqa: E402
 from torch.utils._python_dispatch import _disable_current_modes  # noqa: E402
 
 import nabla_attn as na  # noqa: E402
@@ -41,6 +42,7 @@ class Lowering:
     def __init__(self) -> None:
         self.codes: list[str] = []
         self.candidates: dict[str, list[Any]] = {}
+        self.trivial_masks: list[bool] = []
 
     def keep(self, graph: GraphLowering) -> "EmptyModule":
         """Stands for `GraphLowering.compile_to_module`."""
@@ -53,6 +55,11 @@ class Lowering:
         if not choices:
             raise RuntimeError(f"there is no kernel for {name}")
         return choices[0].output_node(), choices[0]
+
+    def use_flash(self, _: Any, mask_graph: Any, *__: Any, **___: Any) -> bool:
+        """Stands for `_use_flex_flash_attention`: no, but would it see a mask?"""
+        self.trivial_masks.append(is_trivial_mask_graph(mask_graph.graph_module))
+        return False
 
 
 class EmptyModule:
@@ -108,6 +115,7 @@ def lowering(architecture: str) -> Iterator[Lowering]:
             functorch.patch(force_non_lazy_backward_lowering=True),
             mock.patch.object(GraphLowering, "compile_to_module", lambda graph: seen.keep(graph)),
             mock.patch.object(templates, "autotune_select_algorithm", seen.choose),
+            mock.patch.object(templates, "_use_flex_flash_attention", seen.use_flash),
             # The package looks for modes that watch operations; fake tensors are one.
             mock.patch.object(fusion, "is_in_torch_dispatch_mode", lambda: False),
             MODE,
@@ -202,6 +210,7 @@ def attention(
     return {
         "kernels": kernels,
         "candidates": candidates,
+        "trivial_masks": seen.trivial_masks,
         "operations": operations,
         "codes": seen.codes,
     }

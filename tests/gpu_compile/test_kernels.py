@@ -40,18 +40,28 @@ def test_the_forward_fits_with_a_warp_for_16_rows(lab, architecture):
         ("sm_90", {"batch": 2, "num_text": 9, "dim": 96}, 0),
         ("sm_120", {"dim": 64}, 0),
         ("sm_80", {"block": [1, 6, 8]}, 0),
+        ("sm_89", {"dim": 96, "options": {"tile_rows": 2}}, 128),
         ("sm_90", {"options": {"tile_rows": 1, "kernel": {"fwd_USE_TMA": True}}}, 0),
     ],
-    ids=["two-blocks", "two-blocks-ada", "128-token", "padded-text-96", "64", "48-token", "tma"],
+    ids=[
+        "two-blocks",
+        "two-blocks-ada",
+        "128-token",
+        "padded-text-96",
+        "64",
+        "48-token",
+        "two-blocks-96",
+        "tma",
+    ],
 )
 def test_other_forwards_fit(lab, architecture, case, most_stack):
     check(kernel_of(lab.attention(architecture, grids=[SMALL], **case)), most_stack)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
-def test_float32_stays_in_registers(lab, dim):
-    # Tiles of 64x64 with heads of 128 spill 13 KB a thread and do not fit.
-    answer = lab.attention("sm_80", grids=[SMALL], dim=dim, dtype="float32")
+@pytest.mark.parametrize(("architecture", "dim"), [("sm_80", 128), ("sm_89", 64)])
+def test_float32_stays_in_registers(lab, architecture, dim):
+    # Tiles of 64x64 spill 13 KB a thread on sm_80 and do not fit, and 0.7 KB on sm_89.
+    answer = lab.attention(architecture, grids=[SMALL], dim=dim, dtype="float32")
     check(kernel_of(answer), has_tensor_cores=False)
 
 
@@ -83,12 +93,24 @@ def test_a_backward_in_float32_takes_blocks_of_48(lab):
     check(kernel_of(answer, "flex_attention_backward"), 512, has_tensor_cores=False)
 
 
-def test_pooling_and_selection_compile(lab):
+def test_flash_would_see_a_mask_even_where_nothing_is_ragged(lab):
+    # torch 2.13 lets FLASH ignore the block map behind a mask that is always true.
+    answer = lab.attention("sm_90", grids=[SMALL], block=[2, 8, 8], most=0)
+    assert answer["trivial_masks"] == [False]
+
+
+def test_pooling_selection_and_tables_compile(lab):
     answer = lab.attention("sm_90", grids=[LARGE], only_templates=False)
     others = [kernel for kernel in answer["kernels"] if not kernel["is_template"]]
-    assert len(others) >= 2
+    assert {"cumsum", "scatter"} <= {word for k in others for word in k["name"].split("_")}
     for kernel in others:
         assert kernel["stack"] == 0 and kernel["shared"] <= kernel["has_shared"], kernel
+    # Tables are one graph, and none of its buffers has eight bytes for a pair of blocks.
+    around = {o["name"] for o in answer["operations"] if "flex_tables" in o["where"]}
+    assert around <= {"aten.empty_strided.default"}
+    (tables,) = (code for code in answer["codes"] if "scatter" in code)
+    buffers = re.findall(r"empty_strided_cuda\(\((.*?)\), .*?torch\.(\w+)\)", tables)
+    assert {kind for shape, kind in buffers if shape.count(",") == 3} == {"int32"}
 
 
 @pytest.mark.slow
@@ -112,5 +134,6 @@ def test_everything_fits_everywhere(lab, architecture, dtype, needs_backward):
             if kernel["shared"] <= kernel["has_shared"]:
                 name = "backward" if "backward" in kernel["name"] else "forward"
                 found[name] = min(kernel["stack"], found.get(name, 2**20))
-        assert found.keys() >= ({"forward", "backward"} if needs_backward else {"forward"})
+        expected = {"forward", "backward"} if needs_backward else {"forward"}
+        assert found.keys() >= expected, (dim, rows, block)
         assert found["forward"] <= 512 and found.get("backward", 0) <= 2048, (dim, rows, block)

@@ -11,8 +11,8 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from nabla_attn.backends.flex_options import choose_options, needs_autotuning, why_not_tiles
 from nabla_attn.core.block_map import BlockMap
-from nabla_attn.core.flex_tables import FlexTables, build_block_mask
-from nabla_attn.fusion import compiled, why_not_compile
+from nabla_attn.core.flex_tables import FlexTables, build_block_mask, build_flex_tables
+from nabla_attn.fusion import compiled, fused, why_not_compile
 from nabla_attn.shapes import Float
 
 
@@ -28,11 +28,19 @@ def attend(
     needs_backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     block_tokens = block_map.block_tokens
     options = choose_options(q, block_tokens, needs_backward=needs_backward)
-    tables = block_map.flex_tables(options.tile_rows, needs_backward=needs_backward)
+    tables = _tables(block_map, options.tile_rows, needs_backward)
     # flash-attn's kernels are generated for fixed sizes.
     autotunes = needs_backward and needs_autotuning(q, block_tokens)
     run = compiled(_attend, False if options.is_flash else None, autotunes)
     return run(q, k, v, tables, block_tokens, options.tile_rows, options.kernel, scale)
+
+
+def _tables(block_map: BlockMap, tile_rows: int, needs_backward: bool) -> FlexTables:
+    """The map's tables: on a GPU one kernel reads the map and writes an index, without ranks."""
+    mask = block_map.mask
+    is_gpu = mask.device.type == "cuda"
+    build = fused(build_flex_tables, mask.numel(), mask.device) if is_gpu else build_flex_tables
+    return build(mask, block_map.kv_valid, block_map.block_tokens, tile_rows, needs_backward)
 
 
 def why_not(

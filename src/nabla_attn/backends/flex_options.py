@@ -211,7 +211,7 @@ def _default_kernel(q: Tensor, block_tokens: int, tile_rows: int) -> dict[str, A
     """Tiles that divide the blocks and fit in registers and shared memory, and their warps."""
     head_dim, is_single = q.shape[-1], q.dtype == torch.float32
     # Products in fp32 run without tensor cores: both tiles and their result stay in registers.
-    most = 128 if not is_single else 64 if head_dim <= 64 else 32
+    most = 32 if is_single else 128
     rows = _power_in(tile_rows * block_tokens, most)
     columns = _power_in(block_tokens, min(most, 64))
     # A warp of a tensor core's product works on 16 rows.
@@ -242,7 +242,8 @@ def fits(device: torch.device, rows: int, columns: int, stages: int, *, head_dim
     properties: Any = torch.cuda.get_device_properties(device)
     has = properties.shared_memory_per_block_optin
     tokens = min(rows, 128) + 2 * stages * min(columns, 64)
-    return tokens * head_dim * 2 <= has
+    # Heads are filled up to a power of two.
+    return tokens * 2 ** (head_dim - 1).bit_length() * 2 <= has
 
 
 def has_tma(device: torch.device) -> bool:

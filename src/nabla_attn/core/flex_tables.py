@@ -44,7 +44,6 @@ def build_flex_tables(
     mask: Bool[Tensor, "batch heads q_blocks kv_blocks"],
     valid: Bool[Tensor, "samples kv_slots"] | None,
     block_tokens: int,
-    *,
     rows_per_tile: int = 1,
     needs_backward: bool = False,
 ) -> FlexTables:
