@@ -136,4 +136,5 @@ def test_everything_fits_everywhere(lab, architecture, dtype, needs_backward):
                 found[name] = min(kernel["stack"], found.get(name, 2**20))
         expected = {"forward", "backward"} if needs_backward else {"forward"}
         assert found.keys() >= expected, (dim, rows, block)
-        assert found["forward"] <= 512 and found.get("backward", 0) <= 2048, (dim, rows, block)
+        most = 1024 if dtype == "float32" else 512
+        assert found["forward"] <= most and found.get("backward", 0) <= 2048, (dim, rows, block)
