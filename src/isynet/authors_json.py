@@ -43,11 +43,11 @@ def from_json(data: Any) -> Architecture:
         raise ValueError("not an ISyNet architecture: it has no object 'Blocks'.")
     num_stages, num_edges = data.get("nStages"), data.get("nEdgesInBlock")
     blocks = data["Blocks"]
-    if not isinstance(num_stages, int) or set(blocks) != {str(s) for s in range(num_stages)}:
+    if len(blocks) != num_stages or set(blocks) != {str(s) for s in range(len(blocks))}:
         raise ValueError(
             f"nStages is {num_stages!r}, but the blocks are {', '.join(sorted(blocks))[:80]}."
         )
-    stages = tuple(_stage_from_json(str(s), blocks[str(s)], num_edges) for s in range(num_stages))
+    stages = tuple(_stage_from_json(str(s), blocks[str(s)], num_edges) for s in range(len(blocks)))
     return Architecture(stages, data.get("headWidth", DEFAULT_HEAD))
 
 

@@ -1,7 +1,6 @@
 """Weights with their architecture inside: safetensors files, and what makes networks of them."""
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -120,21 +119,10 @@ def load(path: str | Path) -> ISyNet:
         ValueError: Not such a file; it is named.
         OSError: The file cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
 
-    if not Path(path).is_file():
-        raise ValueError(f"no file {path}.")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            about = file.metadata() or {}
-            if about.get("format") != FORMAT:
-                raise ValueError(
-                    f"{path} holds no ISyNet. Weights of MindSpore go through `isynet convert`."
-                )
-            net = _net_of(about)
-            net.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or no weights of ISyNet: {error}") from error
+    net = _outline(path).to_empty(device="cpu")
+    net.load_state_dict(load_file(path))
     return net
 
 
@@ -146,10 +134,7 @@ def architecture_of(source: str | Path | Architecture) -> Architecture:
     """
     if isinstance(source, Architecture) or Path(source).suffix != ".safetensors":
         return find_architecture(source)
-    with torch.device("meta"), warnings.catch_warnings():
-        # Nothing is copied to the meta device, which is all that is wanted here.
-        warnings.simplefilter("ignore")
-        return load(source).architecture
+    return _outline(source).architecture
 
 
 def convert(
@@ -207,13 +192,42 @@ def _timm_entry(name: str) -> Any:
     return entry
 
 
+def _outline(path: str | Path) -> ISyNet:
+    """The network of a file on the meta device, checked to have the shapes of its tensors.
+
+    What a hostile file claims is compared with what it holds before anything is allocated.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise ValueError(f"no file {path}.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            about = file.metadata() or {}
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no weights of ISyNet: {error}.") from error
+    if about.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} holds no ISyNet. Weights of MindSpore go through `isynet convert`."
+        )
+    try:
+        net = _net_of(about)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged: its description cannot be read ({error}).") from error
+    if {name: tuple(value.shape) for name, value in net.state_dict().items()} != found:
+        raise ValueError(f"{path} is damaged: its tensors do not fit {net.architecture}.")
+    return net
+
+
 def _net_of(about: dict[str, str]) -> ISyNet:
-    net = ISyNet(
-        parse(about["architecture"]),
-        int(about["num_classes"]),
-        int(about["in_chans"]),
-        has_last_norm=about["has_last_norm"] == "1",
-    )
+    with torch.device("meta"):
+        net = ISyNet(
+            parse(about["architecture"]),
+            int(about["num_classes"]),
+            int(about["in_chans"]),
+            has_last_norm=about["has_last_norm"] == "1",
+        )
     for name in ("mean", "std"):
         net.default_cfg[name] = tuple(float(value) for value in json.loads(about[name]))
     return net

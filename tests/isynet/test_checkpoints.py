@@ -123,6 +123,21 @@ def test_damaged_and_foreign_weights_are_clear_errors(net, tmp_path):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=r"a\.safetensors"):
             isynet.load(file)
+    state = net.state_dict()
+    about = {"format": "isynet-1", "architecture": SMALL, "num_classes": "7", "in_chans": "1"}
+    about |= {"has_last_norm": "1", "mean": "[0.5]", "std": "[0.5]"}
+    for change in (
+        {"num_classes": "99999999999"},
+        {"num_classes": "many"},
+        {"architecture": "1x3"},
+        {"mean": "?"},
+        {"in_chans": "-1"},
+    ):
+        save_file(state, file, metadata=about | change)
+        with pytest.raises(ValueError, match=r"a\.safetensors is damaged"):
+            isynet.load(file)
+    save_file(state, file, metadata=about)
+    isynet.load(file)
     save_file({"x": torch.ones(1)}, file)
     with pytest.raises(ValueError, match=r"holds no ISyNet.*isynet convert"):
         isynet.load(file)

@@ -141,6 +141,7 @@ def test_linear_counts_only_on_the_last_place():
     [
         (lambda data: data.pop("Blocks"), "Blocks"),
         (lambda data: data.update(nStages=4), "nStages"),
+        (lambda data: data.update(nStages=10**12), "nStages"),
         (lambda data: data["Blocks"]["0"].update(skipType="concat"), "skipType.*noSkip, add"),
         (lambda data: data["Blocks"]["0"].update(lastActivation="Swish"), "lastActivation"),
         (lambda data: data["Blocks"]["0"].update(nBlocks="3"), "block 0.*whole number"),
