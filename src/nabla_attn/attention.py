@@ -1,6 +1,6 @@
 """NABLA attention, the whole algorithm in one screen (arXiv:2507.13546, Algorithm 1).
 
-tokens -> blocks -> scores -> block map -> backend -> output
+tokens -> blocks -> scores -> block map (-> tail) -> backend -> output
 
 `nabla_attention` and the attention of every model (`models/operator.py`) are calls of `attend`.
 """
@@ -24,6 +24,7 @@ from nabla_attn.core.order import (
     to_blocks,
     to_raster,
 )
+from nabla_attn.core.tail import build_tail, tail_density
 from nabla_attn.shapes import Bool, Float
 
 
@@ -139,7 +140,8 @@ def attend(
     # The map is computed from what came: rounded, it would be another one.
     uncast = [] if dtype in (None, q.dtype) else [q, k]
     q, k, v = (_cast(x, dtype) for x in (q, k, v))
-    run = backends.resolve(backend, q, k, v, block_tokens=layout.grid.block.tokens)
+    block_tokens = layout.grid.block.tokens
+    run = backends.resolve(backend, q, k, v, block_tokens=block_tokens, tail=config.tail)
     check_tokens(q, layout)
     is_plain = config.is_dense and layout.grid.segments is None and backend == "auto"
     if is_plain or 0 in q.shape[:2]:
@@ -149,7 +151,13 @@ def attend(
     block_map = select(
         *(uncast or (q, k)), layout, config, scale=scale, text_valid=text_valid, measure=measure
     )
-    out = run(q, k, v, block_map, scale=scale)
+    tail = None
+    if config.tail is not None:
+        with torch.autocast(q.device.type, enabled=False):
+            tail = build_tail(k, v, block_map, layout, config.tail)
+        if measure:
+            block_map = replace(block_map, tail_density=tail_density(tail, block_map))
+    out = run(q, k, v, block_map, scale=scale, tail=tail)
     return (out if is_block_order else to_raster(out, layout)), block_map
 
 

@@ -10,9 +10,10 @@ from typing import Any
 GRAMMAR = (
     "nabla-THRESHOLD, topk-SHARE, sta-FRAMES-HEIGHT-WIDTH, two of them joined by '_', with "
     "_block-FRAMES-HEIGHT-WIDTH behind them for other blocks than 1-8-8, _keep-first-frame, "
-    "_pair-union or _pair-pool; or dense"
+    "_pair-union or _pair-pool, _tail-mean or _tail-first; or dense"
 )
 PAIRINGS = ("union", "pool")
+TAILS = ("mean", "first")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,9 @@ class SparseConfig:
         pair_queries: How two neighbouring query blocks share one map, which suits taller GPU tiles
             and changes the result: "union" keeps what either keeps, "pool" pools their queries
             together. None leaves every block its own map.
+        tail: How the blocks that the map drops are estimated: "mean" attends the mean key and value
+            of each, "first" adds how their tokens differ from these means, to first order. None
+            leaves them out, as NABLA does.
 
     Raises:
         ValueError: A value is out of range, both threshold and topk are given, or there is a rule
@@ -44,6 +48,7 @@ class SparseConfig:
     block: tuple[int, int, int] | None = None
     keep_first_frame: bool = False
     pair_queries: str | None = None
+    tail: str | None = None
 
     def __post_init__(self) -> None:
         if self.threshold is not None and self.topk is not None:
@@ -58,12 +63,13 @@ class SparseConfig:
             object.__setattr__(self, field, _checked_sides(field, getattr(self, field)))
         if type(self.keep_first_frame) is not bool:
             raise ValueError(f"keep_first_frame must be a bool: got {self.keep_first_frame!r}.")
-        if self.pair_queries not in (None, *PAIRINGS):
-            raise ValueError(
-                f"unknown pair_queries {self.pair_queries!r}; expected None or one of {PAIRINGS}."
-            )
+        for field, known in (("pair_queries", PAIRINGS), ("tail", TAILS)):
+            if getattr(self, field) not in (None, *known):
+                raise ValueError(
+                    f"unknown {field} {getattr(self, field)!r}; expected None or one of {known}."
+                )
         rules: dict[str, Any] = {"a block": self.block, "keep-first-frame": self.keep_first_frame}
-        rules["a pairing"] = self.pair_queries
+        rules |= {"a pairing": self.pair_queries, "a tail": self.tail}
         for rule, value in rules.items():
             if value and self.is_dense:
                 raise ValueError(
@@ -221,6 +227,13 @@ _PARTS = (
         "pair_queries",
         "pair-union or pair-pool",
         lambda text: text if text in PAIRINGS else None,
+        str,
+    ),
+    _Part(
+        "tail",
+        "tail",
+        "tail-mean or tail-first",
+        lambda text: text if text in TAILS else None,
         str,
     ),
 )

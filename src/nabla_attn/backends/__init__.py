@@ -1,4 +1,4 @@
-"""Backends turn q, k, v in block order and a BlockMap into attention output.
+"""Backends turn q, k, v in block order, a BlockMap and its tail into attention output.
 
 A backend never decides which blocks. `auto` follows `AUTO_RULE`; any other name runs or raises.
 """
@@ -21,9 +21,15 @@ AUTO_RULE = (
 
 
 def resolve(
-    name: str, q: Tensor, k: Tensor, v: Tensor, *, block_tokens: int | None = None
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_tokens: int | None = None,
+    tail: str | None = None,
 ) -> Callable[..., Tensor]:
-    """The `attend(q, k, v, block_map, *, scale)` function of a backend, for these inputs.
+    """The `attend(q, k, v, block_map, *, scale, tail)` function of a backend, for these inputs.
 
     Args:
         name: "auto" or one of `NAMES`.
@@ -31,6 +37,7 @@ def resolve(
         k: keys, like q.
         v: values, like q.
         block_tokens: tokens of a block; None leaves open whether the backend takes the blocks.
+        tail: how dropped blocks are estimated, as in `SparseConfig`.
 
     Raises:
         ValueError: unknown name, or q, k, v that no backend takes.
@@ -48,6 +55,7 @@ def resolve(
         dtype=q.dtype,
         head_dim=q.shape[-1],
         block_tokens=block_tokens,
+        tail=tail,
     )
     if name == "auto":
         name = "flex" if reason is None else FALLBACK
@@ -75,6 +83,7 @@ def why_not(
     dtype: torch.dtype | None = None,
     head_dim: int | None = None,
     block_tokens: int | None = None,
+    tail: str | None = None,
 ) -> str | None:
     """The reason why a backend cannot run, or None when it can.
 
@@ -85,6 +94,7 @@ def why_not(
         dtype: dtype of the inputs; None leaves it open, like the rest.
         head_dim: dim of a head.
         block_tokens: tokens of a block.
+        tail: how dropped blocks are estimated.
     """
     if name != "flex":
         return None
@@ -96,6 +106,7 @@ def why_not(
         dtype=dtype,
         head_dim=head_dim,
         block_tokens=block_tokens,
+        tail=tail,
     )
 
 

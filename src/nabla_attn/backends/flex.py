@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from nabla_attn.backends.flex_options import choose_options, needs_autotuning, why_not_tiles
 from nabla_attn.core.block_map import BlockMap
 from nabla_attn.core.flex_tables import FlexTables, build_block_mask, build_flex_tables
+from nabla_attn.core.tail import Tail, with_summaries
 from nabla_attn.fusion import compiled, fused, why_not_compile
 from nabla_attn.shapes import Float
 
@@ -23,24 +24,36 @@ def attend(
     block_map: BlockMap,
     *,
     scale: float | None = None,
+    tail: Tail | None = None,
 ) -> Float[Tensor, "batch heads q_slots dim"]:
-    """Attention over the map's blocks; a new map of the same shape does not recompile."""
+    """Attention over the map's blocks and the summaries of a mean tail.
+
+    A new map of the same shape does not recompile.
+    """
     needs_backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     block_tokens = block_map.block_tokens
     options = choose_options(q, block_tokens, needs_backward=needs_backward)
-    tables = _tables(block_map, options.tile_rows, needs_backward)
-    # flash-attn's kernels are generated for fixed sizes.
+    shown = bias = None
+    if tail is not None:
+        shown, bias = tail.shown, torch.nn.functional.pad(tail.bias, (k.shape[2], 0))
+        k, v, block_map = with_summaries(k, v, block_map, tail)
+    tables = _tables(block_map, options.tile_rows, needs_backward, shown)
+    # flash-attn's kernels are generated for fixed sizes, and torch's kernel for CPUs mixes up the
+    # names of more than ten sizes that vary.
+    is_fixed = options.is_flash or (tail is not None and q.device.type == "cpu")
     autotunes = needs_backward and needs_autotuning(q, block_tokens)
-    run = compiled(_attend, False if options.is_flash else None, autotunes)
-    return run(q, k, v, tables, block_tokens, options.tile_rows, options.kernel, scale)
+    run = compiled(_attend, False if is_fixed else None, autotunes)
+    return run(q, k, v, tables, bias, block_tokens, options.tile_rows, options.kernel, scale)
 
 
-def _tables(block_map: BlockMap, tile_rows: int, needs_backward: bool) -> FlexTables:
+def _tables(
+    block_map: BlockMap, tile_rows: int, needs_backward: bool, shown: Tensor | None
+) -> FlexTables:
     """The map's tables: on a GPU one kernel reads the map and writes an index, without ranks."""
     mask = block_map.mask
     is_gpu = mask.device.type == "cuda"
     build = fused(build_flex_tables, mask.numel(), mask.device) if is_gpu else build_flex_tables
-    return build(mask, block_map.kv_valid, block_map.block_tokens, tile_rows, needs_backward)
+    return build(mask, block_map.kv_valid, block_map.block_tokens, tile_rows, needs_backward, shown)
 
 
 def why_not(
@@ -50,8 +63,11 @@ def why_not(
     dtype: torch.dtype | None = None,
     head_dim: int | None = None,
     block_tokens: int | None = None,
+    tail: str | None = None,
 ) -> str | None:
     """The reason why FlexAttention cannot run, or None; arguments as for `backends.why_not`."""
+    if tail == "first":
+        return "FlexAttention does not say how much probability summaries hold, which _tail-first needs"
     if device.type == "cpu" and needs_grad:
         return "FlexAttention has no backward on CPU"
     reason = why_not_compile(device)
@@ -69,6 +85,7 @@ def _attend(
     k: Tensor,
     v: Tensor,
     tables: FlexTables,
+    bias: Tensor | None,
     block_tokens: int,
     rows_per_tile: int,
     kernel_options: dict[str, Any],
@@ -82,6 +99,19 @@ def _attend(
     # The mask is built inside the compiled function so that its tensors are inputs, not guards.
     block_mask = build_block_mask(tables, block_tokens, rows_per_tile=rows_per_tile)
     options: Any = kernel_options or None
-    out = flex_attention(q, k, v, block_mask=block_mask, scale=scale, kernel_options=options)
+
+    def add_bias(score: Tensor, batch: Tensor, head: Tensor, q_slot: Tensor, kv: Tensor) -> Tensor:
+        assert bias is not None
+        return score + bias[kv]
+
+    out = flex_attention(
+        q,
+        k,
+        v,
+        score_mod=None if bias is None else add_bias,
+        block_mask=block_mask,
+        scale=scale,
+        kernel_options=options,
+    )
     assert isinstance(out, Tensor)
     return out

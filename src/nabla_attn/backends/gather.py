@@ -1,7 +1,8 @@
 """Gathered blocks in plain torch operations: forward and backward on any device.
 
 Query blocks that keep the same number of key blocks form one batched product over their gathered
-keys and values; on a CPU several products run side by side. Scratch memory is bounded by
+keys and values; on a CPU several products run side by side. Summaries of a tail are further blocks
+of keys, which all query blocks gather and each sees a part of. Scratch memory is bounded by
 `_max_scores`; the backward recomputes probabilities.
 """
 
@@ -17,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from nabla_attn.backends.scratch import Scratch
 from nabla_attn.backends.workers import for_each, num_workers
 from nabla_attn.core.block_map import BlockMap
+from nabla_attn.core.tail import Tail, add_first_order, with_summaries
 from nabla_attn.shapes import Float
 
 # Bytes of one batched product's scores: on a CPU they fit the L2 cache of a core.
@@ -31,11 +33,18 @@ def attend(
     block_map: BlockMap,
     *,
     scale: float | None = None,
+    tail: Tail | None = None,
 ) -> Float[Tensor, "batch heads q_slots dim"]:
-    """Attention over the map's blocks, in the inputs' dtype with an fp32 softmax."""
+    """Attention over the map's blocks and a tail, in the inputs' dtype with an fp32 softmax."""
     scale = 1 / sqrt(q.shape[-1]) if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):
-        return _GatherAttention.apply(q, k, v, block_map, scale)
+        if tail is not None:
+            k, v, block_map = with_summaries(k, v, block_map, tail)
+        out, mass = _GatherAttention.apply(q, k, v, block_map, scale, tail)
+        if tail is None or tail.slopes is None:
+            return out
+        clips = tail.clips.repeat_interleave(block_map.block_tokens)
+        return add_first_order(out, mass, q, clips, tail.slopes, scale)
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,11 @@ class _Buckets:
     """
 
     def __init__(
-        self, block_map: BlockMap, dtype: torch.dtype, some_heads: slice = slice(None)
+        self,
+        block_map: BlockMap,
+        dtype: torch.dtype,
+        tail: Tail | None,
+        some_heads: slice = slice(None),
     ) -> None:
         _, heads, q_blocks, kv_blocks = block_map.mask.shape
         mask = block_map.mask.flatten(0, 1)[some_heads].flatten(0, 1)
@@ -66,6 +79,7 @@ class _Buckets:
         head = self._rows[row] // q_blocks
         self._columns = column + head * kv_blocks
         self._bias = _key_bias(block_map, dtype)
+        self._tail = tail
         is_own = self._bias is not None and self._bias.shape[0] > kv_blocks
         self._keys = column + (head // heads) * kv_blocks if is_own else column
         max_scores = _max_scores(mask.device, dtype)
@@ -89,6 +103,12 @@ class _Buckets:
         if self._bias is not None:
             keys = self._bias.index_select(0, self._keys[columns])
             bias = keys.view(rows.stop - rows.start, 1, -1)
+        if self._tail is not None:
+            # The summaries are the last blocks of every row.
+            assert bias is not None
+            shown = self._tail.shown.flatten(0, 2).index_select(0, self._rows[rows])
+            mine = torch.where(shown, self._tail.bias, float("-inf"))
+            bias[:, 0, -mine.shape[1] :] = mine
         return _Bucket(self._rows[rows], self._columns[columns], bias)
 
 
@@ -116,33 +136,47 @@ class _GatherAttention(torch.autograd.Function):
         v: Tensor,
         block_map: BlockMap,
         scale: float,
-    ) -> Tensor:
+        tail: Tail | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output, and the probability of a row's summaries where the tail asks for it."""
         block = block_map.block_tokens
         q_rows, k_rows, v_rows = (_as_rows(x, block) for x in (q, k, v))
         out = torch.zeros_like(q_rows)
-        product = _fused_product if _prefers_fused(q) else _product
+        has_mass = tail is not None and tail.slopes is not None
+        num_summaries = 0 if tail is None else tail.bias.numel()
+        mass = out.new_zeros(out.shape[:2]) if has_mass else None
+        is_fused = _prefers_fused(q) and not has_mass
 
-        buckets = _Buckets(block_map, q.dtype)
+        buckets = _Buckets(block_map, q.dtype, tail)
 
         def attend_slice(part: tuple[slice, slice], scratch: Scratch) -> None:
             bucket = buckets.bucket(*part)
             queries = _take_blocks(q_rows, bucket.rows, scratch, "queries")
             keys = _gather(k_rows, bucket, scratch, "keys")
             values = _gather(v_rows, bucket, scratch, "values")
-            result = product(queries, keys, values, bucket.bias, scale, scratch)
+            if is_fused:
+                result = _fused_product(queries, keys, values, bucket.bias, scale)
+            else:
+                probs = _probabilities(queries, keys, bucket.bias, scale, scratch)
+                result = torch.bmm(probs, values, out=queries)
+                if mass is not None:
+                    mass.index_copy_(0, bucket.rows, probs[..., -num_summaries:].sum(dim=-1))
             out.index_copy_(0, bucket.rows, result)
 
         for_each(attend_slice, buckets.slices, q.device)
         out = out.view(q.shape)
-        ctx.save_for_backward(q, k, v, out)
-        ctx.block_map, ctx.scale = block_map, scale  # type: ignore[attr-defined]
-        return out
+        mass = None if mass is None else mass.view(q.shape[:3])
+        ctx.save_for_backward(q, k, v, out, mass)
+        ctx.block_map, ctx.scale, ctx.tail = block_map, scale, tail  # type: ignore[attr-defined]
+        return out, mass
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        q, k, v, out = ctx.saved_tensors
-        block_map, scale = ctx.block_map, ctx.scale
+    def backward(  # type: ignore[no-untyped-def]
+        ctx, grad_out: Tensor, grad_mass: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, out, mass = ctx.saved_tensors
+        block_map, scale, tail = ctx.block_map, ctx.scale, ctx.tail
         block = block_map.block_tokens
         q_rows, k_rows, v_rows, g_rows = (_as_rows(x, block) for x in (q, k, v, grad_out))
         # Keys and values collect from many rows: accumulate in fp32.
@@ -150,9 +184,12 @@ class _GatherAttention(torch.autograd.Function):
         grad_q = torch.zeros_like(q_rows)
         grad_k, grad_v = (torch.zeros_like(x, dtype=accumulate) for x in (k_rows, v_rows))
         inner = (g_rows.to(accumulate) * _as_rows(out, block).to(accumulate)).sum(-1, keepdim=True)
+        if mass is not None:
+            g_mass = grad_mass.reshape(-1, block, 1)
+            inner += g_mass.to(accumulate) * mass.reshape(-1, block, 1).to(accumulate)
 
         def differentiate(heads: slice, scratch: Scratch) -> None:
-            buckets = _Buckets(block_map, q.dtype, heads)
+            buckets = _Buckets(block_map, q.dtype, tail, heads)
             for part in buckets.slices:
                 bucket = buckets.bucket(*part)
                 queries = _take_blocks(q_rows, bucket.rows, scratch, "queries")
@@ -162,6 +199,8 @@ class _GatherAttention(torch.autograd.Function):
                 probs = _probabilities(queries, keys, bucket.bias, scale, scratch)
                 grad_scores = scratch.take("grad_scores", probs.shape, q.dtype)
                 torch.bmm(grad, values.transpose(1, 2), out=grad_scores)
+                if mass is not None:
+                    grad_scores[..., -tail.bias.numel() :] += g_mass[bucket.rows]
                 centre = inner[bucket.rows].to(q.dtype)
                 grad_scores.sub_(centre).mul_(probs).mul_(scale)
                 # The gathered values are done with: their memory takes what keys and values get.
@@ -176,8 +215,8 @@ class _GatherAttention(torch.autograd.Function):
         each = -(-num_heads // num_workers(q.device))
         heads = [slice(start, start + each) for start in range(0, num_heads, each)]
         for_each(differentiate, heads, q.device)
-        grads = (grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype))
-        return (*(grad.view(q.shape) for grad in grads), None, None)
+        grads = (grad_q.view(q.shape), grad_k.to(k.dtype).view(k.shape), grad_v.to(v.dtype))
+        return *grads[:2], grads[2].view(v.shape), None, None, None
 
 
 def _as_rows(x: Tensor, block: int) -> Tensor:
@@ -208,23 +247,10 @@ def _fused_product(
     values: Tensor,
     bias: Tensor | None,
     scale: float,
-    _: Scratch,
 ) -> Tensor:
     mask = None if bias is None else bias[:, None]
     q, k, v = (x[:, None] for x in (queries, keys, values))
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[:, 0]
-
-
-def _product(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    scratch: Scratch,
-) -> Tensor:
-    probs = _probabilities(queries, keys, bias, scale, scratch)
-    return torch.bmm(probs, values, out=queries)
 
 
 def _probabilities(

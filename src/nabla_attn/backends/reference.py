@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nabla_attn.core.block_map import BlockMap
+from nabla_attn.core.tail import Tail, attend_rows
 from nabla_attn.shapes import Float
 
 
@@ -16,15 +17,16 @@ def attend(
     block_map: BlockMap,
     *,
     scale: float | None = None,
+    tail: Tail | None = None,
 ) -> Float[Tensor, "batch heads q_slots dim"]:
-    """Attention over the map's token pairs; memory grows with slots squared."""
+    """Attention over the map's token pairs and a tail; memory grows with slots squared."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     scale = 1 / sqrt(q.shape[-1]) if scale is None else scale
     block = block_map.block_tokens
     with torch.autocast(q.device.type, enabled=False):
-        scores = scale * (q.to(dtype) @ k.to(dtype).transpose(-1, -2))
         keep = block_map.mask.repeat_interleave(block, -1).repeat_interleave(block, -2)
         if block_map.kv_valid is not None:
             keep = keep & block_map.kv_valid[:, None, None, :]
-        probs = scores.masked_fill(~keep, float("-inf")).softmax(dim=-1)
-        return (probs @ v.to(dtype)).to(q.dtype)
+        blocks = torch.arange(block_map.mask.shape[2], device=q.device).repeat_interleave(block)
+        out = attend_rows(*(x.to(dtype) for x in (q, k, v)), keep, blocks, tail, scale)
+        return out.to(q.dtype)

@@ -26,6 +26,8 @@ class BlockMap:
         block_tokens: Slots of a block.
         kept_mass: Probability mass of the pooled map that is kept, mean over the rows of each
             sample and head, where it was measured.
+        tail_density: Scores of the summaries that stand for dropped blocks / all token pairs,
+            where it was measured (see `core.tail`).
     """
 
     mask: Bool[Tensor, "batch heads q_blocks kv_blocks"]
@@ -33,6 +35,7 @@ class BlockMap:
     kv_valid: Bool[Tensor, "samples kv_slots"] | None
     block_tokens: int
     kept_mass: Float[Tensor, "batch heads"] | None = None
+    tail_density: Float[Tensor, "batch heads"] | None = None
 
     def __repr__(self) -> str:
         batch, heads, q_blocks, kv_blocks = self.mask.shape
@@ -75,8 +78,8 @@ class BlockMap:
         chosen = slice(index, index + 1 or None)
         valid = self.kv_valid
         valid = valid[chosen] if valid is not None and len(valid) > 1 else valid
-        mass = None if self.kept_mass is None else self.kept_mass[chosen]
-        return BlockMap(self.mask[chosen], self.q_counts, valid, self.block_tokens, mass)
+        mass, tail = (None if x is None else x[chosen] for x in (self.kept_mass, self.tail_density))
+        return BlockMap(self.mask[chosen], self.q_counts, valid, self.block_tokens, mass, tail)
 
     def to_block_mask(self) -> BlockMask:
         """FlexAttention's form of the map, key blocks ascending, for forward use.

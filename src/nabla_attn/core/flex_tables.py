@@ -31,6 +31,8 @@ class FlexTables(NamedTuple):
         transposed: Partial and full query tiles of each key block, for the backward, or None.
         valid: Slots that may be attended, per sample or for all (leading axis 1).
         mask: The map, where a tile spans several query blocks that keep different key blocks.
+        shown: Summaries that each query block attends, and True behind them; None without a tail.
+        columns: The column of `shown` for every key slot, the last one for tokens.
     """
 
     partial: KeptColumns
@@ -38,6 +40,8 @@ class FlexTables(NamedTuple):
     transposed: tuple[KeptColumns, KeptColumns] | None
     valid: Bool[Tensor, "samples kv_slots"]
     mask: Bool[Tensor, "batch heads q_blocks kv_blocks"] | None
+    shown: Bool[Tensor, "batch heads q_blocks summaries"] | None
+    columns: Int[Tensor, " kv_slots"] | None
 
 
 def build_flex_tables(
@@ -46,10 +50,12 @@ def build_flex_tables(
     block_tokens: int,
     rows_per_tile: int = 1,
     needs_backward: bool = False,
+    shown: Bool[Tensor, "batch heads q_blocks summaries"] | None = None,
 ) -> FlexTables:
     """The tables of a map.
 
-    A key block is partial if it has empty slots, or if only some query blocks of a tile keep it.
+    A key block is partial if it has empty slots or summaries, or if only some query blocks of a
+    tile keep it.
 
     Args:
         mask: Kept pairs of blocks.
@@ -57,16 +63,25 @@ def build_flex_tables(
         block_tokens: Slots of a block.
         rows_per_tile: Query blocks of one tile.
         needs_backward: Make the transposed tables too.
+        shown: Summaries that each query block attends, the last key slots.
     """
     some, full = tile_rows(mask, rows_per_tile)
     if valid is None:
         valid = mask.new_ones(1, mask.shape[-1] * block_tokens)
     else:
         full = full & valid.unflatten(1, (-1, block_tokens)).all(dim=2)[:, None, None, :]
+    columns = None
+    if shown is not None:
+        count = shown.shape[-1]
+        full = full.clone()
+        full[..., -(count // block_tokens) :] = False
+        columns = torch.full((valid.shape[-1],), count, device=mask.device)
+        columns[-count:] = torch.arange(count, device=mask.device)
+        shown = torch.nn.functional.pad(shown, (0, 1), value=True)
     partial = some & ~full
     transposed = (compact(partial.mT), compact(full.mT)) if needs_backward else None
     own_mask = mask if rows_per_tile > 1 else None
-    return FlexTables(compact(partial), compact(full), transposed, valid, own_mask)
+    return FlexTables(compact(partial), compact(full), transposed, valid, own_mask, shown, columns)
 
 
 def compact(mask: Bool[Tensor, "*rows columns"]) -> KeptColumns:
@@ -88,7 +103,7 @@ def build_block_mask(tables: FlexTables, block_tokens: int, *, rows_per_tile: in
         block_tokens: Slots of a block.
         rows_per_tile: Query blocks of one tile, as the tables were made for.
     """
-    valid, mask = tables.valid, tables.mask
+    valid, mask, shown, columns = tables.valid, tables.mask, tables.shown, tables.columns
     per_sample = valid.shape[0] > 1
 
     def is_valid_key(batch: Tensor, head: Tensor, q_slot: Tensor, kv_slot: Tensor) -> Tensor:
@@ -98,6 +113,13 @@ def build_block_mask(tables: FlexTables, block_tokens: int, *, rows_per_tile: in
         assert mask is not None
         kept = mask[batch, head, q_slot // block_tokens, kv_slot // block_tokens]
         return kept & is_valid_key(batch, head, q_slot, kv_slot)
+
+    sees_token = is_valid_key if mask is None else is_kept
+
+    def sees(batch: Tensor, head: Tensor, q_slot: Tensor, kv_slot: Tensor) -> Tensor:
+        assert shown is not None and columns is not None
+        is_shown = shown[batch, head, q_slot // block_tokens, columns[kv_slot]]
+        return is_shown & sees_token(batch, head, q_slot, kv_slot)
 
     q_blocks = tables.full.columns.shape[-2] if mask is None else mask.shape[-2]
     partial_q, full_q = tables.transposed or (KeptColumns(None, None), KeptColumns(None, None))  # type: ignore[arg-type]
@@ -112,5 +134,5 @@ def build_block_mask(tables: FlexTables, block_tokens: int, *, rows_per_tile: in
         full_q_num_blocks=full_q.counts,
         full_q_indices=full_q.columns,
         BLOCK_SIZE=(rows_per_tile * block_tokens, block_tokens),
-        mask_mod=is_valid_key if mask is None else is_kept,
+        mask_mod=sees_token if shown is None else sees,
     )

@@ -1,0 +1,218 @@
+"""Tails: an estimate of the blocks that a map drops, in the same softmax as the kept tokens.
+
+A dropped block j of n_j tokens with mean key k̄_j and mean value v̄_j stands as one summary: a key
+k̄_j with value v̄_j and log n_j added to its score, that is n_j tokens that are all the mean
+("mean"). To first order, exp(s q·k_c) = exp(s q·k̄_j) (1 + s q·(k_c - k̄_j)) for its tokens c. As
+deviations from a mean sum to zero, the denominator stays and the output gains
+
+    sum over dropped j of w_j s q·H_j / n_j,    H_j = sum over c in j of k_c (v_c - v̄_j)ᵀ
+
+with w_j the probability of the summary. One matrix stands for all of them ("first"): the mean of
+H_j over all tokens of the clip, times the probability of all summaries of the row.
+
+Sources: PISA (arXiv:2602.01077) for the first order with one matrix; Sol-Attn (arXiv:2607.24027)
+for means of dropped blocks inside the softmax.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nabla_attn.core.block_map import BlockMap
+from nabla_attn.core.order import TokenLayout, block_order
+from nabla_attn.core.scores import pool_blocks
+from nabla_attn.core.window import build_segment_map
+from nabla_attn.shapes import Bool, Float, Int
+
+# Values of some heads, held in fp32 at once: 256 MB.
+PANEL_VALUES = 2**26
+
+
+@dataclass(frozen=True, eq=False)
+class Tail:
+    """Summaries of the video's blocks, one slot for each, filled up to whole blocks of slots.
+
+    Text is always kept, so it has no summaries.
+
+    Attributes:
+        keys: Mean keys, fp32 or fp64; zero in empty slots.
+        values: Mean values, likewise.
+        bias: What is added to a summary's score: the logarithm of its tokens' number.
+        shown: True where a query block attends a summary: the map drops the block, and it is of
+            the query block's own clip.
+        slopes: The mean of k (v - v̄)ᵀ over the tokens of each packed clip; None for a mean tail.
+        clips: The clip of every query block; 0 for text.
+    """
+
+    keys: Float[Tensor, "batch heads summaries dim"]
+    values: Float[Tensor, "batch heads summaries dim"]
+    bias: Float[Tensor, " summaries"]
+    shown: Bool[Tensor, "batch heads q_blocks summaries"]
+    slopes: Float[Tensor, "batch heads clips dim dim"] | None
+    clips: Int[Tensor, " q_blocks"]
+
+
+def build_tail(
+    k: Float[Tensor, "batch heads slots dim"],
+    v: Float[Tensor, "batch heads slots dim"],
+    block_map: BlockMap,
+    layout: TokenLayout,
+    kind: str,
+) -> Tail:
+    """Summaries of what a map drops, differentiable in k and v.
+
+    Args:
+        k: Keys in block order, zero in empty slots, any floating dtype.
+        v: Values, like k.
+        block_map: Which blocks are kept.
+        layout: Where the tokens are.
+        kind: "mean" or "first".
+    """
+    grid, missing = layout.grid, -layout.grid.num_blocks % layout.grid.block.tokens
+    counts = block_order(layout, k.device).counts[: grid.num_blocks]
+    keys, values = (pool_blocks(x[:, :, : grid.num_slots], counts) for x in (k, v))
+    shown = ~block_map.mask[..., : grid.num_blocks]
+    if grid.segments is not None:
+        # Rows of text drop nothing.
+        shown[:, :, : grid.num_blocks] &= build_segment_map(grid, k.device)
+    pad = torch.nn.functional.pad
+    return Tail(
+        keys=pad(keys, (0, 0, 0, missing)),
+        values=pad(values, (0, 0, 0, missing)),
+        bias=pad(counts.to(keys.dtype).log(), (0, missing)),
+        shown=pad(shown, (0, missing)),
+        slopes=_slopes(k, v, values, layout) if kind == "first" else None,
+        clips=_clips(layout, k.device),
+    )
+
+
+def tail_density(tail: Tail, block_map: BlockMap) -> Float[Tensor, "batch heads"]:
+    """Scores of summaries / all token pairs, to be added to the density of the map."""
+    scores = (tail.shown.sum(dim=-1) * block_map.q_counts).sum(dim=-1, dtype=torch.float64)
+    pairs = block_map.q_counts.sum() * block_map.kv_counts.sum(dim=1, keepdim=True)
+    return (scores / pairs).float()
+
+
+def with_summaries(
+    k: Tensor, v: Tensor, block_map: BlockMap, tail: Tail
+) -> tuple[Tensor, Tensor, BlockMap]:
+    """Keys, values and a map with the summaries behind the tokens, as blocks that all rows keep.
+
+    Which of them a row attends is for `Tail.shown` to say.
+    """
+    k, v = (torch.cat([x, y.to(x.dtype)], dim=2) for x, y in ((k, tail.keys), (v, tail.values)))
+    num_slots, valid = tail.bias.numel(), block_map.kv_valid
+    if valid is None:
+        valid = tail.shown.new_ones(1, k.shape[2] - num_slots)
+    return (
+        k,
+        v,
+        replace(
+            block_map,
+            mask=pad_true(block_map.mask, num_slots // block_map.block_tokens),
+            kv_valid=pad_true(valid, num_slots),
+        ),
+    )
+
+
+def pad_true(x: Bool[Tensor, "*rows columns"], count: int) -> Bool[Tensor, "*rows more_columns"]:
+    """The rows with `count` columns of True behind them."""
+    return torch.nn.functional.pad(x, (0, count), value=True)
+
+
+def add_first_order(
+    out: Float[Tensor, "batch heads rows dim"],
+    mass: Float[Tensor, "batch heads rows"],
+    q: Float[Tensor, "batch heads rows dim"],
+    clips: Int[Tensor, " rows"],
+    slopes: Float[Tensor, "batch heads clips dim dim"],
+    scale: float,
+) -> Float[Tensor, "batch heads rows dim"]:
+    """The output of a mean tail with the first order added.
+
+    Args:
+        out: The output of the mean tail.
+        mass: The probability of all summaries of a row.
+        q: Its query.
+        clips: Its clip.
+        slopes: Those of the tail.
+        scale: Factor on q.k.
+    """
+    slopes = slopes.to(q.dtype)
+    rise = q @ slopes[:, :, 0]
+    for clip in range(1, slopes.shape[2]):
+        rise = torch.where((clips == clip)[:, None], q @ slopes[:, :, clip], rise)
+    return torch.addcmul(out, (scale * mass).to(out.dtype)[..., None], rise.to(out.dtype))
+
+
+def attend_rows(
+    q: Float[Tensor, "batch heads rows dim"],
+    k: Float[Tensor, "batch heads kv_slots dim"],
+    v: Float[Tensor, "batch heads kv_slots dim"],
+    keep: Bool[Tensor, "batch heads rows kv_slots"],
+    blocks: Int[Tensor, " rows"],
+    tail: Tail | None,
+    scale: float,
+) -> Float[Tensor, "batch heads rows dim"]:
+    """The plain definition of attention over kept tokens and a tail, in the dtype of the inputs.
+
+    Args:
+        q: Queries, some or all.
+        k: Keys in block order.
+        v: Values, like k.
+        keep: True where a query attends a token.
+        blocks: The query block of every row.
+        tail: The summaries, or None.
+        scale: Factor on q.k.
+    """
+    scores = (scale * (q @ k.transpose(-1, -2))).masked_fill(~keep, float("-inf"))
+    if tail is None:
+        return scores.softmax(dim=-1) @ v
+    keys, values = tail.keys.to(q.dtype), tail.values.to(q.dtype)
+    summaries = scale * (q @ keys.transpose(-1, -2)) + tail.bias.to(q.dtype)
+    summaries = summaries.masked_fill(~tail.shown[:, :, blocks], float("-inf"))
+    probs = torch.cat([scores, summaries], dim=-1).softmax(dim=-1)
+    kept, estimated = probs.split([k.shape[2], keys.shape[2]], dim=-1)
+    out = kept @ v + estimated @ values
+    if tail.slopes is None:
+        return out
+    return add_first_order(out, estimated.sum(-1), q, tail.clips[blocks], tail.slopes, scale)
+
+
+def _slopes(
+    k: Tensor, v: Tensor, means: Tensor, layout: TokenLayout
+) -> Float[Tensor, "batch heads clips dim dim"]:
+    """The mean of k (v - v̄)ᵀ over each clip's tokens; empty slots add nothing, as k is zero there.
+
+    Products run in bf16 where tokens come in it, and in fp32 or fp64 elsewhere: sums over a clip
+    would not fit fp16.
+    """
+    block = layout.grid.block.tokens
+    dtype = k.dtype if k.dtype == torch.bfloat16 else means.dtype
+    per_time = layout.grid.num_blocks // layout.grid.blocks[0]
+    slots = [times * per_time * block for times in layout.grid.segment_blocks]
+    per_frame = layout.grid.height * layout.grid.width
+    heads = max(1, PANEL_VALUES // max(1, v[:, 0].numel()))
+    parts = []
+    for some in zip(k.split(heads, 1), v.split(heads, 1), means.split(heads, 1), strict=True):
+        keys, values, centre = some
+        values = values[:, :, : layout.grid.num_slots].unflatten(2, (-1, block))
+        values = (values - centre[..., None, :]).to(dtype).flatten(2, 3)
+        keys = keys[:, :, : layout.grid.num_slots].to(dtype)
+        clips = zip(keys.split(slots, 2), values.split(slots, 2), strict=True)
+        sums = [(x.transpose(-1, -2) @ y).to(means.dtype) for x, y in clips]
+        parts.append(torch.stack(sums, dim=2))
+    frames = torch.tensor(layout.grid.segment_frames, dtype=means.dtype, device=k.device)
+    return torch.cat(parts, dim=1) / (frames * per_frame)[:, None, None]
+
+
+def _clips(layout: TokenLayout, device: torch.device) -> Int[Tensor, " q_blocks"]:
+    """The clip of every block; 0 for text."""
+    per_time = layout.grid.num_blocks // layout.grid.blocks[0]
+    clips = torch.zeros(layout.num_blocks, dtype=torch.long, device=device)
+    start = 0
+    for clip, times in enumerate(layout.grid.segment_blocks):
+        clips[start : start + times * per_time] = clip
+        start += times * per_time
+    return clips
