@@ -108,7 +108,9 @@ def test_configs_are_frozen_and_hashable():
     assert len({config, na.parse("nabla-0.70")}) == 1
 
 
-@pytest.mark.parametrize("text", ["nabla-0.7_keep-first-frame", "topk-0.2_pair-pool"])
+@pytest.mark.parametrize(
+    "text", ["nabla-0.7_keep-first-frame", "topk-0.2_pair-pool", "topk-0.2_tail-first"]
+)
 def test_every_rule_of_a_map_has_a_spelling(text):
     assert str(na.parse(text)) == text
     assert na.Schedule.from_json(na.Schedule(algorithm=na.parse(text)).to_json()).algorithm == (

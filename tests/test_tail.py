@@ -1,16 +1,18 @@
 """Tails: the estimate of dropped blocks against its formula, its exact limits and gradients."""
 
-import math
 from dataclasses import replace
 
 import pytest
 import torch
 from tests.backends.test_backends import assert_within_budget
+from tests.models.tiny_models import TINY, relative_error, run
 from tests.oracle import ODD_GRIDS, random_qkv
 from torch.nn.functional import scaled_dot_product_attention
 
 import nabla_attn as na
 from nabla_attn.backends.flex_options import FlexOptions, flex_options
+from nabla_attn.core import losses
+from nabla_attn.core.losses import BlockCall
 from nabla_attn.core.order import TokenLayout
 
 TAILS = ("mean", "first")
@@ -256,3 +258,74 @@ def test_flex_with_taller_tiles_padded_text_and_a_mean_tail():
 def test_flex_refuses_the_first_order():
     with pytest.raises(RuntimeError, match=r"probability summaries hold.*backend='gather'"):
         both(ODD_GRIDS["exact"], "first", "flex", torch.float32)
+
+
+@pytest.mark.parametrize("name", ["ltx", "hunyuan"])
+def test_models_run_compile_train_and_report_with_a_tail(name):
+    model, inputs = TINY[name].build(), TINY[name].inputs(3, 16, 16)
+    with torch.no_grad(), na.apply(model, "topk-0.1"):
+        dropped = run(model, inputs)
+    handle = na.apply(model, "topk-0.1_tail-first")
+    with torch.no_grad():
+        expected = run(model, inputs)
+        assert relative_error(dropped, expected) > 1e-4
+        numbers = handle.report().to_dict()
+        assert 0 < numbers["tail_density"] < (1 - numbers["density"]) / 64 * 1.2
+        assert "of summaries" in str(handle.report())
+    run(model, inputs).square().sum().backward()
+    eager = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    torch._dynamo.reset()
+    for layer in handle.layers:
+        block = model.get_submodule(layer.path.rpartition(".")[0])
+        block.compile(fullgraph=True, backend="aot_eager")
+    out = run(model, inputs)
+    assert relative_error(out.detach(), expected) < 3e-6
+    out.square().sum().backward()
+    compiled = [p.grad for p in model.parameters() if p.grad is not None]
+    for ours, truth in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(ours, truth, atol=1e-4, rtol=1e-3)
+    torch._dynamo.reset()
+
+
+@tails
+def test_a_kept_map_serves_with_summaries_of_the_current_tokens(tail):
+    grid = ODD_GRIDS["exact"]
+    first, now = random_qkv(grid, batch=2), random_qkv(grid, batch=2)
+    config, layout = na.parse(f"topk-0.2_tail-{tail}"), TokenLayout(grid)
+    kept = na.build_block_map(*first[:2], grid, config)
+    attend = na.attention.attend
+    out, _ = attend(*now, layout, config, select=lambda *args, **options: kept)
+    expected = estimated_attention(*now, grid, kept, tail)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+
+
+@tails
+@pytest.mark.parametrize("num_text", [0, 9])
+def test_losses_of_a_map_count_its_tail(tail, num_text):
+    grid, config = ODD_GRIDS["ragged"], na.parse(f"topk-0.2_tail-{tail}")
+    q, k, v = random_qkv(grid, num_text=num_text)
+    layout = TokenLayout(grid, 0, num_text)
+    bmap = na.build_block_map(q, k, grid, config, text_after=num_text)
+    blocks = [na.to_blocks(x, layout) for x in (q, k, v)]
+    call = BlockCall(*blocks, layout, bmap, q.shape[-1] ** -0.5, tail)
+    exact = scaled_dot_product_attention(q, k, v)
+    wanted = estimated_attention(q, k, v, grid, bmap, tail, num_text=num_text)
+    wanted = ((wanted - exact).norm(dim=-1) / exact.norm(dim=-1))[0, :, : grid.num_tokens].mean(-1)
+    for max_scores in (1, losses.MAX_SCORES):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(losses, "MAX_SCORES", max_scores)
+            got = losses.measure_losses(call, num_rows=10_000)
+        torch.testing.assert_close(got.output_error, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@tails
+def test_autocast_acts_as_on_scaled_dot_product_attention(tail, dtype):
+    grid = ODD_GRIDS["ragged"]
+    q, k, v = random_qkv(grid)
+    exact = na.nabla_attention(q, k, v, grid, f"topk-0.2_tail-{tail}")
+    with torch.autocast("cpu", dtype=dtype):
+        out = na.nabla_attention(q, k, v.to(dtype), grid, f"topk-0.2_tail-{tail}")
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), exact, atol=0.1, rtol=0.1)

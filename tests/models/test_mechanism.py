@@ -473,7 +473,7 @@ def test_reports_keep_every_step_of_long_generations():
     telemetry = Telemetry()
     for step in range(1500):
         for _ in range(2):
-            density = torch.full((2, 1), step / 2000)
+            density = torch.full((3, 1), step / 2000)
             telemetry.record(Forward("transformer", step, (1, 1, 1), [density]), 1)
     assert torch.equal(telemetry.report().density[:, 0, 0], torch.arange(1500) / 2000)
     for _ in range(3000):

@@ -176,11 +176,13 @@ def test_heads_are_balanced():
 
 def test_the_report_shows_the_balance():
     density = torch.tensor([[[0.9, 0.8, 0.1, 0.2]], [[0.8, 0.8, 0.2, 0.2]]])
-    report = Report(density, density, ["transformer"] * 2)
+    report = Report(density, density, density, ["transformer"] * 2)
     assert report.head_balance(2) == (pytest.approx(1.6), pytest.approx(1.0))
     skipped = torch.cat([density, torch.full_like(density, float("nan"))], dim=1)
-    assert Report(skipped, skipped, report.models).head_balance(2) == report.head_balance(2)
-    first = Report(density[:1], density[:1], ["transformer"])
+    assert Report(skipped, skipped, skipped, report.models).head_balance(2) == report.head_balance(
+        2
+    )
+    first = Report(density[:1], density[:1], density[:1], ["transformer"])
     assert all(value != value for value in first.head_balance(2))
 
 

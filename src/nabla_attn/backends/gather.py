@@ -166,14 +166,14 @@ class _GatherAttention(torch.autograd.Function):
         for_each(attend_slice, buckets.slices, q.device)
         out = out.view(q.shape)
         mass = None if mass is None else mass.view(q.shape[:3])
-        ctx.save_for_backward(q, k, v, out, mass)
+        ctx.save_for_backward(q, k, v, out, mass)  # type: ignore[arg-type]
         ctx.block_map, ctx.scale, ctx.tail = block_map, scale, tail  # type: ignore[attr-defined]
         return out, mass
 
     @staticmethod
     @once_differentiable
     def backward(  # type: ignore[no-untyped-def]
-        ctx, grad_out: Tensor, grad_mass: Tensor | None
+        ctx, grad_out: Tensor, grad_mass: Tensor
     ) -> tuple[Tensor | None, ...]:
         q, k, v, out, mass = ctx.saved_tensors
         block_map, scale, tail = ctx.block_map, ctx.scale, ctx.tail

@@ -28,5 +28,6 @@ def attend(
         if block_map.kv_valid is not None:
             keep = keep & block_map.kv_valid[:, None, None, :]
         blocks = torch.arange(block_map.mask.shape[2], device=q.device).repeat_interleave(block)
-        out = attend_rows(*(x.to(dtype) for x in (q, k, v)), keep, blocks, tail, scale)
+        q_wide, k_wide, v_wide = (x.to(dtype) for x in (q, k, v))
+        out = attend_rows(q_wide, k_wide, v_wide, keep, blocks=blocks, tail=tail, scale=scale)
         return out.to(q.dtype)

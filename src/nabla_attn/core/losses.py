@@ -9,6 +9,7 @@ from torch import Tensor
 from nabla_attn.core.block_map import BlockMap
 from nabla_attn.core.order import TokenLayout, block_order
 from nabla_attn.core.scores import pool_blocks, score_blocks
+from nabla_attn.core.tail import attend_rows, build_tail
 
 MAX_SCORES = 2**26  # exact scores held at once: 256 MB in fp32
 
@@ -24,6 +25,7 @@ class BlockCall:
         layout: Where the tokens are.
         block_map: Which blocks are kept.
         scale: Factor on q.k.
+        tail: How dropped blocks are estimated, "mean" or "first"; None leaves them out.
     """
 
     q: Tensor
@@ -32,6 +34,7 @@ class BlockCall:
     layout: TokenLayout
     block_map: BlockMap
     scale: float
+    tail: str | None = None
 
 
 @torch.no_grad()
@@ -58,7 +61,8 @@ class MapLosses:
         true_mass: Probability mass of exact attention inside the kept blocks.
         best_mass: The most that as many blocks, chosen for each token by exact attention, could
             hold: no map of this density keeps more.
-        output_error: Distance of the sparse from the exact output over the length of the latter.
+        output_error: Distance of the sparse output, tail included, from the exact one over the
+            length of the latter.
     """
 
     true_mass: Tensor
@@ -83,6 +87,9 @@ def measure_losses(call: BlockCall, *, num_rows: int = 16, seed: int = 0) -> Map
     valid = call.block_map.kv_valid
     heads, keys = call.q.shape[1], call.k.shape[2]
     step = max(1, MAX_SCORES // (len(slots) * keys))
+    tail = None
+    if call.tail is not None:
+        tail = build_tail(call.k, call.v, call.block_map, call.layout, call.tail)
     parts = []
     for start in range(0, heads, step):
         some = slice(start, start + step)
@@ -90,12 +97,24 @@ def measure_losses(call: BlockCall, *, num_rows: int = 16, seed: int = 0) -> Map
         scores = (q * call.scale) @ k.transpose(-1, -2)
         if valid is not None:
             scores = scores.masked_fill(~valid[0], float("-inf"))
-        parts.append(_losses(scores.softmax(dim=-1), v, kept[some], block))
+        sparse = None
+        if tail is not None:
+            keep = kept[some].repeat_interleave(block, dim=-1)
+            keep = keep if valid is None else keep & valid[0]
+            mine, blocks = tail.of_heads(some), slots // block
+            rows = [x[None] for x in (q, k, v, keep)]
+            sparse = attend_rows(*rows, blocks=blocks, tail=mine, scale=call.scale)[0]
+        parts.append(_losses(scores.softmax(dim=-1), v, kept[some], block, sparse))
     return MapLosses(*(torch.cat(values).float().cpu() for values in zip(*parts, strict=True)))
 
 
-def _losses(probs: Tensor, v: Tensor, kept: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Means over rows of probs [heads, rows, slots]; kept [heads, rows, blocks]."""
+def _losses(
+    probs: Tensor, v: Tensor, kept: Tensor, block: int, sparse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Means over rows of probs [heads, rows, slots]; kept [heads, rows, blocks].
+
+    The sparse output [heads, rows, dim] is given where there is a tail.
+    """
     mass = probs.unflatten(-1, (-1, block)).sum(dim=-1)
     true_mass = (mass * kept).sum(dim=-1)
     counts = kept.sum(dim=-1, keepdim=True)
@@ -104,9 +123,9 @@ def _losses(probs: Tensor, v: Tensor, kept: Tensor, block: int) -> tuple[Tensor,
     exact = probs @ v
     # Where the kept mass is below what floats hold, the output is nothing and its error 1.
     tiny = torch.finfo(probs.dtype).tiny
-    sparse = (
-        (probs * kept.repeat_interleave(block, dim=-1)) @ v / true_mass.clamp(min=tiny)[..., None]
-    )
+    if sparse is None:
+        held = probs * kept.repeat_interleave(block, dim=-1)
+        sparse = held @ v / true_mass.clamp(min=tiny)[..., None]
     error = (sparse - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=tiny)
     return true_mass.mean(dim=-1), best_mass.mean(dim=-1), error.mean(dim=-1)
 

@@ -52,6 +52,16 @@ class Tail:
     slopes: Float[Tensor, "batch heads clips dim dim"] | None
     clips: Int[Tensor, " q_blocks"]
 
+    def of_heads(self, some: slice) -> "Tail":
+        """The summaries of some heads."""
+        return replace(
+            self,
+            keys=self.keys[:, some],
+            values=self.values[:, some],
+            shown=self.shown[:, some],
+            slopes=None if self.slopes is None else self.slopes[:, some],
+        )
+
 
 def build_tail(
     k: Float[Tensor, "batch heads slots dim"],
@@ -151,6 +161,7 @@ def attend_rows(
     k: Float[Tensor, "batch heads kv_slots dim"],
     v: Float[Tensor, "batch heads kv_slots dim"],
     keep: Bool[Tensor, "batch heads rows kv_slots"],
+    *,
     blocks: Int[Tensor, " rows"],
     tail: Tail | None,
     scale: float,

@@ -68,7 +68,7 @@ def _attend(
     scale: float | None,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """The output of a planned call, and density and kept mass of its heads."""
+    """The output of a planned call, and what `_stats` says of its heads."""
     return _follow(plan_of(key), q, k, v, text_valid, order, scale, dtype)
 
 
@@ -123,18 +123,24 @@ def _cached(plan: Plan, layer: Layer, batch: int) -> Callable[..., BlockMap]:
 
 @torch.no_grad()
 def _stats(plan: Plan, block_map: BlockMap | None, q: Tensor) -> Tensor:
-    """Density and kept mass of every head, averaged over the batch; stays on the device.
+    """Density, kept mass and the tail's density of every head; stays on the device.
+
+    They are means over the batch.
 
     The kept mass is NaN under a map from an earlier call, whose scores were not computed.
     """
     if block_map is None:
-        return torch.ones((2, q.shape[1]), device=q.device)
+        stats = torch.ones((3, q.shape[1]), device=q.device)
+        stats[2] = 0
+        return stats
     if not plan.telemetry:
-        return torch.empty((2, q.shape[1]), device=q.device)
+        return torch.empty((3, q.shape[1]), device=q.device)
     density = block_map.head_density.mean(dim=0)
     mass = block_map.kept_mass
     kept = torch.full_like(density, float("nan")) if mass is None else mass.nanmean(dim=0).float()
-    return torch.stack([density, kept])
+    tail = block_map.tail_density
+    extra = torch.zeros_like(density) if tail is None else tail.mean(dim=0)
+    return torch.stack([density, kept, extra])
 
 
 @torch.library.custom_op("nabla_attn::attend", mutates_args=())
@@ -151,7 +157,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     # Autocast leaves float64 alone.
     dtype = q.dtype if q.dtype == torch.float64 else rest[-1] or q.dtype
     out = q.new_empty((batch, tokens, heads, v.shape[-1]), dtype=dtype)
-    return out, q.new_empty((2, heads), dtype=torch.float32)
+    return out, q.new_empty((3, heads), dtype=torch.float32)
 
 
 def _above_autograd() -> AbstractContextManager:

@@ -181,7 +181,8 @@ class AttentionCall:
             valid = None if self.text_valid is None else text_entries(self.text_valid[-1:], layout)
             block_map = select_blocks(q, k, layout, config, scale=self.scale, text_valid=valid)
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
-        return BlockCall(q, k, v, layout, block_map, scale)
+        tail = (self.config if config is None else config).tail
+        return BlockCall(q, k, v, layout, block_map, scale, tail)
 
 
 Observer = Callable[[AttentionCall], None]
@@ -219,9 +220,9 @@ class Layer:
         maps: The maps kept for later calls, where the schedule reuses them.
         observers: Called with every sparse call.
         current: What the layer does in the forward of this thread: `is_dense`, whether it stays
-            dense; `step`, the denoising step; `key`, its plan; `stats`, fp32 [2, heads] for density
-            and kept mass, None when not measured; `order`, the heads in the order in which ranks
-            take them, None as they are.
+            dense; `step`, the denoising step; `key`, its plan; `stats`, fp32 [3, heads] for
+            density, kept mass and the tail's density, None when not measured; `order`, the heads in
+            the order in which ranks take them, None as they are.
     """
 
     def __init__(self, path: str, *, model: str = "", index: int = 0, num_heads: int = 0) -> None:

@@ -195,7 +195,7 @@ class Planner:
             return
         current.key = plan_key(plan)
         if plan.telemetry:
-            current.stats = torch.full((2, layer.num_heads), float("nan"), device=device)
+            current.stats = torch.full((3, layer.num_heads), float("nan"), device=device)
 
     def _prepare_ranks(self, model: nn.Module, ranks: Ranks, device: torch.device) -> None:
         if self.row.no_ranks is not None:

@@ -21,7 +21,8 @@ class Forward:
         model: The transformer's name in the pipeline.
         step: Denoising step; None with gradients.
         tokens: Video tokens along (frames, height, width).
-        stats: Per layer fp32 [2, heads]; NaN where a layer did not run, None where it is dense.
+        stats: Per layer fp32 [3, heads] for density, kept mass and the tail's density; NaN where a
+            layer did not run, None where it is dense.
     """
 
     model: str
@@ -40,11 +41,14 @@ class Report:
     Attributes:
         density: Kept token pairs / all token pairs, fp32 [steps, layers, heads].
         kept_mass: Kept probability mass of the pooled map, fp32 [steps, layers, heads].
+        tail_density: Scores of the summaries that stand for dropped blocks / all token pairs, fp32
+            [steps, layers, heads]; 0 without a tail. Density does not count them.
         models: The transformer that ran each step.
     """
 
     density: Tensor
     kept_mass: Tensor
+    tail_density: Tensor
     models: list[str]
 
     @property
@@ -78,6 +82,7 @@ class Report:
         return {
             "density": _plain(self.density.nanmean()),
             "kept_mass": _plain(self.kept_mass.nanmean()),
+            "tail_density": _plain(self.tail_density.nanmean()),
             "density_per_step_and_layer": _plain(self.density.nanmean(dim=-1)),
             "kept_mass_per_step_and_layer": _plain(self.kept_mass.nanmean(dim=-1)),
             "models": self.models,
@@ -85,8 +90,10 @@ class Report:
 
     def __str__(self) -> str:
         steps, layers, heads = self.density.shape
+        tail = self.tail_density.nanmean().item()
+        extra = f" + {tail:.4f} of summaries" if tail > 0 else ""
         return (
-            f"density {self.mean_density:.3f}, kept mass {self.mean_kept_mass:.3f} over "
+            f"density {self.mean_density:.3f}{extra}, kept mass {self.mean_kept_mass:.3f} over "
             f"{steps} steps, {layers} layers, {heads} heads"
         )
 
@@ -136,19 +143,20 @@ class Telemetry:
         num_layers = max((len(f.stats) for f in forwards), default=0)
         tensors = [stats for f in forwards for stats in f.stats if stats is not None]
         num_heads = max((stats.shape[1] for stats in tensors), default=1)
-        values = torch.full((len(self._steps), num_layers, 2, num_heads), float("nan"))
+        values = torch.full((len(self._steps), num_layers, 3, num_heads), float("nan"))
         for row, calls in enumerate(self._steps.values()):
             stacked = [_stack(call, num_layers, num_heads) for call in calls]
             values[row] = torch.stack(stacked).nanmean(dim=0)
         models = [calls[-1].model for calls in self._steps.values()]
-        return Report(values[:, :, 0].clone(), values[:, :, 1].clone(), models)
+        density, kept_mass, tail_density = (x.clone() for x in values.unbind(dim=2))
+        return Report(density, kept_mass, tail_density, models)
 
 
 def _stack(forward: Forward, num_layers: int, num_heads: int) -> Tensor:
-    values = torch.full((num_layers, 2, num_heads), float("nan"))
+    values = torch.full((num_layers, 3, num_heads), float("nan"))
     for layer, stats in enumerate(forward.stats):
         if stats is None:
-            values[layer] = 1
+            values[layer, :2], values[layer, 2] = 1, 0
         else:
             values[layer, :, : stats.shape[1]] = stats.cpu()
     return values
