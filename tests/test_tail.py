@@ -256,7 +256,7 @@ def test_flex_with_taller_tiles_padded_text_and_a_mean_tail():
 
 
 def test_flex_refuses_the_first_order():
-    with pytest.raises(RuntimeError, match=r"probability summaries hold.*backend='gather'"):
+    with pytest.raises(RuntimeError, match=r"probability of summaries.*backend='gather'"):
         both(ODD_GRIDS["exact"], "first", "flex", torch.float32)
 
 

@@ -67,7 +67,7 @@ def why_not(
 ) -> str | None:
     """The reason why FlexAttention cannot run, or None; arguments as for `backends.why_not`."""
     if tail == "first":
-        return "_tail-first needs the probability that summaries hold, which FlexAttention keeps"
+        return "FlexAttention does not return the probability of summaries, for _tail-first"
     if device.type == "cpu" and needs_grad:
         return "FlexAttention has no backward on CPU"
     reason = why_not_compile(device)
