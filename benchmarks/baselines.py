@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from benchmarks.variants import variants
 from nabla_attn import backends
 from nabla_attn.bench.contenders import Contender
-from nabla_attn.bench.inputs import Inputs
+from nabla_attn.bench.workloads import Inputs
 from nabla_attn.core.block_map import BlockMap, block_map_of
 from nabla_attn.core.grid import TokenGrid
 from nabla_attn.core.order import TokenLayout, to_blocks, to_raster

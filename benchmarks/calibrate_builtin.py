@@ -12,15 +12,20 @@ from pathlib import Path
 import numpy as np
 import typer
 
-from nabla_attn.calibrate.candidates import DEFAULT, read_candidates
-from nabla_attn.calibrate.choose import Choice, choose_within, one_for_all
+from nabla_attn.calibrate.candidates import (
+    DEFAULT,
+    Choice,
+    choose_within,
+    one_for_all,
+    read_candidates,
+)
 from nabla_attn.calibrate.run import Calibration
 from nabla_attn.config import parse
 from nabla_attn.evaluation.metrics import measure_ssim
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import BUILTIN_DIRECTORY, load_pipeline, model_identity
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults, video_tokens
-from nabla_attn.moving_shapes.scorer import MovingShapesScorer
+from nabla_attn.moving_shapes.judge import MovingShapesScorer
 from nabla_attn.record import RunRecord, collect_versions, describe_device
 from nabla_attn.schedule import Schedule
 

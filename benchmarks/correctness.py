@@ -12,10 +12,9 @@ import torch
 
 from nabla_attn import backends
 from nabla_attn.attention import build_block_map, nabla_attention
-from nabla_attn.bench.gate import check_output, token_rows
-from nabla_attn.bench.inputs import make_inputs
+from nabla_attn.bench.measure import check_output, token_rows
 from nabla_attn.bench.suite import make_record
-from nabla_attn.bench.workloads import Workload
+from nabla_attn.bench.workloads import Workload, make_inputs
 from nabla_attn.config import SparseConfig
 from nabla_attn.core.grid import TokenGrid
 from nabla_attn.core.order import to_blocks, to_raster

@@ -19,8 +19,7 @@ from benchmarks.map_reuse import distance
 from nabla_attn.generation.call import sample
 from nabla_attn.generation.pipeline import BUILTIN_DIRECTORY, load_pipeline, model_identity
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults, video_tokens
-from nabla_attn.moving_shapes.caption import describe
-from nabla_attn.moving_shapes.scene import held_out_scenes
+from nabla_attn.moving_shapes.scene import describe, held_out_scenes
 from nabla_attn.record import RunRecord, collect_versions, describe_device
 
 FRAMES = ("nabla-0.7_block-1-16-16", "nabla-0.4_block-1-16-16")

@@ -9,9 +9,8 @@ from typing import Any
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import model_identity
 from nabla_attn.generation.request import GenerationRequest
-from nabla_attn.moving_shapes.caption import describe
 from nabla_attn.moving_shapes.judge import score
-from nabla_attn.moving_shapes.scene import held_out_scenes
+from nabla_attn.moving_shapes.scene import describe, held_out_scenes
 from nabla_attn.record import RunRecord, check_settings, collect_versions, describe_device
 
 

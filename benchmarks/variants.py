@@ -10,7 +10,7 @@ from nabla_attn import backends
 from nabla_attn.attention import build_block_map, nabla_attention
 from nabla_attn.backends.flex_options import FlexOptions, flex_options, why_not_flash
 from nabla_attn.bench.contenders import Contender
-from nabla_attn.bench.inputs import Inputs
+from nabla_attn.bench.workloads import Inputs
 from nabla_attn.config import SparseConfig
 from nabla_attn.core.block_map import BlockMap
 from nabla_attn.core.grid import BlockShape, TokenGrid

@@ -5,11 +5,10 @@ import torch
 
 import nabla_attn as na
 from nabla_attn import machine
-from nabla_attn.bench import attention, contenders, gate, report, scaling, suite
-from nabla_attn.bench.inputs import make_inputs
-from nabla_attn.bench.maps import measure_map_share, measure_maps
-from nabla_attn.bench.measure import time_in_turn
-from nabla_attn.bench.workloads import WORKLOADS, workload
+from nabla_attn.bench import attention, contenders, report, scaling, suite
+from nabla_attn.bench.attention import measure_map_share, measure_maps
+from nabla_attn.bench.measure import check_output, sample_rows, time_in_turn, token_rows
+from nabla_attn.bench.workloads import WORKLOADS, make_inputs, workload
 from nabla_attn.cli import bench as cli_bench
 from nabla_attn.record import RunRecord
 
@@ -74,7 +73,7 @@ def test_a_wrong_output_is_never_timed(no_compiler, monkeypatch):
 
 def test_an_output_that_is_not_finite_fails_and_can_be_saved():
     q, k, v = (torch.randn(1, 1, 128, 8) for _ in range(3))
-    found = gate.check_output(torch.full_like(q, torch.nan), q, k, v, gate.sample_rows(128), None)
+    found = check_output(torch.full_like(q, torch.nan), q, k, v, sample_rows(128), None)
     assert found["error"] is None and not found["passed"]
 
 
@@ -82,11 +81,11 @@ def test_gate_rows_are_the_map():
     inputs = make_inputs(SMALL, 0.4, CPU)
     out = na.nabla_attention(inputs.q, inputs.k, inputs.v, SMALL.grid, inputs.config)
     bmap = na.build_block_map(inputs.q, inputs.k, SMALL.grid, inputs.config)
-    rows = gate.sample_rows(SMALL.grid.num_tokens)
-    keep = gate.token_rows(bmap, SMALL.grid, rows)
+    rows = sample_rows(SMALL.grid.num_tokens)
+    keep = token_rows(bmap, SMALL.grid, rows)
     assert {0, SMALL.grid.num_tokens - 1} <= set(rows.tolist())
-    assert gate.check_output(out, inputs.q, inputs.k, inputs.v, rows, keep)["passed"]
-    assert not gate.check_output(out, inputs.q, inputs.k, inputs.v, rows, None)["passed"]
+    assert check_output(out, inputs.q, inputs.k, inputs.v, rows, keep)["passed"]
+    assert not check_output(out, inputs.q, inputs.k, inputs.v, rows, None)["passed"]
 
 
 @pytest.mark.parametrize("own_block", [True, False])

@@ -8,11 +8,9 @@ from benchmarks.baselines import Baselines, diffusers_block_map
 
 import nabla_attn as na
 from benchmarks import variants
-from nabla_attn.bench.attention import measure_attention
+from nabla_attn.bench.attention import measure_attention, measure_maps
 from nabla_attn.bench.contenders import contenders, list_contenders
-from nabla_attn.bench.inputs import make_inputs
-from nabla_attn.bench.maps import measure_maps
-from nabla_attn.bench.workloads import workload
+from nabla_attn.bench.workloads import make_inputs, workload
 
 CPU = torch.device("cpu")
 SMALL = replace(

@@ -10,9 +10,14 @@ from typer.testing import CliRunner
 
 from nabla_attn import Schedule, parse
 from nabla_attn.calibrate import run as run_module
-from nabla_attn.calibrate.candidates import SHARES, THRESHOLDS, read_candidates
-from nabla_attn.calibrate.choose import choose_within, one_for_all
-from nabla_attn.calibrate.losses import CandidateLosses
+from nabla_attn.calibrate.candidates import (
+    SHARES,
+    THRESHOLDS,
+    CandidateLosses,
+    choose_within,
+    one_for_all,
+    read_candidates,
+)
 from nabla_attn.calibrate.run import Calibration
 from nabla_attn.cli import app
 from nabla_attn.evaluation.probe import AttentionProbe

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from nabla_attn.cli import app
 from nabla_attn.config import parse
 from nabla_attn.generation.pipeline import load_pipeline
-from nabla_attn.moving_shapes.scorer import MovingShapesScorer
+from nabla_attn.moving_shapes.judge import MovingShapesScorer
 from nabla_attn.schedule import Schedule
 from nabla_attn.training.job import make_sampler
 from nabla_attn.training.metrics import read_log

@@ -19,7 +19,7 @@ from nabla_attn.evaluation.summary import resample, summarise, summary_record
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import load_pipeline
 from nabla_attn.generation.request import GenerationRequest
-from nabla_attn.moving_shapes.scorer import MovingShapesScorer
+from nabla_attn.moving_shapes.judge import MovingShapesScorer
 from nabla_attn.record import RunRecord
 from nabla_attn.viz.report import build_report
 

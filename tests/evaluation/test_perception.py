@@ -16,7 +16,7 @@ from nabla_attn.evaluation.perception import (
     measure_lpips,
 )
 from nabla_attn.evaluation.prompts import make_items, read_prompts, take_prompts
-from nabla_attn.moving_shapes.scorer import MovingShapesScorer
+from nabla_attn.moving_shapes.judge import MovingShapesScorer
 
 
 def noise(*shape, seed=0):

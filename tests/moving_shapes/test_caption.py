@@ -3,7 +3,7 @@ import random
 import pytest
 
 from nabla_attn.moving_shapes import describe, parse_caption, sample_scene
-from nabla_attn.moving_shapes.caption import ShapeWords, Words
+from nabla_attn.moving_shapes.scene import ShapeWords, Words
 
 
 @pytest.mark.parametrize("num_shapes", [1, 2, 3])

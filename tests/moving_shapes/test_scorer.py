@@ -1,7 +1,7 @@
 import pytest
 
 from nabla_attn.moving_shapes import describe, held_out_scenes, render
-from nabla_attn.moving_shapes.scorer import MovingShapesScorer
+from nabla_attn.moving_shapes.judge import MovingShapesScorer
 
 WORLD = MovingShapesScorer()
 

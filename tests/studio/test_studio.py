@@ -16,8 +16,7 @@ from nabla_attn.config import parse
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import load_pipeline
 from nabla_attn.generation.request import GenerationRequest
-from nabla_attn.moving_shapes.caption import parse_caption
-from nabla_attn.moving_shapes.scene import HELD_OUT
+from nabla_attn.moving_shapes.scene import HELD_OUT, parse_caption
 from nabla_attn.studio.pair import FinishedVideo, Step, make_pair
 from nabla_attn.studio.session import (
     BLOCKS,

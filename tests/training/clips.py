@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nabla_attn.training.overrides import override
-from nabla_attn.training.recipes import find_recipe
+from nabla_attn.training.recipes import find_recipe, override
 
 
 @dataclass

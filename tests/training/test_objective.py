@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nabla_attn.training.family import Family
+from nabla_attn.training.families import Family
 from nabla_attn.training.noise import FlowPath, VelocityPath, path_of, served_levels
 from nabla_attn.training.objective import Distillation, FlowMatching
 from nabla_attn.training.sections import ObjectiveConfig

@@ -6,9 +6,8 @@ from tests.tiny_diffusers import tiny_wan_transformer
 
 import nabla_attn as na
 from nabla_attn.training.data.batches import PackSampler, collate_packed
-from nabla_attn.training.families import find_family
-from nabla_attn.training.family import Family
-from nabla_attn.training.packing import let_pack
+from nabla_attn.training.families import Family, find_family
+from nabla_attn.training.setup import let_pack
 
 
 class WanPipeline:

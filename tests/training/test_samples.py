@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nabla_attn.generation.request import GenerationRequest
-from nabla_attn.moving_shapes.scorer import MovingShapesScorer
+from nabla_attn.moving_shapes.judge import MovingShapesScorer
 from nabla_attn.training import samples
 from nabla_attn.training.samples import SampleMaker
 

@@ -3,8 +3,15 @@ import json
 import pytest
 
 from nabla_attn.training.config import StageConfig, TrainConfig, differences, to_plain
-from nabla_attn.training.overrides import override, read_override, read_yaml
-from nabla_attn.training.recipes import RECIPES, distill, find_recipe, pretrain
+from nabla_attn.training.recipes import (
+    RECIPES,
+    distill,
+    find_recipe,
+    override,
+    pretrain,
+    read_override,
+    read_yaml,
+)
 from nabla_attn.training.sections import ObjectiveConfig
 
 

@@ -12,7 +12,7 @@ from nabla_attn.config import parse
 from nabla_attn.core.grid import TokenGrid
 from nabla_attn.core.order import TokenLayout, to_raster
 from nabla_attn.training.adapters import copied_teacher
-from nabla_attn.training.family import Family
+from nabla_attn.training.families import Family
 from nabla_attn.training.noise import FlowPath
 from nabla_attn.training.objective import Distillation, FlowMatching
 from nabla_attn.training.sections import SparsityConfig

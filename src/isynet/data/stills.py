@@ -68,8 +68,7 @@ class ShapeStills:
         return torch.stack(images), objects
 
     def _scene(self, index: int, number: int) -> tuple[Tensor, tuple]:
-        from nabla_attn.moving_shapes.render import render
-        from nabla_attn.moving_shapes.scene import sample_scene
+        from nabla_attn.moving_shapes.scene import render, sample_scene
 
         scene = sample_scene(self.first_seed + index, number)
         pixels = render(scene, 1, self.size, self.size)[0]

@@ -11,8 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nabla_attn import backends
 from nabla_attn.attention import nabla_attention
-from nabla_attn.bench.inputs import THRESHOLD, Inputs
-from nabla_attn.bench.workloads import Workload
+from nabla_attn.bench.workloads import THRESHOLD, Inputs, Workload
 from nabla_attn.config import SparseConfig
 from nabla_attn.core.block_map import BlockMap
 from nabla_attn.core.grid import TokenGrid

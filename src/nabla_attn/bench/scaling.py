@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from nabla_attn.attention import build_block_map, nabla_attention
-from nabla_attn.bench.inputs import Inputs, make_inputs
 from nabla_attn.bench.measure import time_in_turn
-from nabla_attn.bench.workloads import Workload, workload
+from nabla_attn.bench.workloads import Inputs, Workload, make_inputs, workload
 from nabla_attn.core.grid import TokenGrid
 from nabla_attn.progress import ProgressCallback, ignore_progress
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from nabla_attn.bench.attention import measure_attention
+from nabla_attn.bench.attention import measure_attention, measure_map_share, measure_maps
 from nabla_attn.bench.contenders import Baselines
-from nabla_attn.bench.maps import measure_map_share, measure_maps
 from nabla_attn.bench.scaling import measure_crossover, measure_scaling
 from nabla_attn.bench.whole_model import measure_model
 from nabla_attn.bench.workloads import Workload, workload

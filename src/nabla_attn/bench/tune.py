@@ -30,11 +30,9 @@ from nabla_attn.backends.flex_options import (
     tuned_file,
     why_not_flash,
 )
-from nabla_attn.bench.gate import check_output, sample_rows, token_rows
-from nabla_attn.bench.inputs import make_inputs
-from nabla_attn.bench.measure import time_in_turn
+from nabla_attn.bench.measure import check_output, sample_rows, time_in_turn, token_rows
 from nabla_attn.bench.suite import device_name, make_record
-from nabla_attn.bench.workloads import Workload, workload
+from nabla_attn.bench.workloads import Workload, make_inputs, workload
 from nabla_attn.core.order import to_blocks, to_raster
 from nabla_attn.files import write_text
 

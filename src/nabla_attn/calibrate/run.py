@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nabla_attn.calibrate.choose import Choice
-from nabla_attn.calibrate.losses import CandidateLosses, CandidateProbe
+from nabla_attn.calibrate.candidates import CandidateLosses, CandidateProbe, Choice
 from nabla_attn.config import SparseConfig, parse
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import model_identity

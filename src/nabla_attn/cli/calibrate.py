@@ -9,7 +9,7 @@ from nabla_attn.cli import options as opt
 from nabla_attn.cli import output as out
 
 if TYPE_CHECKING:
-    from nabla_attn.calibrate.choose import Choice
+    from nabla_attn.calibrate.candidates import Choice
 
 
 @opt.with_video_options
@@ -43,13 +43,12 @@ def calibrate(
 
     Another budget for the same folder measures nothing again.
     """
-    from nabla_attn.calibrate.candidates import DEFAULT, read_candidates
-    from nabla_attn.calibrate.choose import choose_within, one_for_all
+    from nabla_attn.calibrate.candidates import DEFAULT, choose_within, one_for_all, read_candidates
     from nabla_attn.calibrate.run import Calibration
     from nabla_attn.cli.progress import generation_bars
     from nabla_attn.evaluation.prompts import take_prompts
     from nabla_attn.files import check_writable, write_text
-    from nabla_attn.moving_shapes.scorer import MovingShapesScorer
+    from nabla_attn.moving_shapes.judge import MovingShapesScorer
 
     if (density is None) == (error is None):
         raise ValueError("calibration takes one budget: --density 0.2, or --error 0.1.")

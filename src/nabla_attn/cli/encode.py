@@ -64,8 +64,8 @@ def encode(
     from nabla_attn.generation.pipeline import model_directory
     from nabla_attn.training.data.encode import EncodeRequest
     from nabla_attn.training.data.encode import encode as encode_all
+    from nabla_attn.training.data.folder import open_source
     from nabla_attn.training.data.resize import Size
-    from nabla_attn.training.data.sources import open_source
 
     model_directory(model)
     single = Size(frames, height, width)

@@ -94,7 +94,7 @@ def run(
         list_algorithms,
         take_shard,
     )
-    from nabla_attn.moving_shapes.scorer import MovingShapesScorer
+    from nabla_attn.moving_shapes.judge import MovingShapesScorer
 
     scorer = MovingShapesScorer()
     texts = take_prompts(prompts, num_prompts, scorer)

@@ -4,10 +4,17 @@ Everything is made by code from a seed, so a model can be trained and judged whe
 downloaded. Sizes and speeds are relative to the frame: the same scene renders at any resolution.
 """
 
-from nabla_attn.moving_shapes.caption import describe, parse_caption
 from nabla_attn.moving_shapes.judge import Facts, ShapeFacts, judge, score
-from nabla_attn.moving_shapes.render import render
-from nabla_attn.moving_shapes.scene import HELD_OUT, Scene, Shape, held_out_scenes, sample_scene
+from nabla_attn.moving_shapes.scene import (
+    HELD_OUT,
+    Scene,
+    Shape,
+    describe,
+    held_out_scenes,
+    parse_caption,
+    render,
+    sample_scene,
+)
 
 __all__ = [
     "HELD_OUT",

@@ -11,13 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nabla_attn.files import read_json
-from nabla_attn.moving_shapes.caption import describe
-from nabla_attn.moving_shapes.render import render
-from nabla_attn.moving_shapes.scene import Scene, sample_scene
-from nabla_attn.moving_shapes.scorer import MovingShapesScorer
+from nabla_attn.moving_shapes.judge import MovingShapesScorer
+from nabla_attn.moving_shapes.scene import Scene, describe, render, sample_scene
 from nabla_attn.training.data.clip import Clip
-from nabla_attn.training.data.dataset import Item
-from nabla_attn.training.data.encoded import ENCODING, read_index
+from nabla_attn.training.data.encoded import ENCODING, Item, read_index
 from nabla_attn.training.data.resize import Size
 from nabla_attn.training.encoders import encode_caption, encode_first_frame, encode_video
 from nabla_attn.training.sections import DataConfig

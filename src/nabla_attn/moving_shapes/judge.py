@@ -1,4 +1,4 @@
-"""Videos back to facts, by plain image analysis: no learned model takes part."""
+"""Videos back to facts by plain image analysis, and the scorer of prompts that rests on it."""
 
 from dataclasses import dataclass
 
@@ -6,8 +6,19 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from nabla_attn.moving_shapes.render import AREAS, signed_distance
-from nabla_attn.moving_shapes.scene import BACKGROUNDS, COLOURS, KINDS, SIZES, Scene
+from nabla_attn.moving_shapes.scene import (
+    AREAS,
+    BACKGROUNDS,
+    COLOURS,
+    KINDS,
+    SIZES,
+    Scene,
+    Shape,
+    describe,
+    held_out_scenes,
+    parse_caption,
+    signed_distance,
+)
 
 MIN_CONTRAST = 60.0
 """RGB distance from the background below which nothing counts as a shape."""
@@ -226,3 +237,53 @@ def score(video: NDArray[np.uint8], scene: Scene) -> dict[str, bool]:
         "size": all(found is not None and found.size == truth.size for truth, found in pairs),
         "background": facts.background == scene.background,
     }
+
+
+class MovingShapesScorer:
+    """The scorer of this world; `nabla_attn.evaluation.prompts.Scorer` says what one is."""
+
+    name = "world"
+
+    def prompts(self, count: int) -> list[str]:
+        """Different held-out prompts: combinations that training never shows.
+
+        Raises:
+            ValueError: The world has fewer.
+        """
+        found: list[str] = []
+        for scene in held_out_scenes(64 * count):
+            prompt = describe(scene)
+            if prompt not in found:
+                found.append(prompt)
+            if len(found) == count:
+                return found
+        raise ValueError(
+            f"the built-in world has {len(found)} held-out prompts: got {count}. Ask for more "
+            "videos of each with --seeds, or pass other prompts with --prompts FILE."
+        )
+
+    def score(self, frames: NDArray, prompt: str) -> dict[str, bool] | None:
+        """Whether a video gets each attribute right that its prompt names, and all of them.
+
+        Args:
+            frames: uint8 [frames, height, width, 3].
+            prompt: The text.
+
+        Returns:
+            Some of "number", "colour", "shape", "direction", "size" and "background", and "all";
+            None where the prompt is not of this world.
+        """
+        try:
+            words = parse_caption(prompt)
+        except ValueError:
+            return None
+        shapes = tuple(
+            Shape(shape.colour, shape.kind, shape.direction, shape.size or "", 0.5, 0.5)
+            for shape in words.shapes
+        )
+        right = score(frames, Scene(shapes, words.background or ""))
+        if any(shape.size is None for shape in words.shapes):
+            del right["size"]
+        if words.background is None:
+            del right["background"]
+        return right | {"all": all(right.values())}

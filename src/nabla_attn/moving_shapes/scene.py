@@ -1,8 +1,13 @@
-"""Scenes of the moving-shapes world: what is in a video, before a single pixel is drawn."""
+"""Scenes of the moving-shapes world: what is in a video, its pixels, and its caption."""
 
 import random
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice, product
+
+import numpy as np
+from numpy.typing import NDArray
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
@@ -156,3 +161,144 @@ def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
         shape = place_shape(rng, *triples[index % len(triples)])
         scenes.append(Scene((shape,), rng.choice(list(BACKGROUNDS))))
     return scenes
+
+
+AREAS = {"circle": np.pi, "square": 4.0, "triangle": 2.0}
+"""Area of each kind at radius 1."""
+
+Window = tuple[float, float, float, float]
+
+
+def signed_distance(kind: str, dx: NDArray, dy: NDArray, radius: float) -> NDArray:
+    """Distance to the shape's edge, negative inside; the bounding box is 2 radius wide and high."""
+    if kind == "circle":
+        return np.hypot(dx, dy) - radius
+    if kind == "square":
+        return np.maximum(np.abs(dx), np.abs(dy)) - radius
+    # A triangle pointing up: below its slanted sides (slope 2) and above its base.
+    slanted = (2 * np.abs(dx) - dy - radius) / np.float32(5**0.5)
+    return np.maximum(slanted, dy - radius)
+
+
+Axis = tuple[NDArray, float]
+"""Pixel centres along one axis and the length of the whole frame, in units of its shorter side."""
+
+
+def _coverage(shape: Shape, time: float, xs: Axis, ys: Axis, pixel: float) -> NDArray:
+    """Share of every pixel that the shape covers."""
+    x, y = shape.centre(time)
+    side_x, side_y = xs[1], ys[1]
+    distance = signed_distance(
+        shape.kind, xs[0][None, :] - x * side_x, ys[0][:, None] - y * side_y, shape.radius
+    )
+    return np.clip(0.5 - distance / pixel, 0, 1).astype(np.float32)
+
+
+def render(
+    scene: Scene, frames: int, height: int, width: int, window: Window = (0.0, 0.0, 1.0, 1.0)
+) -> NDArray[np.uint8]:
+    """Draw a scene at any size.
+
+    Args:
+        scene: The scene. Shapes keep their proportions in frames that are not square.
+        frames: Number of frames; the motion is spread over all of them.
+        height: Height in pixels.
+        width: Width in pixels.
+        window: Part of the frame to show, (top, left, bottom, right) as shares of it.
+
+    Returns:
+        uint8 [frames, height, width, 3].
+
+    Raises:
+        ValueError: A size is not positive.
+    """
+    if min(frames, height, width) < 1:
+        raise ValueError(f"sizes must be positive: got {frames}x{height}x{width}.")
+    top, left, bottom, right = window
+    full_height, full_width = height / (bottom - top), width / (right - left)
+    shorter = min(full_height, full_width)
+    ys = (top * full_height + np.arange(height, dtype=np.float32) + 0.5) / shorter
+    xs = (left * full_width + np.arange(width, dtype=np.float32) + 0.5) / shorter
+    sides = full_width / shorter, full_height / shorter
+    video = np.empty((frames, height, width, 3), np.float32)
+    video[:] = BACKGROUNDS[scene.background]
+    for index in range(frames):
+        time = index / max(frames - 1, 1)
+        for shape in scene.shapes:
+            alpha = _coverage(shape, time, (xs, sides[0]), (ys, sides[1]), 1 / shorter)
+            colour = np.array(COLOURS[shape.colour], np.float32)
+            video[index] += alpha[..., None] * (colour - video[index])
+    return np.rint(video).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class ShapeWords:
+    """What a caption says about one shape; `size` is None where it is left out."""
+
+    colour: str
+    kind: str
+    direction: str
+    size: str | None = None
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a caption says about a scene; `background` is None where it is left out."""
+
+    shapes: tuple[ShapeWords, ...]
+    background: str | None = None
+
+
+def describe(scene: Scene, rng: random.Random | None = None, drop: float = 0.25) -> str:
+    """Say what a scene shows, such as "a small red circle moving right on a black background".
+
+    Args:
+        scene: The scene.
+        rng: Random numbers that decide whether sizes and the background are left out, as short
+            prompts do; None says everything.
+        drop: Probability of leaving out either.
+    """
+    with_size = rng is None or rng.random() >= drop
+    with_background = rng is None or rng.random() >= drop
+    parts = []
+    for shape in scene.shapes:
+        size = f"{shape.size} " if with_size else ""
+        parts.append(f"a {size}{shape.colour} {shape.kind} moving {shape.direction}")
+    sentence = " and ".join(parts)
+    return f"{sentence} on a {scene.background} background" if with_background else sentence
+
+
+def _any_of(words: Iterable[str]) -> str:
+    return "|".join(words)
+
+
+_SHAPE = re.compile(
+    rf"(?:an? )?(?:(?P<size>{_any_of(SIZES)}) )?(?P<colour>{_any_of(COLOURS)}) "
+    rf"(?P<kind>{_any_of(KINDS)}) moving (?P<direction>{_any_of(DIRECTIONS)})"
+)
+_BACKGROUND = re.compile(rf"(.*) on an? (?P<background>{_any_of(BACKGROUNDS)}) background")
+
+
+def parse_caption(caption: str) -> Words:
+    """Read a caption back into facts.
+
+    Raises:
+        ValueError: The sentence describes no scene of this world.
+    """
+    text = " ".join(caption.lower().strip(" .").split())
+    background = None
+    if match := _BACKGROUND.fullmatch(text):
+        text, background = match[1], match["background"]
+    shapes = []
+    for part in text.split(" and "):
+        match = _SHAPE.fullmatch(part)
+        if match is None:
+            raise ValueError(
+                f"not a caption of the moving-shapes world: got {caption!r}. "
+                'Write for example "a small red circle moving right on a black background"; '
+                f"colours: {', '.join(COLOURS)}; shapes: {', '.join(KINDS)}; "
+                f"directions: {', '.join(DIRECTIONS)}; sizes: {', '.join(SIZES)}; "
+                f"backgrounds: {', '.join(BACKGROUNDS)}."
+            )
+        shapes.append(ShapeWords(**match.groupdict()))
+    return Words(tuple(shapes), background)

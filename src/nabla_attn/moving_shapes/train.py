@@ -13,8 +13,7 @@ from nabla_attn import apply
 from nabla_attn.files import write_text
 from nabla_attn.moving_shapes.loop import RecipeStep, Stage, run_stage
 from nabla_attn.moving_shapes.recipe import BuiltinConfig, TransformerPhase
-from nabla_attn.moving_shapes.render import render
-from nabla_attn.moving_shapes.scene import sample_scene
+from nabla_attn.moving_shapes.scene import render, sample_scene
 from nabla_attn.moving_shapes.transformer import (
     CaptionEncoder,
     PadWeight,

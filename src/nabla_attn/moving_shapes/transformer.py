@@ -15,10 +15,9 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from nabla_attn.moving_shapes.caption import describe
 from nabla_attn.moving_shapes.loop import RecipeStep
 from nabla_attn.moving_shapes.recipe import TransformerPhase
-from nabla_attn.moving_shapes.scene import BACKGROUNDS, COLOURS, DIRECTIONS, KINDS, SIZES
+from nabla_attn.moving_shapes.scene import BACKGROUNDS, COLOURS, DIRECTIONS, KINDS, SIZES, describe
 from nabla_attn.moving_shapes.vae import LatentSet
 from nabla_attn.training.noise import (
     NUM_TRAIN_TIMESTEPS,

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from nabla_attn.files import whole_file
 from nabla_attn.moving_shapes.loop import RecipeStep
 from nabla_attn.moving_shapes.recipe import VaeConfig, VaePhase
-from nabla_attn.moving_shapes.render import Window, render
-from nabla_attn.moving_shapes.scene import BACKGROUNDS, Scene, sample_scene
+from nabla_attn.moving_shapes.scene import BACKGROUNDS, Scene, Window, render, sample_scene
 from nabla_attn.progress import ProgressCallback, ignore_progress
 
 

@@ -10,14 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nabla_attn.training.families import check_size, family_of
-from nabla_attn.training.family import (
+from nabla_attn.training.families import (
     CLEAN,
     EXTRA_CHANNELS,
     EXTRA_LATENTS,
     TOKEN_TIMES,
     Conditions,
     Family,
+    check_size,
+    family_of,
 )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nabla_attn.training.family import CLEAN, Family
+from nabla_attn.training.families import CLEAN, Family
 from nabla_attn.training.sections import ObjectiveConfig
 
 NUM_TRAIN_TIMESTEPS = 1000

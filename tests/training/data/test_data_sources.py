@@ -9,8 +9,7 @@ import pytest
 
 from nabla_attn.generation.video import write_video
 from nabla_attn.moving_shapes.dataset import WorldSource
-from nabla_attn.training.data.clip import Clip, Skipped
-from nabla_attn.training.data.decode import read_clip
+from nabla_attn.training.data.clip import Clip, Skipped, read_clip
 from nabla_attn.training.data.folder import FolderSource
 from nabla_attn.training.data.resize import Size, choose_size, fit
 from nabla_attn.training.data.tars import TarSource

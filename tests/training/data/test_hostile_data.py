@@ -13,10 +13,8 @@ import pytest
 
 from nabla_attn.generation.video import write_video
 from nabla_attn.training.data import tars
-from nabla_attn.training.data.clip import MAX_CAPTION_BYTES, Clip, Skipped
-from nabla_attn.training.data.decode import read_clip
-from nabla_attn.training.data.folder import FolderSource
-from nabla_attn.training.data.sources import open_source
+from nabla_attn.training.data.clip import MAX_CAPTION_BYTES, Clip, Skipped, read_clip
+from nabla_attn.training.data.folder import FolderSource, open_source
 from nabla_attn.training.data.tars import TarSource
 
 
@@ -347,6 +345,6 @@ def test_whatever_a_decoder_raises_costs_one_clip(monkeypatch, mp4, tmp_path):
         raise IndexError("bytes nobody expected")
         yield
 
-    monkeypatch.setattr("nabla_attn.training.data.decode.iterate_video", fail)
+    monkeypatch.setattr("nabla_attn.training.data.clip.iterate_video", fail)
     with pytest.raises(Skipped, match="unreadable: bytes nobody expected"):
         read_clip(Clip("v", "", lambda: put(tmp_path / "v.mp4", mp4)), None, None)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from nabla_attn.training.data.dataset import Item
-from nabla_attn.training.family import SEGMENTS, TEXTS
+from nabla_attn.training.data.encoded import Item
+from nabla_attn.training.families import SEGMENTS, TEXTS
 
 
 class BucketSampler(Sampler[list[int]]):

@@ -20,12 +20,10 @@ from nabla_attn.generation.request import GenerationRequest
 from nabla_attn.generation.text import watch_texts
 from nabla_attn.progress import ProgressCallback, ignore_progress
 from nabla_attn.training.data import encoded
-from nabla_attn.training.data.clip import Clip, ClipSource, Skipped
-from nabla_attn.training.data.decode import read_clip
+from nabla_attn.training.data.clip import Clip, ClipSource, Skipped, read_clip
 from nabla_attn.training.data.resize import Size, choose_size, fit
 from nabla_attn.training.encoders import encode_caption, encode_first_frame, encode_video
-from nabla_attn.training.families import check_size, family_of
-from nabla_attn.training.family import Conditions
+from nabla_attn.training.families import Conditions, check_size, family_of
 from nabla_attn.work_sharing import SharedWork, share_work
 
 VERSION = 1

@@ -1,11 +1,14 @@
-"""A folder of videos with captions: `metadata.jsonl`, `metadata.csv`, or a .txt beside each."""
+"""A folder to encode: videos with their captions, or tar files.
+
+Captions are in `metadata.jsonl`, in `metadata.csv`, or in a .txt file beside each video.
+"""
 
 import csv
 import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,14 @@ from nabla_attn.training.data.clip import (
     MAX_METADATA_BYTES,
     VIDEO_SUFFIXES,
     Clip,
+    ClipSource,
     Skipped,
     clean_caption,
     is_video,
     pick_caption,
     skipped_clip,
 )
+from nabla_attn.training.data.tars import TarSource
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 # Files keep their tables at one end, so a video that was replaced differs there.
@@ -293,3 +298,41 @@ def _read_row(line: int, header: list[str], cells: list[str]) -> dict[str, Any] 
     if any("\udc80" <= letter <= "\udcff" for cell in cells for letter in cell):
         return Skipped("broken line", f"line {line}: not UTF-8")
     return dict(zip(header, cells, strict=False))
+
+
+def open_source(paths: Sequence[Path]) -> ClipSource:
+    """The clips of a folder of videos, of tar files, or of a folder of tar files.
+
+    Raises:
+        ValueError: A path is missing or of another kind, a folder holds both videos and tar files,
+            or there is no video.
+    """
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"no videos at {path}: there is no such file or folder.")
+    if len(paths) == 1 and paths[0].is_dir():
+        return _open_folder(paths[0])
+    for path in paths:
+        if not _is_tar(path):
+            raise ValueError(f"{path} is not a .tar file. Pass one folder, or .tar files.")
+    return TarSource(list(paths))
+
+
+def _open_folder(folder: Path) -> ClipSource:
+    if find_metadata(folder):
+        return FolderSource(folder)
+    files, _ = list_files(folder)
+    tars = [path for path in files if _is_tar(path)]
+    if not tars:
+        return FolderSource(folder)
+    videos = [path for path in files if is_video(path.name)]
+    if videos:
+        raise ValueError(
+            f"{folder} has tar files and videos beside them, such as {tars[0].name} and "
+            f"{videos[0].name}. Encode them one after the other, each from a folder of its own."
+        )
+    return TarSource(tars)
+
+
+def _is_tar(path: Path) -> bool:
+    return path.name.lower().endswith((".tar", ".tar.gz", ".tgz"))
