@@ -1,15 +1,21 @@
+import base64
+import hashlib
+import json
 import re
 from urllib.parse import unquote
 
 import numpy as np
 import pytest
+from tests.browser import chromium, open_page
 from typer.testing import CliRunner
 
 from nabla_attn.cli import app
 from nabla_attn.generation.video import write_video
 from nabla_attn.record import RunRecord
+from nabla_attn.viz import report
 from nabla_attn.viz.document import Section, Table, Text, write_html, write_markdown
 from nabla_attn.viz.report import build_report
+from nabla_attn.viz.verdict import judge_run
 
 MEASURES = ("density", "kept_mass", "true_mass", "best_mass", "output_error")
 
@@ -65,11 +71,98 @@ def test_the_same_records_give_the_same_bytes(tmp_path):
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
     page = (tmp_path / "a" / "page.html").read_text()
+    titles = re.findall(r"<h2>(.*?)</h2>", page)
+    assert titles[:3] == ["Verdict", "Videos", "Results"] and titles[-1] == "Environment"
+    assert page.count("<video ") == 3
+    assert page.index("<video ") < page.index("<table>")
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     text = (tmp_path / "a" / "page.md").read_text()
     rules = "nabla-0.7: sparse from the first step; sta-3-3-3: first 12 steps dense"
     for word in (rules, "40.0%", "worst layer", "builtin", "2.13.0", "to dense"):
         assert word in text, word
+
+
+def metrics(judge=None, difference=None, seconds=10.0, ssim=0.9):
+    """Of one algorithm, as `evaluation.summary` gives them."""
+    found = {"seconds": {"value": seconds}, "ssim": {"value": ssim}, "density": {"value": 0.3}}
+    if judge is not None:
+        found["judge_all"] = {"value": judge, "count": 128, "difference": difference}
+    return found
+
+
+def test_the_verdict_is_the_fastest_that_follows_prompts_as_dense_does():
+    summary = {
+        "dense": metrics(0.8, [0.0, 0.0, 0.0], 20.0, 1.0),
+        "nabla-0.9": metrics(0.82, [0.02, -0.05, 0.07], 16.0),
+        "nabla-0.7": metrics(0.8, [0.0, -0.05, 0.06], 10.0),
+        "nabla-0.2": metrics(0.7, [-0.1, -0.3, 0.01], 5.0),
+    }
+    text = judge_run(summary)
+    assert text.startswith("nabla-0.7, the fastest of 2 algorithms that are not behind dense")
+    assert "80.0% of 128 videos against 80.0%" in text and "[-5.0%, +6.0%]" in text
+    assert "2.00 times the speed" in text and text.count(". ") == 0
+    del summary["nabla-0.9"], summary["nabla-0.7"]
+    assert judge_run(summary).startswith("nabla-0.2 shows what the prompt says in 70.0%")
+    summary["nabla-0.1"] = metrics(0.5, [-0.3, -0.4, -0.2], 4.0)
+    assert judge_run(summary).startswith("nabla-0.2, of all algorithms the least behind dense")
+
+
+def test_the_verdict_without_a_judge_or_without_intervals():
+    summary = {"dense": metrics(seconds=20.0), "nabla-0.9": metrics(ssim=0.98)}
+    assert judge_run(summary).startswith("nabla-0.9 is measured: 2.00 times the speed")
+    summary["nabla-0.2"] = metrics(0.8, [0.0, None, None], seconds=5.0)
+    text = judge_run(summary)
+    assert "attention is nabla-0.9: 2.00 times" in text and "fastest is nabla-0.2: 4.00" in text
+    assert "alone" in judge_run({"dense": metrics()})
+
+
+def test_only_the_page_s_own_script_runs(tmp_path):
+    write_html("t", [], tmp_path / "a.html")
+    page = (tmp_path / "a.html").read_text()
+    script = re.search(r"<script>(.*)</script>", page, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'\"" in page
+
+
+@pytest.mark.slow
+def test_videos_play_side_by_side_in_step(tmp_path):
+    write_run(tmp_path / "run", 2)
+    write_html("t", build_report([tmp_path / "run"]), tmp_path / "a.html")
+    times = "() => [...document.querySelectorAll('video')].map(video => video.currentTime)"
+    with chromium() as browser:
+        page, errors = open_page(browser, (tmp_path / "a.html").as_uri())
+        page.get_by_role("button", name="Pause").wait_for()
+        for _ in range(3):
+            page.wait_for_timeout(300)
+            now = page.evaluate(times)
+            assert max(now) - min(now) < 0.125, "one frame"
+        page.get_by_role("button", name="Pause").click()
+        stopped = page.evaluate(times)
+        page.wait_for_timeout(300)
+        assert page.evaluate(times) == stopped and len(set(stopped)) == 1
+        slider = page.get_by_role("slider", name="Time in the videos")
+        slider.evaluate("(s) => { s.value = .25; s.dispatchEvent(new Event('input')); }")
+        assert page.evaluate(times) == [0.25] * 3
+        assert errors == []
+
+
+def test_videos_beyond_the_limit_are_named(tmp_path, monkeypatch):
+    write_run(tmp_path / "run", 1)
+    size = (tmp_path / "run/dense/p0000-s0.mp4").stat().st_size
+    monkeypatch.setattr(report, "MAX_VIDEO_BYTES", int(size * 1.5))
+    videos = next(s for s in build_report([tmp_path / "run"]) if s.title == "Videos")
+    assert [clip.label for clip in videos.blocks[1].clips] == ["dense"]
+    assert "Not shown: nabla-0.7, sta-3-3-3." in videos.blocks[0].text
+
+
+def test_the_report_as_json(tmp_path):
+    write_run(tmp_path / "run", 2)
+    asked = ["report", str(tmp_path / "run"), "--output", str(tmp_path / "page"), "--json"]
+    values = json.loads(CliRunner().invoke(app, asked).stdout)
+    assert values["html"] == str(tmp_path / "page.html")
+    assert values["markdown"] == str(tmp_path / "page.md")
+    (verdict,) = values["verdicts"]
+    assert verdict in (tmp_path / "page.md").read_text().replace("\\", "")
 
 
 def test_a_number_in_the_name_is_no_ending(tmp_path):
@@ -100,7 +193,7 @@ def test_prompts_stay_text(tmp_path):
     sections = build_report([tmp_path / "run"])
     write_html("t", sections, tmp_path / "a.html")
     write_markdown("t", sections, tmp_path / "a.md")
-    assert "<script>" not in (tmp_path / "a.html").read_text()
+    assert "<script>alert" not in (tmp_path / "a.html").read_text()
     text = (tmp_path / "a.md").read_text()
     assert "<script>" not in text.replace("\\<", "")
     assert "![x]" not in text
@@ -118,9 +211,12 @@ def test_votes_in_a_report(tmp_path):
     }  # fmt: skip
     RunRecord("vote", {}, 0, {}, "raters", numbers).save(tmp_path / "results.json")
     (section,) = build_report([tmp_path])
-    assert isinstance(section.blocks[0], Text)
-    assert "synthetic raters" in section.blocks[0].text
-    assert section.blocks[1].rows[0][2] == "25.0% [10.0%, 50.0%]"
+    lead, text, table = section.blocks
+    assert lead.is_lead and lead.text == (
+        "Of 4 votes, 25% prefer nabla-0.7, 25% prefer dense, and 50% neither."
+    )
+    assert isinstance(text, Text) and "synthetic raters" in text.text
+    assert table.rows[0][2] == "25.0% [10.0%, 50.0%]"
 
 
 def test_what_is_no_run_leaves_nothing_behind(tmp_path):

@@ -1,3 +1,4 @@
+import json
 import re
 from dataclasses import replace
 
@@ -68,6 +69,13 @@ def test_the_command(tmp_path):
         result = CliRunner().invoke(app, ["view", str(target)])
         assert result.exit_code == 0, result.output
     assert "red circle" in (tmp_path / "v.html").read_text()
+    assert (tmp_path / "v-4.html").is_file(), "nothing is replaced unasked"
+    result = CliRunner().invoke(app, ["view", str(tmp_path / "v.mp4"), "--overwrite", "--json"])
+    assert not (tmp_path / "v-5.html").exists()
+    paths = {"page": "v.html", "video": "v.mp4", "maps": "v.maps.safetensors"}
+    assert json.loads(result.stdout) == {k: str(tmp_path / v) for k, v in paths.items()} | {
+        "bytes": (tmp_path / "v.html").stat().st_size
+    }
     (tmp_path / "v.maps.safetensors").unlink()
     result = CliRunner().invoke(app, ["view", str(tmp_path / "v.mp4")])
     assert result.exit_code == 2

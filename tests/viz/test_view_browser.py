@@ -1,12 +1,18 @@
 """The viewer in real Chromium. SCREENSHOTS=docs/images writes the pictures of the docs."""
 
+import os
 import random
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tests.browser import chromium, open_page, save_screenshot
 from tests.viz.view_helpers import make_frames, make_maps, make_record
+from typer.testing import CliRunner
 
+from nabla_attn.cli import app
+from nabla_attn.record import RunRecord
 from nabla_attn.viz.view import write_view
 
 pytestmark = pytest.mark.slow
@@ -177,7 +183,6 @@ def test_it_asks_the_network_for_nothing_and_fits_a_laptop(address):
             page.evaluate("() => set('step', 2)")
             page.evaluate("() => choose(17, true)")
             assert page.evaluate("() => document.documentElement.scrollWidth") <= 1366
-            save_screenshot(page, "view-dark.png" if dark else "view.png")
             assert errors == []
         assert [url for url in requests if not url.startswith(("data:", "file:", "blob:"))] == []
 
@@ -206,3 +211,59 @@ def test_many_blocks(tmp_path):
         click_block(page, maps, 200)
         assert page.evaluate(LIT) == maps.mask(0, 0, 0)[200].nonzero()[0].tolist()
         assert errors == []
+
+
+def test_playing_walks_through_the_recorded_steps(address):
+    with chromium() as browser:
+        page, errors = ready(browser, address)
+        page.evaluate("() => set('step', 2)")
+        page.get_by_role("button", name="Play steps").click()
+        page.wait_for_function("() => state.step === 0", timeout=5000)
+        page.wait_for_function("() => state.step === 1", timeout=5000)
+        page.get_by_role("button", name="Pause").click()
+        assert page.evaluate("() => timer") == 0
+        page.keyboard.press("p")
+        page.get_by_role("button", name="Pause").wait_for()
+        assert errors == []
+
+
+def test_the_legend_has_the_colours_of_the_blocks(address):
+    with chromium() as browser:
+        page, _ = ready(browser, address)
+        legend = page.locator("#legend")
+        assert legend.inner_text().split("\n") == ["chosen block", "kept", "dropped"]
+        set_slider(page, "head", 4)
+        assert "some heads" in legend.inner_text()
+        colour = "name => getComputedStyle(document.querySelector(name)).borderTopColor"
+        assert page.evaluate(colour, ".swatch.chosen") == "rgb(234, 88, 12)"
+        assert page.evaluate("() => color('--chosen')") == "#ea580c"
+
+
+@pytest.mark.skipif("SCREENSHOTS" not in os.environ, reason="SCREENSHOTS names no folder")
+def test_pictures_of_a_real_run_for_the_docs(tmp_path):
+    video = str(tmp_path / "v.mp4")
+    asked = ["--prompt", "a large blue square moving left", "--seed", "4", "--record-maps"]
+    asked += ["--sparse-algo", "nabla-0.8_block-1-4-4", "--output", video]
+    assert CliRunner().invoke(app, ["generate", *asked]).exit_code == 0
+    record = RunRecord.load(tmp_path / "v.json")
+    # Its seconds are no measurement.
+    replace(record, numbers={}).save(tmp_path / "v.json")
+    assert CliRunner().invoke(app, ["view", video]).exit_code == 0
+    with chromium() as browser:
+        for dark in (False, True):
+            page, _ = ready(
+                browser, (tmp_path / "v.html").as_uri(), dark=dark, width=1366, height=860
+            )
+            page.evaluate("() => set('layer', data.layers.length - 1)")
+            save_screenshot(page, "view-dark.png" if dark else "view.png")
+
+
+@pytest.mark.skipif("SCREENSHOTS" not in os.environ, reason="SCREENSHOTS names no folder")
+def test_picture_of_the_report_for_the_docs(tmp_path):
+    study = Path(__file__).parents[2] / "benchmarks/results/quality"
+    asked = ["report", str(study), "--output", str(tmp_path / "r")]
+    assert CliRunner().invoke(app, asked).exit_code == 0
+    with chromium() as browser:
+        page, _ = open_page(browser, (tmp_path / "r.html").as_uri(), width=1366, height=1150)
+        page.wait_for_timeout(2000)
+        save_screenshot(page, "report.png")

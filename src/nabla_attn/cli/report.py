@@ -14,14 +14,15 @@ def report(
         list[Path], typer.Argument(help="Folders of `nabla evaluate` and `nabla vote results`.")
     ],
     output: Annotated[
-        Path, typer.Option(help="The page without its ending: .md and .html are written.")
+        Path, typer.Option(help="The page without its ending; .md and .html are written.")
     ] = Path("out/report"),
-    title: Annotated[str, typer.Option(help="Its heading.")] = "Quality report",
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "Quality report",
     overwrite: opt.Overwrite = False,
+    as_json: opt.AsJson = False,
 ) -> None:
-    """Write settings, tables, curves and pictures of runs as Markdown and HTML."""
+    """Write verdict, videos, tables, curves and settings of runs as Markdown and HTML."""
     from nabla_attn.files import check_writable
-    from nabla_attn.viz.document import write_html, write_markdown
+    from nabla_attn.viz.document import Text, write_html, write_markdown
     from nabla_attn.viz.report import build_report
 
     # Appended: a name such as report-nabla-0.7 has no ending to replace.
@@ -32,4 +33,9 @@ def report(
     check_writable(html)
     write_markdown(title, sections, markdown)
     write_html(title, sections, html)
-    out.say(f"{markdown} and {html}")
+    blocks = [block for section in sections for block in section.blocks]
+    verdicts = [block.text for block in blocks if isinstance(block, Text) and block.is_lead]
+    if as_json:
+        out.print_json({"markdown": markdown, "html": html, "verdicts": verdicts})
+    else:
+        out.say("\n".join([*verdicts, f"{markdown} and {html}"]))

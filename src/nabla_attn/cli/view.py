@@ -1,9 +1,12 @@
-"""``nabla view``: which blocks attended which, on one page without a server."""
+"""`nabla view`: which blocks attended which, on one page without a server."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from nabla_attn.cli import options as opt
+from nabla_attn.cli import output as out
 
 MAPS = ".maps.safetensors"
 
@@ -13,8 +16,10 @@ def view(
         Path, typer.Argument(help="The mp4 of a run made with --record-maps, or its folder.")
     ],
     output: Annotated[
-        Path | None, typer.Option(help="The HTML file; default beside the video.")
+        Path | None, typer.Option(help="The HTML file.", show_default="beside the video")
     ] = None,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Write one HTML page: frames, block maps, density and true recall of a recorded run."""
     from nabla_attn.generation.map_file import RecordedMaps
@@ -25,17 +30,21 @@ def view(
     video = _find_video(run)
     maps = RecordedMaps.load(_maps_of(video))
     record = video.with_suffix(".json")
-    target = output or video.with_suffix(".html")
+    target = out.free_path(output or video.with_suffix(".html"), overwrite=overwrite)
     found = RunRecord.load(record) if record.is_file() else None
     write_view(target, read_video(video), maps, found)
-    typer.echo(f"{target}: {target.stat().st_size / 1e3:,.0f} kB. Open it in a browser.")
+    size = target.stat().st_size
+    if as_json:
+        out.print_json({"page": target, "bytes": size, "video": video, "maps": _maps_of(video)})
+    else:
+        out.say(f"{target}: {size / 1e3:,.0f} kB. Open it in a browser.")
 
 
 def _find_video(run: Path) -> Path:
-    """The mp4 of a recorded run.
+    """Return the mp4 of a recorded run.
 
     Raises:
-        ValueError: there is none, or there are several; all are named.
+        ValueError: There is none, or there are several, which are named.
     """
     if run.is_dir():
         videos = [path for path in sorted(run.rglob("*.mp4")) if _maps_of(path).is_file()]

@@ -1,33 +1,26 @@
-"""A document of paragraphs, tables and pictures, written as Markdown and as one HTML file."""
+"""A document of paragraphs, tables, pictures and videos: as Markdown, or as one HTML file."""
 
 import base64
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
+from typing import Any, ClassVar
 from urllib.parse import quote
 
 from nabla_attn.files import whole_file, write_text
 
-STYLE = (
-    ":root{color-scheme:light dark;--paper:#f6f7f9;--card:#fff;--ink:#1b1f24;--muted:#5b6573;"
-    "--line:#d8dee6}@media (prefers-color-scheme:dark){:root{--paper:#12161b;--card:#1b2128;"
-    "--ink:#e8ecf1;--muted:#9aa5b3;--line:#333c47}}body{margin:0;background:var(--paper);"
-    'color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif}main{max-width:'
-    "70rem;margin:0 auto;padding:1.5rem}h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2rem}"
-    "div{overflow-x:auto}table{border-collapse:collapse;background:var(--card);font-size:.9rem}"
-    "th,td{border:1px solid var(--line);padding:.3rem .6rem;text-align:left;"
-    "font-variant-numeric:tabular-nums}img{max-width:100%;background:#fff;border-radius:8px}"
-    "figure{margin:1rem 0}figcaption{color:var(--muted);font-size:.9rem}"
-)
+PAGE = Path(__file__).parent / "page"
 
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph of plain text."""
+    """A paragraph of plain text; one that leads stands out."""
 
     text: str
+    is_lead: bool = False
+    kind: ClassVar = "text"
 
 
 @dataclass(frozen=True)
@@ -36,6 +29,7 @@ class Table:
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    kind: ClassVar = "table"
 
 
 @dataclass(frozen=True)
@@ -43,14 +37,41 @@ class Picture:
     """A PNG.
 
     Attributes:
-        name: file name without suffix, for Markdown.
-        caption: also what is read to who cannot see it.
-        png: the file's bytes.
+        name: File name without suffix, for Markdown.
+        caption: Text below the picture, which also stands for it where it cannot be seen.
+        png: Bytes of the file.
     """
 
     name: str
     caption: str
     png: bytes
+    kind: ClassVar = "picture"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video of a row.
+
+    Attributes:
+        label: Heading of the video.
+        note: Line below the heading.
+        mp4: Bytes of the file.
+    """
+
+    label: str
+    note: str
+    mp4: bytes
+
+
+@dataclass(frozen=True)
+class Videos:
+    """Videos that play side by side in step. Markdown, which cannot play them, leaves them out."""
+
+    clips: tuple[Clip, ...]
+    kind: ClassVar = "videos"
+
+
+Block = Text | Table | Picture | Videos
 
 
 @dataclass(frozen=True)
@@ -58,11 +79,11 @@ class Section:
     """A heading and what stands under it."""
 
     title: str
-    blocks: list[Text | Table | Picture] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
 
 
 def write_markdown(title: str, sections: Sequence[Section], path: str | Path) -> None:
-    """Write Markdown, and its pictures into the folder ``<stem>-images`` beside it."""
+    """Write Markdown, and its pictures into the folder `<stem>-images` beside it."""
     path = Path(path)
     folder = f"{path.stem}-images"
     lines = [f"# {_plain(title)}", ""]
@@ -78,56 +99,47 @@ def write_markdown(title: str, sections: Sequence[Section], path: str | Path) ->
                     temporary.write_bytes(block.png)
                 lines += [f"![{_plain(block.caption)}]({quote(f'{folder}/{name}')})", ""]
             elif isinstance(block, Table):
-                lines += [*_markdown_table(block), ""]
-            else:
+                rows = [block.header, ("---",) * len(block.header), *block.rows]
+                lines += ["| " + " | ".join(map(_plain, row)) + " |" for row in rows] + [""]
+            elif isinstance(block, Text):
                 lines += [_plain(block.text), ""]
     write_text(path, "\n".join(lines).rstrip() + "\n")
 
 
 def write_html(title: str, sections: Sequence[Section], path: str | Path) -> None:
-    """Write one HTML file that holds its pictures and needs no network."""
-    parts = [
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-        "img-src data:; style-src 'unsafe-inline'\">",
-        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{STYLE}</style>',
-        f"</head><body><main><h1>{escape(title)}</h1>",
-    ]
-    for section in sections:
-        parts.append(f"<section><h2>{escape(section.title)}</h2>")
-        parts += [_html_block(block) for block in section.blocks]
-        parts.append("</section>")
-    write_text(path, "\n".join(parts) + "\n</main></body></html>\n")
+    """Write one HTML file that holds its pictures and videos and needs no network."""
+    write_text(path, render_page("document", title=title, sections=sections))
 
 
-def _html_block(block: Text | Table | Picture) -> str:
-    if isinstance(block, Text):
-        return f"<p>{escape(block.text)}</p>"
-    if isinstance(block, Picture):
-        data, caption = base64.b64encode(block.png).decode(), escape(block.caption)
-        image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
-        return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
-    header = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in block.header)
-    rows = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
-        + "</tr>"
-        for row in block.rows
+def render_page(name: str, **values: Any) -> str:
+    """Fill in the template of `page/<name>.html` with its own style and script.
+
+    Args:
+        name: Name of the template.
+        values: Variables of the template, escaped where they appear.
+
+    Returns:
+        A page that needs no other file and runs no script but its own.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    loader = FileSystemLoader(PAGE)
+    templates = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
     )
-    return f"<div><table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table></div>"
-
-
-def _markdown_table(table: Table) -> list[str]:
-    rows = [table.header, ("---",) * len(table.header), *table.rows]
-    return ["| " + " | ".join(_plain(cell) for cell in row) + " |" for row in rows]
+    templates.filters["base64"] = lambda content: base64.b64encode(content).decode()
+    templates.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    colours, style, script = (
+        (PAGE / file).read_text(encoding="utf-8")
+        for file in ("colours.css", f"{name}.css", f"{name}.js")
+    )
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    own = {"style": Markup(colours + style), "script": Markup(script), "script_digest": digest}
+    return templates.get_template(f"{name}.html").render(own | values)
 
 
 def _plain(text: str) -> str:
-    """Text that stays text: prompts are data."""
-    text = " ".join(text.split())
-    for sign in "\\`*_[]<>|":
-        # Algorithm names are full of underscores, which inside words mean nothing.
-        if sign != "_":
-            text = text.replace(sign, f"\\{sign}")
-    return text
+    """Text that stays text, because prompts are data."""
+    # Not the underscores: algorithms have many, which inside words mean nothing.
+    return " ".join(text.split()).translate({ord(sign): f"\\{sign}" for sign in "\\`*[]<>|"})

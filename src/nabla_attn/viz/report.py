@@ -12,9 +12,12 @@ from nabla_attn.media import read_video
 from nabla_attn.record import RunRecord
 from nabla_attn.schedule import Schedule
 from nabla_attn.viz.contact_sheet import draw_contact_sheet
-from nabla_attn.viz.document import Picture, Section, Table, Text
+from nabla_attn.viz.document import Block, Clip, Picture, Section, Table, Text, Videos
+from nabla_attn.viz.verdict import judge_run, judge_votes
 
 MAX_SHEET_ROWS = 7
+MAX_VIDEO_BYTES = 30_000_000
+"""Bytes of all mp4 files that a page holds; further videos are named."""
 COLUMNS: dict[str, tuple[str, str]] = {
     "density": ("pairs kept", "{:.1%}"),
     "seconds": ("seconds", "{:.2f}"),
@@ -60,16 +63,15 @@ def build_report(runs: Sequence[str | Path]) -> list[Section]:
 
 def _evaluation_sections(records: Records, run: Path) -> list[Section]:
     summary = summarise(records)
-    sections = [_settings(records), _results(summary)]
+    verdict = Section("Verdict", [Text(judge_run(summary), is_lead=True)])
+    sections = [verdict, _videos(records, run), _results(summary)]
     if len(summary) > 1:
         curves = _draw(lambda path: draw_curves(summary, path))
         caption = "Quality against token pairs kept and against seconds; bars are 95 % intervals"
         sections.append(Section("Curves", [Picture("curves", caption, curves)]))
     if mean_maps(records, "true_mass"):
         sections.append(_losses(records, summary))
-    sections.append(_pictures(records, run))
-    sections.append(_environment(records))
-    return sections
+    return [*sections, _settings(records), _environment(records)]
 
 
 def _settings(records: Records) -> Section:
@@ -98,7 +100,7 @@ def _schedules(records: Records) -> str:
 
 
 def _results(summary: dict[str, dict[str, Any]]) -> Section:
-    blocks: list[Text | Table | Picture] = [
+    blocks: list[Block] = [
         Text(
             "Mean over videos (seconds: median) and, in brackets, the 95 % bootstrap interval over "
             "prompts. PSNR and SSIM compare with dense attention from the same noise; PSNR is of "
@@ -141,15 +143,35 @@ def _losses(records: Records, summary: dict[str, dict[str, Any]]) -> Section:
     )
 
 
-def _pictures(records: Records, run: Path) -> Section:
+def _videos(records: Records, run: Path) -> Section:
     first = sorted(records["dense"])[0]
     algos = ["dense", *sorted(records.keys() - {"dense"})]
-    shown = algos[:MAX_SHEET_ROWS]
-    videos = [(read_video(run / algo / f"{first}.mp4"), records[algo][first]) for algo in shown]
+    files = {algo: run / algo / f"{first}.mp4" for algo in algos}
+    clips: list[Clip] = []
+    for algo in algos:
+        mp4 = files[algo].read_bytes()
+        if sum(len(clip.mp4) for clip in clips) + len(mp4) > MAX_VIDEO_BYTES:
+            break
+        clips.append(Clip(algo, _note(records[algo][first]), mp4))
+    rows = algos[:MAX_SHEET_ROWS]
+    videos = [(read_video(files[algo]), records[algo][first]) for algo in rows]
     sheet = _draw(lambda path: draw_contact_sheet(videos, path))
     prompt = records["dense"][first].config["prompt"]
-    left_out = f" Not shown: {', '.join(algos[len(shown) :])}." if len(algos) > len(shown) else ""
-    return Section("Videos", [Picture("videos", f"“{prompt}”, one seed.{left_out}", sheet)])
+    text = f"“{prompt}”, from the same noise.{_left_out(algos, len(clips))}"
+    caption = f"Frames, and the share of pairs kept by step and layer.{_left_out(algos, len(rows))}"
+    blocks: list[Block] = [Text(text), Videos(tuple(clips)), Picture("videos", caption, sheet)]
+    return Section("Videos", blocks)
+
+
+def _note(record: RunRecord) -> str:
+    if record.config["sparse_algo"] == "dense":
+        return "every pair"
+    kept, ssim = record.numbers["attention"]["density"], record.numbers["to_dense"]["ssim"]
+    return f"{kept:.0%} of pairs, SSIM {ssim:.3f}"
+
+
+def _left_out(algos: Sequence[str], count: int) -> str:
+    return f" Not shown: {', '.join(algos[count:])}." if len(algos) > count else ""
 
 
 def _environment(records: Records) -> Section:
@@ -184,7 +206,8 @@ def _vote_sections(record: RunRecord) -> list[Section]:
     )
     if numbers["notice"]:
         text = f"{numbers['notice']}. {text}"
-    return [Section("Human votes", [Text(text), Table(header, tuple(rows))])]
+    lead = Text(judge_votes(numbers), is_lead=True)
+    return [Section("Human votes", [lead, Text(text), Table(header, tuple(rows))])]
 
 
 def _table(

@@ -3,7 +3,6 @@
 import base64
 import gzip
 import io
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,8 @@ import numpy as np
 from nabla_attn.files import write_text
 from nabla_attn.generation.map_file import SCORE_BITS, RecordedMaps
 from nabla_attn.record import RunRecord
+from nabla_attn.viz.document import render_page
 
-PAGE = Path(__file__).parent / "page"
 MAX_BYTES = 6_000_000
 MAX_FRAME_BYTES = 1_200_000
 WIDTHS = (640, 480, 320, 240, 160)  # pixels of a frame, tried until all frames fit
@@ -24,13 +23,13 @@ def write_view(
     """Write the page: no server, no network, under 6 MB.
 
     Args:
-        path: the HTML file; whole or not at all.
-        frames: the video, uint8 [frames, height, width, 3].
-        maps: recorded with the video.
-        record: of the run, for the heading.
+        path: HTML file, which appears whole or not at all.
+        frames: Video, uint8 [frames, height, width, 3].
+        maps: Block maps that were recorded with the video.
+        record: Record of the run, for the heading.
 
     Raises:
-        ValueError: the page would be larger than 6 MB.
+        ValueError: The page would be larger than 6 MB.
     """
     page = build_view(frames, maps, record)
     size = len(page.encode())
@@ -43,7 +42,7 @@ def write_view(
 
 
 def build_view(frames: np.ndarray, maps: RecordedMaps, record: RunRecord | None = None) -> str:
-    """The page as text; the same input gives the same bytes."""
+    """Return the page of `write_view` as text; the same input gives the same bytes."""
     chosen = maps.selection
     data = {
         "algorithm": maps.algorithm,
@@ -64,27 +63,18 @@ def build_view(frames: np.ndarray, maps: RecordedMaps, record: RunRecord | None 
         "scores": _pack(maps.scores.numpy()),
         "frames": encode_frames(pick_frames(frames, maps.blocks[0])),
     }
-    text = (PAGE / "view.html").read_text(encoding="utf-8")
-    # A prompt must not be able to close the script element that holds it.
-    content = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    for name, part in (
-        ("/*STYLE*/", (PAGE / "view.css").read_text(encoding="utf-8")),
-        ("/*SCRIPT*/", (PAGE / "view.js").read_text(encoding="utf-8")),
-        ("/*DATA*/", content),
-    ):
-        text = text.replace(name, part)
-    return text
+    return render_page("view", title=f"What {maps.algorithm} kept", data=data)
 
 
 def pick_frames(frames: np.ndarray, count: int) -> np.ndarray:
-    """The video frame at each block's place in time, first and last included."""
+    """Return one frame for each place of blocks in time, the first and the last included."""
     if count == 1:
         return frames[:1]
     return frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
 
 
 def encode_frames(frames: np.ndarray) -> list[str]:
-    """Frames as WebP addresses, as wide as the page's limit allows."""
+    """Return frames as data addresses of WebP pictures, as wide as the page's limit allows."""
     for width in WIDTHS:
         encoded = [_encode(frame, min(width, frame.shape[1] * 2)) for frame in frames]
         if sum(map(len, encoded)) <= MAX_FRAME_BYTES:
@@ -106,13 +96,13 @@ def _pack(values: np.ndarray) -> str:
 
 
 def _heat(values: np.ndarray) -> list[list[float | None]]:
-    """Means over heads per step and layer."""
+    """Return the means over heads, [steps][layers]; None where nothing was measured."""
     means = values.mean(axis=-1)
     return [[round(float(v), 4) if np.isfinite(v) else None for v in row] for row in means]
 
 
 def net_seconds(record: RunRecord) -> float:
-    """Seconds in the transformer without those of recording."""
+    """Return the seconds spent in the transformer, without those of recording maps."""
     seconds = record.numbers["seconds"]
     return float(seconds["transformer"] - seconds.get("recording", 0.0))
 

@@ -8,7 +8,8 @@ const COUNT = TIME * ROWS * COLUMNS;
 const STRIDE = Math.ceil(COUNT / 8);
 const AXES = {step: data.steps, layer: data.layers, head: data.heads};
 const state = {step: 0, layer: 0, head: 0, block: 0, isHeld: false, direction: "out"};
-let masks, scores, canvases = [];
+const PLAY_MILLISECONDS = 900;
+let masks, scores, canvases = [], timer = 0;
 
 async function unpack(text) {
   const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
@@ -225,6 +226,7 @@ function update() {
     $(`${name}-value`).textContent = label(name);
   }
   $(state.direction).checked = true;
+  $("legend-some").hidden = shownHeads().length === 1;
   describe(draw());
   drawHeat("heat-density", data.density, "Density");
   drawHeat("heat-recall", data.recall, "True recall");
@@ -235,6 +237,12 @@ function set(name, value) {
   const most = AXES[name].length - (name === "head" && AXES.head.length > 1 ? 0 : 1);
   state[name] = (value + most + 1) % (most + 1);
   update();
+}
+
+function playOrPause() {
+  clearInterval(timer);
+  timer = timer ? 0 : setInterval(() => set("step", state.step + 1), PLAY_MILLISECONDS);
+  $("play").textContent = timer ? "Pause" : "Play steps";
 }
 
 function choose(block, isHeld) {
@@ -302,6 +310,7 @@ function onKey(event) {
     s: () => set("step", state.step + back), l: () => set("layer", state.layer + back),
     h: () => set("head", state.head + back),
     d: () => { state.direction = state.direction === "out" ? "in" : "out"; update(); },
+    p: () => { if (!$("play").disabled) playOrPause(); },
     escape: () => { state.isHeld = false; },
   };
   if (!isRange) {
@@ -319,7 +328,6 @@ function onKey(event) {
 
 async function start() {
   [masks, scores] = await Promise.all([unpack(data.masks), unpack(data.scores)]);
-  $("algorithm").textContent = document.title = `What ${data.algorithm} kept`;
   $("prompt").textContent = data.prompt && `“${data.prompt}”`;
   $("facts").textContent = [...data.facts, `${data.blocks.join("×")} blocks of ${data.block.join("×")} tokens`].join(" · ");
   for (const name of Object.keys(AXES)) {
@@ -330,6 +338,8 @@ async function start() {
   for (const radio of document.getElementsByName("direction")) {
     radio.addEventListener("change", () => { state.direction = radio.value; update(); });
   }
+  $("play").disabled = AXES.step.length === 1;
+  $("play").addEventListener("click", playOrPause);
   buildFrames();
   state.block = state.pointed = (Math.floor(TIME / 2) * ROWS + Math.floor(ROWS / 2)) * COLUMNS + Math.floor(COLUMNS / 2);
   document.addEventListener("keydown", onKey);
