@@ -109,17 +109,17 @@ def test_a_log_file_gets_lines_and_quiet_nothing(tiny_wan, tmp_path):
 
 
 def test_lines_come_every_some_seconds_with_the_time_left():
-    from nabla_attn.cli import train_progress
+    from nabla_attn.cli import progress
     from nabla_attn.training.metrics import StepMetrics
 
     seconds = iter(range(0, 2000, 10))
-    show, said = train_progress._lines(lambda: next(seconds)), []
-    train_progress.typer.echo, echo = lambda text, err: said.append(text), train_progress.typer.echo
+    show, said = progress._lines(lambda: next(seconds)), []
+    progress.typer.echo, echo = lambda text, err: said.append(text), progress.typer.echo
     try:
         for step in range(1, 11):
             show(StepMetrics(step, 10, {"loss": 0.5, "tokens_per_second": 2048.0}, stage="small"))
     finally:
-        train_progress.typer.echo = echo
+        progress.typer.echo = echo
     steps = [line.split()[2] for line in said]
     assert steps == ["1/10", "4/10", "7/10", "10/10"]
     assert said[1] == "small step 4/10  loss 0.5  2,048 tokens/s  ETA 1 min 00 s"

@@ -13,9 +13,14 @@ from nabla_attn.evaluation.curves import draw_curves, draw_true_mass, kind_of, l
 from nabla_attn.evaluation.match import bisect, match_algorithm
 from nabla_attn.evaluation.probe import MEASURES, AttentionProbe
 from nabla_attn.evaluation.prompts import make_items
-from nabla_attn.evaluation.records import pack_run, read_records
+from nabla_attn.evaluation.records import (
+    pack_run,
+    read_records,
+    resample,
+    summarise,
+    summary_record,
+)
 from nabla_attn.evaluation.run import Evaluation, Measures, describe_weights
-from nabla_attn.evaluation.summary import resample, summarise, summary_record
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import load_pipeline
 from nabla_attn.generation.request import GenerationRequest

@@ -1,10 +1,10 @@
 import pytest
 
 from nabla_attn.evaluation.run import peak_memory
-from nabla_attn.generation import memory
+from nabla_attn.generation import placement
 from nabla_attn.generation.generate import generate
-from nabla_attn.generation.memory import check_memory, least_memory
 from nabla_attn.generation.pipeline import load_pipeline
+from nabla_attn.generation.placement import check_memory, least_memory
 from nabla_attn.generation.request import GenerationRequest
 
 SMALL = GenerationRequest("red", height=64, width=64, frames=5, steps=1, sparse_algo="nabla-0.5")
@@ -32,7 +32,7 @@ def test_the_bound_by_hand(pipeline):
 @pytest.mark.parametrize(("free", "name"), [(100_000, "video"), (1000, "attention")])
 def test_what_cannot_fit_is_refused_with_the_numbers(pipeline, monkeypatch, free, name):
     check_memory(pipeline, SMALL)
-    monkeypatch.setattr(memory, "_free", lambda device: free)
+    monkeypatch.setattr(placement, "_free", lambda device: free)
     message = f"5 frames of 64x64 take at least .* GiB for the {name}, and .* are free on the cpu"
     with pytest.raises(ValueError, match=message):
         check_memory(pipeline, SMALL)

@@ -15,18 +15,6 @@ from nabla_attn.cli.loading import load_on_own_device
 if TYPE_CHECKING:
     from nabla_attn.progress import ProgressCallback
 
-COLUMNS = {
-    "density": ("pairs kept", "{:.1%}"),
-    "seconds": ("seconds", "{:.2f}"),
-    "psnr": ("PSNR", "{:.1f}"),
-    "ssim": ("SSIM", "{:.4f}"),
-    "lpips": ("LPIPS", "{:.4f}"),
-    "judge_all": ("all right", "{:.0%}"),
-    "clip": ("CLIP", "{:.2f}"),
-    "true_mass": ("true mass", "{:.1%}"),
-    "best_mass": ("at best", "{:.1%}"),
-}
-
 
 class RunByDefault(TyperGroup):
     """`nabla evaluate OPTIONS` is `nabla evaluate run OPTIONS`."""
@@ -92,6 +80,7 @@ def run(
         Measures,
         evaluate_items,
         list_algorithms,
+        read_shard,
         take_shard,
     )
     from nabla_attn.moving_shapes.judge import MovingShapesScorer
@@ -100,7 +89,7 @@ def run(
     texts = take_prompts(prompts, num_prompts, scorer)
     items = make_items(texts, opt.read_indices(seeds) or ())
     request = video.base_request(prompt=texts[0], seed=items[0].seed)
-    part, (by, target), rate = _read_shard(shard), read_target(match, sparse_algo), video.rate
+    part, (by, target), rate = read_shard(shard), read_target(match, sparse_algo), video.rate
     if workers is not None and engine == "locks":
         raise ValueError("--workers is for --engine ray; start more processes instead.")
     measures = Measures.load(scorer, lpips, clip, num_probed)
@@ -211,32 +200,11 @@ def _load_evaluation(
 
 def _finish(output: Path, *, as_json: bool) -> None:
     from nabla_attn.evaluation.curves import write_summary
+    from nabla_attn.evaluation.records import means_table
 
     record = write_summary(output)
     if as_json:
         out.print_json({"folder": output, "algorithms": record.numbers["algorithms"]})
         return
-    _print(record.numbers["algorithms"])
+    out.print_table(*means_table(record.numbers["algorithms"]))
     out.say(f"Records, videos, summary.json, curves.png: {output}")
-
-
-def _print(algorithms: dict[str, Any]) -> None:
-    """The means; the report and summary.json have the intervals."""
-    shown = [name for name in COLUMNS if any(name in entry for entry in algorithms.values())]
-    header = ["algorithm", *(COLUMNS[name][0] for name in shown), "videos"]
-    rows = []
-    for algo, entry in algorithms.items():
-        values = [entry.get(name, {}).get("value") for name in shown]
-        cells = [
-            "" if value is None else COLUMNS[name][1].format(value)
-            for name, value in zip(shown, values, strict=True)
-        ]
-        rows.append([algo, *cells, str(entry["ssim"]["count"])])
-    out.print_table(header, rows)
-
-
-def _read_shard(text: str) -> tuple[int, int]:
-    index, slash, count = text.partition("/")
-    if not (slash and index.isdigit() and count.isdigit()):
-        raise ValueError(f"--shard takes K/N such as 0/2: got {text!r}.")
-    return int(index), int(count)

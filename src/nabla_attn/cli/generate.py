@@ -61,8 +61,7 @@ def generate(
     list and the folder, and a run that was stopped continues. Under torchrun without --prompts, the
     processes share one video.
     """
-    from nabla_attn.generation.job import VideoJob
-    from nabla_attn.generation.sharing import shared_pipeline
+    from nabla_attn.generation.job import VideoJob, shared_pipeline
 
     if (prompt is None) == (prompts is None):
         raise ValueError("pass either --prompt TEXT or --prompts FILE.")

@@ -158,7 +158,7 @@ class VideoOptions:
 
     def check(self, pipeline: Any, request: "GenerationRequest") -> None:
         """Refuse a video that the pipeline cannot make, or the machine not hold."""
-        from nabla_attn.generation.memory import check_memory
+        from nabla_attn.generation.placement import check_memory
         from nabla_attn.generation.request import check_request
 
         check_request(pipeline, request)

@@ -1,17 +1,24 @@
-"""Progress bars of generations on stderr: stage, steps, steps per second, time left."""
+"""Progress on stderr: bars, or lines where it is no terminal."""
 
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import typer
 
 from nabla_attn.cli.output import Settings
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
+    from rich.progress import Progress
 
     from nabla_attn.progress import ProgressCallback
+    from nabla_attn.training.config import TrainConfig
+    from nabla_attn.training.metrics import StepMetrics
+
+LINE_SECONDS = 30.0
+"""Seconds between two lines of progress where stderr is no terminal."""
 
 STAGES = {"warm-up": "warming up", "text": "reading the prompt", "decode": "decoding"}
 
@@ -21,25 +28,16 @@ def generation_bars(*, in_logs: bool = False) -> Iterator[Callable[[str], "Progr
     """Yield a function from a label to the progress callback of its own bar.
 
     Args:
-        in_logs: a line per label where stderr is no terminal; nothing otherwise.
+        in_logs: Whether to write a line per label where stderr is no terminal.
     """
-    from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bars
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[stage]}"),
-        TimeElapsedColumn(),
-    )
-    # Transient, so that an error stays the one line on stderr.
-    console = Console(stderr=True)
-    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    texts = (TextColumn("{task.description}"), TextColumn("{task.fields[stage]}"))
+    with _bars(texts[0], BarColumn(), texts[1], TimeElapsedColumn()) as bars:
 
         def start(label: str) -> "ProgressCallback":
-            if in_logs and not console.is_terminal:
-                console.print(label, highlight=False)
+            if in_logs and bars.disable:
+                bars.console.print(label, highlight=False)
             task = bars.add_task(label, total=None, stage="")
             began = time.perf_counter()
 
@@ -64,15 +62,11 @@ def generation_bars(*, in_logs: bool = False) -> Iterator[Callable[[str], "Progr
 @contextmanager
 def loading_bars() -> Iterator["ProgressCallback"]:
     """Yield the progress callback of bars on stderr, one a stage, for loading or converting."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    # Transient, so that an error stays the one line on stderr.
-    console = Console(stderr=True)
-    is_shown = console.is_terminal and not Settings.is_quiet
-    with Progress(*columns, console=console, transient=True, disable=not is_shown) as bars:
-        tasks: dict[str, "TaskID"] = {}
+    with _bars(*columns, is_quiet=Settings.is_quiet) as bars:
+        tasks: dict[str, Any] = {}
 
         def show(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
@@ -84,7 +78,7 @@ def loading_bars() -> Iterator["ProgressCallback"]:
 
 @contextmanager
 def count_bar(
-    label: str, unit: str, *, every_seconds: float = 30.0
+    label: str, unit: str, *, every_seconds: float = LINE_SECONDS
 ) -> Iterator["ProgressCallback"]:
     """Yield a progress callback that moves a bar, or writes lines where stderr is no terminal.
 
@@ -93,17 +87,12 @@ def count_bar(
         unit: The plural of what is counted.
         every_seconds: Seconds from one line in a log file to the next.
     """
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
 
     columns = (label, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # Transient, so that an error stays the one line on stderr.
-    console = Console(stderr=True)
-    is_shown = console.is_terminal and not Settings.is_quiet
     first = None
     last = time.perf_counter()
-    with Bars(*columns, console=console, transient=True, disable=not is_shown) as bars:
+    with _bars(*columns, is_quiet=Settings.is_quiet) as bars:
         task = bars.add_task(label, total=None)
 
         def show(stage: str, done: int, total: int) -> None:
@@ -111,7 +100,7 @@ def count_bar(
             now = time.perf_counter()
             first = first or (done, now)
             bars.update(task, completed=done, total=total)
-            if not Settings.is_quiet and not is_shown and now - last >= every_seconds:
+            if not Settings.is_quiet and bars.disable and now - last >= every_seconds:
                 last = now
                 text = _describe_speed(done, total, done - first[0], now - first[1], unit)
                 print(f"{label}: {text}", file=sys.stderr, flush=True)  # noqa: T201
@@ -135,3 +124,114 @@ def _describe_steps(done: int, total: int, seconds: float) -> str:
     rate = done / seconds
     speed = f"{rate:.1f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step"
     return f"{done}/{total}  {speed}  {(total - done) / rate:.0f} s left"
+
+
+def show_start(config: "TrainConfig") -> Callable[[str, dict[str, str]], None]:
+    """A callback that shows what differs from the recipe, once, and what each stage will take."""
+    from nabla_attn.training.config import differences, to_plain
+    from nabla_attn.training.recipes import find_recipe
+
+    changed = differences(to_plain(find_recipe(config.recipe)), to_plain(config))
+
+    def show(stage: str, facts: dict[str, str]) -> None:
+        if Settings.is_quiet:
+            return
+        if changed:
+            typer.echo(f"{config.recipe}, with", err=True)
+        while changed:
+            typer.echo(f"  {changed.pop(0)}", err=True)
+        for name, text in ({"stage": stage} | facts if config.stages else facts).items():
+            typer.echo(f"{name + ':':<8} {text}", err=True)
+
+    return show
+
+
+@contextmanager
+def show_progress() -> Iterator[Callable[["StepMetrics"], None]]:
+    """Yield a callback for the metrics of steps: a bar a stage, or now and then a line."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    from nabla_attn.distributed import is_first_process
+
+    if Settings.is_quiet or not is_first_process():
+        yield lambda metrics: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        TimeRemainingColumn(),
+    )
+    # What a run came to stays on the screen.
+    with _bars(*columns, is_transient=False) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(metrics: "StepMetrics") -> None:
+            stage = metrics.stage
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage or "train", total=metrics.steps, numbers="")
+            numbers = describe_metrics(metrics)
+            bars.update(tasks[stage], completed=metrics.step, numbers=numbers)
+
+        yield _lines() if bars.disable else show
+
+
+def _bars(*columns: Any, is_quiet: bool = False, is_transient: bool = True) -> "Progress":
+    """Bars on stderr; disabled where it is no terminal. Transient ones leave an error alone."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    is_hidden = is_quiet or not console.is_terminal
+    return Progress(*columns, console=console, transient=is_transient, disable=is_hidden)
+
+
+def _lines(clock: Callable[[], float] = time.monotonic) -> Callable[["StepMetrics"], None]:
+    """A callback that prints the first and last step of a stage, and one every some seconds."""
+    # Stage -> time and step of its first report; time of the last line.
+    first: dict[str, tuple[float, int]] = {}
+    last = -LINE_SECONDS
+
+    def show(metrics: "StepMetrics") -> None:
+        nonlocal last
+        from nabla_attn.training.check import describe_seconds
+
+        now = clock()
+        is_new = metrics.stage not in first
+        began, start = first.setdefault(metrics.stage, (now, metrics.step))
+        if not is_new and metrics.step < metrics.steps and now - last < LINE_SECONDS:
+            return
+        last = now
+        parts = [f"{metrics.stage} step {metrics.step:,}/{metrics.steps:,}".strip()]
+        if numbers := describe_metrics(metrics):
+            parts.append(numbers)
+        if start < metrics.step < metrics.steps:
+            left = (now - began) / (metrics.step - start) * (metrics.steps - metrics.step)
+            parts.append(f"ETA {describe_seconds(left)}")
+        typer.echo("  ".join(parts), err=True)
+
+    return show
+
+
+def describe_metrics(metrics: "StepMetrics") -> str:
+    """The known ones of `loss 0.0123  4,096 tokens/s  density 0.31 (0.22-0.40)` and so on."""
+    numbers = metrics.numbers
+    parts = []
+    if "loss" in numbers:
+        parts.append(f"loss {numbers['loss']:.4g}")
+    if "tokens_per_second" in numbers:
+        parts.append(f"{numbers['tokens_per_second']:,.0f} tokens/s")
+    if metrics.layers:
+        low, high = min(metrics.layers), max(metrics.layers)
+        parts.append(f"density {numbers['density']:.2f} ({low:.2f}-{high:.2f})")
+    if "validation" in numbers:
+        parts.append(f"validation {numbers['validation']:.4g}")
+    if numbers.get("skipped"):
+        parts.append(f"{numbers['skipped']:.0f} skipped")
+    return "  ".join(parts)

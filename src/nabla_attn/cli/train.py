@@ -72,7 +72,7 @@ def train(
 def _train(
     config: "TrainConfig", folder: Path, resume: bool, allow_changes: bool, *, as_json: bool
 ) -> None:
-    from nabla_attn.cli.train_progress import show_progress, show_start
+    from nabla_attn.cli.progress import show_progress, show_start
     from nabla_attn.distributed import is_first_process
     from nabla_attn.moving_shapes.dataset import MovingShapes
     from nabla_attn.training.job import describe_use, has_checkpoint, run_job
@@ -124,7 +124,7 @@ def _check(config: "TrainConfig", folder: Path, *, as_json: bool) -> None:
 def _train_builtin(folder: Path, *, as_json: bool) -> None:
     import torch
 
-    from nabla_attn.cli.train_progress import show_progress
+    from nabla_attn.cli.progress import show_progress
     from nabla_attn.moving_shapes.recipe import builtin
     from nabla_attn.moving_shapes.train import train_builtin
 

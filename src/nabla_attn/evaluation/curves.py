@@ -6,8 +6,7 @@ from typing import Any
 
 from nabla_attn.config import parse
 from nabla_attn.core.grid import BlockShape
-from nabla_attn.evaluation.records import Records, measured_items, read_records
-from nabla_attn.evaluation.summary import summary_record
+from nabla_attn.evaluation.records import Records, measured_items, read_records, summary_record
 from nabla_attn.files import whole_file
 from nabla_attn.record import RunRecord
 

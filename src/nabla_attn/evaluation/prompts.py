@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nabla_attn.generation.prompt_list import read_prompt_list
-from nabla_attn.generation.scorer import Scorer
+from nabla_attn.generation.video import Scorer
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from nabla_attn.files import fingerprint_files, is_whole
 from nabla_attn.generation.generate import generate, warm_up
 from nabla_attn.generation.pipeline import model_identity
 from nabla_attn.generation.request import GenerationRequest, check_request
-from nabla_attn.generation.scorer import Scorer
-from nabla_attn.generation.video import write_video
+from nabla_attn.generation.video import Scorer, write_video
 from nabla_attn.progress import ProgressCallback, ignore_progress
 from nabla_attn.record import RunRecord, check_settings
 from nabla_attn.work_sharing import OnItem, Shared, SharedWork, share_work
@@ -302,6 +301,18 @@ def list_algorithms(algos: Sequence[str]) -> list[str]:
         ValueError: One is unknown.
     """
     return list(dict.fromkeys(["dense", *(str(parse(algo)) for algo in algos)]))
+
+
+def read_shard(text: str) -> tuple[int, int]:
+    """`K/N` such as `0/2` as numbers.
+
+    Raises:
+        ValueError: The text is not of that form.
+    """
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdigit() and count.isdigit()):
+        raise ValueError(f"--shard takes K/N such as 0/2: got {text!r}.")
+    return int(index), int(count)
 
 
 def take_shard(items: Sequence[Item], shard: tuple[int, int]) -> list[Item]:

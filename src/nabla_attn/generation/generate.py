@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from nabla_attn.config import parse
-from nabla_attn.generation.call import sample
-from nabla_attn.generation.clock import StageClock
+from nabla_attn.generation.call import StageClock, sample
 from nabla_attn.generation.pipeline import model_identity
 from nabla_attn.generation.request import GenerationRequest, check_request, video_tokens
 from nabla_attn.generation.text import warn_of_unknown_words, watch_texts

@@ -1,8 +1,11 @@
-"""Videos as uint8 arrays [frames, height, width, 3], to H.264 mp4 files through PyAV."""
+"""Videos as uint8 arrays [frames, height, width, 3]: to H.264 mp4 files through PyAV, and scored.
+
+`Scorer` is all that this package knows of a world whose prompts can be read back from videos.
+"""
 
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -95,3 +98,26 @@ def _to_yuv(frame: np.ndarray) -> Any:
         interpolation=exact,
         threads=1,
     )
+
+
+class Scorer(Protocol):
+    """Prompts whose facts can be read back from a video."""
+
+    @property
+    def name(self) -> str:
+        """The key of its scores in records."""
+
+    def prompts(self, count: int) -> list[str]:
+        """Different prompts that training does not show.
+
+        Raises:
+            ValueError: There are fewer.
+        """
+
+    def score(self, frames: np.ndarray, prompt: str) -> dict[str, bool] | None:
+        """Fact -> whether the video shows it, "all" among them; None for prompts of others.
+
+        Args:
+            frames: uint8 [frames, height, width, 3].
+            prompt: The text.
+        """

@@ -14,7 +14,7 @@ from nabla_attn.generation.lora import LORA_WEIGHTS
 from nabla_attn.generation.model_index import find_class, read_model_index
 from nabla_attn.generation.pipeline import load_pipeline, model_directory
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults
-from nabla_attn.generation.scorer import Scorer
+from nabla_attn.generation.video import Scorer
 from nabla_attn.training.check import check
 from nabla_attn.training.checkpoint import Checkpoints
 from nabla_attn.training.config import TrainConfig, differences, to_plain

@@ -13,7 +13,7 @@ import numpy as np
 from nabla_attn.files import whole_file
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.request import GenerationRequest
-from nabla_attn.generation.scorer import Scorer
+from nabla_attn.generation.video import Scorer
 from nabla_attn.models import remove
 
 Rows = list[tuple[str, np.ndarray]]

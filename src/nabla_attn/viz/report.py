@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nabla_attn.evaluation.curves import draw_curves, draw_true_mass, mean_maps
-from nabla_attn.evaluation.records import Records, read_records
-from nabla_attn.evaluation.summary import summarise
+from nabla_attn.evaluation.records import Records, read_records, summarise
 from nabla_attn.media import read_video
 from nabla_attn.record import RunRecord
 from nabla_attn.schedule import Schedule
