@@ -1,6 +1,7 @@
 """docs/benchmarks.md and its charts: how fast, and what schedules and guidance cost."""
 
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from benchmarks.pages.charts import draw_charts
@@ -143,6 +144,44 @@ def _guidance_table(record: RunRecord) -> list[str]:
     ]
 
 
+def _tail_table(record: RunRecord) -> list[str]:
+    """Return a row for each rule with the error of every tail, and what the columns mean."""
+    config, prompts = record.config, record.numbers["results"]
+    frames, height, width = config["tokens"]
+    found: dict[str, dict[str, list[float]]] = {rule: {} for rule in config["rules"]}
+    for row in (row for prompt in prompts for row in prompt["rows"]):
+        errors = found[row["rule"]]
+        errors.setdefault(row["tail"] or "dropped", []).append(row["error"])
+        errors.setdefault("density", []).append(row["density"])
+    columns = {"density": "density", "dropped": "dropped", "mean": "mean", "first": "first"}
+    means = [{name: mean(errors[name]) for name in columns} for errors in found.values()]
+    return [
+        f"The built-in model, {frames}x{height}x{width} tokens, guidance {config['guidance']:g}, "
+        f"{config['steps']} steps of {len(prompts)} dense videos. Relative error of attention's "
+        f"output to dense attention, mean over {config['num_rows']} sampled tokens of every call, "
+        "layer and head: where dropped blocks are left out, and with "
+        "`_tail-mean` and `_tail-first`. The density is that of the kept pairs; summaries add a "
+        "64th of what is dropped.",
+        "",
+        *_number_table("rule", [f"`{rule}`" for rule in found], means, columns, 3),
+    ]
+
+
+def _tail_cost_table(record: RunRecord) -> list[str]:
+    """Return a row for each tail, and what the columns mean."""
+    config, results = record.config, record.numbers["results"]
+    rows = [
+        [row["tail"], f"{row['seconds']['median']:.4f}", f"{row['over_dropped']:.3f}"]
+        for row in results
+    ]
+    return [
+        f"`{config['algorithm']}` on {config['shape']}, {config['dtype']}, density "
+        f"{config['density']:.3f}; map and reordering included, medians of runs in turn.",
+        "",
+        *table(["tail", "seconds", "over dropped"], rows),
+    ]
+
+
 def _number_table(
     head: str,
     labels: list[str],
@@ -170,4 +209,6 @@ STUDIES = {
     "map_reuse": _reuse_table,
     "calibrate": _calibration_table,
     "guidance_error": _guidance_table,
+    "tail_error": _tail_table,
+    "tail_cost": _tail_cost_table,
 }

@@ -1,5 +1,6 @@
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ from benchmarks.pages import __main__ as pages
 from benchmarks.pages import speed
 
 import nabla_attn as na
+from benchmarks import tails
 from nabla_attn.bench.suite import run_suite
 from nabla_attn.bench.workloads import WORKLOADS, workload
 from nabla_attn.record import RunRecord
@@ -37,6 +39,33 @@ def test_the_cost_of_map_reuse_has_a_table(tmp_path):
     page = page_of("map_reuse", config, row, tmp_path)
     assert "| nabla-0.5; one map for 2 steps | 0.2500 | 0.9449 |" in page
     assert "9x16x16 tokens, 6 steps, guidance 3, 2 prompts" in page
+
+
+def test_tails_have_a_table_of_errors_and_one_of_costs(tmp_path):
+    cases = ((None, 0.4), ("mean", 0.3), ("first", 0.1))
+    rows = [{"rule": "topk-0.1", "tail": t, "density": 0.11, "error": e} for t, e in cases]
+    config = {"workload": "tails", "tokens": [9, 16, 16], "steps": 6, "guidance": 3.0}
+    config |= {"num_rows": 16, "rules": ["topk-0.1"]}
+    page = page_of("tail_error", config, {"prompt": "a", "rows": rows}, tmp_path)
+    assert "| `topk-0.1` | 0.110 | 0.400 | 0.300 | 0.100 |" in page
+    config = {"workload": "cost of tails", "shape": "toy-16k", "algorithm": "nabla-0.7"}
+    config |= {"dtype": "bfloat16", "density": 0.1}
+    row = {"tail": "first", "seconds": {"median": 0.5}, "over_dropped": 1.25}
+    assert "| first | 0.5000 | 1.250 |" in page_of("tail_cost", config, row, tmp_path)
+
+
+def test_the_errors_of_tails_are_measured_once_a_prompt(tmp_path, monkeypatch):
+    monkeypatch.setattr(tails, "RULES", ("topk-0.2",))
+    monkeypatch.setattr(tails, "PROMPTS", ("a small red square moving up",))
+    path = tmp_path / "tail_error.json"
+    run = partial(tails.error, frames=5, steps=1, guidance=1.0, num_rows=4, output=path)
+    run()
+    (result,) = RunRecord.load(path).numbers["results"]
+    left_out, mean, first = (row["error"] for row in result["rows"])
+    assert first < left_out and mean > 0
+    monkeypatch.setattr(tails, "measure", None)
+    run()
+    assert RunRecord.load(path).numbers["results"] == [result]
 
 
 def test_what_guidance_makes_of_errors_has_a_table(tmp_path):

@@ -64,7 +64,7 @@ def test_a_group_of_one(group, name):
     model, inputs = TINY[name].build(), TINY[name].inputs(3, 11, 13)
     mesh = SimpleNamespace(get_group=lambda: group)
     expected = {}
-    for algorithm in ("nabla-0.5", "dense"):
+    for algorithm in ("nabla-0.5", "topk-0.2_tail-first", "dense"):
         with na.apply(model, algorithm):
             expected[algorithm] = run(model, inputs)
     model._parallel_config = configured(_ulysses_mesh=mesh)._parallel_config
@@ -74,7 +74,7 @@ def test_a_group_of_one(group, name):
                 assert relative_error(run(model, inputs), out) < 3e-6
 
 
-@pytest.mark.parametrize("algorithm", ["nabla-0.5", "dense"])
+@pytest.mark.parametrize("algorithm", ["nabla-0.5", "topk-0.2_tail-first", "dense"])
 @pytest.mark.parametrize("ranks", [False, True])
 def test_the_operator_keeps_its_contract(group, ranks, algorithm):
     if algorithm == "dense" and not ranks:

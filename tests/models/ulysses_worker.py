@@ -113,7 +113,8 @@ def main(rank: int, folder: str, num_ranks: int, names: tuple[str, ...]) -> None
     for name in names:
         for degree, grid in GRIDS.items():
             if degree <= num_ranks:
-                for algorithm in ("nabla-0.5", "dense"):
+                tail = ("topk-0.2_tail-first",) if (name, degree) == (names[0], 2) else ()
+                for algorithm in ("nabla-0.5", "dense", *tail):
                     results[name, degree, algorithm] = measure(name, degree, grid, algorithm)
     balance = {degree: measure_balance(degree) for degree in GRIDS if degree <= num_ranks}
     if rank == 0:

@@ -81,7 +81,7 @@ def build_tail(
     """
     grid, missing = layout.grid, -layout.grid.num_blocks % layout.grid.block.tokens
     counts = block_order(layout, k.device).counts[: grid.num_blocks]
-    keys, values = (pool_blocks(x[:, :, : grid.num_slots], counts) for x in (k, v))
+    keys, values = (_means(x[:, :, : grid.num_slots], counts) for x in (k, v))
     shown = ~block_map.mask[..., : grid.num_blocks]
     if grid.segments is not None:
         # Rows of text drop nothing.
@@ -189,6 +189,12 @@ def attend_rows(
     if tail.slopes is None:
         return out
     return add_first_order(out, estimated.sum(-1), q, tail.clips[blocks], tail.slopes, scale)
+
+
+def _means(x: Tensor, counts: Tensor) -> Tensor:
+    """Means of blocks, a few heads at a time: a CPU copies what it sums into fp32."""
+    heads = max(1, PANEL_VALUES // max(1, x[:, 0].numel()))
+    return torch.cat([pool_blocks(part, counts) for part in x.split(heads, dim=1)], dim=1)
 
 
 def _slopes(
