@@ -15,10 +15,9 @@ import torch
 import typer
 
 import nabla_attn as na
-from nabla_attn.bench.inputs import make_inputs
 from nabla_attn.bench.measure import peak_bytes, time_in_turn
-from nabla_attn.bench.workloads import workload
-from nabla_attn.calibrate.losses import CandidateProbe
+from nabla_attn.bench.workloads import make_inputs, workload
+from nabla_attn.calibrate.candidates import CandidateProbe
 from nabla_attn.config import TAILS
 from nabla_attn.generation.call import sample
 from nabla_attn.generation.pipeline import BUILTIN_DIRECTORY, load_pipeline

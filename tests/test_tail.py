@@ -239,8 +239,9 @@ def test_summaries_are_counted_beside_the_kept_pairs():
     torch.testing.assert_close(bmap.tail_density, torch.full((1, 2), 0.75 / 64))
 
 
-@pytest.mark.parametrize("name", ["exact", "ragged", "clips"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("ragged", torch.bfloat16), ("clips", torch.float32)], ids=str
+)
 def test_flex_with_a_mean_tail_within_the_budget(name, dtype):
     inputs, out, formula = both(ODD_GRIDS[name], "mean", "flex", dtype)
     assert_within_budget(out, formula(*(x.double() for x in inputs)), formula(*inputs))
