@@ -20,12 +20,12 @@ class RunRecord:
     """The settings and results of one run, as JSON.
 
     Attributes:
-        kind: the verb that made it, such as ``"generate"``.
+        kind: the verb that made it, such as `"generate"`.
         config: the request, plain JSON values.
         seed: the random seed.
-        versions: package name to version, ``"python"`` included.
+        versions: package name to version, `"python"` included.
         device: processor or GPU name with threads, for a reader.
-        numbers: results, plain JSON values; every number finite, missing ones ``None``.
+        numbers: results, plain JSON values; every number finite, missing ones `None`.
         created: UTC time in ISO 8601.
         schema: format of this record.
     """
@@ -87,12 +87,12 @@ class RunRecord:
         return cls(**data)
 
     def save(self, path: str | Path) -> None:
-        """Write the record to ``path``, whole or not at all."""
+        """Write the record to `path`, whole or not at all."""
         write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> "RunRecord":
-        """Read the record at ``path``.
+        """Read the record at `path`.
 
         Raises:
             ValueError: as :meth:`from_json`, with the file named.
@@ -137,7 +137,7 @@ def collect_versions() -> dict[str, str]:
 
 
 def describe_device(device: Any = "cpu") -> str:
-    """A reader's name of a torch device: ``"AMD EPYC (2 threads)"``, ``"NVIDIA H200"``."""
+    """A reader's name of a torch device: `"AMD EPYC (2 threads)"`, `"NVIDIA H200"`."""
     import torch
 
     device = torch.device(device)

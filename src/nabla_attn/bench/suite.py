@@ -10,8 +10,7 @@ import torch
 
 from nabla_attn.bench.attention import measure_attention, measure_map_share, measure_maps
 from nabla_attn.bench.contenders import Baselines
-from nabla_attn.bench.scaling import measure_crossover, measure_scaling
-from nabla_attn.bench.whole_model import measure_model
+from nabla_attn.bench.scaling import measure_crossover, measure_model, measure_scaling
 from nabla_attn.bench.workloads import Workload, workload
 from nabla_attn.machine import CROSSOVER, crossover_file, device_slug
 from nabla_attn.progress import ProgressCallback, ignore_progress

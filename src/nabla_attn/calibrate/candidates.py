@@ -17,7 +17,7 @@ DEFAULT = ("nabla-*", "topk-*", "nabla-*_sta-3-3-3")
 
 
 def read_candidates(texts: Iterable[str]) -> list[SparseConfig]:
-    """Algorithms of strings in which a ``*`` stands for `THRESHOLDS` or `SHARES`; dense goes last.
+    """Algorithms of strings in which a `*` stands for `THRESHOLDS` or `SHARES`; dense goes last.
 
     Raises:
         ValueError: a string is no algorithm, or none is given.
@@ -51,7 +51,7 @@ class CandidateLosses:
 class CandidateProbe:
     """Measures candidates on the queries and keys of sparse calls.
 
-    Give `attach` to ``generate(on_apply=...)`` with an algorithm that keeps every block: the run
+    Give `attach` to `generate(on_apply=...)` with an algorithm that keeps every block: the run
     itself then loses nothing, and no candidate is measured on what another one changed.
 
     Args:

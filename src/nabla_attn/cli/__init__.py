@@ -1,4 +1,4 @@
-"""The ``nabla`` command: one short module per verb, imported when the verb is used."""
+"""The `nabla` command: one short module per verb, imported when the verb is used."""
 
 import os
 from importlib.metadata import version as installed_version

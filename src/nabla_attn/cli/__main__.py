@@ -1,4 +1,4 @@
-"""``python -m nabla_attn.cli`` is ``nabla``."""
+"""`python -m nabla_attn.cli` is `nabla`."""
 
 from nabla_attn.cli import app
 

@@ -65,7 +65,7 @@ class VerbGroup(TyperGroup):
         return list(self.verbs)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the verb; ``generate --task`` is the reference command, which ``wan`` runs."""
+        """Find the verb; `generate --task` is the reference command, which `wan` runs."""
         has_task = any(arg.partition("=")[0] == "--task" for arg in args)
         if args[:1] == ["generate"] and has_task:
             args = ["wan", *args[1:]]
@@ -108,7 +108,7 @@ class VerbGroup(TyperGroup):
 
 
 def spell_as_declared(args: Iterable[str], declared: Iterable[str]) -> list[str]:
-    """Options of ``args`` with the dashes and underscores of ``declared``; the rest untouched."""
+    """Options of `args` with the dashes and underscores of `declared`; the rest untouched."""
     spelling = {name.replace("_", "-"): name for name in declared if name.startswith("--")}
     result: list[str] = []
     is_open = True

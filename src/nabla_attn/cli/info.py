@@ -1,4 +1,4 @@
-"""``nabla info``: what is installed and what can run on this machine."""
+"""`nabla info`: what is installed and what can run on this machine."""
 
 from typing import Annotated, Any
 

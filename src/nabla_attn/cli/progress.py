@@ -118,7 +118,7 @@ def _describe_speed(done: int, total: int, made: int, seconds: float, unit: str)
 
 
 def _describe_steps(done: int, total: int, seconds: float) -> str:
-    """Such as ``3/20  1.4 steps/s  12 s left``."""
+    """Such as `3/20  1.4 steps/s  12 s left`."""
     if not done or not seconds:
         return f"{done}/{total}"
     rate = done / seconds

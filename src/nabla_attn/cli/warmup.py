@@ -1,4 +1,4 @@
-"""``nabla warmup``: compile what a generation would use, and leave it in PyTorch's cache."""
+"""`nabla warmup`: compile what a generation would use, and leave it in PyTorch's cache."""
 
 import time
 from typing import TYPE_CHECKING, Annotated, Any

@@ -77,12 +77,12 @@ def match_algorithm(
     tolerance: float = 0.02,
     on_try: Callable[[str, float], None] = lambda algo, value: None,
 ) -> tuple[str, Match]:
-    """Fill the ``*`` of an algorithm such as ``nabla-*_sta-3-3-3`` so that runs reach a target.
+    """Fill the `*` of an algorithm such as `nabla-*_sta-3-3-3` so that runs reach a target.
 
     Args:
         pipeline: a text-to-video pipeline.
         request: the run; prompt, seed and algorithm are replaced.
-        template: an algorithm with ``*`` in the place of its threshold or share.
+        template: an algorithm with `*` in the place of its threshold or share.
         items: videos that are made for each number tried; their mean counts.
         by: a name of `QUANTITIES`.
         target: the density, or the transformer's seconds.
@@ -90,7 +90,7 @@ def match_algorithm(
         on_try: Called with each algorithm tried and what it gave.
 
     Raises:
-        ValueError: no ``*``, an unknown quantity, or a target that cannot be reached.
+        ValueError: no `*`, an unknown quantity, or a target that cannot be reached.
     """
     if template.count("*") != 1:
         raise ValueError(f"{template!r} must have one * for the number to find, as nabla-* has.")

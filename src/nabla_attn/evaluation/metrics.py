@@ -30,7 +30,7 @@ class Fidelity:
     ssim_frames: tuple[float, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; an infinite PSNR becomes ``None``."""
+        """Plain JSON values; an infinite PSNR becomes `None`."""
         return {
             "psnr": _finite(self.psnr),
             "ssim": self.ssim,
@@ -97,7 +97,7 @@ def measure_motion(frames: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
         reference: the same shape.
 
     Returns:
-        ``motion_psnr`` (None where identical) and ``motion_ssim``; both None for a single frame.
+        `motion_psnr` (None where identical) and `motion_ssim`; both None for a single frame.
 
     Raises:
         ValueError: not two videos of one shape.

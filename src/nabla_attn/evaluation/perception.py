@@ -36,7 +36,7 @@ class LPIPS(nn.Module):
     """LPIPS of pictures, version 0.1 with AlexNet: 0 for the same, about 1 for unrelated ones.
 
     Args:
-        path: the state dict of ``lpips.LPIPS(net="alex")``.
+        path: the state dict of `lpips.LPIPS(net="alex")`.
 
     Raises:
         ValueError: The file cannot be read or holds other weights.

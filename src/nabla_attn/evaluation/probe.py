@@ -47,7 +47,7 @@ class ProbeResult:
 
 
 class AttentionProbe:
-    """Measures every sparse call; give `attach` to ``generate(on_apply=...)``.
+    """Measures every sparse call; give `attach` to `generate(on_apply=...)`.
 
     It makes a run slower, so its seconds must not be reported.
 

@@ -1,6 +1,6 @@
 """Evaluate algorithms against dense attention: paired, resumable, over several processes.
 
-A run is a folder: ``<algorithm>/<item>.mp4`` and beside it its record, ``<item>.json``.
+A run is a folder: `<algorithm>/<item>.mp4` and beside it its record, `<item>.json`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -390,7 +390,7 @@ def _measured(numbers: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[dict[str, int | None]]:
-    """Yield a dictionary whose ``"bytes"`` is the block's peak once it has ended.
+    """Yield a dictionary whose `"bytes"` is the block's peak once it has ended.
 
     On a GPU what torch allocated, on a Linux CPU the resident memory of the process; elsewhere
     None.

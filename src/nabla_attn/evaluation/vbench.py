@@ -63,7 +63,7 @@ def compute_totals(scores: Mapping[str, float]) -> dict[str, float]:
 
 
 def read_results(folder: str | Path) -> dict[str, float]:
-    """Scores by dimension from the ``*_eval_results.json`` files of a folder.
+    """Scores by dimension from the `*_eval_results.json` files of a folder.
 
     Raises:
         ValueError: no such file, a file that is not VBench's, or a dimension scored twice.
@@ -85,7 +85,7 @@ def read_results(folder: str | Path) -> dict[str, float]:
 
 
 def write_layout(run: str | Path, folder: str | Path) -> dict[str, int]:
-    """Copy a run's videos to ``folder/<algorithm>/<prompt>-<n>.mp4``, with ``prompts.json``.
+    """Copy a run's videos to `folder/<algorithm>/<prompt>-<n>.mp4`, with `prompts.json`.
 
     Args:
         run: folder of `nabla evaluate`.

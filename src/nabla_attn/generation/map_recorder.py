@@ -19,7 +19,7 @@ from nabla_attn.schedule import Schedule
 class MapRecorder:
     """Records the first call of each step and layer: the one with the prompt.
 
-    Give `attach` to ``generate(on_apply=...)``, then take `result`. The run's seconds in the
+    Give `attach` to `generate(on_apply=...)`, then take `result`. The run's seconds in the
     transformer include those of the recording, which are counted in `seconds`.
 
     Args:

@@ -242,7 +242,7 @@ def video_tokens(pipeline: Any, request: GenerationRequest) -> tuple[int, int, i
 
 
 def check_seed(seed: int) -> int:
-    """Return ``seed`` if torch takes it.
+    """Return `seed` if torch takes it.
 
     Raises:
         ValueError: it is below 0, or 2**63 or more.

@@ -17,7 +17,7 @@ ENCODER_OPTIONS = {"crf": "14", "preset": "medium", "threads": "1"}
 
 
 def check_frames(frames: np.ndarray) -> np.ndarray:
-    """Return ``frames`` if it is a video: uint8 [frames, height, width, 3], at least one frame.
+    """Return `frames` if it is a video: uint8 [frames, height, width, 3], at least one frame.
 
     Raises:
         ValueError: another shape or dtype.
@@ -31,7 +31,7 @@ def check_frames(frames: np.ndarray) -> np.ndarray:
 
 
 def check_fps(fps: float) -> float:
-    """Return ``fps`` if it is above 0 and at most 1000.
+    """Return `fps` if it is above 0 and at most 1000.
 
     Raises:
         ValueError: it is not.

@@ -24,7 +24,7 @@ def draw_contact_sheet(videos: Sequence[Video], path: str | Path, *, num_frames:
 
     Args:
         videos: frames (uint8 [frames, height, width, 3], one size for all) and records of
-            ``nabla compare``, in order from the top.
+            `nabla compare`, in order from the top.
         path: the PNG to write.
         num_frames: frames shown per video, evenly spread from first to last.
 

@@ -230,7 +230,7 @@ def _read_index(index: Path) -> set[str]:
 
 
 def _numbered(found: list[Path]) -> set[str]:
-    """The shards that names like ``-00001-of-00003`` promise; the plain name stands alone."""
+    """The shards that names like `-00001-of-00003` promise; the plain name stands alone."""
     for path in found:
         if match := re.fullmatch(rf"{STEM}-[0-9]{{5}}-of-([0-9]{{5}})\.safetensors", path.name):
             total = min(int(match.group(1)), MAX_SHARDS)
