@@ -411,3 +411,54 @@ def test_frames_come_with_their_times_from_bytes_too(tmp_path):
     assert times == [0, 0.125, 0.25]
     with pytest.raises(UnreadableMedia, match="no such file"):
         next(iterate_video(tmp_path / "missing.mp4"))
+
+
+@pytest.mark.parametrize("name", ["fragments.mp4", "reordered.mkv"])
+def test_what_counts_no_frames_must_be_as_long_as_it_says(tmp_path, name):
+    import av
+
+    options = {"movflags": "frag_keyframe+empty_moov"} if name.endswith("mp4") else {}
+    frames = np.random.default_rng(0).integers(0, 255, (21, 32, 32, 3), np.uint8)
+    with av.open(str(tmp_path / name), "w", options=options) as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        stream.options = {"g": "4"}
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    assert len(read_video(tmp_path / name)) == 21
+    content = (tmp_path / name).read_bytes()
+    last = content.rindex(b"moof" if name.endswith("mp4") else b"\x1f\x43\xb6\x75")
+    # In the head of the last part, and in its middle: the part is gone without an error.
+    for end in (last + 20, (last + len(content)) // 2):
+        (tmp_path / name).write_bytes(content[:end])
+        with pytest.raises(ValueError, match=r"it (is damaged, or )?ends early"):
+            read_video(tmp_path / name)
+
+
+def test_the_cover_of_a_sound_file_is_no_video(tmp_path):
+    import av
+    from av.stream import Disposition
+
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.height, cover.width, cover.pix_fmt = 48, 96, "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(corner(), format="rgb24")))
+        container.mux(cover.encode())
+    with pytest.raises(ValueError, match="its only picture is a cover"):
+        read_video(tmp_path / "a.mp4")
+
+
+def test_sixteen_bit_grey_that_is_clear_in_places(tmp_path):
+    from PIL import Image
+
+    greys = np.zeros((8, 16), np.uint16)
+    greys[:, 8:] = 300
+    Image.fromarray(greys).save(tmp_path / "plain.png")
+    head, rest = (tmp_path / "plain.png").read_bytes()[:33], b"tRNS" + struct.pack(">H", 300)
+    chunk = struct.pack(">I", 2) + rest + struct.pack(">I", zlib.crc32(rest))
+    (tmp_path / "a.png").write_bytes(head + chunk + (tmp_path / "plain.png").read_bytes()[33:])
+    with pytest.warns(UserWarning, match=r"a\.png is transparent in places"):
+        shown = read_image(tmp_path / "a.png")
+    assert [shown.getpixel((x, 4))[0] for x in (4, 12)] == [0, 255]

@@ -112,6 +112,7 @@ def iterate_video(source: str | Path | BinaryIO) -> Iterator[tuple[float | None,
         UnreadableMedia: The file is missing, damaged, cut short or too large, or has no video.
     """
     import av
+    from av.stream import Disposition
     from av.video.reformatter import VideoReformatter
 
     # Absolute: a relative name with a colon would be the address of something elsewhere.
@@ -122,8 +123,9 @@ def iterate_video(source: str | Path | BinaryIO) -> Iterator[tuple[float | None,
         with av.open(place, metadata_errors="replace", options=options) as container:
             # The best one, as the first may be the picture of a cover.
             stream: Any = container.streams.best("video")
-            if stream is None:
-                raise UnreadableMedia("it has no video stream")
+            if stream is None or stream.disposition & Disposition.attached_pic:
+                what = "it has no video stream" if stream is None else "its only picture is a cover"
+                raise UnreadableMedia(what)
             context = stream.codec_context
             context.options = {"err_detect": "explode", "max_pixels": str(MAX_FRAME_PIXELS)}
             context.thread_type = "NONE"
@@ -136,6 +138,9 @@ def iterate_video(source: str | Path | BinaryIO) -> Iterator[tuple[float | None,
             reformatter = VideoReformatter()
             for frame in _decode(container, stream):
                 yield frame.time, _to_picture(frame, aspect, reformatter)
+            # Where the container counts no frames, its own length says whether all of it is there.
+            if not stream.frames and _is_cut(source):
+                raise UnreadableMedia("it ends early: less is there than it says")
     except (av.FFmpegError, OSError, MemoryError, ValueError) as error:
         if isinstance(error, UnreadableMedia):
             raise
@@ -174,7 +179,11 @@ def _to_rgb(image: "Image", path: str | Path) -> "Image":
     from PIL import Image
 
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
+        greys = np.asarray(image)
+        shown, clear = _to_8_bits(greys), greys == image.info.get("transparency")
+        if clear.any():
+            _warn_white(path)
+        return Image.fromarray(np.where(clear, np.uint8(255), shown)).convert("RGB")
     is_clear = image.has_transparency_data
     if not is_clear:
         return _to_srgb(image, image, path)
@@ -183,8 +192,12 @@ def _to_rgb(image: "Image", path: str | Path) -> "Image":
     colours = _to_srgb(layers.convert("RGB"), image, path)
     if alpha.getextrema()[0] == 255:
         return colours
-    warnings.warn(f"{path} is transparent in places; they become white.", stacklevel=3)
+    _warn_white(path)
     return Image.composite(colours, Image.new("RGB", image.size, "white"), alpha)
+
+
+def _warn_white(path: str | Path) -> None:
+    warnings.warn(f"{path} is transparent in places; they become white.", stacklevel=4)
 
 
 def _to_8_bits(pixels: np.ndarray) -> np.ndarray:
@@ -273,6 +286,48 @@ def _decode(container: Any, stream: Any) -> Iterator[Any]:
         raise UnreadableMedia(f"it ends early: {packets} of {stream.frames} frames are there")
     if end and end + length * 9 / 10 < (declared := _declared_end(stream)):
         raise UnreadableMedia(f"it ends early: {float(end):.3f} of {float(declared):.3f} seconds")
+
+
+def _is_cut(source: str | Path | BinaryIO) -> bool:
+    """Whether an MP4 or Matroska file is shorter than its outermost parts say."""
+    if isinstance(source, str | Path):
+        with Path(source).open("rb") as file:
+            return _is_cut(file)
+    size = source.seek(0, 2)
+    is_matroska = _read_at(source, 0, 4) == b"\x1aE\xdf\xa3"
+    measure = _element_end if is_matroska else _box_end
+    if not is_matroska and _read_at(source, 4, 4) not in (b"ftyp", b"styp", b"moov", b"moof"):
+        return False
+    place = 0
+    while 0 <= place < size:
+        place = measure(source, place)
+    return place > size
+
+
+def _box_end(file: BinaryIO, place: int) -> int:
+    """Where a box of MP4 ends; below 0 where it does not say."""
+    head = _read_at(file, place, 16)
+    length = int.from_bytes(head[:4], "big")
+    if length == 1:
+        length = int.from_bytes(head[8:], "big")
+    return place + length if length >= 8 else -1
+
+
+def _element_end(file: BinaryIO, place: int) -> int:
+    """Where an element of Matroska ends; below 0 where it does not say, as in a live recording."""
+    head = _read_at(file, place, 16)
+    name = 9 - head[0].bit_length()
+    if not 1 <= name <= 4 or len(head) <= name or not head[name]:
+        return -1
+    count = 9 - head[name].bit_length()
+    bits = 7 * count
+    length = int.from_bytes(head[name : name + count], "big") & ((1 << bits) - 1)
+    return place + name + count + length if length != (1 << bits) - 1 else -1
+
+
+def _read_at(file: BinaryIO, place: int, count: int) -> bytes:
+    file.seek(place)
+    return file.read(count)
 
 
 def _declared_end(stream: Any) -> Fraction:
