@@ -82,3 +82,23 @@ def test_empty_is_not_whole(tmp_path):
     assert not is_whole(path)
     path.write_text("x")
     assert is_whole(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"height": 480, "height": 16}', "'height' is there twice"),
+        ('[{"a": {"b": 1, "b": 1}}]', "'b' is there twice"),
+        ("[" * 100_000, "it is nested too deeply"),
+        ('{"a": ' + "9" * 5000 + "}", "4300 digits"),
+    ],
+)
+def test_json_of_which_something_would_be_dropped_is_refused(tmp_path, text, words):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"a\.json: not valid JSON \(.*{words}"):
+        read_json(tmp_path / "a.json")
+
+
+def test_json_of_editors_that_mark_utf8(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": "é"}', encoding="utf-8-sig")
+    assert read_json(tmp_path / "a.json") == {"a": "é"}

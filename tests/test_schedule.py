@@ -116,3 +116,11 @@ def test_a_rule_that_needs_an_unknown_number_says_so(rule):
     schedule = na.Schedule(algorithm=NABLA, **rule)
     with pytest.raises(ValueError, match="needs num_"):
         schedule.config_for(0, 0)
+
+
+def test_json_as_editors_write_it_and_names_that_are_there_twice():
+    marked = '\ufeff{"algorithm": "nabla-0.7"}'
+    assert na.Schedule.from_json(marked) == na.Schedule(algorithm=NABLA)
+    text = '{"algorithm": "nabla-0.7", "step_overrides": {"1": "dense", "1": "nabla-0.3"}}'
+    with pytest.raises(ValueError, match="a schedule must be JSON: '1' is there twice"):
+        na.Schedule.from_json(text)

@@ -130,7 +130,8 @@ def read_json(path: str | Path, *, max_bytes: int | None = None) -> Any:
         max_bytes: The largest size that is read; None reads any.
 
     Raises:
-        ValueError: It is missing, too large or not JSON; the file is named.
+        ValueError: It is missing, too large or not JSON, or an object has a name twice; the file
+            is named.
     """
     path = Path(path)
     try:
@@ -141,9 +142,31 @@ def read_json(path: str | Path, *, max_bytes: int | None = None) -> Any:
         reason = (error.strerror or str(error)).lower()
         raise ValueError(f"cannot read {path}: {reason}.") from error
     try:
-        return json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        return parse_json(content.decode("utf-8-sig"))
+    except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error}).") from error
+
+
+def parse_json(text: str) -> Any:
+    """What a JSON text holds.
+
+    Raises:
+        ValueError: It is not JSON, is nested too deeply, or an object has a name twice, one of
+            which would be dropped.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is there twice")
+    return values
 
 
 def read_lines(path: Path, max_bytes: int) -> Iterator[tuple[int, str | ValueError]]:

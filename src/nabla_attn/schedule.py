@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from nabla_attn.config import DENSE, SparseConfig, as_config, parse
+from nabla_attn.files import parse_json
 
 # The reference runs window-only algorithms dense for steps 0 to 11 (wan/text2video.py:247-254).
 WINDOW_ONLY_DENSE_STEPS = 12
@@ -164,8 +165,8 @@ class Schedule:
             ValueError: not JSON, an unknown field, or a value of the wrong kind.
         """
         try:
-            values = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+            values = parse_json(text.removeprefix("\ufeff"))
+        except ValueError as error:
             raise ValueError(f"a schedule must be JSON: {error}.") from None
         return cls.from_dict(values)
 

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from nabla_attn.config import parse
+from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import load_pipeline
 from nabla_attn.generation.request import (
     GenerationRequest,
@@ -65,10 +66,40 @@ def test_good_sizes_pass_in_silence(pipeline, recwarn, frames, grid):
     assert not recwarn.list
 
 
-def test_a_schedule_without_sparse_steps_warns(pipeline):
-    request = GenerationRequest(**(GOOD | {"sparse_algo": "sta-3-3-3"}))
-    with pytest.warns(UserWarning, match="changes nothing here: its schedule keeps 12 steps"):
-        check_request(pipeline, request)
+DENSE = parse("dense")
+
+
+def rules_of(pipeline, algorithm, **rules):
+    """Generate with these rules."""
+    schedule = Schedule(algorithm=parse(algorithm), **rules) if rules else None
+    generate(pipeline, GenerationRequest(**GOOD, sparse_algo=algorithm, schedule=schedule))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "rules", "words"),
+    [
+        ("sta-3-3-3", {}, "changes nothing here: its schedule keeps 12 steps"),
+        ("nabla-0.7", {"min_tokens": 73}, "below 73 tokens dense, and this has 72"),
+        ("nabla-0.7", {"dense_first_steps": 1, "dense_last_steps": 1}, "2 steps dense, and there"),
+        ("nabla-0.7", {"dense_layers": (0, -1)}, "every step and layer dense"),
+        (
+            "nabla-0.7",
+            {"layer_overrides": {0: DENSE}, "dense_layers": (1,)},
+            "step and layer dense",
+        ),
+        ("nabla-0.7", {"step_overrides": {0: DENSE, 1: DENSE}}, "every step and layer dense"),
+        ("nabla-0.7", {"step_overrides": {2: DENSE, 9: DENSE}}, "steps 2, 9 are unused: .* 0 to 1"),
+    ],
+)
+def test_rules_that_change_nothing_are_told_of(pipeline, algorithm, rules, words):
+    with pytest.warns(UserWarning, match=words) as told:
+        rules_of(pipeline, algorithm, **rules)
+    assert len([each for each in told if "schedule" in str(each.message)]) == 1
+
+
+def test_rules_that_leave_something_sparse_pass_in_silence(pipeline, recwarn):
+    rules_of(pipeline, "nabla-0.7", min_tokens=72, dense_layers=(0,), step_overrides={0: DENSE})
+    assert not [each for each in recwarn if "schedule" in str(each.message)]
 
 
 def test_with_algo_keeps_the_schedule_and_dense_drops_it():
@@ -112,4 +143,11 @@ def test_model_defaults_with_a_schedule(tmp_path):
 def test_broken_defaults_are_named(tmp_path, text):
     (tmp_path / "defaults.json").write_text(text)
     with pytest.raises(ValueError, match=r"defaults\.json"):
+        ModelDefaults.load(tmp_path)
+
+
+def test_a_guider_that_guides_by_no_number_is_named(tmp_path):
+    (tmp_path / "guider").mkdir()
+    (tmp_path / "guider" / "guider_config.json").write_text('{"guidance_scale": NaN}')
+    with pytest.raises(ValueError, match=r"guider_config\.json: guidance must be a finite number"):
         ModelDefaults.load(tmp_path)

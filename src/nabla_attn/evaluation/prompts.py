@@ -1,10 +1,10 @@
 """What is evaluated: every prompt with every seed."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nabla_attn.files import parse_json
 from nabla_attn.generation.prompt_list import read_prompt_list
 from nabla_attn.generation.video import Scorer
 
@@ -70,7 +70,7 @@ def read_prompts(path: str | Path) -> list[str]:
             raise ValueError(f"{path}: {own[0]!r} has a seed; here all prompts take --seeds.")
         return list(dict.fromkeys(prompt for prompt, _ in lines))
     try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+        entries = parse_json(path.read_text(encoding="utf-8-sig"))
         if not isinstance(entries, list):
             raise ValueError("expected a list")
         prompts = [entry if isinstance(entry, str) else entry["prompt_en"] for entry in entries]

@@ -1,6 +1,8 @@
 """One video from one request: apply the algorithm, sample, measure, restore."""
 
 import hashlib
+import itertools
+import math
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -53,6 +55,8 @@ def generate(
         watch_texts(pipeline, request) as cut,
         clock.watch(pipeline),
     ):
+        if handle is not None:
+            _warn_of_rules(pipeline, request, handle)
         if on_apply is not None and handle is not None:
             on_apply(handle)
         video = sample(pipeline, request, on_step_end=clock.on_step_end, **(inputs or {}))
@@ -130,3 +134,37 @@ def _attention_numbers(handle: Any) -> dict[str, Any]:
     if handle is None:
         return {"density": 1.0, "kept_mass": 1.0}
     return handle.report().to_dict()
+
+
+def _warn_of_rules(pipeline: Any, request: GenerationRequest, handle: Any) -> None:
+    """Warn of rules of a schedule that no step reaches, and that leave nothing sparse."""
+    schedule: Schedule = handle.schedule
+    if unused := sorted(step for step in schedule.step_overrides if step >= request.steps):
+        warnings.warn(
+            f"the schedule's rules for steps {', '.join(map(str, unused))} are unused: the run "
+            f"has the steps 0 to {request.steps - 1}.",
+            stacklevel=3,
+        )
+    if reason := _why_all_dense(pipeline, request, handle):
+        warnings.warn(
+            f"{request.sparse_algo} changes nothing here: its schedule keeps {reason}, or pass "
+            "another schedule.",
+            stacklevel=3,
+        )
+
+
+def _why_all_dense(pipeline: Any, request: GenerationRequest, handle: Any) -> str:
+    """What a schedule without any sparse call keeps dense, and the remedy; "" for others."""
+    schedule: Schedule = handle.schedule
+    dense_steps = schedule.dense_first_steps + schedule.dense_last_steps
+    if dense_steps >= request.steps:
+        return f"{dense_steps} steps dense, and there are {request.steps}. Ask for more steps"
+    tokens = math.prod(video_tokens(pipeline, request))
+    if tokens < schedule.min_tokens:
+        least = schedule.min_tokens
+        return f"videos below {least} tokens dense, and this has {tokens}. Ask for a larger one"
+    counts = {"num_steps": request.steps, "num_layers": handle.num_layers, "num_tokens": tokens}
+    calls = itertools.product(range(request.steps), range(handle.num_layers))
+    if all(schedule.config_for(step, layer, **counts).is_dense for step, layer in calls):
+        return "every step and layer dense. Leave some of them to the algorithm"
+    return ""

@@ -23,7 +23,7 @@ def read_model_index(directory: Path) -> dict[str, Any]:
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise ValueError(f"{path}: it does not name a diffusers pipeline class as _class_name.")
     for name, entry in _entries(index).items():
-        if len(entry) != 2 or Path(name).name != name:
+        if len(entry) != 2 or not name.isidentifier():
             raise ValueError(f"{path}: the entry {name!r} is not [library, class].")
         if entry[0] is not None and entry[0] not in LIBRARIES:
             raise ValueError(

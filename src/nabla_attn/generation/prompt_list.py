@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nabla_attn.files import check_writable, is_whole, read_lines
+from nabla_attn.files import check_writable, is_whole, parse_json, read_lines
 from nabla_attn.generation.pipeline import fingerprint
 from nabla_attn.generation.request import GenerationRequest, check_seed
 from nabla_attn.generation.video import write_video
@@ -183,8 +183,8 @@ def _read_line(line: str) -> tuple[str, int | None] | None:
     if not text.startswith("{"):
         return text, None
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"not valid JSON ({error}).") from error
     prompt, seed = values.get("prompt"), values.get("seed", 0)
     has_types = isinstance(prompt, str) and isinstance(seed, int) and not isinstance(seed, bool)

@@ -1,7 +1,6 @@
 """What to generate, and whether a pipeline can take it."""
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -124,14 +123,18 @@ class ModelDefaults:
             ValueError: A file is not JSON, has an unknown name or a value that does not fit, or a
                 schedule of another algorithm; or there are no such adapters.
         """
-        scale = guider_scale(_read_if_there(directory / "guider" / "guider_config.json"))
-        defaults = cls() if scale is None else cls(guidance=scale)
+        guider = directory / "guider" / "guider_config.json"
+        scale = guider_scale(_read_if_there(guider))
+        found = [(guider, {} if scale is None else {"guidance": scale})]
         for folder in (directory, *(lora_place(each)[1].parent for each in lora)):
             path = folder / "defaults.json"
+            found.append((path, _read_if_there(path)))
+        defaults = cls()
+        for path, values in found:
             try:
-                defaults = _updated(defaults, _read_if_there(path))
+                defaults = _updated(defaults, values)
             except ValueError as error:
-                raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
+                raise ValueError(f"{path}: {error}") from error
         return defaults
 
 
@@ -219,13 +222,12 @@ def check_text(text: str, name: str) -> str:
 
 
 def check_request(pipeline: Any, request: GenerationRequest) -> None:
-    """Check a request against the pipeline; warn about settings that will have no effect.
+    """Check a request against the pipeline.
 
     Raises:
         ValueError: height, width or frames the model cannot take; the nearest valid are named.
     """
     _check_size(pipeline, request)
-    _check_schedule(request)
 
 
 def guider_scale(config: Any) -> float | None:
@@ -279,15 +281,4 @@ def _check_size(pipeline: Any, request: GenerationRequest) -> None:
         raise ValueError(
             f"this model's positions end at {limit} tokens along each axis, got a grid of "
             f"{'x'.join(map(str, grid))} (frames, height, width). Ask for a smaller video."
-        )
-
-
-def _check_schedule(request: GenerationRequest) -> None:
-    schedule = request.schedule or Schedule.default(request.sparse_algo)
-    dense_steps = schedule.dense_first_steps + schedule.dense_last_steps
-    if not request.is_dense and dense_steps >= request.steps:
-        warnings.warn(
-            f"{request.sparse_algo} changes nothing here: its schedule keeps {dense_steps} steps "
-            f"dense, and there are {request.steps}. Ask for more steps or pass another schedule.",
-            stacklevel=3,
         )

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nabla_attn.files import read_ends, read_lines
+from nabla_attn.files import parse_json, read_ends, read_lines
 from nabla_attn.training.data.clip import (
     MAX_METADATA_BYTES,
     VIDEO_SUFFIXES,
@@ -254,8 +254,8 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | Skipped]]:
 
 def _read_object(number: int, line: str) -> dict[str, Any] | Skipped:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        row = parse_json(line)
+    except ValueError as error:
         return Skipped("broken line", f"line {number}: not valid JSON ({error})")
     if not isinstance(row, dict):
         return Skipped("broken line", f"line {number}: expected an object, got {line[:60]!r}")

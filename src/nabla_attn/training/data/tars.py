@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, cast
 
 from nabla_attn.errors import first_line
+from nabla_attn.files import parse_json
 from nabla_attn.training.data.clip import (
     MAX_METADATA_BYTES,
     Clip,
@@ -258,10 +259,10 @@ def _read_caption(members: list[tuple[_Member, bytes]]) -> str:
                     return caption
                 reason = Skipped("no caption", f"{member.name} is empty")
                 continue
-            values = json.loads(text)
+            values = parse_json(text)
             return pick_caption(values if isinstance(values, dict) else {})
         except Skipped as error:
             reason = error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             reason = Skipped("no caption", f"{member.name}: {first_line(error)}")
     raise reason
