@@ -215,3 +215,48 @@ def test_layers_without_a_place_are_counted(tiny_wan, tmp_path, recwarn, extra, 
     if extra:
         assert "1 of its 5 layers have no place in WanTransformer3DModel" in said[0]
         assert f"are left out, first {first}" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"0.attn1.to_q.lora_B.weight": None},
+            "1 of its 8 tensors are missing, .*to_q.lora_B",
+        ),
+        (
+            {"1.attn1.to_k.lora_A.weight": None},
+            "1 of its 8 tensors are missing, .*to_k.lora_A",
+        ),
+        (
+            {"0.attn1.to_q.lora_B.bias": torch.ones(32)},
+            "3 of its 12 tensors are missing",
+        ),
+        ({"0.attn1.to_q.lora_A.weight": torch.full((2, 32), torch.nan)}, "no finite numbers"),
+    ],
+)
+def test_adapters_without_all_of_their_numbers_are_refused(tiny_wan, tmp_path, change, words):
+    tensors = {
+        f"transformer.blocks.{block}.attn1.{name}.lora_{side}.weight": torch.ones(shape)
+        for block in (0, 1)
+        for name in ("to_q", "to_k")
+        for side, shape in {"A": (2, 32), "B": (32, 2)}.items()
+    }
+    tensors |= {f"transformer.blocks.{key}": value for key, value in change.items()}
+    tensors = {key: value for key, value in tensors.items() if value is not None}
+    save_file(tensors, tmp_path / "a.safetensors")
+    pipeline = WanPipeline.from_pretrained(tiny_wan)
+    plain = predict(pipeline)
+    with pytest.raises(ValueError, match=rf"a\.safetensors cannot be used: .*{words}"):
+        load_lora(pipeline, str(tmp_path / "a.safetensors"))
+    assert torch.equal(predict(pipeline), plain)
+
+
+def test_changes_of_whole_weights_are_told_of(tiny_wan, tmp_path):
+    tensors = {"diffusion_model.blocks.0.norm3.diff": torch.ones(32)}
+    for name in "qkvo":
+        tensors[f"diffusion_model.blocks.0.self_attn.{name}.lora_A.weight"] = torch.ones(2, 32)
+        tensors[f"diffusion_model.blocks.0.self_attn.{name}.lora_B.weight"] = torch.ones(32, 2)
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.warns(UserWarning, match=r"1 of its 8 tensors change whole .*norm3\.diff"):
+        load_lora(WanPipeline.from_pretrained(tiny_wan), str(tmp_path / "a.safetensors"))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from nabla_attn.errors import first_line
@@ -14,6 +15,8 @@ from nabla_attn.sizes import denoisers
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 PARTS = ("transformer", "transformer_2")
+# Some files have them beside the adapters; diffusers drops those of norms without a word.
+WHOLE_CHANGES = (".diff",)
 BUILTIN_LORA = Path(__file__).parents[1] / "moving_shapes" / "lora"
 
 
@@ -73,6 +76,9 @@ def load_lora(pipeline: Any, source: str) -> None:
     added = [name for name in _adapters(model) if name not in before]
     if not added:
         raise ValueError(f"{file} has no LoRA weights for {type(model).__name__}.")
+    if problem := _problem_of(_weights_of(model, added)):
+        model.delete_adapters(added)
+        raise ValueError(f"{file} cannot be used: {problem}.")
     # Loading one more leaves those before aside.
     model.set_adapters(_adapters(model))
     _warn_of_rest(pipeline, model, file, added)
@@ -111,19 +117,27 @@ def _load(pipeline: Any, model: Any, part: str, file: Path) -> None:
 
 
 def _warn_of_rest(pipeline: Any, model: Any, file: Path, added: list[str]) -> None:
-    """Warn of the layers of a file that the model has no place for."""
-    asked = {_layer_of(key) for key in _read_keys(pipeline, file)}
+    """Warn of what a file has and the model does not take."""
+    keys = _read_keys(pipeline, file)
+    asked = {_layer_of(key) for key in keys}
     used = {
         f"{PARTS[0]}.{name}"
         for name, layer in _tuned(model)
         if any(adapter in layer.scaling for adapter in added)
     }
-    left = sorted(asked - used - {name.removeprefix(f"{PARTS[0]}.") for name in used})
-    if left:
+    name = type(model).__name__
+    left = asked - used - {each.removeprefix(f"{PARTS[0]}.") for each in used}
+    _warn(file, left, len(asked), f"have no place in {name} and are left out")
+    with safe_open(file, framework="pt") as tensors:
+        whole = {key for key in tensors.keys() if key.endswith(WHOLE_CHANGES)}  # noqa: SIM118
+    _warn(file, whole, len(keys), "change whole weights and may be left out", what="tensors")
+
+
+def _warn(file: Path, names: set[str], count: int, problem: str, what: str = "layers") -> None:
+    if names:
         warnings.warn(
-            f"{file}: {len(left)} of its {len(asked)} layers have no place in "
-            f"{type(model).__name__} and are left out, first {left[0]}.",
-            stacklevel=3,
+            f"{file}: {len(names)} of its {count} {what} {problem}, first {min(names)}.",
+            stacklevel=4,
         )
 
 
@@ -132,8 +146,6 @@ def _read_keys(pipeline: Any, file: Path) -> list[str]:
     if hasattr(pipeline, "lora_state_dict"):
         found = pipeline.lora_state_dict(file.parent, weight_name=file.name, local_files_only=True)
         return list(found[0] if isinstance(found, tuple) else found)
-    from safetensors import safe_open
-
     with safe_open(file, framework="pt") as tensors:
         return list(tensors.keys())
 
@@ -145,6 +157,25 @@ def _layer_of(key: str) -> str:
 
 def _adapters(model: Any) -> list[str]:
     return list(getattr(model, "peft_config", {}))
+
+
+def _problem_of(weights: list[tuple[str, Tensor]]) -> str:
+    """What is wrong with the weights of adapters; "" where nothing is."""
+    # What the file has one half of alone never got values.
+    if missing := [key for key, value in weights if value.is_meta]:
+        return f"{len(missing)} of its {len(weights)} tensors are missing, first {missing[0]}"
+    if odd := [key for key, value in weights if not value.isfinite().all()]:
+        return f"{odd[0]} has values that are no finite numbers"
+    return ""
+
+
+def _weights_of(model: Any, adapters: list[str]) -> list[tuple[str, Tensor]]:
+    return [
+        (f"{name}.{key}", value)
+        for name, layer in _tuned(model)
+        for key, value in layer.state_dict().items()
+        if any(adapter in key.split(".") for adapter in adapters)
+    ]
 
 
 def _tuned(model: Any) -> list[tuple[str, Any]]:
