@@ -87,6 +87,16 @@ def test_the_backward_has_kernels_and_fits(lab, architecture):
     check(kernel_of(answer, "flex_attention_backward"), most_stack=512)
 
 
+@pytest.mark.parametrize("needs_backward", [False, True], ids=["forward", "backward"])
+def test_summaries_of_dropped_blocks_have_kernels_and_fit(lab, needs_backward):
+    case = {"algorithm": "nabla-0.7_tail-mean", "batch": 2, "num_text": 100}
+    answer = lab.attention("sm_90", grids=[SMALL], needs_backward=needs_backward, **case)
+    # The bias and the mask of summaries cost registers; without a tail the forward spills nothing.
+    check(kernel_of(answer), most_stack=256)
+    if needs_backward:
+        check(kernel_of(answer, "flex_attention_backward"))
+
+
 def test_a_backward_in_float32_takes_blocks_of_48(lab):
     case = {"grids": [SMALL], "block": [1, 6, 8], "dim": 64, "dtype": "float32"}
     answer = lab.attention("sm_90", needs_backward=True, **case)

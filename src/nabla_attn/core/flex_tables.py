@@ -75,8 +75,8 @@ def build_flex_tables(
         count = shown.shape[-1]
         full = full.clone()
         full[..., -(count // block_tokens) :] = False
-        columns = torch.full((valid.shape[-1],), count, device=mask.device)
-        columns[-count:] = torch.arange(count, device=mask.device)
+        columns = torch.full((valid.shape[-1],), count, dtype=torch.int32, device=mask.device)
+        columns[-count:] = torch.arange(count, dtype=torch.int32, device=mask.device)
         shown = torch.nn.functional.pad(shown, (0, 1), value=True)
     partial = some & ~full
     transposed = (compact(partial.mT), compact(full.mT)) if needs_backward else None
