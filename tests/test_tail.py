@@ -10,6 +10,7 @@ from tests.oracle import ODD_GRIDS, random_qkv
 from torch.nn.functional import scaled_dot_product_attention
 
 import nabla_attn as na
+from nabla_attn.attention import attend
 from nabla_attn.backends.flex_options import FlexOptions, flex_options
 from nabla_attn.core import losses
 from nabla_attn.core.losses import BlockCall
@@ -232,7 +233,7 @@ def test_summaries_are_counted_beside_the_kept_pairs():
     grid = ODD_GRIDS["exact"]
     q, k, v = random_qkv(grid)
     layout = TokenLayout(grid)
-    attend = na.attention.attend
+
     _, plain = attend(q, k, v, layout, na.parse("topk-0.25"), measure=True)
     _, bmap = attend(q, k, v, layout, na.parse("topk-0.25_tail-mean"), measure=True)
     assert plain.tail_density is None and bmap.density == plain.density == 0.25
@@ -295,7 +296,7 @@ def test_a_kept_map_serves_with_summaries_of_the_current_tokens(tail):
     first, now = random_qkv(grid, batch=2), random_qkv(grid, batch=2)
     config, layout = na.parse(f"topk-0.2_tail-{tail}"), TokenLayout(grid)
     kept = na.build_block_map(*first[:2], grid, config)
-    attend = na.attention.attend
+
     out, _ = attend(*now, layout, config, select=lambda *args, **options: kept)
     expected = estimated_attention(*now, grid, kept, tail)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
