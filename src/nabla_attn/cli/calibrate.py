@@ -20,12 +20,12 @@ def calibrate(
     ] = None,
     error: Annotated[
         float | None,
-        typer.Option(min=0, help="Or: mean relative error of attention's output at most this."),
+        typer.Option(min=0, help="Or: greatest mean relative error of attention's output."),
     ] = None,
     sparse_algo: Annotated[
         list[str] | None,
         typer.Option(
-            help="What layers may use; * stands for a range of numbers. Repeat for more.",
+            help="Algorithm that layers may use; * is a range of numbers. Repeat for more.",
             show_default="nabla-*, topk-*, nabla-*_sta-3-3-3",
         ),
     ] = None,
@@ -38,6 +38,7 @@ def calibrate(
     output: Annotated[
         Path, typer.Option(help="Folder of measurements, which are kept, and schedule.json.")
     ] = Path("out/calibrate"),
+    as_json: opt.AsJson = False,
 ) -> None:
     """Measure what layers lose, and write the schedule that loses least within a budget.
 
@@ -61,12 +62,25 @@ def calibrate(
         losses = calibration.measure(texts, progress=start)
     choice = choose_within(losses, candidates, density=density, error=error)
     write_text(target, calibration.schedule(choice).to_json() + "\n")
-    _print(choice, one_for_all(losses, candidates))
+    singles = one_for_all(losses, candidates)
+    if as_json:
+        out.print_json(
+            {"schedule": target}
+            | _numbers(choice)
+            | {"layers": list(map(str, choice.layers))}
+            | {"one_for_all": {str(each.layers[0]): _numbers(each) for each in singles}}
+        )
+        return
+    _print(choice, singles)
     out.say(f"Use it: nabla generate --schedule {target}")
 
 
+def _numbers(choice: "Choice") -> dict[str, float]:
+    return {"density": float(choice.density), "error": float(choice.error)}
+
+
 def _print(choice: "Choice", singles: "list[Choice]") -> None:
-    """The choice by layer, between the nearest algorithms that are one for all layers."""
+    """Print the choice by layer, and the nearest algorithms that serve all layers alike."""
     fewer = [single for single in singles if single.density <= choice.density]
     closer = [single for single in singles if single.error <= choice.error]
     rows = {"this schedule": choice}

@@ -1,6 +1,5 @@
-"""Progress on stderr: bars, or lines where it is no terminal."""
+"""Progress on stderr: bars on a terminal, and in log files a line now and then."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,35 +23,45 @@ STAGES = {"warm-up": "warming up", "text": "reading the prompt", "decode": "deco
 
 
 @contextmanager
-def generation_bars(*, in_logs: bool = False) -> Iterator[Callable[[str], "ProgressCallback"]]:
+def generation_bars(
+    *, in_logs: bool = False, every_seconds: float = LINE_SECONDS
+) -> Iterator[Callable[[str], "ProgressCallback"]]:
     """Yield a function from a label to the progress callback of its own bar.
+
+    Where stderr is no terminal, the callback writes a line every some seconds instead.
 
     Args:
         in_logs: Whether to write a line per label where stderr is no terminal.
+        every_seconds: Seconds from one line in a log file to the next.
     """
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
     texts = (TextColumn("{task.description}"), TextColumn("{task.fields[stage]}"))
-    with _bars(texts[0], BarColumn(), texts[1], TimeElapsedColumn()) as bars:
+    columns = (texts[0], BarColumn(), texts[1], TimeElapsedColumn())
+    with _bars(*columns, is_quiet=Settings.is_quiet) as bars:
+        is_logged = bars.disable and not Settings.is_quiet
 
         def start(label: str) -> "ProgressCallback":
-            if in_logs and bars.disable:
-                bars.console.print(label, highlight=False)
+            if in_logs and is_logged:
+                _write_line(label)
             task = bars.add_task(label, total=None, stage="")
-            began = time.perf_counter()
+            began = last = time.perf_counter()
 
             def show(stage: str, done: int, total: int) -> None:
-                nonlocal began
+                nonlocal began, last
+                now = time.perf_counter()
+                text = STAGES.get(stage, stage)
                 if stage == "denoise":
                     if done == 0:
-                        began = time.perf_counter()
-                    text = _describe_steps(done, total, time.perf_counter() - began)
-                    bars.update(task, total=total, completed=done, stage=text)
-                elif stage == "done":
-                    bars.update(task, stage="done")
+                        began = now
+                    text = _describe_steps(done, total, now - began)
+                    bars.update(task, total=total, completed=done)
+                bars.update(task, stage=text)
+                if stage == "done":
                     bars.stop_task(task)
-                else:
-                    bars.update(task, stage=STAGES[stage])
+                elif is_logged and now - last >= every_seconds:
+                    last = now
+                    _write_line(f"{label}: {text}")
 
             return show
 
@@ -103,9 +112,13 @@ def count_bar(
             if not Settings.is_quiet and bars.disable and now - last >= every_seconds:
                 last = now
                 text = _describe_speed(done, total, done - first[0], now - first[1], unit)
-                print(f"{label}: {text}", file=sys.stderr, flush=True)  # noqa: T201
+                _write_line(f"{label}: {text}")
 
         yield show
+
+
+def _write_line(text: str) -> None:
+    typer.echo(" ".join(text.split()), err=True)
 
 
 def _describe_speed(done: int, total: int, made: int, seconds: float, unit: str) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nabla_attn.cli import options as opt
+from nabla_attn.cli import output as out
 
 if TYPE_CHECKING:
     from nabla_attn.generation.request import GenerationRequest
@@ -18,6 +19,7 @@ def warmup(
         list[str] | None,
         typer.Option(help="An algorithm; repeat for more.", show_default=opt.MODEL_DEFAULT),
     ] = None,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Run one denoising step of each algorithm at these sizes, and count what was compiled.
 
@@ -28,13 +30,22 @@ def warmup(
     algorithms: list[str | None] = [*sparse_algo] if sparse_algo else [None]
     requests = [video.request(prompt="", seed=0, sparse_algo=algo) for algo in algorithms]
     pipeline = video.load()
+    warmed = []
     for request in requests:
-        typer.echo(_warm_up(pipeline, request))
-    typer.echo(f"cache: {cache_dir()}")
+        warmed.append(_warm_up(pipeline, request))
+        if not as_json:
+            out.say(
+                "{sparse_algo}, {frames} frames of {width}x{height}: {seconds:.1f} s, {graphs} "
+                "graphs compiled, {from_cache} of them from the cache".format(**warmed[-1])
+            )
+    if as_json:
+        out.print_json({"algorithms": warmed, "cache": cache_dir()})
+    else:
+        out.say(f"cache: {cache_dir()}")
 
 
-def _warm_up(pipeline: Any, request: "GenerationRequest") -> str:
-    """Warm up and say what it took."""
+def _warm_up(pipeline: Any, request: "GenerationRequest") -> dict[str, Any]:
+    """Warm up and return what was asked for and what it took."""
     from torch._dynamo.utils import counters
 
     from nabla_attn.generation.generate import warm_up
@@ -48,7 +59,5 @@ def _warm_up(pipeline: Any, request: "GenerationRequest") -> str:
     graphs, found = (
         counters[room][name] - count for (room, name), count in zip(names, before, strict=True)
     )
-    return (
-        f"{request.sparse_algo}, {request.frames} frames of {request.width}x{request.height}: "
-        f"{seconds:.1f} s, {graphs} graphs compiled, {found} of them from the cache"
-    )
+    asked = {name: getattr(request, name) for name in ("sparse_algo", "frames", "height", "width")}
+    return asked | {"seconds": round(seconds, 3), "graphs": graphs, "from_cache": found}
