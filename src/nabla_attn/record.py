@@ -20,14 +20,14 @@ class RunRecord:
     """The settings and results of one run, as JSON.
 
     Attributes:
-        kind: the verb that made it, such as `"generate"`.
-        config: the request, plain JSON values.
-        seed: the random seed.
-        versions: package name to version, `"python"` included.
-        device: processor or GPU name with threads, for a reader.
-        numbers: results, plain JSON values; every number finite, missing ones `None`.
+        kind: Verb that made the record, such as `"generate"`.
+        config: Request, in plain JSON values.
+        seed: Random seed.
+        versions: Version of each package, `"python"` included.
+        device: Name of the GPU or processor, with its threads.
+        numbers: Results, in plain JSON values; every number is finite, a missing one None.
         created: UTC time in ISO 8601.
-        schema: format of this record.
+        schema: Version of the format.
     """
 
     kind: str
@@ -58,7 +58,7 @@ class RunRecord:
             _check_plain(getattr(self, name), name)
 
     def to_json(self) -> str:
-        """The record as indented JSON, ending in a newline."""
+        """Return the record as indented JSON, ending in a newline."""
         return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
 
     @classmethod
@@ -66,7 +66,7 @@ class RunRecord:
         """Read a record back and check it.
 
         Raises:
-            ValueError: not JSON, or a field is missing, unknown or of the wrong type.
+            ValueError: The text is not JSON, or a field is missing, unknown or of the wrong type.
         """
         try:
             data = json.loads(text, parse_constant=_refuse_constant)
@@ -95,7 +95,7 @@ class RunRecord:
         """Read the record at `path`.
 
         Raises:
-            ValueError: as :meth:`from_json`, with the file named.
+            ValueError: The file is no record; its path and the reason are named.
         """
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
@@ -104,14 +104,14 @@ class RunRecord:
 
 
 def check_settings(path: Path, asked: dict[str, Any]) -> RunRecord:
-    """Load the record that an interrupted run left, if it was made as it would be made now.
+    """Load the record of an interrupted run and check that its settings are those asked for.
 
     Args:
-        path: the record.
-        asked: settings that must be in its config, equal.
+        path: File of the record.
+        asked: Settings that its config must hold with equal values.
 
     Raises:
-        ValueError: a setting differs; it is named.
+        ValueError: Settings differ; they are named.
     """
     record = RunRecord.load(path)
     found = record.config
@@ -126,7 +126,7 @@ def check_settings(path: Path, asked: dict[str, Any]) -> RunRecord:
 
 
 def collect_versions() -> dict[str, str]:
-    """Versions of Python and of the packages a result depends on."""
+    """Return the versions of Python and of the packages that a result depends on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -137,7 +137,7 @@ def collect_versions() -> dict[str, str]:
 
 
 def describe_device(device: Any = "cpu") -> str:
-    """A reader's name of a torch device: `"AMD EPYC (2 threads)"`, `"NVIDIA H200"`."""
+    """Return the name of a torch device, such as `AMD EPYC (2 threads)` or `NVIDIA H200`."""
     import torch
 
     device = torch.device(device)

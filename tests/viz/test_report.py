@@ -83,7 +83,7 @@ def test_the_same_records_give_the_same_bytes(tmp_path):
 
 
 def metrics(judge=None, difference=None, seconds=10.0, ssim=0.9):
-    """Of one algorithm, as `evaluation.summary` gives them."""
+    """Of one algorithm, as `evaluation.records` gives them."""
     found = {"seconds": {"value": seconds}, "ssim": {"value": ssim}, "density": {"value": 0.3}}
     if judge is not None:
         found["judge_all"] = {"value": judge, "count": 128, "difference": difference}

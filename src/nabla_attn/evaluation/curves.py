@@ -31,7 +31,7 @@ COSTS = {"density": "token pairs kept", "seconds": "seconds in the transformer"}
 
 
 def kind_of(algo: str) -> str:
-    """The kind of an algorithm, for its colour and marker."""
+    """Return the kind of an algorithm, which decides its colour and marker."""
     config = parse(algo)
     if config.is_dense:
         return "dense"
@@ -42,7 +42,7 @@ def kind_of(algo: str) -> str:
 
 
 def line_of(algo: str) -> tuple[str, str]:
-    """Kind and name of the line that an algorithm is a point of: one for each block shape."""
+    """Return kind and name of the line that an algorithm is on: one for each block shape."""
     kind, sides = kind_of(algo), parse(algo).block
     if sides is None:
         return kind, kind
@@ -67,11 +67,11 @@ def write_summary(run: Path) -> RunRecord:
 
 
 def draw_curves(summary: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
-    """Write a PNG: a row per quality that was measured, against density and seconds.
+    """Write a PNG with a row for each quality that was measured, against density and seconds.
 
     Args:
-        summary: from `summarise`.
-        path: the PNG; whole or not at all, the same bytes for the same summary.
+        summary: Result of `summarise`.
+        path: PNG file, which appears whole or not at all. The same summary gives the same bytes.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -96,10 +96,10 @@ def draw_curves(summary: Mapping[str, Mapping[str, Any]], path: str | Path) -> N
 
 
 def draw_true_mass(records: Records, path: str | Path) -> None:
-    """Write a PNG: true attention mass kept per step and layer, one map per probed algorithm.
+    """Write a PNG of the true attention mass kept by step and layer, a map for each algorithm.
 
     Raises:
-        ValueError: nothing was probed.
+        ValueError: No attention was measured in this run.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -132,7 +132,7 @@ def draw_true_mass(records: Records, path: str | Path) -> None:
 
 
 def mean_maps(records: Records, measure: str) -> dict[str, list[list[float]]]:
-    """Mean of a measure over the items that all probed algorithms have: [steps][layers] of each."""
+    """Return the means, [steps][layers], over the items that all probed algorithms have."""
     result = {}
     probed = measured_items(records, lambda record: record.numbers.get("probe"))
     for algo, items in sorted(records.items()):

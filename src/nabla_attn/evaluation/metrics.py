@@ -14,14 +14,14 @@ PEAK = 255.0
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How close a video is to a reference.
+    """Closeness of a video to a reference.
 
     Attributes:
-        psnr: decibels, of the squared error over all frames, so that one identical frame does not
+        psnr: Decibels of the squared error over all frames, so that one identical frame does not
             make it infinite; infinite if all frames are identical.
-        ssim: mean over frames, 1 if identical.
-        psnr_frames: decibels per frame, infinite where identical.
-        ssim_frames: structural similarity per frame.
+        ssim: Mean structural similarity over frames, 1 if identical.
+        psnr_frames: Decibels per frame, infinite where identical.
+        ssim_frames: Structural similarity per frame.
     """
 
     psnr: float
@@ -30,7 +30,7 @@ class Fidelity:
     ssim_frames: tuple[float, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; an infinite PSNR becomes `None`."""
+        """Return plain JSON values; an infinite PSNR becomes None."""
         return {
             "psnr": _finite(self.psnr),
             "ssim": self.ssim,
@@ -40,14 +40,14 @@ class Fidelity:
 
 
 def measure_fidelity(frames: np.ndarray, reference: np.ndarray) -> Fidelity:
-    """PSNR and SSIM (Gaussian window 11, sigma 1.5, per RGB channel) at a peak of 255.
+    """Measure PSNR and SSIM (Gaussian window 11, sigma 1.5, per RGB channel) at a peak of 255.
 
     Args:
-        frames: uint8 [frames, height, width, 3].
-        reference: the same shape.
+        frames: Video, uint8 [frames, height, width, 3].
+        reference: Video of the same shape.
 
     Raises:
-        ValueError: not two videos of one shape, or smaller than the 11 pixels of the window.
+        ValueError: The shapes differ, or the frames are smaller than the 11 pixels of the window.
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
@@ -75,9 +75,10 @@ def measure_fidelity(frames: np.ndarray, reference: np.ndarray) -> Fidelity:
 
 
 def measure_ssim(frames: np.ndarray, reference: np.ndarray) -> list[float]:
-    """SSIM of every frame of two videos [frames, height, width, 3] at a peak of 255.
+    """Return the SSIM of every frame of two videos [frames, height, width, 3] at a peak of 255.
 
-    That of torchmetrics in fp64, whose two-dimensional convolution takes many times as long.
+    The values are those of torchmetrics in float64, whose two-dimensional convolution takes many
+    times as long.
     """
     # Frame by frame keeps the memory of the float64 means to one frame.
     return [
@@ -87,20 +88,20 @@ def measure_ssim(frames: np.ndarray, reference: np.ndarray) -> list[float]:
 
 
 def measure_motion(frames: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
-    """PSNR and SSIM of frame differences: flicker and wrong movement show, still errors do not.
+    """Measure PSNR and SSIM of frame differences, which show flicker and wrong movement only.
 
     Differences lie in [-255, 255]; the peak of both measures is 255 as for frames, so that the
     decibels compare.
 
     Args:
-        frames: uint8 [frames, height, width, 3].
-        reference: the same shape.
+        frames: Video, uint8 [frames, height, width, 3].
+        reference: Video of the same shape.
 
     Returns:
         `motion_psnr` (None where identical) and `motion_ssim`; both None for a single frame.
 
     Raises:
-        ValueError: not two videos of one shape.
+        ValueError: The shapes differ.
     """
     if check_frames(frames).shape != check_frames(reference).shape:
         raise ValueError(

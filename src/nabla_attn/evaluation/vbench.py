@@ -37,13 +37,13 @@ QUALITY_WEIGHT, SEMANTIC_WEIGHT = 4.0, 1.0
 
 
 def compute_totals(scores: Mapping[str, float]) -> dict[str, float]:
-    """Quality, semantic and total score, in percent.
+    """Compute the quality, semantic and total scores in percent.
 
     Args:
-        scores: all 16 dimensions, raw, each in [0, 1].
+        scores: Raw score of each of the 16 dimensions, in [0, 1].
 
     Raises:
-        ValueError: a dimension is missing or unknown, or a score is outside [0, 1].
+        ValueError: A dimension is missing or unknown, or a score is outside [0, 1].
     """
     known = QUALITY | SEMANTIC
     missing, unknown = known.keys() - scores.keys(), scores.keys() - known.keys()
@@ -63,10 +63,10 @@ def compute_totals(scores: Mapping[str, float]) -> dict[str, float]:
 
 
 def read_results(folder: str | Path) -> dict[str, float]:
-    """Scores by dimension from the `*_eval_results.json` files of a folder.
+    """Read the scores by dimension from the `*_eval_results.json` files of a folder.
 
     Raises:
-        ValueError: no such file, a file that is not VBench's, or a dimension scored twice.
+        ValueError: There is no such file, one is not VBench's, or a dimension appears twice.
     """
     paths = sorted(Path(folder).rglob("*_eval_results.json"))
     if not paths:
@@ -88,14 +88,14 @@ def write_layout(run: str | Path, folder: str | Path) -> dict[str, int]:
     """Copy a run's videos to `folder/<algorithm>/<prompt>-<n>.mp4`, with `prompts.json`.
 
     Args:
-        run: folder of `nabla evaluate`.
-        folder: where the copies go.
+        run: Folder of `nabla evaluate`.
+        folder: Folder of the copies.
 
     Returns:
-        Videos per algorithm.
+        Number of videos by algorithm.
 
     Raises:
-        ValueError: no videos there, or a prompt cannot be a file name.
+        ValueError: The run has no videos, or a prompt cannot be a file name.
     """
     counts: dict[str, int] = {}
     prompts: dict[str, dict[str, str]] = {}
@@ -128,10 +128,10 @@ def _weighted(scores: Mapping[str, float], part: dict[str, tuple[float, float, f
 
 
 def _file_name(prompt: str) -> str:
-    """VBench reads the prompt from the file's name, so it must stay as it is.
+    """Return the prompt unchanged, because VBench reads it from the name of the file.
 
     Raises:
-        ValueError: it cannot be one.
+        ValueError: The prompt cannot be the name of a file.
     """
     if not prompt or len(prompt.encode()) > 240 or "/" in prompt or not prompt.isprintable():
         raise ValueError(

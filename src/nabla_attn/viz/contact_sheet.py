@@ -20,16 +20,16 @@ Video = tuple[np.ndarray, RunRecord]
 
 
 def draw_contact_sheet(videos: Sequence[Video], path: str | Path, *, num_frames: int = 6) -> None:
-    """Write the sheet as PNG, whole or not at all.
+    """Write a contact sheet as a PNG, which appears whole or not at all.
 
     Args:
-        videos: frames (uint8 [frames, height, width, 3], one size for all) and records of
-            `nabla compare`, in order from the top.
-        path: the PNG to write.
-        num_frames: frames shown per video, evenly spread from first to last.
+        videos: Frames, uint8 [frames, height, width, 3] of one size, and the record of each video,
+            in order from the top.
+        path: PNG file to write.
+        num_frames: Number of frames shown of each video, spread evenly from the first to the last.
 
     Raises:
-        ValueError: no videos, or of several sizes.
+        ValueError: There are no videos, or they differ in size.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -149,7 +149,7 @@ def _draw_label(canvas: _Canvas, record: RunRecord, top: float, row: float, slow
 
 
 def _draw_map(canvas: _Canvas, record: RunRecord, left: float, top: float, row: float) -> Any:
-    """The step x layer density map; returns the image for the colour bar."""
+    """Draw density by step and layer, and return the image for the colour bar."""
     attention = record.numbers["attention"]
     cells = attention.get("density_per_step_and_layer") or [[attention["density"]]]
     values = np.array(cells, dtype=float).T  # layers down, steps across

@@ -42,13 +42,13 @@ SETTINGS = ("model", "height", "width", "frames", "steps", "guidance", "dtype", 
 
 
 def build_report(runs: Sequence[str | Path]) -> list[Section]:
-    """The sections of a report.
+    """Return the sections of a report.
 
     Args:
-        runs: folders of `nabla evaluate`, and folders with a record of `nabla vote results`.
+        runs: Folders of `nabla evaluate`, and folders with a record of `nabla vote results`.
 
     Raises:
-        ValueError: a folder with neither.
+        ValueError: A folder is neither.
     """
     sections = []
     for run in map(Path, runs):
@@ -85,7 +85,7 @@ def _settings(records: Records) -> Section:
 
 
 def _schedules(records: Records) -> str:
-    """The rules beside the algorithms, and whose they are where they differ."""
+    """Return the rules of the schedules, with their algorithms where they differ."""
     owners: dict[str, list[str]] = {}
     for algo, items in records.items():
         if algo != "dense":

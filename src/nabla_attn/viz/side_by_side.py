@@ -36,14 +36,14 @@ def join_side_by_side(videos: Sequence[np.ndarray], labels: Sequence[str]) -> np
     """Put videos in one row, each at its own pixels, label above; the result has even sizes.
 
     Args:
-        videos: uint8 [frames, height, width, 3], one shape for all.
-        labels: a line of text for each.
+        videos: Frames of each video, uint8 [frames, height, width, 3], all of one shape.
+        labels: One line of text for each video.
 
     Returns:
-        uint8 [frames, height + label strip, sum of widths + gaps, 3].
+        Frames, uint8 [frames, height + label strip, sum of widths + gaps, 3].
 
     Raises:
-        ValueError: no videos, of several shapes, or not one label each.
+        ValueError: There are no videos, their shapes differ, or labels and videos differ in number.
     """
     shapes = {video.shape for video in videos}
     if len(shapes) != 1 or len(labels) != len(videos):
@@ -66,7 +66,7 @@ def join_side_by_side(videos: Sequence[np.ndarray], labels: Sequence[str]) -> np
 
 
 def _draw_label(text: str, width: int) -> np.ndarray:
-    """A strip with centred text, as wide as the video or the text: uint8 [STRIP, width, 3]."""
+    """Return centred text, at least as wide as the video: uint8 [STRIP, width, 3]."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(size=TEXT)

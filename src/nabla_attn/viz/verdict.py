@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 Metrics = Mapping[str, Any]
-"""Metric -> its value, interval and difference to dense, from `evaluation.summary`."""
+"""Metric -> its value, interval and difference to dense, from `evaluation.records`."""
 
 
 def judge_run(summary: Mapping[str, Metrics]) -> str:
