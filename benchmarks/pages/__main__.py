@@ -4,12 +4,12 @@ from pathlib import Path
 
 import typer
 
-from benchmarks.pages import correctness, models, speed, training
+from benchmarks.pages import correctness, isynet, models, speed, training
 from nabla_attn.files import write_text
 
 
 def main(docs: Path = Path("docs"), records: Path = Path("benchmarks/results")) -> None:
-    """Write benchmarks.md with its charts, correctness.md, training_study.md and the models' table.
+    """Write benchmarks.md with its charts, correctness.md, training_study.md, and tables of others.
 
     Args:
         docs: The folder of the pages.
@@ -20,6 +20,8 @@ def main(docs: Path = Path("docs"), records: Path = Path("benchmarks/results")) 
     write_text(docs / "training_study.md", training.build_page(records))
     if (docs / "models.md").exists():
         models.write_table(docs / "models.md")
+    if (docs / "isynet.md").exists():
+        isynet.write_tables(docs / "isynet.md", records)
 
 
 if __name__ == "__main__":
