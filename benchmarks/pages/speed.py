@@ -18,7 +18,9 @@ bfloat16 it has another map.) Contenders take turns in one process, and the figu
 The machine was shared, so the ratios within one run mean more than the seconds.
 
 *Share of ideal* is the speed-up over dense attention x the density; 1 means that half the work
-takes half the time. *Of matmul* is the rate of useful work, divided by the rate of one large
+takes half the time. *MEM* is plain [MEM](isynet.md#mem)
+of the layer's forward, counted from its shape in blocks of 64 tokens.
+*Of matmul* is the rate of useful work, divided by the rate of one large
 matrix product in the same data type, measured in the same run. All contenders start from raster
 order, so reordering and the map are included. Where maps alone are timed, ours starts from raster
 order and the others do not.

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from nabla_attn.bench.attention import measure_map_share, measure_maps
 from nabla_attn.bench.measure import check_output, sample_rows, time_in_turn, token_rows
 from nabla_attn.bench.workloads import WORKLOADS, make_inputs, workload
 from nabla_attn.cli import bench as cli_bench
+from nabla_attn.cost.attention import attention_work
 from nabla_attn.record import RunRecord
 
 CPU = torch.device("cpu")
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 SMALL = replace(
     workload("toy-cpu"), grid=na.TokenGrid(3, 16, 24), heads=2, dim=32, dtype=torch.float32
 )
@@ -186,3 +189,12 @@ def test_a_package_without_its_checkout_says_what_pages_need(monkeypatch, tmp_pa
 def test_the_command_makes_the_pages_of_a_checkout(tmp_path):
     cli_bench.bench(device="cpu", docs=tmp_path / "docs", output=tmp_path / "none")
     assert "# Benchmarks" in (tmp_path / "docs/benchmarks.md").read_text()
+
+
+def test_mem_stands_beside_the_share_of_ideal():
+    record = RunRecord.load(RESULTS / "bench_toy-16k_cpu.json")
+    lines = report.section(record).splitlines()
+    head = next(line for line in lines if "share of ideal" in line).split(" | ")
+    assert head[head.index("share of ideal") + 1] == "MEM"
+    dense = next(line for line in lines if "| 1 | dense" in line).split(" | ")
+    assert dense[head.index("MEM")] == f"{attention_work(16384, 2, 128).mem:.1f}"

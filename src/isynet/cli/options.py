@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 Data = Annotated[
     str,
     typer.Option(
-        help="fashion, fashion-scenes, shapes; a folder of idx files; or one with train and val."
+        help="fashion, fashion-scenes, digits, shapes, or a folder: idx files, or train and val."
     ),
 ]
 ImageSize = Annotated[int, typer.Option("--size", min=1, help="Pixels of the images' sides.")]

@@ -14,6 +14,10 @@ def train(
     model: Annotated[
         str, typer.Option(help="A network, an architecture, a file, or the folder of a search.")
     ] = "isynet-n0",
+    weights: Annotated[
+        Path | None,
+        typer.Option("--from", help="A .safetensors file to fine-tune, in place of --model."),
+    ] = None,
     data: opt.Data = "fashion-scenes",
     size: opt.ImageSize = 32,
     steps: opt.Steps = 1000,
@@ -31,15 +35,19 @@ def train(
     ),
     as_json: AsJson = False,
 ) -> None:
-    """Train a network and test it; a .safetensors file as the model is fine-tuned.
+    """Train a network and test it, from random weights or with --from from those of a file.
 
     The same command goes on where an earlier one was stopped, to the bit.
     """
     from isynet.training.run import train_in_folder
 
+    if weights is not None and weights.suffix != ".safetensors":
+        raise ValueError(
+            f"--from takes a .safetensors file, got {weights}. Pass others as --model."
+        )
     with progress_bar("training") as on_progress:
         numbers = train_in_folder(
-            model,
+            str(weights or model),
             data,
             size=size,
             recipe=opt.make_recipe(steps, batch, warmup, learning_rate, augment, peer),

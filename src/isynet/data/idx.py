@@ -101,17 +101,37 @@ def _find(folder: Path, name: str) -> Path:
 
 
 class PlainImages:
-    """Grey images of an idx set in the middle of a black frame; training mirrors half of them."""
+    """Grey images in the middle of a black frame.
 
-    channels = 1
+    Args:
+        images: The images, uint8 [number, height, width].
+        labels: Class numbers, int64 [number].
+        classes: Names of the classes.
+        size: Pixels of the frame's sides.
+        channels: Number of equal channels: 1, or that of weights made for colour.
+        has_mirroring: Whether training mirrors half of the images, which suits clothes, not digits.
 
-    def __init__(self, images: Tensor, labels: Tensor, classes: tuple[str, ...], size: int) -> None:
+    Raises:
+        ValueError: The frame is smaller than the images.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        classes: tuple[str, ...],
+        size: int,
+        *,
+        channels: int = 1,
+        has_mirroring: bool = True,
+    ) -> None:
         if size < max(images.shape[1:]):
             raise ValueError(
                 f"the images have {list(images.shape[1:])} pixels and are not shrunk: a size of at "
                 f"least {max(images.shape[1:])} is needed, got {size}."
             )
         self.images, self.labels, self.classes, self.size = images, labels, classes, size
+        self.channels, self.has_mirroring = channels, has_mirroring
 
     def __len__(self) -> int:
         return len(self.images)
@@ -119,13 +139,13 @@ class PlainImages:
     def draw(
         self, indices: Tensor, generator: torch.Generator, *, is_training: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """Images [batch, 1, size, size] from 0 to 1 and labels [batch]."""
+        """Images [batch, channels, size, size] from 0 to 1 and labels [batch]."""
         chosen = self.images[indices]
         height, width = chosen.shape[1:]
         top, left = (self.size - height) // 2, (self.size - width) // 2
         images = torch.zeros(len(indices), 1, self.size, self.size)
         images[:, 0, top : top + height, left : left + width] = chosen.float() / 255
-        if is_training:
+        if is_training and self.has_mirroring:
             is_mirrored = torch.rand(len(indices), generator=generator) < 0.5
             images = torch.where(is_mirrored.view(-1, 1, 1, 1), images.flip(3), images)
-        return images, self.labels[indices]
+        return images.expand(-1, self.channels, -1, -1), self.labels[indices]

@@ -47,8 +47,11 @@ def train_in_folder(
     Raises:
         ValueError: An unknown name, or the folder holds another run.
     """
-    source, test = open_source(data, "train", size), open_source(data, "test", size)
     check_device(device)
+    # Weights made for colour see grey images in equal channels.
+    channels = create(model).in_chans if model.endswith(".safetensors") else 1
+    source = open_source(data, "train", size, grey_channels=channels)
+    test = open_source(data, "test", size, grey_channels=channels)
     torch.manual_seed(seed)
     net = build_network(model, len(source.classes), source.channels)
     peer = (

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from nabla_attn.bench.contenders import Baselines, list_contenders
-from nabla_attn.bench.workloads import workload
+from nabla_attn.bench.workloads import WORKLOADS, workload
+from nabla_attn.cost.attention import attention_work
 from nabla_attn.machine import min_tokens
 from nabla_attn.record import RunRecord
 
@@ -72,7 +73,16 @@ def _tables(record: RunRecord) -> list[str]:
 
 
 def _attention_table(results: list[dict[str, Any]]) -> list[str]:
-    head = ["dtype", "direction", "density", "contender", "seconds", "speed-up", "share of ideal"]
+    head = [
+        "dtype",
+        "direction",
+        "density",
+        "contender",
+        "seconds",
+        "speed-up",
+        "share of ideal",
+        "MEM",
+    ]
     rows, absent = [], {}
     for result in results:
         for name, numbers in result["contenders"].items():
@@ -118,9 +128,18 @@ def _attention_row(result: dict[str, Any], name: str, numbers: dict[str, Any]) -
             if "speed_up" in numbers
             else ["–", "–"]
         ),
+        _mem(result["workload"], own),
         f"{numbers['share_of_matmul']:.2f}",
         f"{gate['error'] / gate['budget']:.2f}" if gate["budget"] else "0",
     ]
+
+
+def _mem(name: str, density: float) -> str:
+    """Plain MEM of the layer's forward, counted from its shape."""
+    if name not in WORKLOADS:
+        return "–"
+    work = WORKLOADS[name]
+    return f"{attention_work(work.grid.num_tokens, work.heads, work.dim, density).mem:.1f}"
 
 
 def _stage_table(results: list[dict[str, Any]]) -> list[str]:
