@@ -27,8 +27,8 @@ WORDS = (
     (r"\bcounts nowhere\b", "is not counted", 0),
     (r"\b(is|are|was|were) gone (on|through)\b", "continued, examined", 0),
     (r"\bas (good|far) as .{1,30} goes\b", "a plain sentence", 0),
-    (r"``", "single backticks", 39),
-    (r"^ {8,12}\w+: (of|as of|like|as|as in) ", "a noun: `size: The size of ...`", 15),
+    (r"``", "single backticks", 5),
+    (r"^ {8,12}\w+: (of|as of|like|as|as in) ", "a noun: `size: The size of ...`", 13),
 )
 FOLDERS = ("src", "docs", "benchmarks", "comfyui")
 

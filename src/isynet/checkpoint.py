@@ -168,7 +168,7 @@ def register_timm() -> None:
     """Register the published networks with timm, which is imported now: `timm.create_model`.
 
     Raises:
-        ImportError: timm is not installed.
+        ImportError: Timm is not installed.
     """
     from timm.models import register_model
 

@@ -53,7 +53,7 @@ def export(
 
     Raises:
         ValueError: The name does not end in `.onnx`, or the file's outputs differ from PyTorch's.
-        ImportError: onnx or onnxruntime is missing; `pip install nabla-attn[isynet]`.
+        ImportError: Onnx or onnxruntime is missing; `pip install nabla-attn[isynet]`.
     """
     if Path(path).suffix != ".onnx":
         raise ValueError(f"an ONNX file is written as .onnx, got {path}.")
@@ -98,7 +98,7 @@ def open_session(model: bytes, threads: int = 1) -> Any:
     """An onnxruntime session on the CPU.
 
     Raises:
-        ImportError: onnxruntime is missing; what to install is named.
+        ImportError: Onnxruntime is missing; what to install is named.
     """
     try:
         import onnxruntime

@@ -114,8 +114,8 @@ def pool_video(
     """Means of the video's blocks, text left out, in fp32; a few heads at a time.
 
     Args:
-        x: queries or keys in block order.
-        layout: where the tokens are.
+        x: Queries or keys in block order.
+        layout: Where the tokens are.
         is_raster: x is in raster order.
     """
     grid, counts = layout.grid, block_order(layout, x.device).counts[: layout.grid.num_blocks]

@@ -32,10 +32,10 @@ def fused(
     """`function` compiled if its work is large and a compiler is here, else `function` itself.
 
     Args:
-        function: what to compile.
-        num_elements: its work.
-        device: where it runs.
-        dynamic: as in `compiled`.
+        function: What to compile.
+        num_elements: Its work.
+        device: Where it runs.
+        dynamic: As in `compiled`.
     """
     is_small = num_elements < MIN_ELEMENTS
     # What watches every operation, such as a count of FLOPs, must see them one by one.
@@ -142,10 +142,10 @@ def compiled(
     """`function` under torch.compile, one instance per process, without graph breaks.
 
     Args:
-        function: what to compile.
+        function: What to compile.
         dynamic: False compiles anew for each size, True once for all but 1; None makes sizes that
             change variable.
-        max_autotune: try more kernels than the compiler's first choice.
+        max_autotune: Try more kernels than the compiler's first choice.
     """
     options: dict[str, Any] | None = {"max_autotune": True} if max_autotune else None
     run = torch.compile(function, fullgraph=True, dynamic=dynamic, options=options)

@@ -20,21 +20,21 @@ class Schedule:
     the layer, an override of the step, then the algorithm itself.
 
     Args:
-        algorithm: the algorithm wherever no rule says otherwise.
-        dense_first_steps: steps at the start that stay dense.
-        dense_last_steps: steps at the end that stay dense; needs the number of steps.
-        dense_layers: layers that stay dense; negative ones count from the end.
-        layer_overrides: layer -> algorithm; negative layers count from the end.
-        step_overrides: step -> algorithm.
-        min_tokens: below this many video tokens attention stays dense, because it is faster.
-        reuse_steps: steps that one map serves: those with the same `step // reuse_steps`. 1 builds
+        algorithm: The algorithm wherever no rule says otherwise.
+        dense_first_steps: Steps at the start that stay dense.
+        dense_last_steps: Steps at the end that stay dense; needs the number of steps.
+        dense_layers: Layers that stay dense; negative ones count from the end.
+        layer_overrides: Layer -> algorithm; negative layers count from the end.
+        step_overrides: Step -> algorithm.
+        min_tokens: Below this many video tokens attention stays dense, because it is faster.
+        reuse_steps: Steps that one map serves: those with the same `step // reuse_steps`. 1 builds
             a map in every step.
-        reuse_guidance: both branches of classifier-free guidance use one map: the conditional
+        reuse_guidance: Both branches of classifier-free guidance use one map: the conditional
             one's, or of separate calls the first one's. Reuse costs accuracy, which
             docs/benchmarks.md states, and is for inference: with gradients maps are fresh.
 
     Raises:
-        ValueError: a count or step is negative, or a value is of another type.
+        ValueError: A count or step is negative, or a value is of another type.
     """
 
     algorithm: SparseConfig
@@ -90,14 +90,14 @@ class Schedule:
         """The algorithm of one attention call; DENSE where it stays dense.
 
         Args:
-            step: denoising step from 0.
-            layer: attention layer from 0.
-            num_steps: steps of the run; needed for `dense_last_steps`.
-            num_layers: layers of the model; needed for negative `dense_layers`.
-            num_tokens: video tokens; needed for `min_tokens`.
+            step: Denoising step from 0.
+            layer: Attention layer from 0.
+            num_steps: Steps of the run; needed for `dense_last_steps`.
+            num_layers: Layers of the model; needed for negative `dense_layers`.
+            num_tokens: Video tokens; needed for `min_tokens`.
 
         Raises:
-            ValueError: a rule needs a number that was not given.
+            ValueError: A rule needs a number that was not given.
         """
         if self.min_tokens and _need(num_tokens, "num_tokens", "min_tokens") < self.min_tokens:
             return DENSE
@@ -162,7 +162,7 @@ class Schedule:
         """Read what `to_json` wrote; missing fields take their defaults.
 
         Raises:
-            ValueError: not JSON, an unknown field, or a value of the wrong kind.
+            ValueError: Not JSON, an unknown field, or a value of the wrong kind.
         """
         try:
             values = parse_json(text.removeprefix("\ufeff"))

@@ -32,7 +32,7 @@ def vae_strides(pipeline: Any) -> tuple[int, int]:
     """Video frames of a latent frame, and pixels along a side of a latent pixel.
 
     Raises:
-        ValueError: the pipeline does not say.
+        ValueError: The pipeline does not say.
     """
     found = []
     for axis in AXES:

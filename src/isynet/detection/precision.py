@@ -25,7 +25,7 @@ def average_precision(
 
     Raises:
         ValueError: Numbers of images differ, or there is no object at all.
-        ImportError: pycocotools is missing; what to install is named.
+        ImportError: Pycocotools is missing; what to install is named.
     """
     if len(found) != len(wanted):
         raise ValueError(f"{len(found)} results cannot be compared with {len(wanted)} images.")

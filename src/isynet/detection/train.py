@@ -110,7 +110,7 @@ def detect_in_folder(
 
     Raises:
         ValueError: An unknown name, or the folder holds another run.
-        ImportError: pycocotools is missing.
+        ImportError: Pycocotools is missing.
     """
     source, test = open_objects(data, "train", size), open_objects(data, "test", size)
     check_device(device)

@@ -33,15 +33,15 @@ def resolve(
 
     Args:
         name: "auto" or one of `NAMES`.
-        q: queries [batch, heads, tokens, dim].
-        k: keys, like q.
-        v: values, like q.
-        block_tokens: tokens of a block; None leaves open whether the backend takes the blocks.
-        tail: how dropped blocks are estimated, as in `SparseConfig`.
+        q: Queries [batch, heads, tokens, dim].
+        k: Keys, like q.
+        v: Values, like q.
+        block_tokens: Tokens of a block; None leaves open whether the backend takes the blocks.
+        tail: How dropped blocks are estimated, as in `SparseConfig`.
 
     Raises:
-        ValueError: unknown name, or q, k, v that no backend takes.
-        RuntimeError: the backend cannot run on these inputs; says why and what can.
+        ValueError: Unknown name, or q, k, v that no backend takes.
+        RuntimeError: The backend cannot run on these inputs; says why and what can.
     """
     check_inputs(q=q, k=k, v=v)
     if name not in ("auto", *NAMES):
@@ -88,13 +88,13 @@ def why_not(
     """The reason why a backend cannot run, or None when it can.
 
     Args:
-        name: one of `NAMES`.
-        device: where it would run.
-        needs_grad: gradients are wanted.
-        dtype: dtype of the inputs; None leaves it open, like the rest.
-        head_dim: dim of a head.
-        block_tokens: tokens of a block.
-        tail: how dropped blocks are estimated.
+        name: One of `NAMES`.
+        device: Where it would run.
+        needs_grad: Gradients are wanted.
+        dtype: Dtype of the inputs; None leaves it open, like the rest.
+        head_dim: Dim of a head.
+        block_tokens: Tokens of a block.
+        tail: How dropped blocks are estimated.
     """
     if name != "flex":
         return None

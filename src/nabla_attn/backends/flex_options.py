@@ -34,7 +34,7 @@ class FlexOptions:
     """One way to run FlexAttention.
 
     Attributes:
-        tile_rows: query blocks in one tile of the kernel; the result does not depend on it.
+        tile_rows: Query blocks in one tile of the kernel; the result does not depend on it.
         kernel: `kernel_options` of torch's flex_attention, such as num_warps or BACKEND.
 
     Raises:
@@ -71,7 +71,7 @@ def choose_options(q: Tensor, block_tokens: int, *, needs_backward: bool) -> Fle
     """The options of a call.
 
     Raises:
-        ValueError: a table cannot be read, or its options do not fit the blocks.
+        ValueError: A table cannot be read, or its options do not fit the blocks.
     """
     options = _override.get()
     if options is None:
@@ -134,10 +134,10 @@ def why_not_tiles(
     """The reason why Triton has no kernel of FlexAttention for such inputs, or None.
 
     Args:
-        dtype: dtype of the inputs; None leaves it open, like the rest.
-        head_dim: dim of a head.
-        block_tokens: tokens of a block.
-        needs_backward: gradients are wanted.
+        dtype: Dtype of the inputs; None leaves it open, like the rest.
+        head_dim: Dim of a head.
+        block_tokens: Tokens of a block.
+        needs_backward: Gradients are wanted.
     """
     if dtype == torch.float64:
         return "its kernels on CUDA take no float64"
@@ -161,9 +161,9 @@ def why_not_flash(device: torch.device, block_tokens: int, tile_rows: int = 1) -
     """The reason why flash-attn's kernels cannot run FlexAttention here, or None.
 
     Args:
-        device: where they would run.
-        block_tokens: tokens of a block.
-        tile_rows: query blocks of one tile.
+        device: Where they would run.
+        block_tokens: Tokens of a block.
+        tile_rows: Query blocks of one tile.
     """
     if device.type != "cuda":
         return "flash-attn's kernels need CUDA"
@@ -231,11 +231,11 @@ def fits(device: torch.device, rows: int, columns: int, stages: int, *, head_dim
     Numbers have two bytes.
 
     Args:
-        device: a GPU; whatever is asked fits on one that is not there.
-        rows: queries of a tile, of which 128 are taken at once.
-        columns: keys of a tile, of which 64 are taken at once.
-        stages: tiles of keys and values that are loaded ahead.
-        head_dim: dim of a head.
+        device: A GPU; whatever is asked fits on one that is not there.
+        rows: Queries of a tile, of which 128 are taken at once.
+        columns: Keys of a tile, of which 64 are taken at once.
+        stages: Tiles of keys and values that are loaded ahead.
+        head_dim: Dim of a head.
     """
     if not torch.cuda.is_available():
         return True
@@ -261,7 +261,7 @@ def table_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a table, of which the first that fits a call counts; none without a file.
 
     Raises:
-        ValueError: the file is no table.
+        ValueError: The file is no table.
     """
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]

@@ -77,7 +77,7 @@ def workload(name: str) -> Workload:
     """Look a workload up by name.
 
     Raises:
-        ValueError: unknown name; lists the known ones.
+        ValueError: Unknown name; lists the known ones.
     """
     if name not in WORKLOADS:
         raise ValueError(f"unknown workload {name!r}; expected one of {', '.join(WORKLOADS)}.")

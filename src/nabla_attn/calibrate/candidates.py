@@ -20,7 +20,7 @@ def read_candidates(texts: Iterable[str]) -> list[SparseConfig]:
     """Algorithms of strings in which a `*` stands for `THRESHOLDS` or `SHARES`; dense goes last.
 
     Raises:
-        ValueError: a string is no algorithm, or none is given.
+        ValueError: A string is no algorithm, or none is given.
     """
     configs: list[SparseConfig] = []
     for text in texts:
@@ -40,8 +40,8 @@ class CandidateLosses:
     Where a rule of the schedule keeps a layer dense in a step, all candidates count as dense.
 
     Attributes:
-        density: kept token pairs over all.
-        error: distance of the sparse from the exact output over the length of the latter.
+        density: Kept token pairs over all.
+        error: Distance of the sparse from the exact output over the length of the latter.
     """
 
     density: np.ndarray
@@ -55,9 +55,9 @@ class CandidateProbe:
     itself then loses nothing, and no candidate is measured on what another one changed.
 
     Args:
-        candidates: algorithms; dense is known and not measured.
-        num_steps: denoising steps of the run.
-        num_rows: query tokens sampled per call.
+        candidates: Algorithms; dense is known and not measured.
+        num_steps: Denoising steps of the run.
+        num_rows: Query tokens sampled per call.
     """
 
     def __init__(
@@ -100,9 +100,9 @@ class Choice:
     """Algorithms of layers, and what they keep and lose, means over layers.
 
     Attributes:
-        layers: the algorithm of each layer.
-        density: kept token pairs over all.
-        error: relative error of attention's output.
+        layers: The algorithm of each layer.
+        density: Kept token pairs over all.
+        error: Relative error of attention's output.
     """
 
     layers: tuple[SparseConfig, ...]
@@ -120,13 +120,13 @@ def choose_within(
     """The least error at no more than a density, or the least density at no more than an error.
 
     Args:
-        losses: what was measured.
-        candidates: the algorithms of its last axis.
-        density: the budget; or
-        error: the budget.
+        losses: What was measured.
+        candidates: The algorithms of its last axis.
+        density: The budget; or
+        error: The budget.
 
     Raises:
-        ValueError: not one budget, or nothing stays within it; the least that can be is named.
+        ValueError: Not one budget, or nothing stays within it; the least that can be is named.
     """
     if (density is None) == (error is None):
         raise ValueError("pass one budget: a density or an error.")

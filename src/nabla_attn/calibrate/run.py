@@ -27,14 +27,14 @@ class Calibration:
     """What is measured, and where it is kept.
 
     Attributes:
-        pipeline: a text-to-video pipeline.
-        request: the runs; prompt and algorithm are replaced, rules of its schedule stay.
-        candidates: algorithms that layers may use.
-        folder: a record for each prompt; those that are there are not measured again.
-        num_rows: query tokens sampled per attention call.
+        pipeline: A text-to-video pipeline.
+        request: The runs; prompt and algorithm are replaced, rules of its schedule stay.
+        candidates: Algorithms that layers may use.
+        folder: A record for each prompt; those that are there are not measured again.
+        num_rows: Query tokens sampled per attention call.
 
     Raises:
-        ValueError: the request's schedule has overrides, which calibration is to find.
+        ValueError: The request's schedule has overrides, which calibration is to find.
     """
 
     pipeline: Any
@@ -62,11 +62,11 @@ class Calibration:
         """Make a video of each prompt with everything kept, and measure candidates on the way.
 
         Args:
-            prompts: what the videos show.
-            progress: from a prompt to what is told about the stages of its run.
+            prompts: What the videos show.
+            progress: From a prompt to what is told about the stages of its run.
 
         Raises:
-            ValueError: a record in the folder was made with other settings.
+            ValueError: A record in the folder was made with other settings.
         """
         records = [self._record(index, text, progress) for index, text in enumerate(prompts)]
         means = (

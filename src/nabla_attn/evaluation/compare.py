@@ -21,7 +21,7 @@ class Compared:
 
     Attributes:
         frames: uint8 [frames, height, width, 3].
-        record: of the generation, with speed-up, PSNR and SSIM to dense added.
+        record: Of the generation, with speed-up, PSNR and SSIM to dense added.
     """
 
     frames: np.ndarray
@@ -48,17 +48,17 @@ def compare(
     all of them.
 
     Args:
-        pipeline: a text-to-video pipeline.
-        request: what to make; its own algorithm is not used.
-        algos: algorithms to compare with dense.
-        rounds: how often every algorithm runs.
+        pipeline: A text-to-video pipeline.
+        request: What to make; its own algorithm is not used.
+        algos: Algorithms to compare with dense.
+        rounds: How often every algorithm runs.
         on_progress: Called with an algorithm, gives the progress callback of its run.
 
     Returns:
         One run per algorithm, dense first.
 
     Raises:
-        ValueError: no algorithm besides dense, an unknown one, one the model cannot take, or no
+        ValueError: No algorithm besides dense, an unknown one, one the model cannot take, or no
             round.
     """
     if rounds < 1:

@@ -21,8 +21,8 @@ class Match:
     """What bisection found.
 
     Attributes:
-        value: the number.
-        reached: what it gives.
+        value: The number.
+        reached: What it gives.
         tried: (number, what it gave), in order.
     """
 
@@ -37,16 +37,16 @@ def bisect(
     """Find where a measure that rises from 0.01 to 1 reaches a target.
 
     Args:
-        measure: the number -> what it gives; never falling.
-        target: what is wanted.
-        tolerance: how near, relative to the target.
-        max_tries: measurements at most.
+        measure: The number -> what it gives; never falling.
+        target: What is wanted.
+        tolerance: How near, relative to the target.
+        max_tries: Measurements at most.
 
     Returns:
         The nearest that was measured.
 
     Raises:
-        ValueError: the target is outside what the ends give.
+        ValueError: The target is outside what the ends give.
     """
     low, high = LOW, HIGH
     tried = [(low, measure(low)), (high, measure(high))]
@@ -80,17 +80,17 @@ def match_algorithm(
     """Fill the `*` of an algorithm such as `nabla-*_sta-3-3-3` so that runs reach a target.
 
     Args:
-        pipeline: a text-to-video pipeline.
-        request: the run; prompt, seed and algorithm are replaced.
-        template: an algorithm with `*` in the place of its threshold or share.
-        items: videos that are made for each number tried; their mean counts.
-        by: a name of `QUANTITIES`.
-        target: the density, or the transformer's seconds.
-        tolerance: how near, relative to the target.
+        pipeline: A text-to-video pipeline.
+        request: The run; prompt, seed and algorithm are replaced.
+        template: An algorithm with `*` in the place of its threshold or share.
+        items: Videos that are made for each number tried; their mean counts.
+        by: A name of `QUANTITIES`.
+        target: The density, or the transformer's seconds.
+        tolerance: How near, relative to the target.
         on_try: Called with each algorithm tried and what it gave.
 
     Raises:
-        ValueError: no `*`, an unknown quantity, or a target that cannot be reached.
+        ValueError: No `*`, an unknown quantity, or a target that cannot be reached.
     """
     if template.count("*") != 1:
         raise ValueError(f"{template!r} must have one * for the number to find, as nabla-* has.")

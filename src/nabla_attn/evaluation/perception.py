@@ -36,7 +36,7 @@ class LPIPS(nn.Module):
     """LPIPS of pictures, version 0.1 with AlexNet: 0 for the same, about 1 for unrelated ones.
 
     Args:
-        path: the state dict of `lpips.LPIPS(net="alex")`.
+        path: The state dict of `lpips.LPIPS(net="alex")`.
 
     Raises:
         ValueError: The file cannot be read or holds other weights.
@@ -65,7 +65,7 @@ class LPIPS(nn.Module):
         """Distances [batch] of pictures [batch, 3, height, width] in [-1, 1].
 
         Raises:
-            ValueError: values outside [-1, 1]: other ranges give plausible, wrong numbers.
+            ValueError: Values outside [-1, 1]: other ranges give plausible, wrong numbers.
         """
         for pictures in (ours, theirs):
             if pictures.abs().max() > 1 + 1e-4:
@@ -108,12 +108,12 @@ def measure_lpips(model: LPIPS, frames: np.ndarray, reference: np.ndarray) -> li
     """LPIPS of every frame.
 
     Args:
-        model: the network.
+        model: The network.
         frames: uint8 [frames, height, width, 3].
-        reference: the same shape.
+        reference: The same shape.
 
     Raises:
-        ValueError: frames smaller than 63 pixels.
+        ValueError: Frames smaller than 63 pixels.
     """
     if min(check_frames(frames).shape[1:3]) < MIN_SIDE:
         raise ValueError(f"LPIPS needs {MIN_SIDE} pixels a side, got {list(frames.shape[1:3])}.")
@@ -131,10 +131,10 @@ class ClipScore:
     """100 x cosine of prompt and frame, mean over frames, as CLIPScore without its factor 2.5.
 
     Args:
-        directory: a CLIP model with its tokenizer, as transformers saves them.
+        directory: A CLIP model with its tokenizer, as transformers saves them.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: It cannot be loaded.
 
     Source: Hessel et al., arXiv:2104.08718.
     """

@@ -22,7 +22,7 @@ class ProbeResult:
     Dense layers count as losing nothing.
 
     Attributes:
-        values: one tensor for each of `MEASURES`.
+        values: One tensor for each of `MEASURES`.
     """
 
     values: dict[str, Tensor]
@@ -52,8 +52,8 @@ class AttentionProbe:
     It makes a run slower, so its seconds must not be reported.
 
     Args:
-        num_steps: denoising steps of the run.
-        num_rows: query tokens sampled per call.
+        num_steps: Denoising steps of the run.
+        num_rows: Query tokens sampled per call.
     """
 
     def __init__(self, num_steps: int, *, num_rows: int = 16) -> None:

@@ -14,9 +14,9 @@ class Item:
     """One prompt and seed; all algorithms make its video from the same noise.
 
     Attributes:
-        index: the prompt's place in the list.
-        prompt: the text.
-        seed: seed of the noise.
+        index: The prompt's place in the list.
+        prompt: The text.
+        seed: Seed of the noise.
     """
 
     index: int
@@ -33,7 +33,7 @@ def make_items(prompts: Sequence[str], seeds: Sequence[int]) -> list[Item]:
     """Every prompt with every seed, prompts first.
 
     Raises:
-        ValueError: no prompts or seeds, or a repeated one.
+        ValueError: No prompts or seeds, or a repeated one.
     """
     if not prompts or not seeds:
         raise ValueError("there is nothing to evaluate: pass at least one prompt and one seed.")
@@ -61,7 +61,7 @@ def read_prompts(path: str | Path) -> list[str]:
     """Prompts of a list as of `nabla generate`, or of a JSON list of strings or VBench entries.
 
     Raises:
-        ValueError: the file cannot be read as one of these, or a line has a seed of its own.
+        ValueError: The file cannot be read as one of these, or a line has a seed of its own.
     """
     path = Path(path)
     if path.suffix != ".json":

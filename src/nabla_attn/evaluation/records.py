@@ -44,7 +44,7 @@ def read_records(run: str | Path) -> Records:
     Only those compare on the same videos; of others left out there is a warning.
 
     Raises:
-        ValueError: no such records; a broken one is named.
+        ValueError: No such records; a broken one is named.
     """
     run = Path(run)
     if not run.is_dir():
@@ -118,7 +118,7 @@ def pack_run(run: str | Path, target: str | Path) -> int:
 
     Raises:
         ValueError: `run` has no records of dense attention, or no item is complete.
-        OSError: a video of the first item is missing, or `target` cannot be written.
+        OSError: A video of the first item is missing, or `target` cannot be written.
     """
     run, target = Path(run), Path(target)
     records = read_records(run)

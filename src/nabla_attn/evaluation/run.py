@@ -35,13 +35,13 @@ class Measures:
     """What is measured besides PSNR, SSIM, motion and time.
 
     Attributes:
-        scorer: the reader of facts from the videos of its prompts.
-        lpips: ours, reference -> LPIPS per frame.
-        clip: frames, prompt -> CLIP score.
+        scorer: The reader of facts from the videos of its prompts.
+        lpips: Ours, reference -> LPIPS per frame.
+        clip: Frames, prompt -> CLIP score.
         weights: "lpips" and "clip" -> their weights, as `describe_weights` names them; records keep
             it, and a folder's records must agree.
-        num_probed: items, from the first, whose attention is measured in a run of its own.
-        num_rows: query tokens sampled per call there.
+        num_probed: Items, from the first, whose attention is measured in a run of its own.
+        num_rows: Query tokens sampled per call there.
     """
 
     scorer: Scorer | None = None
@@ -89,14 +89,14 @@ class Evaluation:
     """One process's share of an evaluation.
 
     Args:
-        pipeline: a text-to-video pipeline.
-        request: size, steps and guidance; prompt, seed and algorithm are replaced.
-        folder: the run's folder.
-        fps: frames per second of the videos.
-        measures: what is measured.
+        pipeline: A text-to-video pipeline.
+        request: Size, steps and guidance; prompt, seed and algorithm are replaced.
+        folder: The run's folder.
+        fps: Frames per second of the videos.
+        measures: What is measured.
 
     Raises:
-        ValueError: the model cannot take the request.
+        ValueError: The model cannot take the request.
     """
 
     def __init__(

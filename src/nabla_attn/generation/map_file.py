@@ -30,10 +30,10 @@ class Selection:
     """What is recorded.
 
     Attributes:
-        steps: denoising steps.
-        layers: attention layers.
-        heads: heads.
-        has_scores: whether the scores of the pooled map are recorded too.
+        steps: Denoising steps.
+        layers: Attention layers.
+        heads: Heads.
+        has_scores: Whether the scores of the pooled map are recorded too.
     """
 
     steps: tuple[int, ...]
@@ -60,16 +60,16 @@ def choose_recorded(
     """Complete a selection: what was not asked for is spread evenly, as much as fits.
 
     Args:
-        counts: steps, layers and heads of the run.
-        num_blocks: blocks of the video.
-        steps: steps to record.
-        layers: layers to record.
-        heads: heads to record.
-        has_scores: record scores too.
-        max_bytes: limit of the recorded maps.
+        counts: Steps, layers and heads of the run.
+        num_blocks: Blocks of the video.
+        steps: Steps to record.
+        layers: Layers to record.
+        heads: Heads to record.
+        has_scores: Record scores too.
+        max_bytes: Limit of the recorded maps.
 
     Raises:
-        ValueError: an index is outside the run, or what was asked for is larger than the limit.
+        ValueError: An index is outside the run, or what was asked for is larger than the limit.
     """
     asked = (steps, layers, heads)
     for name, wanted, count in zip(("step", "layer", "head"), asked, counts, strict=True):
@@ -105,16 +105,16 @@ class RecordedMaps:
     """What a recording holds.
 
     Attributes:
-        algorithm: the algorithm string.
-        blocks: blocks along (frames, height, width).
-        block: tokens of a block along (frames, height, width).
-        grid: tokens along (frames, height, width).
-        selection: the recorded steps, layers and heads.
+        algorithm: The algorithm string.
+        blocks: Blocks along (frames, height, width).
+        block: Tokens of a block along (frames, height, width).
+        grid: Tokens along (frames, height, width).
+        selection: The recorded steps, layers and heads.
         masks: uint8 [steps, layers, heads, blocks, bytes], highest bit first; dense is all ones.
         scores: uint8 [steps, layers, heads, blocks, blocks], see `SCORE_BITS`; empty when absent.
-        density: fp32 [all steps, all layers, all heads]; 1 where dense.
-        true_mass: like density, from sampled rows.
-        best_mass: like density: the most that this density could keep.
+        density: Fp32 [all steps, all layers, all heads]; 1 where dense.
+        true_mass: Like density, from sampled rows.
+        best_mass: Like density: the most that this density could keep.
     """
 
     algorithm: str
@@ -152,7 +152,7 @@ class RecordedMaps:
         """Read a recording.
 
         Raises:
-            ValueError: missing, damaged, or not a recording; the file is named.
+            ValueError: Missing, damaged, or not a recording; the file is named.
         """
         try:
             with safe_open(str(path), framework="pt") as file:

@@ -23,10 +23,10 @@ class MapRecorder:
     transformer include those of the recording, which are counted in `seconds`.
 
     Args:
-        pipeline: the pipeline of the run.
-        request: the request of the run.
-        num_rows: query tokens sampled per step and layer for the losses.
-        asked: steps, layers, heads, has_scores and max_bytes of
+        pipeline: The pipeline of the run.
+        request: The request of the run.
+        num_rows: Query tokens sampled per step and layer for the losses.
+        asked: Steps, layers, heads, has_scores and max_bytes of
             `nabla_attn.generation.map_file.choose_recorded`.
     """
 
@@ -46,7 +46,7 @@ class MapRecorder:
         """Choose what fits and observe the layers of a handle.
 
         Raises:
-            ValueError: what was asked for does not exist or is too large.
+            ValueError: What was asked for does not exist or is too large.
         """
         counts = (self._num_steps, handle.num_layers, handle.num_heads)
         self._selection = choose_recorded(counts, self._grid.num_blocks, **self._asked)
@@ -58,7 +58,7 @@ class MapRecorder:
         """What was recorded.
 
         Raises:
-            ValueError: no sparse attention ran.
+            ValueError: No sparse attention ran.
         """
         if not self._seen:
             raise ValueError(
@@ -120,7 +120,7 @@ def _block_of(request: GenerationRequest) -> BlockShape:
     """The blocks of a request's algorithms.
 
     Raises:
-        ValueError: they differ from layer to layer or step to step.
+        ValueError: They differ from layer to layer or step to step.
     """
     schedule = request.schedule or Schedule.default(request.sparse_algo)
     overrides = (*schedule.layer_overrides.values(), *schedule.step_overrides.values())

@@ -158,7 +158,7 @@ def make_request(
             takes the schedule's, or without one the model's with the model's rules.
         schedule: Rules by step and layer.
         negative_prompt: The text that guidance steers away from.
-        given: height, width, frames, steps and guidance; None takes the model's.
+        given: Height, width, frames, steps and guidance; None takes the model's.
     """
     if sparse_algo is None:
         schedule = schedule or defaults.schedule
@@ -225,7 +225,7 @@ def check_request(pipeline: Any, request: GenerationRequest) -> None:
     """Check a request against the pipeline.
 
     Raises:
-        ValueError: height, width or frames the model cannot take; the nearest valid are named.
+        ValueError: Height, width or frames the model cannot take; the nearest valid are named.
     """
     _check_size(pipeline, request)
 
@@ -247,7 +247,7 @@ def check_seed(seed: int) -> int:
     """Return `seed` if torch takes it.
 
     Raises:
-        ValueError: it is below 0, or 2**63 or more.
+        ValueError: It is below 0, or 2**63 or more.
     """
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be between 0 and 2**63 - 1, got {seed}.")

@@ -20,7 +20,7 @@ def check_frames(frames: np.ndarray) -> np.ndarray:
     """Return `frames` if it is a video: uint8 [frames, height, width, 3], at least one frame.
 
     Raises:
-        ValueError: another shape or dtype.
+        ValueError: Another shape or dtype.
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
         raise ValueError(
@@ -34,7 +34,7 @@ def check_fps(fps: float) -> float:
     """Return `fps` if it is above 0 and at most 1000.
 
     Raises:
-        ValueError: it is not.
+        ValueError: It is not.
     """
     if not 0 < fps <= 1000:
         raise ValueError(f"fps must be above 0 and at most 1000, got {fps}.")
@@ -46,12 +46,12 @@ def write_video(frames: np.ndarray, path: str | Path, fps: float) -> None:
 
     Args:
         frames: uint8 [frames, height, width, 3], even height and width.
-        path: the mp4 to write; replaced if it exists.
-        fps: frames per second, above 0.
+        path: The mp4 to write; replaced if it exists.
+        fps: Frames per second, above 0.
 
     Raises:
-        ValueError: frames of another shape or dtype, an odd height or width, fps not above 0.
-        OSError: the folder cannot be written.
+        ValueError: Frames of another shape or dtype, an odd height or width, fps not above 0.
+        OSError: The folder cannot be written.
     """
     import av
 

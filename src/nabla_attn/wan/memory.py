@@ -33,8 +33,8 @@ class WanModel:
     """Shapes of a released model (Wan2.1 and Wan2.2 `wan/configs`).
 
     Attributes:
-        width: d, width of the transformer.
-        ffn: f, width of its feed-forward layer.
+        width: D, width of the transformer.
+        ffn: F, width of its feed-forward layer.
         heads: Number of attention heads.
         layers: Number of transformer blocks.
         channels: Input channels of the transformer.
