@@ -152,12 +152,12 @@ def test_a_table_of_contenders_that_failed_is_made():
     seconds, gate = {"median": 1.0, "min": 1.0, "max": 1.0}, {"error": 1.0, "budget": 2.0}
     broken = {"is_dense": True, "gate": {"error": None, "budget": 2.0, "passed": False}}
     ours = {"is_dense": False, "gate": gate, "seconds": seconds, "share_of_matmul": 0.5}
-    result = {"dtype": "float32", "direction": "forward", "density": 0.2}
+    result = {"workload": "w", "dtype": "float32", "direction": "forward", "density": 0.2}
     result["contenders"] = {"dense (flash)": broken, "ours (gather)": ours}
     numbers = {"results": [result]}
     text = report.section(RunRecord("bench", {"workload": "w"}, 0, {}, "cpu", numbers))
     assert "- dense (flash): not run, output is not finite." in text
-    assert "| ours (gather) | 1.000 (1.000 to 1.000) | – | – | 0.50 | 0.50 |" in text
+    assert "| ours (gather) | 1.000 (1.000 to 1.000) | – | – | – | 0.50 | 0.50 |" in text
 
 
 def test_the_map_is_timed_beside_dense_attention():
