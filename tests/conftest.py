@@ -11,7 +11,10 @@ from jaxtyping import install_import_hook
 install_import_hook(
     [
         # block_map is traced by torch.compile, which cannot see through the checks.
-        *(f"nabla_attn.core.{room}" for room in ("order", "scores", "select", "window")),
+        *(
+            f"nabla_attn.core.{room}"
+            for room in ("order", "scores", "select", "token_orders", "window")
+        ),
         "nabla_attn.attention",
         "nabla_attn.backends.reference",
     ],
