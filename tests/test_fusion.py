@@ -10,12 +10,14 @@ import torch
 
 from nabla_attn import fusion
 from nabla_attn.backends import flex
+from nabla_attn.errors import Note
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def forget(monkeypatch):
+def forget(monkeypatch, tmp_path):
+    monkeypatch.setenv("NABLA_ATTN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fusion, "MIN_ELEMENTS", 0)
     monkeypatch.setattr(fusion, "_FAILED", {})
 
@@ -30,6 +32,10 @@ def forget(monkeypatch):
 
 def double(x):
     return 2 * x
+
+
+def triple(x):
+    return 3 * x
 
 
 def test_a_compiler_without_headers_is_found_before_anything_is_compiled(monkeypatch, tmp_path):
@@ -88,3 +94,53 @@ def test_an_error_of_the_function_itself_is_raised(monkeypatch):
     with pytest.raises(ValueError, match="of the function"):
         fusion.fused(fail, 1, CPU)(torch.ones(1))
     assert fusion.why_not_compile(CPU) is None
+
+
+def test_maps_are_compiled_where_that_pays_within_the_block(monkeypatch):
+    monkeypatch.setattr(fusion, "compiled", lambda *_: double)
+    few, many = 10**6, 10**9
+    with fusion.fusing_for(few):
+        assert fusion.fused(triple, 1, CPU) is triple
+        with fusion.fusing_for(many):
+            assert fusion.fused(triple, 1, CPU)(torch.ones(1)) == 2
+        assert fusion.fused(triple, 1, CPU) is triple
+    assert fusion.fused(triple, 1, CPU)(torch.ones(1)) == 2
+
+
+def test_a_gpu_compiles_always(monkeypatch):
+    monkeypatch.setattr(fusion, "compiled", lambda *_: double)
+    monkeypatch.setattr(fusion, "why_not_compile", lambda device: None)
+    with fusion.fusing_for(0):
+        assert fusion.fused(triple, 1, torch.device("cuda"))(torch.ones(1)) == 2
+
+
+def test_a_wait_is_named_until_the_cache_is_known(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "first"))
+
+    def call():
+        fusion.compiled.cache_clear()
+        run = fusion.compiled(double)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert run(torch.ones(1)) == 2 and run(torch.ones(1)) == 2
+        assert all(issubclass(each.category, Note) for each in said)
+        return [str(each.message) for each in said]
+
+    assert call() == ["compiling double, about 10 s, once"]
+    assert call() == []
+    # Another cache; how long it took is known now.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "second"))
+    path = fusion.machine_file("compile", CPU)
+    path.write_text(path.read_text().replace("0.0", "42.4"))
+    assert call() == ["compiling double, about 42 s, once"]
+    path.write_text("[]")
+    assert call() == ["compiling double, about 10 s, once"]
+
+
+def test_a_home_that_cannot_be_written_is_no_fault(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setenv("NABLA_ATTN_CACHE", "/proc/no/such/place")
+    fusion.compiled.cache_clear()
+    with pytest.warns(Note):
+        assert fusion.compiled(double)(torch.ones(1)) == 2

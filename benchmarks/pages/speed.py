@@ -184,6 +184,28 @@ def _tail_cost_table(record: RunRecord) -> list[str]:
     ]
 
 
+def _cold_start_table(record: RunRecord) -> list[str]:
+    """Return a row for each size, and what the columns mean."""
+    config, results = record.config, record.numbers["results"]
+    rows = [
+        [
+            "{frames} frames of {side}x{side}".format(**row),
+            f"{row['first_seconds']:.1f}",
+            f"{row['second_seconds']:.1f}",
+            f"{row['ratio']:.2f}",
+        ]
+        for row in results
+    ]
+    return [
+        "`nabla generate` with the built-in model from the command to the finished file, in "
+        f"processes of their own, {config['threads']} threads: the first time, with nothing in "
+        "the compiler's cache and nothing known of the machine, and the second time. Medians of "
+        f"{len(results[0]['rounds'])} such pairs.",
+        "",
+        *table(["video", "first, seconds", "second", "first / second"], rows),
+    ]
+
+
 def _number_table(
     head: str,
     labels: list[str],
@@ -213,4 +235,5 @@ STUDIES = {
     "guidance_error": _guidance_table,
     "tail_error": _tail_table,
     "tail_cost": _tail_cost_table,
+    "cold_start": _cold_start_table,
 }

@@ -1,10 +1,14 @@
-"""Errors of other libraries, in one line."""
+"""Errors of other libraries in one line, and notes."""
 
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, requires
+
+
+class Note(UserWarning):
+    """Something good to know that asks nothing of the user, such as a wait that is coming."""
 
 
 def first_line(error: BaseException) -> str:

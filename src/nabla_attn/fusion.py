@@ -1,12 +1,16 @@
 """Chains of small tensor operations, fused by torch.compile where that pays for its compilation."""
 
+import json
 import os
 import shutil
 import subprocess
 import sysconfig
 import tempfile
+import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,11 +20,36 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils._triton import has_triton
 
-from nabla_attn.errors import first_line
+from nabla_attn.errors import Note, first_line
+from nabla_attn.files import write_text
+from nabla_attn.machine import machine_file
 
 # Below this many elements a chain takes well under a millisecond, and compiling takes seconds.
 MIN_ELEMENTS = 2**21
+# Seconds of compiling a function, where that was not measured; from which on a wait is named.
+TYPICAL_SECONDS, LONG_SECONDS = 10.0, 5.0
+# What compiled maps save on a CPU for each pair of blocks, against compiling two functions.
+SAVED_SECONDS_PER_PAIR = 1.5e-7
 MAX_VARIANTS = 128
+
+_fuses: ContextVar[bool] = ContextVar("fuses", default=True)
+
+
+@contextmanager
+def fusing_for(num_pairs: int) -> Iterator[None]:
+    """Inside the block, maps on a CPU are compiled only if that pays within the block.
+
+    Compiled sums round in another order, so the choice follows from what is asked for, and never
+    from what was measured or cached: the same request gives the same video.
+
+    Args:
+        num_pairs: Pairs of blocks that are scored inside the block, over all heads and calls.
+    """
+    token = _fuses.set(num_pairs * SAVED_SECONDS_PER_PAIR >= 2 * TYPICAL_SECONDS)
+    try:
+        yield
+    finally:
+        _fuses.reset(token)
 
 
 def fused(
@@ -40,7 +69,8 @@ def fused(
     is_small = num_elements < MIN_ELEMENTS
     # What watches every operation, such as a count of FLOPs, must see them one by one.
     is_watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-    if is_small or is_watched:
+    is_left_out = device.type == "cpu" and not _fuses.get()
+    if is_small or is_watched or is_left_out:
         return function
     if why_not_compile(device) is not None:
         fault = _fault_of_compiler(device)
@@ -149,8 +179,13 @@ def compiled(
     """
     options: dict[str, Any] | None = {"max_autotune": True} if max_autotune else None
     run = torch.compile(function, fullgraph=True, dynamic=dynamic, options=options)
+    first = [function.__name__.strip("_")]
 
     def call(*args: Any) -> Any:
+        if first:
+            device = next(arg.device for arg in args if isinstance(arg, Tensor))
+            with _timed(first.pop(), device):
+                return call(*args)
         # A long-lived process meets more dtypes, head sizes and layouts than the default of 8.
         # Sizes that happen to be equal are not the same size.
         with (
@@ -160,6 +195,34 @@ def compiled(
             return run(*args)
 
     return call
+
+
+@contextmanager
+def _timed(name: str, device: torch.device) -> Iterator[None]:
+    """Say that a first call will compile, where that takes long, and keep how long it took."""
+    path = machine_file("compile", device)
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()
+    known = _compile_seconds(path)
+    is_cached = cache in known.get(name, {})
+    seconds = max(known.get(name, {}).values(), default=TYPICAL_SECONDS)
+    if not is_cached and seconds >= LONG_SECONDS:
+        warnings.warn(f"compiling {name}, about {seconds:.0f} s, once", Note, stacklevel=5)
+    began = time.perf_counter()
+    yield
+    if not is_cached:
+        known.setdefault(name, {})[cache] = round(time.perf_counter() - began, 1)
+        # Others may have compiled meanwhile, or the home may be another user's: it is an estimate.
+        with suppress(OSError):
+            write_text(path, json.dumps(known, indent=2) + "\n")
+
+
+def _compile_seconds(path: Path) -> dict[str, dict[str, float]]:
+    """Function -> folder of the compiler's cache -> seconds that compiling took."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return {name: {str(x): float(s) for x, s in found.items()} for name, found in known.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def take_any_length(*tensors: Tensor, axes: Iterable[int] = (0,)) -> None:

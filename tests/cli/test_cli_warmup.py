@@ -12,6 +12,7 @@ def compiled(monkeypatch):
     """Functions that were asked for compiled; run as they are."""
     asked = []
     monkeypatch.setattr(fusion, "MIN_ELEMENTS", 0)
+    monkeypatch.setattr(fusion, "SAVED_SECONDS_PER_PAIR", 1.0)
     monkeypatch.setattr(
         fusion, "compiled", lambda function, dynamic=None: asked.append(function) or function
     )
@@ -31,6 +32,13 @@ def test_every_algorithm_runs_one_step(tiny_wan, compiled):
     assert second.startswith("sta-1-1-1")
     assert last.startswith("cache: /")
     assert compiled
+
+
+def test_what_a_generation_would_not_compile_is_not_compiled(tiny_wan, monkeypatch):
+    monkeypatch.setattr(fusion, "MIN_ELEMENTS", 0)
+    monkeypatch.setattr(fusion, "compiled", lambda *_: pytest.fail("it was compiled"))
+    result = nabla("warmup", "--model", tiny_wan, "--sparse-algo", "nabla-0.4", *SIZE)
+    assert result.exit_code == 0 and "0 graphs compiled" in result.stdout
 
 
 def test_bad_input_is_one_line(tiny_wan):

@@ -9,6 +9,8 @@ from typing import Any
 
 import typer
 
+from nabla_attn.errors import Note
+
 GAP = 2  # blanks between the columns of a table
 # Notes of libraries that ask nothing of a user, or that a warning of ours says better.
 HARMLESS = (
@@ -105,10 +107,10 @@ def warn_once() -> Callable[..., None]:
     """A `warnings.showwarning` that says every message once."""
     said: set[str] = set()
 
-    def show(message: Any, *_: Any) -> None:
+    def show(message: Any, category: type[Warning], *_: Any) -> None:
         text = str(message)
         if text not in said and not text.startswith(HARMLESS):
             said.add(text)
-            notice("warning", text)
+            notice("note" if issubclass(category, Note) else "warning", text)
 
     return show

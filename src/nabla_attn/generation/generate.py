@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from nabla_attn.config import parse
+from nabla_attn.core.grid import TokenGrid
+from nabla_attn.fusion import fusing_for
 from nabla_attn.generation.call import StageClock, sample
 from nabla_attn.generation.pipeline import model_identity
 from nabla_attn.generation.request import GenerationRequest, check_request, video_tokens
@@ -59,7 +61,8 @@ def generate(
             _warn_of_rules(pipeline, request, handle)
         if on_apply is not None and handle is not None:
             on_apply(handle)
-        video = sample(pipeline, request, on_step_end=clock.on_step_end, **(inputs or {}))
+        with fusing_for(_num_pairs(pipeline, request, handle)):
+            video = sample(pipeline, request, on_step_end=clock.on_step_end, **(inputs or {}))
         seconds = clock.seconds()
         attention = _attention_numbers(handle)
     frames = _to_uint8(video[0])
@@ -95,14 +98,27 @@ def _made(frames: np.ndarray, request: GenerationRequest) -> dict[str, int]:
 
 
 def warm_up(pipeline: Any, request: GenerationRequest) -> None:
-    """One untimed step with the request's algorithm, so that compiling and caching is over."""
+    """One untimed step with the request's algorithm, so that what it compiles is compiled."""
     config = parse(request.sparse_algo)
     # Without dense first steps, or the one step would not touch the algorithm.
     schedule = None if config.is_dense else Schedule(algorithm=config)
     # Mochi's times need two steps; the second is not run.
     short = replace(request, steps=2, schedule=schedule)
-    with _attending(pipeline, short):
+    with (
+        _attending(pipeline, short) as handle,
+        fusing_for(_num_pairs(pipeline, request, handle)),
+    ):
         sample(pipeline, short, on_step_end=_stop, output_type="latent")
+
+
+def _num_pairs(pipeline: Any, request: GenerationRequest, handle: Any) -> int:
+    """Pairs of blocks that a generation scores, about, were all of its steps sparse."""
+    if handle is None:
+        return 0
+    grid = TokenGrid(*video_tokens(pipeline, request))
+    blocks = grid.with_block(handle.schedule.algorithm.block).num_blocks
+    passes = 2 if request.guidance > 1 else 1
+    return blocks**2 * handle.num_heads * handle.num_layers * request.steps * passes
 
 
 def _stop(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
