@@ -1,4 +1,7 @@
-"""Judge the built-in model on 256 held-out prompts with each algorithm; writes one record each.
+"""Judge the built-in model on prompts with each algorithm; writes one record each.
+
+Prompts are held-out combinations, or with --trained such as training showed, with other places and
+noise.
 
 Run it again after an interruption: prompts that a record already holds are not repeated.
 
@@ -9,7 +12,7 @@ With adapters, and what these ask for besides (their guidance):
     python -m benchmarks.judge_builtin nabla-0.7_block-1-16-16 --lora builtin
 
 A student of `distill_builtin.py` is judged in a folder of its own, so that no record of the shipped
-model is in the way; `judge_distilled_ALGORITHM.json` is such a record:
+model is in the way; `judge_distilled_ALGORITHM.json` is such a record, of the first judge:
 
     python -m benchmarks.judge_builtin nabla-0.4_block-1-16-16 --output runs/judged \\
         --model runs/students/distill-nabla-0.4_block-1-16-16-0
@@ -24,6 +27,8 @@ from benchmarks.judging import judge_prompts
 from nabla_attn.config import parse
 from nabla_attn.generation.pipeline import load_pipeline, model_directory
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults
+from nabla_attn.moving_shapes.judge import JUDGE
+from nabla_attn.moving_shapes.scene import Scene, sample_scene
 from nabla_attn.schedule import Schedule
 
 
@@ -34,6 +39,8 @@ def main() -> None:
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--lora", action="append", default=[], help="as of `nabla generate`")
     parser.add_argument("--count", type=int, default=256)
+    parser.add_argument("--trained", action="store_true", help="combinations that training showed")
+    parser.add_argument("--videos", type=Path, help="folder where frames are kept to judge again")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
@@ -54,9 +61,24 @@ def main() -> None:
             # more than this model takes in all.
             schedule=None if config.is_dense else Schedule(algorithm=config),
         )
-        path = options.output / f"judge_{'lora_' * bool(options.lora)}{algorithm}.json"
-        record = judge_prompts(pipeline, request, options.count, path=path, report=_show(algorithm))
+        which, label = "trained" if options.trained else "held-out", str(config)
+        label = f"lora_{label}" if options.lora else label
+        record = judge_prompts(
+            pipeline,
+            request,
+            options.count,
+            scenes=trained_scenes(options.count) if options.trained else None,
+            videos=options.videos and options.videos / which / label,
+            path=options.output / f"judge-{JUDGE}_{which}_{label}.json",
+            report=_show(algorithm),
+        )
         print(algorithm, record.numbers["summary"])  # noqa: T201
+
+
+def trained_scenes(count: int) -> list[Scene]:
+    """Scenes of one shape from the combinations that training shows."""
+    # Training draws its seeds from text, so that none of these is among its own.
+    return [sample_scene(seed) for seed in range(count)]
 
 
 def _show(algorithm: str):

@@ -1,24 +1,29 @@
 """Judge a pipeline on held-out prompts, with any attention algorithm; interrupted runs go on."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from nabla_attn.files import whole_file
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import model_identity
 from nabla_attn.generation.request import GenerationRequest
-from nabla_attn.moving_shapes.judge import score
-from nabla_attn.moving_shapes.scene import describe, held_out_scenes
+from nabla_attn.moving_shapes.judge import JUDGE, score
+from nabla_attn.moving_shapes.scene import Scene, describe, held_out_scenes
 from nabla_attn.record import RunRecord, check_settings, collect_versions, describe_device
+
+KEPT = ("density", "transformer_seconds")
 
 
 def summarise(prompts: list[dict[str, Any]]) -> dict[str, Any]:
     """Share of right answers by attribute, mean density, median seconds in the transformer."""
     return {
         "right": {
-            name: round(statistics.fmean(result["right"][name] for result in prompts), 4)
+            name: round(statistics.fmean(float(result["right"][name]) for result in prompts), 4)
             for name in prompts[0]["right"]
         },
         "density": round(statistics.fmean(result["density"] for result in prompts), 4),
@@ -33,10 +38,12 @@ def judge_prompts(
     request: GenerationRequest,
     count: int,
     *,
+    scenes: Sequence[Scene] | None = None,
+    videos: Path | None = None,
     path: Path | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> RunRecord:
-    """Generate a video for each of `count` held-out prompts and judge it.
+    """Generate a video for each of `count` prompts and judge it.
 
     Prompt i starts from the noise of seed i, whatever the algorithm.
 
@@ -44,6 +51,9 @@ def judge_prompts(
         pipeline: A text-to-video pipeline of diffusers.
         request: What to ask for; its prompt and seed are replaced.
         count: Number of prompts.
+        scenes: What the prompts describe; None are held-out combinations.
+        videos: The folder where frames are kept without loss, so that a later judge reads the same
+            videos. What it holds is not generated again; it must belong to one model and algorithm.
         path: Where the record is kept. Prompts that it already holds are not run again.
         report: Called with (prompts done, prompts).
 
@@ -54,25 +64,38 @@ def judge_prompts(
     Raises:
         ValueError: The file at `path` was made with other settings.
     """
-    config = request.to_dict() | model_identity(pipeline)
+    config = request.to_dict() | model_identity(pipeline) | {"judge": JUDGE}
     del config["prompt"], config["seed"]
     prompts = _kept_prompts(path, config)
-    for index, scene in enumerate(held_out_scenes(count)):
+    for index, scene in enumerate(scenes or held_out_scenes(count)):
         if index < len(prompts):
             continue
-        video, run = generate(pipeline, replace(request, prompt=describe(scene), seed=index))
-        prompts.append(
-            {
-                "prompt": describe(scene),
-                "right": score(video, scene),
-                "density": run.numbers["attention"]["density"],
-                "transformer_seconds": round(run.numbers["seconds"]["transformer"], 3),
-            }
-        )
+        asked = replace(request, prompt=describe(scene), seed=index)
+        video, numbers = _make(pipeline, asked, videos)
+        prompts.append({"prompt": describe(scene), "right": score(video, scene)} | numbers)
         if path is not None:
             _record(config, pipeline, prompts).save(path)
         report(index + 1, count)
     return _record(config, pipeline, prompts[:count])
+
+
+def _make(
+    pipeline: Any, request: GenerationRequest, videos: Path | None
+) -> tuple[np.ndarray, dict[str, float]]:
+    """The frames of a request, and its density and seconds, from the folder where it has them."""
+    path = None if videos is None else videos / f"{request.seed:04d}.npz"
+    if path is not None and path.exists():
+        with np.load(path) as kept:
+            return kept["frames"], {name: float(kept[name]) for name in KEPT}
+    frames, run = generate(pipeline, request)
+    numbers = {
+        "density": run.numbers["attention"]["density"],
+        "transformer_seconds": round(run.numbers["seconds"]["transformer"], 3),
+    }
+    if path is not None:
+        with whole_file(path) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, frames=frames, **numbers)
+    return frames, numbers
 
 
 def _kept_prompts(path: Path | None, config: dict[str, Any]) -> list[dict[str, Any]]:

@@ -128,14 +128,15 @@ def _judged(records: list[RunRecord]) -> str:
     size = f"{config['width']}x{config['height']}, {config['frames']} frames"
     return "\n".join(
         [
-            "## The built-in model, judged on held-out prompts",
+            "## The built-in model, judged on held-out prompts by the first judge",
             "",
             f"{size}, {config['steps']} steps; torch "
             f"{versions['torch']}, {order[0].device}. The judge reads each video back into facts "
-            "without a learned model. Prompts are drawn from the held-out combinations, each with "
-            "noise of its own. Window-only algorithms run sparse from the first step here. "
-            "Distilled students and the built-in model's adapters (`--lora builtin`) are those of "
-            "[training_study.md](training_study.md).",
+            "without a learned model. This is its first version, which took blobs for shapes; "
+            "[quality.md](quality.md) has what the present one says. Prompts are drawn from the "
+            "held-out combinations, each with noise of its own. Window-only algorithms run sparse "
+            "from the first step here. Distilled students and the built-in model's adapters "
+            "(`--lora builtin`) are those of [training_study.md](training_study.md).",
             "",
             *table(["algorithm", "guidance", "prompts", "density", *JUDGED], rows),
         ]

@@ -190,6 +190,17 @@ def test_other_weights_of_a_measure_are_refused_before_any_video(
         run(ITEMS, lpips=folder)
 
 
+def test_scores_of_another_judge_are_refused(pipeline, tmp_path, monkeypatch):
+    items = make_items(["a red circle moving right"], [0])
+    evaluation(pipeline, tmp_path).run(ALGOS, items)
+    record = RunRecord.load(tmp_path / "dense" / "p0000-s0.json")
+    assert record.config["world_judge"] == MovingShapesScorer.version
+    assert record.numbers["to_prompt"]["world"].keys() >= {"all", "shape", "outline", "stains"}
+    monkeypatch.setattr(MovingShapesScorer, "version", "next")
+    with pytest.raises(ValueError, match="world_judge '2', now 'next'"):
+        evaluation(pipeline, tmp_path).run(ALGOS, items)
+
+
 def test_nothing_is_carried_over_from_a_run_of_another_size(pipeline):
     # Tables of one size must not serve another (a stale cache seen elsewhere).
     small, large = (

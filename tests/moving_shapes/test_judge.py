@@ -16,7 +16,7 @@ SCENE = Scene((Shape("red", "circle", "right", "small", 0.3, 0.5),), "black")
 
 
 def wrong(video, scene):
-    return {name for name, right in score(video, scene).items() if not right}
+    return {name for name, right in score(video, scene).items() if right is False}
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,15 @@ WORLD = MovingShapesScorer()
 def test_prompts_are_scored_by_what_they_name():
     scene = held_out_scenes(1)[0]
     video, prompt = render(scene, 17, 96, 96), describe(scene)
-    assert all(WORLD.score(video, prompt).values())
+    assert WORLD.score(video, prompt)["all"] is True
     other = prompt.replace(scene.shapes[0].colour, "cyan" if "cyan" not in prompt else "red")
     right = WORLD.score(video, other)
     assert not right["colour"]
     assert not right["all"]
     assert right["direction"]
     short = f"a {scene.shapes[0].colour} {scene.shapes[0].kind} moving {scene.shapes[0].direction}"
-    assert set(WORLD.score(video, short)) == {"number", "colour", "shape", "direction", "all"}
+    facts = {name for name, value in WORLD.score(video, short).items() if value is True}
+    assert facts == {"number", "colour", "shape", "direction", "all"}
     assert WORLD.score(video, "two cats in a field") is None
 
 

@@ -82,6 +82,25 @@ def test_the_same_records_give_the_same_bytes(tmp_path):
         assert word in text, word
 
 
+@pytest.mark.parametrize(
+    ("version", "words"), [(None, "version 1 of the judge"), ("2", "version 2 of the judge")]
+)
+def test_the_judge_of_a_run_is_named(tmp_path, version, words):
+    run = write_run(tmp_path)
+    for path in run.glob("*/*.json"):
+        record = RunRecord.load(path)
+        world = record.numbers["to_prompt"]["world"]
+        if version:
+            record.config["world_judge"] = version
+            world |= {"outline": 0.876, "outline_min": 0.5}
+        record.save(path)
+    texts = [block for section in build_report([run]) for block in section.blocks]
+    assert any(words in block.text for block in texts if isinstance(block, Text))
+    tables = [block for block in texts if isinstance(block, Table) and "all" in block.header]
+    assert ("worst frame" in tables[0].header) == (version == "2")
+    assert (tables[0].rows[0][-3][:5] == "0.876") == (version == "2")
+
+
 def metrics(judge=None, difference=None, seconds=10.0, ssim=0.9):
     """Of one algorithm, as `evaluation.records` gives them."""
     found = {"seconds": {"value": seconds}, "ssim": {"value": ssim}, "density": {"value": 0.3}}

@@ -134,6 +134,17 @@ def pack_run(run: str | Path, target: str | Path) -> int:
 NUM_RESAMPLES = 2000
 
 
+def judge_version(records: Records) -> str:
+    """Version of the built-in world's judge in records of one run; the first had no name."""
+    found = {
+        str(record.config.get("world_judge", "1"))
+        for items in records.values()
+        for record in items.values()
+        if _dig(record, ("to_prompt", "world", "all")) is not None
+    }
+    return ", ".join(sorted(found))
+
+
 def _dig(record: RunRecord, keys: tuple[str, ...]) -> float | None:
     value: Any = record.numbers
     for key in keys:
@@ -153,6 +164,10 @@ def _error(record: RunRecord, key: str) -> float | None:
     return float(10 ** (-value / 10))
 
 
+FACTS = ("number", "colour", "shape", "direction", "size", "background")
+LOOKS = ("outline", "outline_min", "holes", "fragments", "stains")
+"""What the judge of the built-in world says of a video, and what it measures in it."""
+
 METRICS: dict[str, Callable[[RunRecord], float | None]] = {
     "psnr": lambda record: _error(record, "psnr"),
     "ssim": lambda record: _dig(record, ("to_dense", "ssim")),
@@ -162,7 +177,7 @@ METRICS: dict[str, Callable[[RunRecord], float | None]] = {
     "clip": lambda record: _dig(record, ("to_prompt", "clip")),
     **{
         f"judge_{name}": partial(_dig, keys=("to_prompt", "world", name))
-        for name in ("number", "colour", "shape", "direction", "size", "background", "all")
+        for name in (*FACTS, "all", *LOOKS)
     },
     "density": lambda record: _dig(record, ("attention", "density")),
     "seconds": lambda record: _dig(record, ("seconds", "transformer")),

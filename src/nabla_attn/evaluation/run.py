@@ -241,10 +241,13 @@ class Evaluation:
             check_settings(path, self._weights(check_settings(path, asked).numbers))
 
     def _weights(self, numbers: dict[str, Any]) -> dict[str, str]:
-        """The weights of what was measured, under their names in a record's config."""
-        had = _measured(numbers)
+        """What a record's config says of how it was measured: weights, and the scorer's version."""
+        had, scorer = _measured(numbers), self._measures.scorer
         weights = self._measures.weights.items()
-        return {f"{measure}_weights": text for measure, text in weights if measure in had}
+        found = {f"{measure}_weights": text for measure, text in weights if measure in had}
+        if scorer is not None and had.get(scorer.name) is not None:
+            found[f"{scorer.name}_judge"] = scorer.version
+        return found
 
     def _asked(self, name: str, item: Item) -> GenerationRequest:
         request = replace(self._request, prompt=item.prompt, seed=item.seed)

@@ -107,6 +107,10 @@ class Scorer(Protocol):
     def name(self) -> str:
         """The key of its scores in records."""
 
+    @property
+    def version(self) -> str:
+        """The name of its way of reading; scores of different ones do not compare."""
+
     def prompts(self, count: int) -> list[str]:
         """Different prompts that training does not show.
 
@@ -114,8 +118,10 @@ class Scorer(Protocol):
             ValueError: There are fewer.
         """
 
-    def score(self, frames: np.ndarray, prompt: str) -> dict[str, bool] | None:
-        """Fact -> whether the video shows it, "all" among them; None for prompts of others.
+    def score(self, frames: np.ndarray, prompt: str) -> dict[str, float] | None:
+        """Fact -> whether the video shows it, as bool, "all" among them; measure -> float.
+
+        None for prompts of others.
 
         Args:
             frames: uint8 [frames, height, width, 3].

@@ -1,13 +1,14 @@
 """Videos back to facts by plain image analysis, and the scorer of prompts that rests on it."""
 
+import statistics
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from nabla_attn.moving_shapes.outline import Fit, fit_shape
 from nabla_attn.moving_shapes.scene import (
-    AREAS,
     BACKGROUNDS,
     COLOURS,
     KINDS,
@@ -17,43 +18,69 @@ from nabla_attn.moving_shapes.scene import (
     describe,
     held_out_scenes,
     parse_caption,
-    signed_distance,
 )
 
+JUDGE = "2"
+"""Version of this judge, which records name. The first one, of records without a name, allowed for
+the look of a shape where it overlapped 70 % with an ellipse, a rectangle or a triangle of any
+height and width, in the middle one of all frames; it did not see holes, fragments and stains."""
+
 MIN_CONTRAST = 60.0
-"""RGB distance from the background below which nothing counts as a shape."""
+"""RGB distance from the background below which nothing is seen."""
 
 MIN_AREA = 0.005
-"""Share of the frame below which a spot is taken for noise."""
+"""Share of the frame below which a spot is a fragment, not a shape."""
 
 MAX_BOX = 0.5
 """Share of the frame beyond which a spot's bounding box is no shape but a broken background."""
 
 MAX_COLOUR_ERROR = 90.0
-"""RGB distance beyond which a spot has none of the known colours."""
+"""RGB distance beyond which a spot has none of the known colours, and a pixel is a stain."""
 
 MIN_TRAVEL = 0.08
 """Share of the frame that the centre must move to have a direction."""
 
-_SPREADS = {
-    "circle": (1 / 2, 1 / 2),
-    "square": (3**-0.5, 3**-0.5),
-    "triangle": (6**-0.5, 2**0.5 / 3),
-}
-"""Standard deviation of each kind along x and y at radius 1."""
+EDGE = 3
+"""Pixels around an outline that belong to it, however blurred it is."""
 
-MIN_FIT = 0.7
-"""Overlap with the best fitting kind below which a spot is of no known kind."""
+MIN_OUTLINE = 0.92
+"""Mean overlap with the best-fitting shape below which a person sees none of the known kinds."""
+
+MIN_WORST_OUTLINE = 0.85
+"""The same of a single frame: one broken frame of a video is seen."""
+
+MIN_LEAD = 0.06
+"""Mean overlap by which a kind must lead the next one; a rounded square is no circle."""
+
+MAX_BLEMISH = 0.02
+"""Share of a shape's area that holes, and fragments around it, and stains on it may have each."""
 
 
 @dataclass(frozen=True)
 class ShapeFacts:
-    """The look of one shape; None where it cannot be told."""
+    """The look of one shape; None where it cannot be told.
+
+    Attributes:
+        colour: Its name.
+        kind: None also where a person would not call it by any name, for its outline or blemishes.
+        direction: The way it goes.
+        size: "small" or "large".
+        outline: Mean overlap (intersection over union) with the best-fitting shape of its kind.
+        outline_min: The same of the worst frame; 0 where a frame does not show the shape.
+        holes: Area of holes as a share of the shape's, mean over frames.
+        fragments: The same of what is seen in the frame beside all shapes.
+        stains: The same of pixels in it that do not have its colour.
+    """
 
     colour: str | None
     kind: str | None
     direction: str | None
     size: str | None
+    outline: float = 0.0
+    outline_min: float = 0.0
+    holes: float = 0.0
+    fragments: float = 0.0
+    stains: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -71,13 +98,23 @@ class Facts:
 
 @dataclass(frozen=True)
 class _Spot:
-    """One connected spot in one frame, in shares of the frame."""
+    """One connected spot in one frame; lengths are shares of the frame."""
 
     colour: str | None
-    fits: dict[str, float]
-    width: float
+    fits: dict[str, Fit]
+    area: int
+    holes: float
+    stains: float
     x: float
     y: float
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """The spots of a frame, and the pixels that are seen beside them."""
+
+    spots: list[_Spot]
+    loose: int
 
 
 def _nearest(pixel: NDArray, palette: dict[str, tuple[int, int, int]]) -> str | None:
@@ -93,54 +130,47 @@ def _border_colour(video: NDArray) -> NDArray:
     return np.median(np.concatenate([edge.reshape(-1, 3) for edge in edges]), axis=0)
 
 
-def _fits(spot: NDArray) -> dict[str, float]:
-    """Overlap (intersection over union) of a spot with each kind of the same centre and spread.
-
-    Moments hardly change when an edge is ragged; a bounding box does.
-    """
-    rows, columns = np.nonzero(spot)
-    dy = np.arange(spot.shape[0])[:, None] - rows.mean()
-    dx = np.arange(spot.shape[1])[None, :] - columns.mean()
-    fits = {}
-    for kind, (spread_x, spread_y) in _SPREADS.items():
-        # A pixel's own spread of 1/12 counts, so that a lone row has a height.
-        radius_x = float(np.sqrt(columns.var() + 1 / 12)) / spread_x
-        radius_y = float(np.sqrt(rows.var() + 1 / 12)) / spread_y
-        # A triangle's centre of mass lies a third of its height above its base.
-        middle = 1 / 3 if kind == "triangle" else 0.0
-        template = signed_distance(kind, dx / radius_x, dy / radius_y + middle, 1.0) < 0
-        shared = float((spot & template).sum())
-        fits[kind] = shared / (len(rows) + AREAS[kind] * radius_x * radius_y - shared)
-    return fits
-
-
-def _spots(frame: NDArray, background: NDArray) -> list[_Spot]:
-    """Connected spots of a frame [height, width, 3] that stand out from the background."""
+def _look(frame: NDArray, background: NDArray) -> _Frame:
+    """What stands out from the background of a frame [height, width, 3]."""
     contrast = np.linalg.norm(frame - background, axis=-1)
     strong = contrast > MIN_CONTRAST
     if not strong.any():
-        return []
+        return _Frame([], 0)
     # The edge of a shape lies where half of its contrast is reached, however blurred it is.
     mask = contrast > max(MIN_CONTRAST, float(np.median(contrast[strong])) / 2)
     labels, _ = ndimage.label(mask)
-    height, width = mask.shape
-    spots = []
+    spots, taken = [], np.zeros_like(mask)
     for index, box in enumerate(ndimage.find_objects(labels), start=1):
-        inside = ndimage.binary_fill_holes(labels[box] == index)
+        seen = labels[box] == index
+        inside = ndimage.binary_fill_holes(seen)
         if inside.sum() < MIN_AREA * mask.size or inside.size > MAX_BOX * mask.size:
             continue
-        box_height, box_width = inside.shape
-        centre_y, centre_x = ndimage.center_of_mass(inside)
-        spots.append(
-            _Spot(
-                colour=_nearest(np.median(frame[box][inside], axis=0), COLOURS),
-                fits=_fits(inside),
-                width=float(np.sqrt(box_height * box_width)) / min(height, width),
-                x=(box[1].start + centre_x) / width,
-                y=(box[0].start + centre_y) / height,
-            )
-        )
-    return spots
+        taken[box] |= inside
+        spots.append(_look_at_spot(frame, labels == index, box, inside))
+    around = ndimage.binary_dilation(taken, iterations=EDGE) if spots else taken
+    # Single pixels are noise.
+    loose = ndimage.binary_opening(strong & ~around, np.ones((2, 2)))
+    return _Frame(spots, int(loose.sum()))
+
+
+def _look_at_spot(frame: NDArray, spot: NDArray, box: tuple[slice, ...], inside: NDArray) -> _Spot:
+    area, (height, width) = int(inside.sum()), spot.shape
+    core = ndimage.binary_erosion(inside, iterations=EDGE) & spot[box]
+    pixels = frame[box][core if core.any() else inside]
+    colour = np.median(pixels, axis=0)
+    is_stain = np.linalg.norm(pixels - colour, axis=-1) > MAX_COLOUR_ERROR
+    filled = np.zeros_like(spot)
+    filled[box] = inside
+    centre_y, centre_x = ndimage.center_of_mass(filled)
+    return _Spot(
+        colour=_nearest(colour, COLOURS),
+        fits={kind: fit_shape(filled, kind) for kind in KINDS},
+        area=area,
+        holes=1 - float(spot[box].sum()) / area,
+        stains=float(is_stain.sum()) / area,
+        x=centre_x / width,
+        y=centre_y / height,
+    )
 
 
 def _direction(spots: list[tuple[int, _Spot]], frames: int) -> str | None:
@@ -159,20 +189,47 @@ def _direction(spots: list[tuple[int, _Spot]], frames: int) -> str | None:
     return "down" if dy > 0 else "up"
 
 
-def _shape_facts(colour: str | None, spots: list[tuple[int, _Spot]], frames: int) -> ShapeFacts:
-    fits = {kind: float(np.median([spot.fits[kind] for _, spot in spots])) for kind in KINDS}
-    best = max(fits, key=fits.__getitem__)
-    kind = best if fits[best] >= MIN_FIT else None
-    radius = float(np.median([spot.width for _, spot in spots])) / 2
+def _shape_facts(
+    colour: str | None, seen: list[tuple[int, _Spot]], loose: list[float], shorter: int
+) -> ShapeFacts:
+    """Sum up a shape.
+
+    Args:
+        colour: Its name.
+        seen: The frames that show it, and its spot there.
+        loose: Pixels of every frame that belong to no shape.
+        shorter: The frame's shorter side in pixels.
+    """
+    frames, spots = len(loose), [spot for _, spot in seen]
+    means = {kind: sum(spot.fits[kind].overlap for spot in spots) / frames for kind in KINDS}
+    second, best = sorted(KINDS, key=means.__getitem__)[1:]
+    worst = min(spot.fits[best].overlap for spot in spots) if len(spots) == frames else 0.0
+    area = float(np.median([spot.area for spot in spots]))
+    blemishes = (
+        statistics.fmean(spot.holes for spot in spots),
+        statistics.fmean(loose) / area,
+        statistics.fmean(spot.stains for spot in spots),
+    )
+    is_known = (
+        means[best] >= MIN_OUTLINE
+        and worst >= MIN_WORST_OUTLINE
+        and means[best] - means[second] >= MIN_LEAD
+        and max(blemishes) <= MAX_BLEMISH
+    )
+    radius = float(np.median([spot.fits[best].radius for spot in spots])) / shorter
     size = min(SIZES, key=lambda name: abs(SIZES[name] - radius))
-    return ShapeFacts(colour, kind, _direction(spots, frames), size)
+    kind = best if is_known else None
+    direction = _direction(seen, frames)
+    return ShapeFacts(colour, kind, direction, size, means[best], worst, *blemishes)
 
 
 def judge(video: NDArray[np.uint8]) -> Facts:
     """Read a video of this world back into facts.
 
-    The kind of a shape is the one it overlaps most at its own centre and spread, its direction is
-    read from the path of its centre, its size from its bounding box.
+    The kind of a shape is the one whose best-fitting ideal shape it overlaps most over the whole
+    video, and none where the overlap is too small for an eye, in the mean or in one frame, where
+    two kinds fit about as well, or where it has holes, fragments or stains. Its direction is read
+    from the path of its centre, its size from the fit.
 
     Args:
         video: uint8 [frames, height, width, 3], 48 pixels or more a side.
@@ -189,23 +246,30 @@ def judge(video: NDArray[np.uint8]) -> Facts:
         )
     pixels = video.astype(np.float32)
     border = _border_colour(pixels)
-    frames = len(video)
+    looks = [_look(frame, border) for frame in pixels]
     seen: dict[tuple[str, int], list[tuple[int, _Spot]]] = {}
-    for time, frame in enumerate(pixels):
+    for time, look in enumerate(looks):
         in_frame: dict[str, int] = {}
-        for spot in sorted(_spots(frame, border), key=lambda spot: (spot.x, spot.y)):
+        for spot in sorted(look.spots, key=lambda spot: -spot.area):
             name = spot.colour or ""
             in_frame[name] = in_frame.get(name, -1) + 1
             seen.setdefault((name, in_frame[name]), []).append((time, spot))
-    shapes = tuple(
-        _shape_facts(name or None, spots, frames)
-        for (name, _), spots in sorted(seen.items())
-        if len(spots) > frames / 2
+    loose = [float(look.loose) for look in looks]
+    shapes = {}
+    for key, spots in sorted(seen.items()):
+        if len(spots) > len(video) / 2:
+            shapes[key] = spots
+        else:
+            for time, spot in spots:
+                loose[time] += spot.area
+    shorter = min(video.shape[1:3])
+    facts = (
+        _shape_facts(name or None, spots, loose, shorter) for (name, _), spots in shapes.items()
     )
-    return Facts(shapes, _nearest(border, BACKGROUNDS))
+    return Facts(tuple(facts), _nearest(border, BACKGROUNDS))
 
 
-def score(video: NDArray[np.uint8], scene: Scene) -> dict[str, bool]:
+def score(video: NDArray[np.uint8], scene: Scene) -> dict[str, float]:
     """Compare a video with the scene it should show.
 
     Shapes are matched by colour. Where a shape is missing or has the wrong colour, its colour is
@@ -216,26 +280,32 @@ def score(video: NDArray[np.uint8], scene: Scene) -> dict[str, bool]:
         scene: The scene that the video should show.
 
     Returns:
-        Whether each is right: "number", "colour", "shape", "direction", "size" and "background".
+        Whether each is right, as bool: "number", "colour", "shape", "direction", "size" and
+        "background". What was measured, as float: "outline", the mean over the shapes, and of the
+        worst shape "outline_min", "holes", "fragments" and "stains" (`ShapeFacts`).
     """
     facts = judge(video)
     left = list(facts.shapes)
     pairs = []
     for truth in sorted(scene.shapes, key=lambda shape: shape.colour):
         same = [found for found in left if found.colour == truth.colour]
-        found = same[0] if same else left[0] if left else None
-        if found is not None:
+        found = same[0] if same else left[0] if left else ShapeFacts(None, None, None, None)
+        if found in left:
             left.remove(found)
         pairs.append((truth, found))
+    looks = [found for _, found in pairs]
     return {
         "number": facts.num_shapes == len(scene.shapes),
-        "colour": all(found is not None and found.colour == truth.colour for truth, found in pairs),
-        "shape": all(found is not None and found.kind == truth.kind for truth, found in pairs),
-        "direction": all(
-            found is not None and found.direction == truth.direction for truth, found in pairs
-        ),
-        "size": all(found is not None and found.size == truth.size for truth, found in pairs),
+        "colour": all(found.colour == truth.colour for truth, found in pairs),
+        "shape": all(found.kind == truth.kind for truth, found in pairs),
+        "direction": all(found.direction == truth.direction for truth, found in pairs),
+        "size": all(found.size == truth.size for truth, found in pairs),
         "background": facts.background == scene.background,
+        "outline": round(statistics.fmean(look.outline for look in looks), 4),
+        "outline_min": round(min(look.outline_min for look in looks), 4),
+        "holes": round(max(look.holes for look in looks), 4),
+        "fragments": round(max(look.fragments for look in looks), 4),
+        "stains": round(max(look.stains for look in looks), 4),
     }
 
 
@@ -243,6 +313,7 @@ class MovingShapesScorer:
     """The scorer of this world; `nabla_attn.evaluation.prompts.Scorer` says what one is."""
 
     name = "world"
+    version = JUDGE
 
     def prompts(self, count: int) -> list[str]:
         """Different held-out prompts: combinations that training never shows.
@@ -262,16 +333,16 @@ class MovingShapesScorer:
             "videos of each with --seeds, or pass other prompts with --prompts FILE."
         )
 
-    def score(self, frames: NDArray, prompt: str) -> dict[str, bool] | None:
-        """Whether a video gets each attribute right that its prompt names, and all of them.
+    def score(self, frames: NDArray, prompt: str) -> dict[str, float] | None:
+        """Whether a video gets each attribute right that its prompt names, and what was measured.
 
         Args:
             frames: uint8 [frames, height, width, 3].
             prompt: The text.
 
         Returns:
-            Some of "number", "colour", "shape", "direction", "size" and "background", and "all";
-            None where the prompt is not of this world.
+            The entries of `score` for what the prompt names, and "all", whether all are right; None
+            where the prompt is not of this world.
         """
         try:
             words = parse_caption(prompt)
@@ -286,4 +357,4 @@ class MovingShapesScorer:
             del right["size"]
         if words.background is None:
             del right["background"]
-        return right | {"all": all(right.values())}
+        return right | {"all": all(value for value in right.values() if isinstance(value, bool))}

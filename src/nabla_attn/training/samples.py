@@ -49,10 +49,11 @@ class SampleMaker:
         """Generate, score, and write the sheet.
 
         Returns:
-            The share of videos that show each fact, such as {"right_colour": 0.75}.
+            The share of videos that show each fact, such as {"right_colour": 0.75}, and the mean of
+            what else the scorer measures, such as {"outline": 0.9}.
         """
         rows: Rows = []
-        right: list[dict[str, bool]] = []
+        right: list[dict[str, float]] = []
         with self._placed(transformer) as pipeline:
             for seed, prompt in enumerate(self._prompts):
                 video, _ = generate(pipeline, replace(self._request, prompt=prompt, seed=seed))
@@ -60,8 +61,10 @@ class SampleMaker:
                 rows.append((prompt, video))
         draw_samples(rows, self._folder / f"step-{step:08d}.png")
         return {
-            f"right_{name}": statistics.fmean(facts[name] for facts in right)
-            for name in right[0]
+            f"right_{name}" if isinstance(value, bool) else name: statistics.fmean(
+                facts[name] for facts in right
+            )
+            for name, value in right[0].items()
             if all(name in facts for facts in right)
         }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nabla_attn.evaluation.curves import draw_curves, draw_true_mass, mean_maps
-from nabla_attn.evaluation.records import Records, read_records, summarise
+from nabla_attn.evaluation.records import FACTS, Records, judge_version, read_records, summarise
 from nabla_attn.media import read_video
 from nabla_attn.record import RunRecord
 from nabla_attn.schedule import Schedule
@@ -28,9 +28,18 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "clip": ("CLIP", "{:.2f}"),
 }
 JUDGE: dict[str, tuple[str, str]] = {
-    f"judge_{name}": (name, "{:.1%}")
-    for name in ("all", "number", "colour", "shape", "direction", "size", "background")
+    **{f"judge_{name}": (name, "{:.1%}") for name in ("all", *FACTS)},
+    "judge_outline": ("outline", "{:.3f}"),
+    "judge_outline_min": ("worst frame", "{:.3f}"),
+    **{f"judge_{name}": (name, "{:.1%}") for name in ("holes", "fragments", "stains")},
 }
+JUDGE_NOTES = {
+    "1": " It took any blob that is about as wide and high as the asked shape for that shape, so "
+    "“shape” and “all” are far too high: see the judge's second version.",
+    "2": " Outline is the overlap with the best-fitting shape of the asked kind, in the mean and "
+    "in the worst frame; holes, fragments and stains are shares of the shape's area.",
+}
+"""What a reader must know of each version of the judge."""
 LOSSES: dict[str, tuple[str, str]] = {
     "probe_density": ("pairs kept", "{:.1%}"),
     "kept_mass": ("mass in the pooled map", "{:.1%}"),
@@ -63,7 +72,7 @@ def build_report(runs: Sequence[str | Path]) -> list[Section]:
 def _evaluation_sections(records: Records, run: Path) -> list[Section]:
     summary = summarise(records)
     verdict = Section("Verdict", [Text(judge_run(summary), is_lead=True)])
-    sections = [verdict, _videos(records, run), _results(summary)]
+    sections = [verdict, _videos(records, run), _results(summary, judge_version(records))]
     if len(summary) > 1:
         curves = _draw(lambda path: draw_curves(summary, path))
         caption = "Quality against token pairs kept and against seconds; bars are 95 % intervals"
@@ -98,7 +107,7 @@ def _schedules(records: Records) -> str:
     return "; ".join(f"{', '.join(algos)}: {rules}" for rules, algos in owners.items())
 
 
-def _results(summary: dict[str, dict[str, Any]]) -> Section:
+def _results(summary: dict[str, dict[str, Any]], version: str) -> Section:
     blocks: list[Block] = [
         Text(
             "Mean over videos (seconds: median) and, in brackets, the 95 % bootstrap interval over "
@@ -110,8 +119,9 @@ def _results(summary: dict[str, dict[str, Any]]) -> Section:
     if any("judge_all" in metrics for metrics in summary.values()):
         blocks += [
             Text(
-                "Share of videos that show what the prompt says, read back by the judge of the "
-                "moving-shapes world, and the paired difference to dense of “all”."
+                "Share of videos that show what the prompt says, read back by version "
+                f"{version} of the judge of the moving-shapes world, and the paired difference to "
+                f"dense of “all”.{JUDGE_NOTES.get(version, '')}"
             ),
             _table(summary, JUDGE, difference="judge_all"),
         ]
