@@ -8,13 +8,11 @@ import torch
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
+ROOMS = ("cells", "estimates", "exact", "order", "scores", "select", "token_orders", "window")
 install_import_hook(
     [
         # block_map is traced by torch.compile, which cannot see through the checks.
-        *(
-            f"nabla_attn.core.{room}"
-            for room in ("order", "scores", "select", "token_orders", "window")
-        ),
+        *(f"nabla_attn.core.{room}" for room in ROOMS),
         "nabla_attn.attention",
         "nabla_attn.backends.reference",
     ],

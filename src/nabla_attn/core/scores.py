@@ -52,6 +52,28 @@ def split_raster(x: Float[Tensor, "*batch heads tokens dim"], grid: TokenGrid) -
     return x.unflatten(-2, [size for side in sides for size in side])
 
 
+def multiply_blocks(
+    q_pooled: Float[Tensor, "*batch q_blocks dim"],
+    k_pooled: Float[Tensor, "*batch kv_blocks dim"],
+    *,
+    scale: float | None = None,
+    allowed: Bool[Tensor, "q_blocks kv_blocks"] | None = None,
+) -> Float[Tensor, "*batch q_blocks kv_blocks"]:
+    """The scaled product of pooled tokens, whatever autocast says.
+
+    Args:
+        q_pooled: Pooled queries, fp32 or fp64.
+        k_pooled: Pooled keys, same dtype.
+        scale: Factor on the product; None is 1/sqrt(dim).
+        allowed: Pairs outside it become minus infinity (packed clips).
+    """
+    scale = 1 / sqrt(q_pooled.shape[-1]) if scale is None else scale
+    # The map is data: autocast must not round it, and a different map is a different result.
+    with torch.autocast(q_pooled.device.type, enabled=False):
+        scores = (q_pooled * scale) @ k_pooled.transpose(-1, -2)
+    return scores if allowed is None else scores.masked_fill(~allowed, float("-inf"))
+
+
 def score_blocks(
     q_pooled: Float[Tensor, "*batch q_blocks dim"],
     k_pooled: Float[Tensor, "*batch kv_blocks dim"],
@@ -61,18 +83,8 @@ def score_blocks(
 ) -> Float[Tensor, "*batch q_blocks kv_blocks"]:
     """Probabilities of key blocks per query block: softmax of the scaled product of pooled tokens.
 
-    Args:
-        q_pooled: Pooled queries, fp32 or fp64.
-        k_pooled: Pooled keys, same dtype.
-        scale: Factor on the product; None is 1/sqrt(dim).
-        allowed: Pairs outside it get probability 0 (packed clips).
+    Arguments as for `multiply_blocks`; pairs that are not allowed get probability 0.
 
     Source: arXiv:2507.13546 Alg. 1 line 6; reference wan/modules/attention.py:264-270.
     """
-    scale = 1 / sqrt(q_pooled.shape[-1]) if scale is None else scale
-    # The map is data: autocast must not round it, and a different map is a different result.
-    with torch.autocast(q_pooled.device.type, enabled=False):
-        scores = (q_pooled * scale) @ k_pooled.transpose(-1, -2)
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, float("-inf"))
-    return scores.softmax(dim=-1)
+    return multiply_blocks(q_pooled, k_pooled, scale=scale, allowed=allowed).softmax(dim=-1)
