@@ -141,7 +141,15 @@ def attend(
     uncast = [] if dtype in (None, q.dtype) else [q, k]
     q, k, v = (_cast(x, dtype) for x in (q, k, v))
     block_tokens = layout.grid.block.tokens
-    run = backends.resolve(backend, q, k, v, block_tokens=block_tokens, tail=config.tail)
+    run = backends.resolve(
+        backend,
+        q,
+        k,
+        v,
+        block_tokens=block_tokens,
+        tail=config.tail,
+        is_text_padded=text_valid is not None,
+    )
     check_tokens(q, layout)
     is_plain = config.is_dense and layout.grid.segments is None and backend == "auto"
     if is_plain or 0 in q.shape[:2]:

@@ -7,11 +7,15 @@ import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
-NAMES = ("reference", "gather", "flex")
+OWN = ("reference", "gather", "flex")
+OTHERS = ("fastvideo", "flashinfer")
+"""Kernels of other packages, which "auto" never takes."""
+NAMES = (*OWN, *OTHERS)
 FALLBACK = "gather"
 """The backend that runs on every device, whatever the blocks."""
 AUTO_RULE = (
@@ -28,6 +32,7 @@ def resolve(
     *,
     block_tokens: int | None = None,
     tail: str | None = None,
+    is_text_padded: bool = False,
 ) -> Callable[..., Tensor]:
     """The `attend(q, k, v, block_map, *, scale, tail)` function of a backend, for these inputs.
 
@@ -38,6 +43,7 @@ def resolve(
         v: Values, like q.
         block_tokens: Tokens of a block; None leaves open whether the backend takes the blocks.
         tail: How dropped blocks are estimated, as in `SparseConfig`.
+        is_text_padded: Whether some text is padding.
 
     Raises:
         ValueError: Unknown name, or q, k, v that no backend takes.
@@ -56,6 +62,7 @@ def resolve(
         head_dim=q.shape[-1],
         block_tokens=block_tokens,
         tail=tail,
+        is_text_padded=is_text_padded,
     )
     if name == "auto":
         name = "flex" if reason is None else FALLBACK
@@ -63,7 +70,14 @@ def resolve(
             _warn_of_fallback(reason)
     elif reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run: {reason}. Use backend={FALLBACK!r}.")
-    return import_module(f"nabla_attn.backends.{name}").attend
+    return _backend(name).attend
+
+
+def _backend(name: str) -> Any:
+    """What has the `attend` of a backend, and its `why_not` where it cannot run everywhere."""
+    if name in OTHERS:
+        return import_module("nabla_attn.backends.block64").KERNELS[name]
+    return import_module(f"nabla_attn.backends.{name}")
 
 
 @lru_cache(maxsize=32)
@@ -84,6 +98,7 @@ def why_not(
     head_dim: int | None = None,
     block_tokens: int | None = None,
     tail: str | None = None,
+    is_text_padded: bool = False,
 ) -> str | None:
     """The reason why a backend cannot run, or None when it can.
 
@@ -95,19 +110,21 @@ def why_not(
         head_dim: Dim of a head.
         block_tokens: Tokens of a block.
         tail: How dropped blocks are estimated.
+        is_text_padded: Whether some text is padding.
     """
-    if name != "flex":
+    if name not in ("flex", *OTHERS):
         return None
-    from nabla_attn.backends import flex
-
-    return flex.why_not(
+    more = {"is_text_padded": is_text_padded} if name in OTHERS else {}
+    reason: str | None = _backend(name).why_not(
         device,
         needs_grad=needs_grad,
         dtype=dtype,
         head_dim=head_dim,
         block_tokens=block_tokens,
         tail=tail,
+        **more,
     )
+    return reason
 
 
 def available(device: torch.device | str = "cpu") -> dict[str, str | None]:

@@ -71,7 +71,8 @@ def contenders(
     baselines: Baselines | None = None,
 ) -> list[Contender]:
     """Dense attention by every backend of the device, ours, and the baselines."""
-    ours = (_ours(name, workload.grid, inputs, device, needs_grad) for name in ("gather", "flex"))
+    names = ("gather", "flex", *(backends.OTHERS if device.type == "cuda" else ()))
+    ours = (_ours(name, workload.grid, inputs, device, needs_grad) for name in names)
     found = [*_dense(device), *ours]
     if baselines is not None:
         found += baselines.attention(workload.grid, inputs, device, needs_grad=needs_grad)
