@@ -1,7 +1,14 @@
+import json
+from dataclasses import asdict, replace
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import nabla_attn as na
+from nabla_attn.calibrated_for import CalibratedFor
 from nabla_attn.config import DENSE
+from nabla_attn.head_rules import Rule, read_numbers, write_numbers
 
 NABLA = na.parse("nabla-0.7")
 
@@ -73,6 +80,116 @@ def test_hostile_json_is_named(text, message):
         na.Schedule.from_json(text)
 
 
+RULES = (
+    Rule(algorithm=na.parse("topk-0.1_tail-first"), layers=(0, -1), heads=(0, 2), steps=(0, 1)),
+    Rule(algorithm=DENSE, layers=(1,), heads=(1,)),
+    Rule(algorithm=na.parse("nabla-0.3"), steps=(5,), reuse_steps=3),
+)
+MADE_FOR = CalibratedFor(model="Wan", layers=3, heads=4, tokens=(2, 8, 8), steps=6, version="0.1.0")
+
+
+def test_rules_for_heads_and_steps_in_their_order():
+    schedule = na.Schedule(algorithm=NABLA, rules=RULES, layer_overrides={2: DENSE})
+
+    def at(step, layer):
+        groups = schedule.groups_for(step, layer, 4, num_layers=3)
+        for group in groups:
+            for head in group.heads:
+                assert schedule.config_for(step, layer, head=head, num_layers=3) == group.config
+        return {str(group.config): group.heads for group in groups}
+
+    first = {"topk-0.1_tail-first": (0, 2)}
+    assert at(0, 0) == first | {"nabla-0.7": (1, 3)}
+    assert at(1, 2) == first | {"dense": (1, 3)}
+    assert at(2, 0) == {"nabla-0.7": (0, 1, 2, 3)} and at(2, 2) == {"dense": (0, 1, 2, 3)}
+    assert at(5, 1) == {"nabla-0.3": (0, 2, 3), "dense": (1,)}
+    assert schedule.groups_for(5, 0, 4, num_layers=3)[0].reuse_steps == 3
+    assert schedule.groups_for(2, 0, 4, num_layers=3)[0].reuse_steps == 1
+    assert schedule.reuses_maps and schedule.periods == (1, 3)
+    with pytest.raises(ValueError, match="a rule for some heads needs head"):
+        schedule.config_for(0, 0, num_layers=3)
+    late = replace(schedule, dense_first_steps=1)
+    assert late.groups_for(0, 0, 4, num_layers=3) == [((0, 1, 2, 3), DENSE, 1)]
+
+
+def test_rules_for_heads_read_back_a_rule_a_line():
+    schedule = na.Schedule(algorithm=NABLA, rules=RULES, calibrated_for=MADE_FOR)
+    text = schedule.to_json()
+    assert na.Schedule.from_json(text) == schedule
+    line = (
+        '{"layers": "-1, 0", "heads": "0, 2", "steps": "0, 1", "algorithm": "topk-0.1_tail-first"}'
+    )
+    assert f"    {line},\n" in text
+    assert "layers -1, 0 heads 0, 2 steps 0, 1: topk-0.1_tail-first" in str(schedule)
+    assert "step 5: nabla-0.3, one map for 3 steps" in str(schedule)
+    # Records of older versions hold schedules without the new fields.
+    assert "rules" not in na.Schedule(algorithm=NABLA).to_json()
+    as_lists = '{"algorithm": "nabla-0.7", "rules": [{"heads": [1], "algorithm": "dense"}]}'
+    assert na.Schedule.from_json(as_lists).rules == (Rule(algorithm=DENSE, heads=(1,)),)
+
+
+def test_rules_without_steps_stay_where_steps_are_not_known():
+    schedule = na.Schedule(algorithm=NABLA, rules=RULES, step_overrides={1: DENSE})
+    assert schedule.without_steps() == na.Schedule(algorithm=NABLA, rules=RULES[1:2])
+
+
+@given(st.sets(st.integers(-5, 60), min_size=1))
+def test_numbers_read_back(numbers):
+    assert set(read_numbers(write_numbers(numbers))) == numbers
+    assert write_numbers({0, 1, 2, 5, 7, 8}) == "0-2, 5, 7, 8"
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"heads": "0"}, 'an "algorithm" string'),
+        ({"algorithm": "dense", "head": "0"}, r"unknown fields of a rule \['head'\]"),
+        ({"algorithm": "dense", "heads": "0-"}, "numbers are written as"),
+        ({"algorithm": "dense", "heads": 3}, "numbers are written as"),
+        ({"algorithm": "dense", "heads": []}, "one or more"),
+        ({"algorithm": "dense", "heads": [True]}, "whole numbers"),
+        ({"algorithm": "dense", "heads": "1, 1"}, "a number twice"),
+        ({"algorithm": "dense", "heads": "-1"}, "heads count from 0: got -1"),
+        ({"algorithm": "dense", "steps": "5-3"}, "a range goes up"),
+        ({"algorithm": "dense", "steps": "0-999999999"}, "by less than"),
+        ({"algorithm": "dense", "reuse_steps": 0}, "1 or more: got 0"),
+    ],
+)
+def test_rules_of_another_form_are_named(rule, message):
+    with pytest.raises(ValueError, match=message):
+        na.Schedule.from_json(json.dumps({"algorithm": "dense", "rules": [rule]}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "here"),
+    [
+        ("model", "Hunyuan", "model Wan, here Hunyuan"),
+        ("heads", 12, "heads 4, here 12"),
+        ("tokens", (2, 8, 9), "tokens 2x8x8, here 2x8x9"),
+        ("steps", 50, "steps 6, here 50"),
+        ("version", "0.2.0", "version 0.1.0, here 0.2.0"),
+    ],
+)
+def test_what_a_schedule_was_not_calibrated_for_is_refused_or_warned_of(field, value, here):
+    schedule = na.Schedule(algorithm=NABLA, calibrated_for=MADE_FOR)
+    same = asdict(MADE_FOR)
+    schedule.check_match(**same)
+    with pytest.raises(ValueError, match=f"calibrated for {here}.*allow-mismatch"):
+        schedule.check_match(**same | {field: value})
+    with pytest.warns(UserWarning, match=here):
+        replace(schedule, allow_mismatch=True).check_match(**same | {field: value})
+    schedule.check_match(**{field: None})
+    schedule.check_match(version="0.1.7")
+
+
+@pytest.mark.parametrize(
+    "values", [3, {}, asdict(MADE_FOR) | {"heads": 0}, asdict(MADE_FOR) | {"model": 3}]
+)
+def test_an_identity_of_another_form_is_named(values):
+    with pytest.raises(ValueError, match="calibrated_for"):
+        na.Schedule.from_json(json.dumps({"algorithm": "dense", "calibrated_for": values}))
+
+
 def test_overrides_count_layers_from_the_end_too():
     rules = na.Schedule(algorithm=NABLA, layer_overrides={-1: DENSE, 0: na.parse("nabla-0.9")})
     found = [str(rules.config_for(0, layer, num_layers=3)) for layer in range(3)]
@@ -83,6 +200,10 @@ def test_overrides_count_layers_from_the_end_too():
 def test_layers_that_a_model_lacks_are_refused(rule):
     rules = na.Schedule(algorithm=NABLA, **rule)
     rules.check_layers(31)
+    heads = na.Schedule(algorithm=NABLA, rules=(Rule(algorithm=DENSE, heads=(0, 4)),))
+    heads.check_layers(1, num_heads=5)
+    with pytest.raises(ValueError, match="head 4, and the model has 4"):
+        heads.check_layers(1, num_heads=4)
     with pytest.raises(ValueError, match=r"layer -?3[01], and the model has 30"):
         rules.check_layers(30)
 

@@ -1,12 +1,14 @@
-"""Schedules: (step, layer) -> SparseConfig, readable as JSON."""
+"""Schedules: (step, layer, head) -> SparseConfig, readable as JSON."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from nabla_attn.calibrated_for import CalibratedFor
 from nabla_attn.config import DENSE, SparseConfig, as_config, parse
 from nabla_attn.files import parse_json
+from nabla_attn.head_rules import HeadGroup, Rule
 
 # The reference runs window-only algorithms dense for steps 0 to 11 (wan/text2video.py:247-254).
 WINDOW_ONLY_DENSE_STEPS = 12
@@ -14,10 +16,11 @@ WINDOW_ONLY_DENSE_STEPS = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Which algorithm runs at which denoising step and layer.
+    """Which algorithm runs at which denoising step, layer and head.
 
-    The first rule that matches decides: too few tokens, a dense step, a dense layer, an override of
-    the layer, an override of the step, then the algorithm itself.
+    The first that matches decides: too few tokens, a dense step, a dense layer, the first of the
+    rules that names the layer, head and step, an override of the layer, an override of the step,
+    then the algorithm itself.
 
     Args:
         algorithm: The algorithm wherever no rule says otherwise.
@@ -32,6 +35,10 @@ class Schedule:
         reuse_guidance: Both branches of classifier-free guidance use one map: the conditional
             one's, or of separate calls the first one's. Reuse costs accuracy, which
             docs/benchmarks.md states, and is for inference: with gradients maps are fresh.
+        rules: Algorithms for some layers, heads and steps, in the order in which they are asked.
+        calibrated_for: The model, size and version that the schedule was calibrated for; others are
+            refused.
+        allow_mismatch: Whether to warn of another model, size or version instead.
 
     Raises:
         ValueError: A count or step is negative, or a value is of another type.
@@ -46,14 +53,18 @@ class Schedule:
     min_tokens: int = 0
     reuse_steps: int = 1
     reuse_guidance: bool = False
+    rules: tuple[Rule, ...] = ()
+    calibrated_for: CalibratedFor | None = None
+    allow_mismatch: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dense_first_steps", "dense_last_steps", "min_tokens", "reuse_steps"):
             value, least = getattr(self, name), int(name == "reuse_steps")
             if type(value) is not int or value < least:
                 raise ValueError(f"{name} must be a whole number, {least} or more: got {value!r}.")
-        if type(self.reuse_guidance) is not bool:
-            raise ValueError(f"reuse_guidance must be true or false: got {self.reuse_guidance!r}.")
+        for name in ("reuse_guidance", "allow_mismatch"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be true or false: got {getattr(self, name)!r}.")
         if not isinstance(self.dense_layers, Iterable):
             raise ValueError(f"dense_layers must be a list: got {self.dense_layers!r}.")
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
@@ -68,6 +79,11 @@ class Schedule:
                 raise ValueError(f"layers and steps must be whole numbers: got {number!r}.")
         if any(step < 0 for step in self.step_overrides):
             raise ValueError(f"steps count from 0: got {min(self.step_overrides)}.")
+        object.__setattr__(self, "rules", tuple(self.rules))
+        if odd := [rule for rule in self.rules if not isinstance(rule, Rule)]:
+            raise ValueError(f"rules of a schedule must be `Rule` objects: got {odd[0]!r}.")
+        if not isinstance(self.calibrated_for, CalibratedFor | None):
+            raise ValueError(f"calibrated_for must be a CalibratedFor: got {self.calibrated_for!r}")
 
     @classmethod
     def default(cls, algorithm: SparseConfig | str) -> "Schedule":
@@ -83,44 +99,151 @@ class Schedule:
         step: int,
         layer: int,
         *,
+        head: int | None = None,
         num_steps: int | None = None,
         num_layers: int | None = None,
         num_tokens: int | None = None,
     ) -> SparseConfig:
-        """The algorithm of one attention call; DENSE where it stays dense.
+        """The algorithm of one attention call, or of one head of it; DENSE where it stays dense.
 
         Args:
             step: Denoising step from 0.
             layer: Attention layer from 0.
+            head: Head from 0; needed where a rule is about some heads.
             num_steps: Steps of the run; needed for `dense_last_steps`.
-            num_layers: Layers of the model; needed for negative `dense_layers`.
+            num_layers: Layers of the model; needed for negative layers.
             num_tokens: Video tokens; needed for `min_tokens`.
 
         Raises:
             ValueError: A rule needs a number that was not given.
         """
-        if self.min_tokens and _need(num_tokens, "num_tokens", "min_tokens") < self.min_tokens:
+        counts = (num_steps, num_layers, num_tokens)
+        if self._is_dense(step, layer, *counts):
             return DENSE
-        if step < self.dense_first_steps:
-            return DENSE
-        last = self.dense_last_steps
-        if last and step >= _need(num_steps, "num_steps", "dense_last_steps") - last:
-            return DENSE
-        if self._is_dense_layer(layer, num_layers):
-            return DENSE
-        for name in _names_of_layer(layer, self.layer_overrides, num_layers):
-            if name in self.layer_overrides:
-                return self.layer_overrides[name]
-        return self.step_overrides.get(step, self.algorithm)
+        rules = self._rules_of(step, layer, num_layers)
+        return self._choice(step, layer, head, num_layers, rules)[0]
 
-    def check_layers(self, num_layers: int) -> None:
-        """Raise ValueError if a rule names a layer that a model of so many does not have."""
-        for layer in (*self.dense_layers, *self.layer_overrides):
+    def groups_for(
+        self,
+        step: int,
+        layer: int,
+        num_heads: int,
+        *,
+        num_steps: int | None = None,
+        num_layers: int | None = None,
+        num_tokens: int | None = None,
+    ) -> list[HeadGroup]:
+        """The heads of a layer by what they do in a step; arguments as in `config_for`."""
+        every = tuple(range(num_heads))
+        if self._is_dense(step, layer, num_steps, num_layers, num_tokens):
+            return [HeadGroup(every, DENSE, 1)]
+        rules = self._rules_of(step, layer, num_layers)
+        if all(rule.heads is None for rule in rules):
+            return [HeadGroup(every, *self._choice(step, layer, None, num_layers, rules))]
+        found: dict[tuple[SparseConfig, int], list[int]] = {}
+        for head in every:
+            found.setdefault(self._choice(step, layer, head, num_layers, rules), []).append(head)
+        return [HeadGroup(tuple(heads), *choice) for choice, heads in found.items()]
+
+    def check_layers(self, num_layers: int, *, num_heads: int | None = None) -> None:
+        """Raise ValueError if a rule names a layer or head that a model of so many lacks."""
+        named = [layer for rule in self.rules for layer in rule.layers or ()]
+        for layer in (*self.dense_layers, *self.layer_overrides, *named):
             if not -num_layers <= layer < num_layers:
                 raise ValueError(
                     f"the schedule names layer {layer}, and the model has {num_layers}: 0 to "
                     f"{num_layers - 1}, or -1 to {-num_layers} from the end."
                 )
+        last = max((rule.heads[-1] for rule in self.rules if rule.heads), default=-1)
+        if num_heads is not None and last >= num_heads:
+            raise ValueError(
+                f"the schedule names head {last}, and the model has {num_heads}: 0 to "
+                f"{num_heads - 1}."
+            )
+
+    def check_match(self, **here: Any) -> None:
+        """Refuse, or warn of, another model, size or version than the schedule was calibrated for.
+
+        Args:
+            here: Fields of `CalibratedFor` as they are here; None where not known.
+
+        Raises:
+            ValueError: One differs, and `allow_mismatch` is False.
+        """
+        if self.calibrated_for is not None:
+            self.calibrated_for.check(allow_mismatch=self.allow_mismatch, **here)
+
+    @property
+    def algorithms(self) -> tuple[SparseConfig, ...]:
+        """Every algorithm that a rule names, and the schedule's own first."""
+        overrides = (*self.layer_overrides.values(), *self.step_overrides.values())
+        return self.algorithm, *overrides, *(rule.algorithm for rule in self.rules)
+
+    def without_steps(self) -> "Schedule":
+        """The schedule without its rules about denoising steps, as training follows it."""
+        rules = tuple(rule for rule in self.rules if rule.steps is None)
+        return replace(
+            self, dense_first_steps=0, dense_last_steps=0, step_overrides={}, rules=rules
+        )
+
+    def map_algorithms(self, change: Callable[[SparseConfig], SparseConfig]) -> "Schedule":
+        """The same rules with other algorithms.
+
+        Args:
+            change: From an algorithm to the one in its place.
+        """
+        return replace(
+            self,
+            algorithm=change(self.algorithm),
+            layer_overrides={key: change(value) for key, value in self.layer_overrides.items()},
+            step_overrides={key: change(value) for key, value in self.step_overrides.items()},
+            rules=tuple(replace(rule, algorithm=change(rule.algorithm)) for rule in self.rules),
+        )
+
+    def _is_dense(
+        self,
+        step: int,
+        layer: int,
+        num_steps: int | None,
+        num_layers: int | None,
+        num_tokens: int | None,
+    ) -> bool:
+        """Whether the whole call stays dense, whatever the algorithms are."""
+        if self.min_tokens and _need(num_tokens, "num_tokens", "min_tokens") < self.min_tokens:
+            return True
+        last = self.dense_last_steps
+        if step < self.dense_first_steps:
+            return True
+        if last and step >= _need(num_steps, "num_steps", "dense_last_steps") - last:
+            return True
+        return self._is_dense_layer(layer, num_layers)
+
+    def _rules_of(self, step: int, layer: int, num_layers: int | None) -> Sequence[Rule]:
+        if not self.rules:
+            return ()
+        used = (number for rule in self.rules for number in rule.layers or ())
+        names = _names_of_layer(layer, used, num_layers)
+        return [rule for rule in self.rules if rule.is_for(step, names)]
+
+    def _choice(
+        self,
+        step: int,
+        layer: int,
+        head: int | None,
+        num_layers: int | None,
+        rules: Iterable[Rule],
+    ) -> tuple[SparseConfig, int]:
+        """A head's algorithm, and how many steps a map serves, in a call that is not dense."""
+        for rule in rules:
+            if rule.heads is None or _need(head, "head", "a rule for some heads") in rule.heads:
+                config, reuse = rule.algorithm, rule.reuse_steps or self.reuse_steps
+                return config, reuse if config.is_adaptive else 1
+        config = self.step_overrides.get(step, self.algorithm)
+        for name in _names_of_layer(layer, self.layer_overrides, num_layers):
+            if name in self.layer_overrides:
+                config = self.layer_overrides[name]
+                break
+        return config, self.reuse_steps if config.is_adaptive else 1
 
     def _is_dense_layer(self, layer: int, num_layers: int | None) -> bool:
         names = _names_of_layer(layer, self.dense_layers, num_layers)
@@ -129,7 +252,13 @@ class Schedule:
     @property
     def reuses_maps(self) -> bool:
         """Whether some map serves more than one call."""
-        return self.reuse_steps > 1 or self.reuse_guidance
+        return self.reuse_guidance or max(self.periods) > 1
+
+    @property
+    def periods(self) -> tuple[int, ...]:
+        """The numbers of steps that a map may serve, each once, ascending."""
+        own = (rule.reuse_steps for rule in self.rules if rule.reuse_steps is not None)
+        return tuple(sorted({self.reuse_steps, *own}))
 
     def __str__(self) -> str:
         rules = [str(self.algorithm)]
@@ -141,6 +270,7 @@ class Schedule:
             rules.append(f"layers {', '.join(map(str, self.dense_layers))} dense")
         rules += [f"layer {layer}: {config}" for layer, config in self.layer_overrides.items()]
         rules += [f"step {step}: {config}" for step, config in self.step_overrides.items()]
+        rules += map(str, self.rules)
         if self.min_tokens:
             rules.append(f"dense below {self.min_tokens} tokens")
         if self.reuse_steps > 1:
@@ -150,12 +280,24 @@ class Schedule:
         return "; ".join(rules)
 
     def to_json(self) -> str:
-        """JSON with algorithms as strings; `from_json` reads it back."""
-        values = asdict(self) | {"algorithm": str(self.algorithm)}
-        for name in ("layer_overrides", "step_overrides"):
-            overrides: dict[int, SparseConfig] = getattr(self, name)
-            values[name] = {str(key): str(config) for key, config in overrides.items()}
-        return json.dumps(values, indent=2)
+        """JSON with algorithms as strings, a rule a line; `from_json` reads it back."""
+        values: dict[str, Any] = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.name in ("layer_overrides", "step_overrides"):
+                value = {str(key): str(config) for key, config in value.items()}
+            # What records of older versions do not have is written where it says something.
+            if value or entry.name not in ("rules", "calibrated_for", "allow_mismatch"):
+                values[entry.name] = value
+        values["algorithm"] = str(self.algorithm)
+        if self.calibrated_for:
+            values["calibrated_for"] = self.calibrated_for.to_dict()
+        if not self.rules:
+            return json.dumps(values, indent=2)
+        # `indent` would give every value of a rule a line of its own.
+        text = json.dumps(values | {"rules": []}, indent=2)
+        lines = ",\n    ".join(json.dumps(rule.to_dict()) for rule in self.rules)
+        return text.replace('"rules": []', f'"rules": [\n    {lines}\n  ]')
 
     @classmethod
     def from_json(cls, text: str) -> "Schedule":
@@ -183,6 +325,12 @@ class Schedule:
         for name in ("layer_overrides", "step_overrides"):
             values[name] = _read_overrides(name, values.get(name, {}))
         values["dense_layers"] = _read_layers(values.get("dense_layers", []))
+        rules = values.get("rules", [])
+        if not isinstance(rules, list):
+            raise ValueError(f"rules must be a list: got {rules!r}.")
+        values["rules"] = tuple(Rule.from_dict(rule) for rule in rules)
+        if (given := values.get("calibrated_for")) is not None:
+            values["calibrated_for"] = CalibratedFor.from_dict(given)
         return cls(**values)
 
 
@@ -194,7 +342,7 @@ def _need(value: int | None, name: str, rule: str) -> int:
 
 def _names_of_layer(layer: int, used: Iterable[int], num_layers: int | None) -> tuple[int, ...]:
     """A layer's number, and its number from the end where such ones are used."""
-    if not any(name < 0 for name in used):
+    if all(name >= 0 for name in used):
         return (layer,)
     return layer, layer - _need(num_layers, "num_layers", "a negative layer")
 

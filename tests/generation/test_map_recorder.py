@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nabla_attn.config import parse
+from nabla_attn.evaluation.probe import AttentionProbe
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.map_file import (
     SCORE_BITS,
@@ -17,6 +18,7 @@ from nabla_attn.generation.map_file import (
 from nabla_attn.generation.map_recorder import MapRecorder, to_bytes
 from nabla_attn.generation.pipeline import load_pipeline
 from nabla_attn.generation.request import GenerationRequest
+from nabla_attn.head_rules import Rule
 from nabla_attn.schedule import Schedule
 
 REQUEST = GenerationRequest(
@@ -153,3 +155,24 @@ def test_damaged_recordings_are_named(recorded, tmp_path):
         save_file(tensors, path, metadata={"maps": json.dumps(meta | change)})
         with pytest.raises(ValueError, match=r"bad\.maps"):
             RecordedMaps.load(path)
+
+
+def test_heads_with_algorithms_of_their_own_are_recorded_in_their_places(pipeline):
+    rules = (Rule(algorithm=parse("topk-0.1"), layers=(0,), heads=(1,), steps=(0,)),)
+    schedule = Schedule(algorithm=parse("nabla-0.4"), rules=rules)
+    run = replace(REQUEST, schedule=schedule, steps=1)
+    found = {}
+    for name, wanted in {"mixed": run, "plain": replace(run, schedule=None)}.items():
+        recorder, probe = MapRecorder(pipeline, wanted), AttentionProbe(num_steps=1)
+        generate(pipeline, wanted, on_apply=recorder.attach)
+        generate(pipeline, wanted, on_apply=probe.attach)
+        found[name] = (recorder.result(), probe.result().values["density"])
+    mixed, plain = found["mixed"], found["plain"]
+    # The first layer of the first step sees the same tokens under both.
+    assert np.array_equal(mixed[0].mask(0, 0, 0), plain[0].mask(0, 0, 0))
+    assert not np.array_equal(mixed[0].mask(0, 0, 1), plain[0].mask(0, 0, 1))
+    for maps, density in found.values():
+        assert maps.density[0, 0, 0] == plain[0].density[0, 0, 0]
+        assert density[0, 0, 0] == plain[1][0, 0, 0]
+    assert mixed[0].density[0, 0, 1] < plain[0].density[0, 0, 1]
+    assert mixed[1][0, 0, 1] < plain[1][0, 0, 1]

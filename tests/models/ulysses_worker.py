@@ -9,6 +9,7 @@ import torch.distributed as dist
 from tests.models.tiny_models import TINY, relative_error, run
 
 import nabla_attn as na
+from nabla_attn.head_rules import Rule
 
 # Degree -> a grid that it divides; the second is ragged.
 GRIDS = {2: (2, 16, 16), 4: (4, 11, 13)}
@@ -28,6 +29,15 @@ CHANGES = {
     "mochi": dict(num_attention_heads=4),
     "easyanimate": dict(num_attention_heads=4),
 }
+
+# Heads 1 and 3 of the first layer are on one rank or two, as they are balanced.
+MIXED = na.Schedule(
+    algorithm=na.parse("nabla-0.5"),
+    rules=(
+        Rule(algorithm=na.parse("topk-0.2_tail-first"), layers=(0,), heads=(1, 3)),
+        Rule(algorithm=na.parse("dense"), layers=(0,), heads=(2,)),
+    ),
+)
 
 
 def enable(model, degree):
@@ -50,13 +60,13 @@ def enable(model, degree):
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=degree))
 
 
-def measure(name, degree, grid, algorithm):
+def measure(name, degree, grid, algorithm, **rules):
     """Largest relative difference to one process in output and gradients."""
     tiny = TINY[name]
     alone, shared = (tiny.build(**CHANGES[name]) for _ in range(2))
     inputs = tiny.inputs(*grid)
-    na.apply(alone, algorithm)
-    handle = na.apply(shared, algorithm)
+    na.apply(alone, algorithm, **rules)
+    handle = na.apply(shared, algorithm, **rules)
     enable(shared, degree)
     expected = run(alone, inputs)
     errors = []
@@ -116,6 +126,7 @@ def main(rank: int, folder: str, num_ranks: int, names: tuple[str, ...]) -> None
                 tail = ("topk-0.2_tail-first",) if (name, degree) == (names[0], 2) else ()
                 for algorithm in ("nabla-0.5", "dense", *tail):
                     results[name, degree, algorithm] = measure(name, degree, grid, algorithm)
+                results[name, degree, "mixed"] = measure(name, degree, grid, None, schedule=MIXED)
     balance = {degree: measure_balance(degree) for degree in GRIDS if degree <= num_ranks}
     if rank == 0:
         torch.save({"cases": results, "balance": balance}, Path(folder) / "results.pt")

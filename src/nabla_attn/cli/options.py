@@ -1,7 +1,7 @@
 """Options that several verbs share, and what follows from them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -41,8 +41,17 @@ Prompts = Annotated[
     ),
 ]
 ScheduleFile = Annotated[
-    Path | None,
-    typer.Option("--schedule", help="JSON file: which steps and layers run which algorithm."),
+    str | None,
+    typer.Option(
+        "--schedule", help="JSON file: which steps, layers and heads run which algorithm."
+    ),
+]
+AllowMismatch = Annotated[
+    bool,
+    typer.Option(
+        "--allow-mismatch",
+        help="Follow a schedule calibrated for another model, size or version, with a warning.",
+    ),
 ]
 Engine = Annotated[
     str,
@@ -99,6 +108,7 @@ class VideoOptions:
     fps: Fps = None
     negative_prompt: NegativePrompt = ""
     schedule: ScheduleFile = None
+    allow_mismatch: AllowMismatch = False
     device: Device = "auto"
     dtype: Dtype = "auto"
     offload: Offload = ""
@@ -132,13 +142,21 @@ class VideoOptions:
             negative_prompt=self.negative_prompt,
             seed=seed,
             sparse_algo=sparse_algo,
-            schedule=_read_schedule(self.schedule) if self.schedule else None,
+            schedule=self._rules,
             height=self.height,
             width=self.width,
             frames=self.frames,
             steps=self.steps,
             guidance=self.guidance,
         )
+
+    @property
+    def _rules(self) -> "Schedule | None":
+        """The schedule asked for, if any."""
+        from nabla_attn.generation.schedules import load_schedule
+
+        given = load_schedule(self.schedule) if self.schedule else None
+        return given and replace(given, allow_mismatch=self.allow_mismatch or given.allow_mismatch)
 
     def base_request(self, *, prompt: str, seed: int) -> "GenerationRequest":
         """One whose algorithm others replace: dense, or with a schedule file's rules to keep."""
@@ -193,13 +211,3 @@ def read_indices(text: str) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(",")) if text.strip() else None
     except ValueError:
         raise ValueError(f"expected whole numbers such as 0,10,19: got {text!r}.") from None
-
-
-def _read_schedule(path: Path) -> "Schedule":
-    from nabla_attn.schedule import Schedule
-
-    try:
-        return Schedule.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"schedule {path}: {reason}") from error

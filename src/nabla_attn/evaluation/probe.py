@@ -65,7 +65,7 @@ class AttentionProbe:
         """Observe all layers of a handle."""
         layers, heads = handle.num_layers, handle.num_heads
         self._sums = torch.zeros(len(MEASURES), self._num_steps, layers, heads)
-        self._calls = torch.zeros(self._num_steps, layers, 1)
+        self._calls = torch.zeros(self._num_steps, layers, heads)
         handle.observe(self._observe)
 
     def result(self) -> ProbeResult:
@@ -89,5 +89,6 @@ class AttentionProbe:
             losses.best_mass,
             losses.output_error,
         )
-        self._sums[:, step, index] += torch.stack([part.float() for part in parts])
-        self._calls[step, index] += 1
+        heads = seen.head_index
+        self._sums[:, step, index, heads] += torch.stack([part.float() for part in parts])
+        self._calls[step, index, heads] += 1

@@ -155,7 +155,8 @@ def _attention_numbers(handle: Any) -> dict[str, Any]:
 def _warn_of_rules(pipeline: Any, request: GenerationRequest, handle: Any) -> None:
     """Warn of rules of a schedule that no step reaches, and that leave nothing sparse."""
     schedule: Schedule = handle.schedule
-    if unused := sorted(step for step in schedule.step_overrides if step >= request.steps):
+    named = {*schedule.step_overrides, *(n for rule in schedule.rules for n in rule.steps or ())}
+    if unused := sorted(step for step in named if step >= request.steps):
         warnings.warn(
             f"the schedule's rules for steps {', '.join(map(str, unused))} are unused: the run "
             f"has the steps 0 to {request.steps - 1}.",
@@ -180,7 +181,8 @@ def _why_all_dense(pipeline: Any, request: GenerationRequest, handle: Any) -> st
         least = schedule.min_tokens
         return f"videos below {least} tokens dense, and this has {tokens}. Ask for a larger one"
     counts = {"num_steps": request.steps, "num_layers": handle.num_layers, "num_tokens": tokens}
-    calls = itertools.product(range(request.steps), range(handle.num_layers))
-    if all(schedule.config_for(step, layer, **counts).is_dense for step, layer in calls):
+    calls = itertools.product(range(request.steps), range(handle.num_layers), [handle.num_heads])
+    groups = itertools.chain(*(schedule.groups_for(*call, **counts) for call in calls))
+    if all(group.config.is_dense for group in groups):
         return "every step and layer dense. Leave some of them to the algorithm"
     return ""

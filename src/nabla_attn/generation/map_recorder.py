@@ -1,5 +1,6 @@
 """Recording of block maps while a video is made."""
 
+import itertools
 import time
 from dataclasses import replace
 from typing import Any
@@ -38,8 +39,8 @@ class MapRecorder:
         self._grid = TokenGrid(*video_tokens(pipeline, request), block=_block_of(request))
         self._num_rows = num_rows
         self._asked = asked
-        self._maps: dict[tuple[int, int], tuple[np.ndarray, np.ndarray | None]] = {}
-        self._seen: set[tuple[int, int]] = set()
+        self._maps: dict[tuple[int, int, int], tuple[np.ndarray, np.ndarray | None]] = {}
+        self._seen: set[tuple[int, int, tuple[int, ...] | None]] = set()
         self.seconds = 0.0
 
     def attach(self, handle: Any) -> None:
@@ -69,13 +70,15 @@ class MapRecorder:
         shape = (len(chosen.steps), len(chosen.layers), len(chosen.heads), count)
         masks = np.full((*shape, -(-count // 8)), 255, np.uint8)  # dense unless recorded
         scores = np.zeros((*shape, count) if chosen.has_scores else 0, np.uint8)
-        for row, step in enumerate(chosen.steps):
-            for column, layer in enumerate(chosen.layers):
-                packed, quantised = self._maps.get((step, layer), (None, None))
-                if packed is not None:
-                    masks[row, column] = packed
-                if quantised is not None:
-                    scores[row, column] = quantised
+        counts = [range(size) for size in masks.shape[:3]]
+        for place in itertools.product(*counts):
+            row, column, index = place
+            named = (chosen.steps[row], chosen.layers[column], chosen.heads[index])
+            packed, quantised = self._maps.get(named, (None, None))
+            if packed is not None:
+                masks[place] = packed
+            if quantised is not None:
+                scores[place] = quantised
         grid, block = self._grid, self._grid.block
         return RecordedMaps(
             algorithm=self._algorithm,
@@ -94,8 +97,11 @@ class MapRecorder:
         return replace(record, numbers=record.numbers | {"seconds": seconds})
 
     def _observe(self, call: AttentionCall) -> None:
-        if call.step is not None and (call.step, call.layer) not in self._seen:
-            self._seen.add((call.step, call.layer))
+        if call.step is None:
+            return
+        place = (call.step, call.layer, call.heads)
+        if place not in self._seen:
+            self._seen.add(place)
             began = time.perf_counter()
             self._record(call.step, call.layer, call)
             self.seconds += time.perf_counter() - began
@@ -103,17 +109,20 @@ class MapRecorder:
     def _record(self, step: int, layer: int, seen: AttentionCall) -> None:
         call = seen.last_sample()
         losses = measure_losses(call, num_rows=self._num_rows, seed=step * 1000 + layer)
-        self._numbers["density"][step, layer] = call.block_map.head_density[0].cpu()
-        self._numbers["true_mass"][step, layer] = losses.true_mass
-        self._numbers["best_mass"][step, layer] = losses.best_mass
+        index = seen.head_index
+        self._numbers["density"][step, layer, index] = call.block_map.head_density[0].cpu()
+        self._numbers["true_mass"][step, layer, index] = losses.true_mass
+        self._numbers["best_mass"][step, layer, index] = losses.best_mass
         chosen = self._selection
         if step not in chosen.steps or layer not in chosen.layers:
             return
         count = self._grid.num_blocks
-        heads = torch.tensor(chosen.heads)
-        mask = call.block_map.mask[0, :, :count, :count].cpu()[heads]
-        scores = to_bytes(pooled_scores(call).cpu()[heads]) if chosen.has_scores else None
-        self._maps[step, layer] = (np.packbits(mask.numpy(), axis=-1), scores)
+        mask = call.block_map.mask[0, :, :count, :count].cpu().numpy()
+        scores = to_bytes(pooled_scores(call).cpu()) if chosen.has_scores else None
+        for place, head in enumerate(seen.heads or range(len(mask))):
+            if head in chosen.heads:
+                packed = np.packbits(mask[place], axis=-1)
+                self._maps[step, layer, head] = (packed, None if scores is None else scores[place])
 
 
 def _block_of(request: GenerationRequest) -> BlockShape:
@@ -123,8 +132,7 @@ def _block_of(request: GenerationRequest) -> BlockShape:
         ValueError: They differ from layer to layer or step to step.
     """
     schedule = request.schedule or Schedule.default(request.sparse_algo)
-    overrides = (*schedule.layer_overrides.values(), *schedule.step_overrides.values())
-    sparse = [config for config in (schedule.algorithm, *overrides) if not config.is_dense]
+    sparse = [config for config in schedule.algorithms if not config.is_dense]
     shapes = {BlockShape(*(config.block or ())) for config in sparse}
     if len(shapes) > 1:
         raise ValueError(

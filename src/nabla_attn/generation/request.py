@@ -225,9 +225,13 @@ def check_request(pipeline: Any, request: GenerationRequest) -> None:
     """Check a request against the pipeline.
 
     Raises:
-        ValueError: Height, width or frames the model cannot take; the nearest valid are named.
+        ValueError: Height, width or frames the model cannot take, of which the nearest valid are
+            named; or a schedule that was calibrated for another size or number of steps.
     """
     _check_size(pipeline, request)
+    if request.schedule is not None:
+        size = video_tokens(pipeline, request)
+        request.schedule.check_match(tokens=size, steps=request.steps)
 
 
 def guider_scale(config: Any) -> float | None:

@@ -29,6 +29,7 @@ def apply(
     backend: str = "auto",
     telemetry: bool = True,
     min_tokens: int | str | Path | None = None,
+    allow_mismatch: bool = False,
 ) -> "Handle":
     """Run the video self-attention of a pipeline's transformers, or of one model, with NABLA.
 
@@ -44,20 +45,25 @@ def apply(
         min_tokens: Number of video tokens below which attention stays dense, instead of that of
             the schedule. "auto" takes what `nabla bench --crossover` measured on this machine, or
             keeps the schedule's with a warning; any other string is the path of such a record.
+        allow_mismatch: Whether a schedule that was calibrated for another model, size, number of
+            steps or version is followed with a warning, instead of being refused.
 
     Returns:
         A handle; also a context manager, at whose end the models are as they were before: with
         what was applied then, or without NABLA.
 
     Raises:
-        ValueError: Unknown or refused model class, no algorithm or two different ones, an
-            unknown backend, or `min_tokens` that is not a number, "auto" or a record.
+        ValueError: Unknown or refused model class, no algorithm or two different ones, a schedule
+            of another model, an unknown backend, or `min_tokens` that is not a number, "auto" or
+            a record.
     """
     is_model = isinstance(target, nn.Module)
     models = {"transformer": target} if is_model else _transformers(target)
     if algorithm is None and schedule is None:
         algorithm = _trained_algorithm(models)
     rules = _schedule(algorithm, schedule)
+    if allow_mismatch:
+        rules = replace(rules, allow_mismatch=True)
     if min_tokens is not None and min_tokens != "auto":
         tokens = load_min_tokens(min_tokens) if isinstance(min_tokens, str | Path) else min_tokens
         rules = replace(rules, min_tokens=tokens)
@@ -159,7 +165,7 @@ class Handle:
         rules = schedule if isinstance(schedule, Schedule) else Schedule.default(schedule)
         settings = replace(self._settings, schedule=rules)
         for _, applied in self._models:
-            rules.check_layers(len(applied.planner.layers))
+            applied.planner.check(rules)
         for _, applied in self._models:
             applied.planner.use(settings)
 

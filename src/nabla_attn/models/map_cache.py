@@ -16,6 +16,9 @@ from nabla_attn.core.order import TokenLayout
 from nabla_attn.schedule import Schedule
 from nabla_attn.shapes import Bool
 
+KeptFor = tuple[int, tuple[int, ...] | None]
+"""What a map is kept for: the guidance branch, and the heads of a group or None for all."""
+
 
 @dataclass(frozen=True)
 class _Kept:
@@ -25,14 +28,16 @@ class _Kept:
 
 
 class MapCache:
-    """The maps that one layer keeps, one per guidance branch, a bit per pair of blocks.
+    """The maps that one layer keeps, a bit per pair of blocks.
+
+    There is one for each guidance branch, and for each group of heads with an algorithm of its own.
 
     Compiled graphs do not refer to it, so keeping and recalling is no new graph. A copy of a model
     starts with nothing.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[int, _Kept] = {}
+        self._kept: dict[KeptFor, _Kept] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_kept": {}}
@@ -44,13 +49,13 @@ class MapCache:
         layout: TokenLayout,
         config: SparseConfig,
         *,
-        branch: int,
+        kept_for: KeptFor,
         copies: int = 1,
         scale: float | None = None,
         text_valid: Tensor | None = None,
         measure: bool = False,
     ) -> BlockMap:
-        """The kept map of a branch if one fits; otherwise a new one, which is then kept.
+        """The kept map if one fits; otherwise a new one, which is then kept.
 
         A kept map has no `kept_mass`, and a copy of another sample's has NaN there.
 
@@ -59,7 +64,7 @@ class MapCache:
             k: Keys, like q.
             layout: Where the tokens are.
             config: Which blocks are kept.
-            branch: The guidance branch.
+            kept_for: The guidance branch and the heads.
             copies: Equal parts of the batch that share the map of the last one.
             scale: Factor on q.k; None is 1/sqrt(dim).
             text_valid: Bool [batch, text tokens], False at padding.
@@ -67,7 +72,7 @@ class MapCache:
         """
         samples = q.shape[0] // copies
         origin = (config, layout.grid)
-        kept = self.recall(branch, origin, samples, q.shape[1], q.device)
+        kept = self.recall(kept_for, origin, samples, q.shape[1], q.device)
         if kept is not None:
             return block_map_of(kept.repeat(copies, 1, 1, 1), layout, text_valid)
         chosen = slice(q.shape[0] - samples, None)
@@ -82,7 +87,7 @@ class MapCache:
         )
         count = layout.grid.num_blocks
         video = block_map.mask[:, :, :count, :count]
-        self.keep(branch, origin, video)
+        self.keep(kept_for, origin, video)
         if copies == 1:
             return block_map
         mass = block_map.kept_mass
@@ -91,37 +96,43 @@ class MapCache:
             mass = torch.cat([unknown, mass])
         return block_map_of(video.repeat(copies, 1, 1, 1), layout, text_valid, kept_mass=mass)
 
-    def keep(self, branch: int, origin: Hashable, mask: Tensor) -> None:
+    def keep(self, kept_for: KeptFor, origin: Hashable, mask: Tensor) -> None:
         """Keep a map.
 
         Args:
-            branch: The guidance branch.
+            kept_for: The guidance branch and the heads.
             origin: What it was built from besides the tokens; only an equal one recalls it.
             mask: Bool [batch, heads, q_blocks, kv_blocks] of the video's blocks.
         """
-        self._kept[branch] = _Kept(pack_bits(mask), mask.shape[-1], origin)
+        self._kept[kept_for] = _Kept(pack_bits(mask), mask.shape[-1], origin)
 
     def recall(
-        self, branch: int, origin: Hashable, batch: int, heads: int, device: torch.device
+        self, kept_for: KeptFor, origin: Hashable, batch: int, heads: int, device: torch.device
     ) -> Tensor | None:
         """The kept map, or None if there is none that fits."""
-        kept = self._kept.get(branch)
+        kept = self._kept.get(kept_for)
         if kept is None or kept.origin != origin:
             return None
         if kept.packed.shape[:2] != (batch, heads) or kept.packed.device != device:
             return None
         return unpack_bits(kept.packed, kept.num_columns)
 
-    def forget(self) -> None:
-        """Drop all maps."""
-        self._kept.clear()
+    def forget(self, heads: tuple[int, ...] | None = None) -> None:
+        """Drop all maps, or those of a group of heads."""
+        if heads is None:
+            self._kept.clear()
+            return
+        for key in list(self._kept):
+            _, kept = key
+            if kept is None or not set(heads).isdisjoint(kept):
+                del self._kept[key]
 
 
 class MapReuse:
     """Decides which kept map a forward of one model may use, and drops old ones.
 
     Args:
-        schedule: The schedule, with `reuse_steps` and `reuse_guidance`.
+        schedule: The schedule, with `reuse_steps`, also of its rules, and `reuse_guidance`.
 
     Attributes:
         is_fresh: Whether this forward starts with no maps kept.
@@ -131,6 +142,7 @@ class MapReuse:
         self.schedule = schedule
         self.is_fresh = True
         self._moment: tuple[int, int] | None = None
+        self._before: tuple[int, int] | None = None
         self._call = 0
         self._is_mixed = False
 
@@ -158,9 +170,9 @@ class MapReuse:
         if step is None or torch.is_grad_enabled():
             _warn_about_gradients()
             return None
-        before, self._moment = self._moment, (generation, step)
-        self._call = self._call + 1 if before == self._moment else 0
-        is_new = before is None or self._period(before) != self._period(self._moment)
+        self._before, self._moment = self._moment, (generation, step)
+        self._call = self._call + 1 if self._before == self._moment else 0
+        is_new = all(map(self.is_new, self.schedule.periods))
         self._is_mixed = self._call >= max_branches or (self._is_mixed and not is_new)
         self.is_fresh = is_new or self._is_mixed
         if self.is_fresh:
@@ -170,9 +182,12 @@ class MapReuse:
             return None
         return 0 if self.schedule.reuse_guidance else self._call
 
-    def _period(self, moment: tuple[int, int]) -> tuple[int, int]:
-        generation, step = moment
-        return generation, step // self.schedule.reuse_steps
+    def is_new(self, reuse_steps: int) -> bool:
+        """Whether this forward is the first in which a map that serves so many steps is built."""
+        before, now = self._before, self._moment
+        if before is None or now is None or before[0] != now[0]:
+            return True
+        return before[1] // reuse_steps != now[1] // reuse_steps
 
 
 def pack_bits(mask: Bool[Tensor, "*rows columns"]) -> Tensor:

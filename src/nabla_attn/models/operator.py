@@ -4,8 +4,9 @@ It is opaque to the compiler, so graphs never break on it. FlexAttention stays c
 package alone: uncompiled, it ignores the block map and silently computes dense attention.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial, wraps
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from nabla_attn.attention import attend, autocast_dtype
 from nabla_attn.block_selection import select_blocks
 from nabla_attn.core.block_map import BlockMap
+from nabla_attn.core.order import TokenLayout
 from nabla_attn.models.context_parallel import gather_stats, to_heads, to_tokens
 from nabla_attn.models.plan import Layer, Plan, plan_of
 
@@ -89,6 +91,71 @@ def _follow(
     if plan.ranks is not None:
         q, k, v = (to_heads(x, plan.ranks, *text, order) for x in (q, k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    run = partial(_run, text_valid=text_valid, scale=scale, dtype=dtype, is_replay=is_replay)
+    if plan.parts:
+        out, stats = _run_parts(_places(plan, order, q.shape[1]), layout, run, q, k, v)
+    else:
+        out, stats = run(plan, layout, q, k, v)
+    out = out.transpose(1, 2)
+    if plan.ranks is not None:
+        out = to_tokens(out, plan.ranks, *text, order)
+        stats = gather_stats(stats, plan.ranks, order)
+    return out, stats
+
+
+def _places(plan: Plan, order: Tensor | None, count: int) -> list[tuple[Plan, list[int]]]:
+    """The plans of this rank's heads, and where these stand among its `count` heads."""
+    heads: Sequence[int] = range(count)
+    if plan.ranks is not None:
+        first = plan.ranks.rank * count
+        every = range(plan.ranks.count * count) if order is None else order.tolist()
+        heads = every[first : first + count]
+    owner = {head: part for part in plan.parts for head in part.heads or ()}
+    places: dict[Plan, list[int]] = {}
+    for place, head in enumerate(heads):
+        places.setdefault(owner[head], []).append(place)
+    return [
+        (replace(part, heads=tuple(heads[place] for place in found)), found)
+        for part, found in places.items()
+    ]
+
+
+def _run_parts(
+    places: list[tuple[Plan, list[int]]],
+    layout: TokenLayout,
+    run: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Heads that share an algorithm as one call each; the output in the order of the heads."""
+    found = []
+    for part, heads in places:
+        is_run = heads[-1] - heads[0] == len(heads) - 1
+        index = slice(heads[0], heads[-1] + 1) if is_run else torch.tensor(heads, device=q.device)
+        some = (x[:, index] for x in (q, k, v))
+        found.append(run(part, replace(layout, grid=part.grid), *some))
+    outs, stats = zip(*found, strict=True)
+    if len(found) == 1:
+        return outs[0], stats[0]
+    order = torch.tensor([head for _, heads in places for head in heads], device=q.device)
+    back = order.argsort()
+    return torch.cat(outs, 1).index_select(1, back), torch.cat(stats, 1).index_select(1, back)
+
+
+def _run(
+    plan: Plan,
+    layout: TokenLayout,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    text_valid: Tensor | None,
+    scale: float | None,
+    dtype: torch.dtype | None,
+    is_replay: bool,
+) -> tuple[Tensor, Tensor]:
+    """One algorithm on [batch, heads, tokens, dim]: the output, and what `_stats` says."""
     layer = None if plan.layer is None else plan.layer()
     out, block_map = attend(
         q,
@@ -106,11 +173,7 @@ def _follow(
     )
     if layer is not None and block_map is not None and not is_replay:
         layer.show(plan, q, k, v, layout, block_map, text_valid=text_valid, scale=scale)
-    out, stats = out.transpose(1, 2), _stats(plan, block_map, q)
-    if plan.ranks is not None:
-        out = to_tokens(out, plan.ranks, *text, order)
-        stats = gather_stats(stats, plan.ranks, order)
-    return out, stats
+    return out, _stats(plan, block_map, q)
 
 
 def _cached(plan: Plan, layer: Layer, batch: int) -> Callable[..., BlockMap]:
@@ -118,7 +181,7 @@ def _cached(plan: Plan, layer: Layer, batch: int) -> Callable[..., BlockMap]:
     if plan.branch is None:
         return select_blocks
     copies = 2 if plan.is_guidance_batch and batch % 2 == 0 else 1
-    return partial(layer.maps.select, branch=plan.branch, copies=copies)
+    return partial(layer.maps.select, kept_for=(plan.branch, plan.heads), copies=copies)
 
 
 @torch.no_grad()

@@ -37,6 +37,9 @@ class Plan:
         branch: Which of the kept maps belongs to this call; None builds every map anew.
         is_guidance_batch: Whether the batch is the two halves of classifier-free guidance, the
             conditional last, and one map serves both.
+        heads: The heads of the layer that the plan is for; None is all.
+        parts: Plans of some heads each, all heads together, where they differ; the plan then says
+            only what its parts share.
     """
 
     grid: TokenGrid
@@ -50,6 +53,13 @@ class Plan:
     layer: "ReferenceType[Layer] | None" = None
     branch: int | None = None
     is_guidance_batch: bool = False
+    heads: tuple[int, ...] | None = None
+    parts: "tuple[Plan, ...]" = ()
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether no head drops anything."""
+        return self.config.is_dense and not self.parts
 
     def with_config(self, config: SparseConfig) -> "Plan":
         """The same call with another algorithm, in the blocks that it asks for.
@@ -131,6 +141,8 @@ class AttentionCall:
         model: The transformer's name in its pipeline.
         layer: Number of the attention layer in the model, from 0.
         step: Denoising step from 0; None with gradients.
+        heads: The heads of the layer that the call has, where its heads run several algorithms: one
+            call for each of these. None is all.
         q: Queries [batch, heads, tokens, dim], rotary embedding applied.
         k: Keys, like q.
         v: Values, like q.
@@ -145,6 +157,7 @@ class AttentionCall:
     model: str
     layer: int
     step: int | None
+    heads: tuple[int, ...] | None = None
     q: Tensor
     k: Tensor
     v: Tensor
@@ -154,6 +167,11 @@ class AttentionCall:
     text_valid: Tensor | None
     scale: float | None
     is_block_order: bool
+
+    @property
+    def head_index(self) -> "slice | Tensor":
+        """What picks the call's heads among all of the layer's, on the CPU."""
+        return slice(None) if self.heads is None else tensor(self.heads)
 
     def last_sample(self, config: SparseConfig | None = None) -> BlockCall:
         """The last sample of the batch in block order.
@@ -263,6 +281,7 @@ class Layer:
                     model=self.model,
                     layer=self.index,
                     step=self.current.step,
+                    heads=plan.heads,
                     q=q.detach(),
                     k=k.detach(),
                     v=v.detach(),

@@ -9,8 +9,10 @@ from weakref import ref
 import torch
 from torch import nn
 
-from nabla_attn.config import DENSE, SparseConfig
+from nabla_attn.calibrated_for import package_version
+from nabla_attn.config import DENSE
 from nabla_attn.core.grid import TokenGrid
+from nabla_attn.head_rules import HeadGroup
 from nabla_attn.machine import min_tokens_here
 from nabla_attn.models.context_parallel import (
     Ranks,
@@ -66,6 +68,7 @@ class Planner:
         self.row = row
         self.steps = steps
         self.telemetry = telemetry
+        self.class_name = type(model).__name__.removeprefix("FSDP")
         self.modules = attention_modules(model, row)
         self.layers = [
             Layer(path, model=name, index=index, num_heads=num_heads(module))
@@ -84,11 +87,24 @@ class Planner:
         Raises:
             ValueError: The schedule names a layer that the model does not have.
         """
-        settings.schedule.check_layers(len(self.layers))
+        self.check(settings.schedule)
         self.settings = settings
+        self._matched: Any = None
         self.reuse = MapReuse(settings.schedule)
         for layer in self.layers:
             layer.maps.forget()
+
+    def check(self, schedule: Schedule) -> None:
+        """Refuse a schedule for another model, or that names what this one does not have.
+
+        Raises:
+            ValueError: It does.
+        """
+        layers, heads = len(self.layers), max(layer.num_heads for layer in self.layers)
+        schedule.check_match(
+            model=self.class_name, layers=layers, heads=heads, version=package_version()
+        )
+        schedule.check_layers(layers, num_heads=heads)
 
     def plan(self, model: nn.Module, arguments: Mapping[str, Any]) -> None:
         """Decide for every layer what it does in this forward, in this thread."""
@@ -102,28 +118,37 @@ class Planner:
             max_branches=self.steps.max_branches,
         )
         plan = self._common_plan(model, arguments)
+        self._check_size(plan.grid, step)
         if plan.ranks is not None:
             self._prepare_ranks(model, plan.ranks, device)
         schedule = self._schedule(step, device)
         for layer in self.layers:
-            config = self._config(schedule, step, layer.index, plan.grid)
+            groups = self._groups(schedule, step, layer, plan.grid)
             layer.current.step = step
-            self._plan_layer(layer, self._plan_of(layer, plan, config, branch), device)
+            self._plan_layer(layer, self._plan_of(layer, plan, groups, branch), device)
         if self.settings.telemetry:
             grid = (plan.grid.frames, plan.grid.height, plan.grid.width)
             stats = [layer.current.stats for layer in self.layers]
             forward = Forward(self.name, step, grid, stats)
             self.telemetry.record(forward, -1 if step is None else self.steps.generation)
 
+    def _check_size(self, grid: TokenGrid, step: int | None) -> None:
+        """Hold the size of a forward against what the schedule was calibrated for, once each."""
+        tokens = (grid.frames, grid.height, grid.width)
+        here = (tokens, None if step is None else self.steps.num_steps)
+        if here != self._matched:
+            self.settings.schedule.check_match(tokens=here[0], steps=here[1])
+            self._matched = here
+
     def _step(self, model: nn.Module, timestep: Any) -> int | None:
         """The denoising step of this forward; None with gradients, where timesteps are random."""
         schedule = self.settings.schedule
         if torch.is_grad_enabled():
-            if not model.training and schedule != _without_steps(schedule):
+            if not model.training and schedule != schedule.without_steps():
                 _warn_about_gradients()
             return None
         step = self.steps.observe(timestep)
-        if self.steps.is_foreign and (schedule.reuses_maps or schedule != _without_steps(schedule)):
+        if self.steps.is_foreign and (schedule.reuses_maps or schedule != schedule.without_steps()):
             raise ValueError(
                 "another thread is in the middle of a generation with this model, and the schedule "
                 "has rules about steps, which are counted over one generation. Give each thread a "
@@ -150,14 +175,33 @@ class Planner:
             ranks=ranks,
         )
 
-    def _plan_of(self, layer: Layer, plan: Plan, config: SparseConfig, branch: int | None) -> Plan:
-        """The plan of one layer; it refers to the layer only where maps are kept or observed."""
-        plan = plan.with_config(config)
+    def _plan_of(
+        self, layer: Layer, plan: Plan, groups: list[HeadGroup], branch: int | None
+    ) -> Plan:
+        """The plan of one layer, with a part for each group of heads where there are several."""
+        if len(groups) == 1:
+            return self._plan_heads(layer, plan, groups[0], branch)
+        parts = (
+            replace(self._plan_heads(layer, plan, group, branch), heads=group.heads)
+            for group in groups
+        )
+        return replace(plan, parts=tuple(parts))
+
+    def _plan_heads(self, layer: Layer, plan: Plan, group: HeadGroup, branch: int | None) -> Plan:
+        """The plan of heads that do the same.
+
+        It refers to the layer only where maps are kept or observed.
+        """
+        rules = self.settings.schedule
+        plan = plan.with_config(group.config)
         # A window's map is cached elsewhere.
-        branch = branch if config.is_adaptive else None
+        is_kept = group.config.is_adaptive and (group.reuse_steps > 1 or rules.reuse_guidance)
+        branch = branch if is_kept else None
         if branch is None and not layer.observers:
             return plan
-        in_batch = self.settings.schedule.reuse_guidance and self.row.guidance_in_batch
+        if branch is not None and self.reuse.is_new(group.reuse_steps):
+            layer.maps.forget(group.heads if len(group.heads) < layer.num_heads else None)
+        in_batch = rules.reuse_guidance and self.row.guidance_in_batch
         return replace(
             plan,
             layer=ref(layer),
@@ -171,14 +215,15 @@ class Planner:
         if self.settings.has_auto_min_tokens:
             least = min_tokens_here(device, schedule.min_tokens)
             schedule = replace(schedule, min_tokens=least)
-        return _without_steps(schedule) if step is None else schedule
+        return schedule.without_steps() if step is None else schedule
 
-    def _config(
-        self, schedule: Schedule, step: int | None, index: int, grid: TokenGrid
-    ) -> SparseConfig:
-        return schedule.config_for(
+    def _groups(
+        self, schedule: Schedule, step: int | None, layer: Layer, grid: TokenGrid
+    ) -> list[HeadGroup]:
+        return schedule.groups_for(
             step or 0,
-            index,
+            layer.index,
+            layer.num_heads,
             num_steps=self.steps.num_steps,
             num_layers=len(self.layers),
             num_tokens=grid.num_tokens,
@@ -189,7 +234,7 @@ class Planner:
         needs_ranks = plan.ranks is not None and bool(self.row.text or self.row.ports)
         is_whole = plan.grid.segments is None and not needs_ranks
         current = layer.current
-        current.is_dense = plan.config.is_dense and is_whole
+        current.is_dense = plan.is_dense and is_whole
         current.stats = None
         if current.is_dense:
             return
@@ -229,11 +274,6 @@ class Planner:
             if load[0] == load[0]:
                 order = balanced_order(load, ranks.count)
                 current.order = torch.tensor(order, device=device)
-
-
-def _without_steps(schedule: Schedule) -> Schedule:
-    """Training sees random timesteps, so rules about steps do not apply."""
-    return replace(schedule, dense_first_steps=0, dense_last_steps=0, step_overrides={})
 
 
 def _warn_about_gradients() -> None:

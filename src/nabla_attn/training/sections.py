@@ -168,7 +168,10 @@ class SparsityConfig:
 
     Attributes:
         algorithm: The algorithm, such as "nabla-0.7"; "dense" trains dense attention.
-        schedule: A JSON file that gives layers algorithms of their own; replaces `algorithm`.
+        schedule: A JSON file that gives layers and heads algorithms of their own, or the name of a
+            schedule of the built-in model; replaces `algorithm`.
+        allow_mismatch: Whether a schedule calibrated for another model, size or version is followed
+            with a warning.
         thresholds: Lowest and highest threshold: every step draws one of these, so that one set of
             weights serves them all. None keeps the algorithm's own, as validation always does.
         ramp: Number of steps over which the threshold, or share, falls from 1 to its target.
@@ -178,6 +181,7 @@ class SparsityConfig:
 
     algorithm: Algorithm = "nabla-0.7"
     schedule: Text | None = None
+    allow_mismatch: bool = False
     thresholds: Annotated[tuple[Number, Number], BeforeValidator(_as_pair)] | None = None
     ramp: Natural = 0
     dense_share: Share = 0.0

@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 from torch import nn
 
 from nabla_attn.config import DENSE, SparseConfig, parse
+from nabla_attn.generation.schedules import load_schedule
 from nabla_attn.models import Handle, apply
 from nabla_attn.schedule import Schedule
 from nabla_attn.training.noise import GOLDEN
@@ -33,17 +34,11 @@ class Sparsity:
         self.config = config
         self.asked = read_schedule(config)
         # Rules about denoising steps do not apply to training.
-        self.schedule = replace(
-            self.asked,
-            dense_first_steps=0,
-            dense_last_steps=0,
-            step_overrides={},
-            reuse_steps=1,
-            reuse_guidance=False,
-        )
+        rules = replace(self.asked.without_steps(), reuse_steps=1, reuse_guidance=False)
+        own = tuple(replace(rule, reuse_steps=None) for rule in rules.rules)
+        self.schedule = replace(rules, rules=own)
         self._handle: Handle | None = None
-        is_dense = self.schedule.algorithm.is_dense and not self.schedule.layer_overrides
-        if not is_dense:
+        if not all(config.is_dense for config in self.schedule.algorithms):
             self._handle = apply(module, schedule=self.schedule, backend=config.backend)
 
     @property
@@ -107,22 +102,17 @@ def read_schedule(config: SparsityConfig) -> Schedule:
     if config.schedule is None:
         return Schedule(algorithm=parse(config.algorithm))
     try:
-        return Schedule.from_json(Path(config.schedule).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"sparsity.schedule {config.schedule}: {reason}") from None
+        schedule = load_schedule(config.schedule)
+    except ValueError as error:
+        raise ValueError(f"sparsity.schedule: {error}") from None
+    return replace(schedule, allow_mismatch=config.allow_mismatch or schedule.allow_mismatch)
 
 
 def ramped(schedule: Schedule, progress: float) -> Schedule:
     """A schedule on its way from everything kept (progress 0) to itself (1)."""
     if progress >= 1:
         return schedule
-    overrides = {
-        layer: _ramped(config, progress) for layer, config in schedule.layer_overrides.items()
-    }
-    return replace(
-        schedule, algorithm=_ramped(schedule.algorithm, progress), layer_overrides=overrides
-    )
+    return schedule.map_algorithms(partial(_ramped, progress=progress))
 
 
 def _ramped(config: SparseConfig, progress: float) -> SparseConfig:
