@@ -23,7 +23,7 @@ def load_schedule(source: str | Path) -> Schedule:
         return Schedule.from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(
-            f"schedule {source}: no such file. Pass a JSON file that `nabla calibrate` wrote, or "
+            f"schedule {source}: No such file. Pass a JSON file that `nabla calibrate` wrote, or "
             f"one of {schedule_names()}."
         ) from None
     except (OSError, ValueError) as error:

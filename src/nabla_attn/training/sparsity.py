@@ -104,7 +104,7 @@ def read_schedule(config: SparsityConfig) -> Schedule:
     try:
         schedule = load_schedule(config.schedule)
     except ValueError as error:
-        raise ValueError(f"sparsity.schedule: {error}") from None
+        raise ValueError(f"sparsity.{error}") from None
     return replace(schedule, allow_mismatch=config.allow_mismatch or schedule.allow_mismatch)
 
 
