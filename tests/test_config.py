@@ -60,9 +60,11 @@ def test_strings_round_trip(threshold, window, block, is_topk):
         ("radial", "'radial' is not"),
         ("nabla-0.6_foo-1", "'foo-1' in 'nabla-0.6_foo-1'"),
         ("nabla-0.6_nabla-0.7", "repeats"),
-        ("nabla-0.6_topk-0.2", "either a threshold"),
+        ("topk-0.2_sta-3-3-3_topk-0.3", "repeats"),
+        ("topk-share=0.2-0.3", "'topk-share=0.2-0.3' is not"),
+        ("topk-part=0.2", r"topk has the parameters \['share'\]: got 'part'"),
         ("dense_sta-3-3-3", "'dense' in"),
-        ("block-4-4-4", "a block needs a threshold, a share or a window"),
+        ("block-4-4-4", "a block needs a method that chooses blocks"),
         ("nabla-0.6_block-4-4", "'block-4-4' in .* Expected block-FRAMES-HEIGHT-WIDTH"),
         ("nabla-0.6_block-0-4-4", r"block sides must be three positive integers .* \(0, 4, 4\)"),
         ("nabla-0.6_", "'' in 'nabla-0.6_'"),
@@ -120,7 +122,7 @@ def test_every_rule_of_a_map_has_a_spelling(text):
 
 @pytest.mark.parametrize("text", ["dense_pair-union", "keep-first-frame", "nabla-0.5_keep-last"])
 def test_rules_that_stand_alone_or_are_unknown_are_named(text):
-    with pytest.raises(ValueError, match=r"needs a threshold|is not an algorithm"):
+    with pytest.raises(ValueError, match=r"needs a method|is not an algorithm"):
         na.parse(text)
 
 

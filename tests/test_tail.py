@@ -221,7 +221,7 @@ def test_no_summary_crosses_a_packed_clip(tail):
 
 
 def test_a_tail_of_a_dense_algorithm_and_an_unknown_one_are_refused():
-    with pytest.raises(ValueError, match="a tail needs a threshold, a share or a window"):
+    with pytest.raises(ValueError, match="a tail needs a method"):
         na.parse("tail-first")
     with pytest.raises(ValueError, match=r"'tail-last' in .* Expected tail-mean or tail-first"):
         na.parse("nabla-0.5_tail-last")

@@ -7,6 +7,7 @@ tokens -> blocks -> scores -> block map (-> tail) -> backend -> output
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor
 from nabla_attn import backends
 from nabla_attn.block_selection import select_blocks
 from nabla_attn.config import SparseConfig, as_config
-from nabla_attn.core.block_map import BlockMap
+from nabla_attn.core.block_map import BlockMap, HeadOrder, Treatment
 from nabla_attn.core.grid import TokenGrid
 from nabla_attn.core.order import (
     TokenLayout,
@@ -24,7 +25,7 @@ from nabla_attn.core.order import (
     to_blocks,
     to_raster,
 )
-from nabla_attn.core.tail import build_tail, tail_density
+from nabla_attn.core.tail import Tail, build_tail, tail_density
 from nabla_attn.shapes import Bool, Float
 
 
@@ -79,19 +80,22 @@ def build_block_map(
     text_before: int = 0,
     text_after: int = 0,
     text_valid: Bool[Tensor, "batch text"] | None = None,
+    v: Float[Tensor, "batch heads tokens dim"] | None = None,
 ) -> BlockMap:
     """The map that `nabla_attention` would use for these queries and keys; same arguments.
 
-    An empty batch has an empty map.
+    An empty batch has an empty map. Values are for methods that choose by them too.
 
     Raises:
-        ValueError: Shapes do not fit each other or the grid.
+        ValueError: Shapes do not fit each other or the grid, or a method needs the values.
     """
     config = as_config(config)
     layout = TokenLayout(grid.with_block(config.block), text_before, text_after)
     backends.check_inputs(q=q, k=k)
     check_tokens(q, layout)
-    return select_blocks(q, k, layout, config, scale=scale, text_valid=text_valid, is_raster=True)
+    return select_blocks(
+        q, k, layout, config, scale=scale, text_valid=text_valid, is_raster=True, v=v
+    )
 
 
 def attend(
@@ -151,22 +155,75 @@ def attend(
         is_text_padded=text_valid is not None,
     )
     check_tokens(q, layout)
+    _check_gradients(config, q, k, v)
     is_plain = config.is_dense and layout.grid.segments is None and backend == "auto"
     if is_plain or 0 in q.shape[:2]:
         return _attend_densely(q, k, v, layout, text_valid, scale), None
     if not is_block_order:
         q, k, v, *uncast = (to_blocks(x, layout) for x in (q, k, v, *uncast))
-    block_map = select(
-        *(uncast or (q, k)), layout, config, scale=scale, text_valid=text_valid, measure=measure
-    )
+    options: dict[str, Any] = {"v": v} if "values" in config.needs else {}
+    options |= {"scale": scale, "text_valid": text_valid, "measure": measure}
+    block_map = select(*(uncast or (q, k)), layout, config, **options)
     tail = None
     if config.tail is not None:
         with torch.autocast(q.device.type, enabled=False):
             tail = build_tail(k, v, block_map, layout, config.tail)
         if measure:
             block_map = replace(block_map, tail_density=tail_density(tail, block_map))
-    out = run(q, k, v, block_map, scale=scale, tail=tail)
+    out = _attend_blocks(run, q, k, v, block_map, layout, scale=scale, tail=tail)
     return (out if is_block_order else to_raster(out, layout)), block_map
+
+
+def _attend_blocks(
+    run: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_map: BlockMap,
+    layout: TokenLayout,
+    *,
+    scale: float | None,
+    tail: Tail | None,
+) -> Tensor:
+    """A backend's output in block order, with what a method does beside choosing blocks."""
+    treatment = block_map.treatment or Treatment()
+    if block_map.q_order is not None:
+        q, k, v = (to_raster(x, layout) for x in (q, k, v))
+        q = _in_order(q, block_map.q_order)
+        k, v = (_in_order(x, block_map.kv_order) for x in (k, v))
+    if treatment.prepare is not None:
+        q, k, v = treatment.prepare(q, k, v)
+    if block_map.q_order is None:
+        out = run(q, k, v, block_map, scale=scale, tail=tail)
+    else:
+        # Heads whose tokens are laid out differently are samples of one head.
+        folded = (x.flatten(0, 1)[:, None] for x in (q, k, v))
+        out = run(*folded, block_map.folded, scale=scale, tail=None).view_as(q)
+    if treatment.finish is not None:
+        out = treatment.finish(out, q, k, v)
+    if block_map.q_order is not None:
+        slots = block_map.q_order.slots
+        out = to_blocks(out.gather(2, slots[..., None].expand(-1, -1, -1, out.shape[-1])), layout)
+    return out
+
+
+def _in_order(x: Tensor, order: HeadOrder | None) -> Tensor:
+    """Tokens [batch, heads, tokens, dim] in the slots of an order; empty ones are zero."""
+    assert order is not None
+    tokens = order.tokens[..., None]
+    taken = x.gather(2, tokens.clamp_min(0).expand(-1, -1, -1, x.shape[-1]))
+    return taken.masked_fill(tokens < 0, 0)
+
+
+def _check_gradients(config: SparseConfig, *inputs: Tensor) -> None:
+    """Raise ValueError where gradients are wanted of a method that has none."""
+    if config.is_trainable or not torch.is_grad_enabled():
+        return
+    if any(x.requires_grad for x in inputs):
+        raise ValueError(
+            f"{config} is for inference: gradients would not be those of its output. Use "
+            "torch.no_grad(), or train with another method such as nabla-0.7."
+        )
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

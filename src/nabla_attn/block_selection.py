@@ -1,20 +1,35 @@
-"""Queries and keys -> block map: pool, score and select, in panels of bounded memory."""
+"""Queries and keys -> block map: the engine that runs the methods of an algorithm.
 
-from collections.abc import Iterator
+Static methods are joined first, then those that look at tokens in their own way, then pooled ones:
+pool, score and select, in panels of bounded memory.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
 from functools import lru_cache
+from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from nabla_attn import methods
 from nabla_attn.config import SparseConfig
-from nabla_attn.core.block_map import BlockMap, block_map_of, whole_block_map
+from nabla_attn.core.block_map import (
+    BlockMap,
+    Treatment,
+    block_map_of,
+    map_in_head_orders,
+    whole_block_map,
+)
 from nabla_attn.core.grid import TokenGrid
 from nabla_attn.core.order import TokenLayout, block_order, to_blocks
 from nabla_attn.core.scores import RASTER_AXES, pool_blocks, pool_raster, score_blocks, split_raster
-from nabla_attn.core.select import NUM_PASSES, count_of_share, select_by_mass, select_top
+from nabla_attn.core.select import NUM_PASSES
 from nabla_attn.core.tiles import mean_of_pairs, share_pairs_
-from nabla_attn.core.window import build_first_frame_map, build_segment_map, build_window_map
+from nabla_attn.core.window import build_first_frame_map, build_segment_map
 from nabla_attn.fusion import fused, take_any_length
+from nabla_attn.methods import MethodUse, Moment, Selection, State
 from nabla_attn.shapes import Bool, Float
 
 # Scores of one panel: 128 MB in fp32, so that a few temporaries stay far below 2 GB.
@@ -34,11 +49,15 @@ def select_blocks(
     text_valid: Bool[Tensor, "batch text"] | None = None,
     measure: bool = False,
     is_raster: bool = False,
+    v: Float[Tensor, "batch heads slots dim"] | None = None,
+    moment: Moment | None = None,
+    memory: dict[str, Any] | None = None,
+    tables: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> BlockMap:
-    """Pool, score and select blocks of queries and keys.
+    """Let the methods of an algorithm select blocks of queries and keys.
 
-    Memory beside the map is bounded, whatever the number of heads and tokens. Everything is
-    computed in fp32, autocast or not: a rounded map is a different result.
+    Memory beside the map is bounded for static and pooled methods, whatever the number of heads and
+    tokens. Everything is computed in fp32, autocast or not: a rounded map is a different result.
 
     Args:
         q: Queries in block order, any floating dtype.
@@ -50,61 +69,195 @@ def select_blocks(
         measure: Whether to fill `BlockMap.kept_mass`, which for queries that share the union of
             their maps is the mass before the union.
         is_raster: Whether q and k are in raster order; a few heads at a time are reordered.
+        v: Values, like q, for methods that need them.
+        moment: Step and layer, for methods that depend on them; None is not known.
+        memory: What methods keep between steps, by their names; None keeps nothing.
+        tables: What calibration found, by the method's name.
+
+    Raises:
+        ValueError: A method lacks something that it needs, or two methods do not go together.
     """
     grid = layout.grid
     shape = (*q.shape[:2], grid.num_blocks, grid.num_blocks)
     if 0 in shape:
         empty = torch.ones(shape, dtype=torch.bool, device=q.device)
         return block_map_of(empty, layout, text_valid, kept_mass=empty.new_empty(shape[:2]).float())
-    if not config.is_adaptive and not measure:
-        kept = _select_by_geometry(layout, config, q.device)
-        return block_map_of(kept.expand(shape), layout, text_valid)
+    state = State(
+        **vars(moment or Moment()),
+        scale=1 / sqrt(q.shape[-1]) if scale is None else scale,
+        counts=block_order(layout, q.device).counts[: grid.num_blocks],
+        allowed=_same_clip(layout, q.device),
+    )
+    always = _always_kept(layout, config, state, q.device)
+    pooled = _uses_of(config, "pooled")
+    chosen = None
+    if others := _uses_of(config, "other"):
+        check_needs(config, grid, v=v, tables=tables)
+        if is_raster:
+            q, k = to_blocks(q, layout), to_blocks(k, layout)
+            v = None if v is None else to_blocks(v, layout)
+        video = slice(grid.num_slots)
+        state = replace(state, v=None if v is None else v[:, :, video])
+        chosen = _select_each(others, q[:, :, video], k[:, :, video], grid, state, memory, tables)
+        if chosen.q_order is not None:
+            return _map_in_head_orders(chosen, config, layout, text_valid, shape[:2])
+        always = _joined(always, chosen.mask, shape)
+        is_raster = False
+    if not pooled and not measure:
+        kept = _share_pairs(always, config, state, shape)
+        return _treated(block_map_of(kept.expand(shape), layout, text_valid), chosen)
     # The strips of text stay as they are: kept.
     whole = torch.ones(
         (*shape[:2], layout.num_blocks, layout.num_blocks), dtype=torch.bool, device=q.device
     )
     kept = whole[:, :, : grid.num_blocks, : grid.num_blocks].flatten(0, 1)
     q, k = (pool_video(x, layout, is_raster=is_raster).flatten(0, 1) for x in (q, k))
-    mass = _select_by_content_(kept, q, k, layout, config, scale).view(shape[:2])
-    return whole_block_map(whole, layout, text_valid, kept_mass=mass if measure else None)
+    mass = _select_pooled_(kept, q, k, grid, config, always, state).view(shape[:2])
+    found = whole_block_map(whole, layout, text_valid, kept_mass=mass if measure else None)
+    return _treated(found, chosen)
 
 
-def _select_by_geometry(
-    layout: TokenLayout, config: SparseConfig, device: torch.device
-) -> Bool[Tensor, "q_blocks kv_blocks"]:
-    """Blocks that are kept whatever the tokens hold; all of them without a window."""
-    count = layout.grid.num_blocks
-    always = _always_kept(layout, config, device)
-    if always is None:
-        kept = torch.ones(count, count, dtype=torch.bool, device=device)
+def check_needs(
+    config: SparseConfig,
+    grid: TokenGrid,
+    *,
+    v: Tensor | None = None,
+    tables: Mapping[str, Any] | None = None,
+) -> None:
+    """Raise ValueError where a method lacks values or its table, or does not take packed clips."""
+    for use in config.uses:
+        method = methods.find(use.name)
+        if "values" in method.needs and v is None:
+            raise ValueError(f"{use} chooses by values too: pass v=, or use nabla_attention.")
+        if grid.segments is not None and not method.packs:
+            raise ValueError(f"{use} takes one clip: got {len(grid.segments)} packed ones.")
+        if "table" in method.needs and use.name not in (tables or {}):
+            raise ValueError(methods.why_no_table(use.name))
+
+
+def _uses_of(config: SparseConfig, kind: str) -> list[MethodUse]:
+    """The methods that are "static", "pooled", or "other"."""
+    found = []
+    for use in config.uses:
+        method = methods.find(use.name)
+        is_static, is_pooled = method.keep is not None, method.choose is not None
+        if kind == ("static" if is_static else "pooled" if is_pooled else "other"):
+            found.append(use)
+    return found
+
+
+def _select_each(
+    uses: list[MethodUse],
+    q: Tensor,
+    k: Tensor,
+    grid: TokenGrid,
+    state: State,
+    memory: dict[str, Any] | None,
+    tables: Mapping[str, Mapping[str, Any]] | None,
+) -> Selection:
+    """What methods of their own kind select together."""
+    found: Selection | None = None
+    for use in uses:
+        method = methods.find(use.name)
+        mine = replace(
+            state,
+            v=state.v if "values" in method.needs else None,
+            memory={} if memory is None else memory.setdefault(str(use), {}),
+            table=(tables or {}).get(use.name),
+        )
+        with torch.autocast(q.device.type, enabled=False):
+            selection = method.select(q, k, grid, method.params(use.values), mine)
+        if isinstance(selection, Tensor):
+            selection = Selection(selection)
+        if found is None:
+            found = selection
+            continue
+        if any(x is not None for each in (found, selection) for x in _fields_of(each)[1:]):
+            raise ValueError(
+                f"{uses[0]} and {use} cannot be joined: one of them reorders tokens or changes "
+                "the output. Use one of the two."
+            )
+        found = Selection(found.mask | selection.mask)
+    assert found is not None
+    return found
+
+
+def _fields_of(selection: Selection) -> tuple[Any, ...]:
+    """The fields of a selection, tensors as they are."""
+    return tuple(getattr(selection, each.name) for each in fields(selection))
+
+
+def _joined(always: Tensor | None, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[batch * heads, q_blocks, kv_blocks]: the union of both."""
+    mask = mask.expand(shape).flatten(0, 1)
+    return mask if always is None else mask | always
+
+
+def _treated(block_map: BlockMap, chosen: Selection | None) -> BlockMap:
+    if chosen is None or (chosen.prepare is None and chosen.finish is None):
+        return block_map
+    return replace(block_map, treatment=Treatment(chosen.prepare, chosen.finish))
+
+
+def _share_pairs(
+    kept: Tensor | None, config: SparseConfig, state: State, shape: tuple[int, ...]
+) -> Bool[Tensor, "batch heads q_blocks kv_blocks"]:
+    """What is kept without a score; all blocks of the clip where no method says otherwise."""
+    count = shape[-1]
+    if kept is None:
+        kept = torch.ones(count, count, dtype=torch.bool, device=state.counts.device)
     else:
-        # The window's map is cached, and a caller may write in what it is given.
-        kept = always.clone()
+        # A window's map is cached, and a caller may write in what it is given.
+        kept = kept.clone()
+    kept = kept.view(-1, count, count)
     if config.pair_queries is not None:
-        share_pairs_(kept[None])
-    clips = _same_clip(layout, device)
-    return kept if clips is None else kept & clips
+        share_pairs_(kept)
+    kept = kept if state.allowed is None else kept & state.allowed
+    return kept[None] if len(kept) == 1 else kept.view(shape)
 
 
-def _select_by_content_(
+def _map_in_head_orders(
+    chosen: Selection,
+    config: SparseConfig,
+    layout: TokenLayout,
+    text_valid: Tensor | None,
+    shape: tuple[int, int],
+) -> BlockMap:
+    """The map of a selection whose heads have orders of their own."""
+    if len(config.uses) > 1 or config.keep_first_frame or config.pair_queries or config.tail:
+        raise ValueError(
+            f"{config}: {config.uses[0]} brings tokens of each head in an order of its own, with "
+            "which no window, pairing, first frame or tail can be joined. Use it alone."
+        )
+    assert chosen.q_order is not None and chosen.kv_order is not None
+    found = map_in_head_orders(
+        chosen.mask, chosen.q_order, chosen.kv_order, layout, text_valid, shape
+    )
+    return _treated(found, chosen)
+
+
+def _select_pooled_(
     kept: Bool[Tensor, "heads q_blocks kv_blocks"],
     q_pooled: Float[Tensor, "heads q_blocks dim"],
     k_pooled: Float[Tensor, "heads kv_blocks dim"],
-    layout: TokenLayout,
+    grid: TokenGrid,
     config: SparseConfig,
-    scale: float | None,
+    always: Bool[Tensor, "*heads q_blocks kv_blocks"] | None,
+    state: State,
 ) -> Float[Tensor, " heads"]:
     """Fill `kept`; returns the mass that each head's rows hold, their mean."""
-    always, clips = _always_kept(layout, config, kept.device), _same_clip(layout, kept.device)
     if config.pair_queries == "pool":
-        counts = block_order(layout, kept.device).counts[: layout.grid.num_blocks]
-        q_pooled = mean_of_pairs(q_pooled, counts, clips)
-    target = _targets(layout.grid, config, q_pooled.dtype, kept.device)
-    mass = _select_panels_(kept, q_pooled, k_pooled, target, _rule(config), always, clips, scale)
+        q_pooled = mean_of_pairs(q_pooled, state.counts, state.allowed)
+    uses = tuple(_uses_of(config, "pooled"))
+    chooses = tuple(methods.find(use.name).choose for use in uses)
+    targets = tuple(_targets(use, grid, q_pooled.dtype, kept.device) for use in uses)
+    if not config.uses:
+        always = torch.ones_like(kept[0])
+    mass = _select_panels_(kept, q_pooled, k_pooled, targets, chooses, always, state)
     if config.pair_queries is not None:
         share_pairs_(kept)
-        if clips is not None:
-            kept &= clips
+        if state.allowed is not None:
+            kept &= state.allowed
     return mass.mean(dim=1)
 
 
@@ -136,37 +289,29 @@ def pool_video(
     return torch.cat([pool(part) for part in x.split(heads, dim=1)], dim=1)
 
 
-def _rule(config: SparseConfig) -> str:
-    if config.is_adaptive:
-        return "mass" if config.threshold is not None else "share"
-    return "all" if config.window is None else "none"
-
-
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=64)
 def _targets(
-    grid: TokenGrid, config: SparseConfig, dtype: torch.dtype, device: torch.device
+    use: MethodUse, grid: TokenGrid, dtype: torch.dtype, device: torch.device
 ) -> Float[Tensor, "q_blocks 1"]:
-    """What each row must reach: a mass, or a number of blocks out of its own clip's; cached."""
+    """What each row must reach under a pooled method; cached."""
+    method = methods.find(use.name)
+    assert method.target is not None
     # What is made under inference_mode could not be used outside, and a GPU's host would wait.
     with torch.inference_mode(False), torch.no_grad():
-        if config.topk is None:
-            target = config.threshold or 1.0
-            return torch.full((grid.num_blocks, 1), target, dtype=dtype, device=device)
-        per_time = grid.num_blocks // grid.blocks[0]
-        counts = [count_of_share(config.topk, blocks * per_time) for blocks in grid.segment_blocks]
-        lengths = torch.tensor([blocks * per_time for blocks in grid.segment_blocks])
-        targets = torch.tensor(counts, dtype=dtype)
-        targets = targets.repeat_interleave(lengths, output_size=grid.num_blocks)
-        return targets[:, None].to(device)
+        values = method.target(grid, method.params(use.values))
+        return torch.tensor(values, dtype=dtype)[:, None].to(device)
 
 
 def _always_kept(
-    layout: TokenLayout, config: SparseConfig, device: torch.device
-) -> Bool[Tensor, "q_blocks kv_blocks"] | None:
+    layout: TokenLayout, config: SparseConfig, state: State, device: torch.device
+) -> Bool[Tensor, "*heads q_blocks kv_blocks"] | None:
     """Blocks that are kept whatever the tokens hold, or None."""
     always = None
-    if config.window is not None:
-        always = build_window_map(layout.grid, config.window, device)
+    for use in _uses_of(config, "static"):
+        method = methods.find(use.name)
+        assert method.keep is not None
+        kept = method.keep(layout.grid, method.params(use.values), state, device)
+        always = kept if always is None else always | kept
     if config.keep_first_frame:
         first = build_first_frame_map(layout.grid, device)
         always = first.expand(first.numel(), -1) if always is None else always | first
@@ -202,11 +347,10 @@ def _select_panels_(
     kept: Tensor,
     q_pooled: Tensor,
     k_pooled: Tensor,
-    target: Tensor,
-    rule: str,
+    targets: tuple[Tensor, ...],
+    chooses: tuple[Any, ...],
     always: Tensor | None,
-    clips: Tensor | None,
-    scale: float | None,
+    state: State,
 ) -> Tensor:
     """Fill `kept` panel by panel; returns the mass that each row holds."""
     mass = q_pooled.new_empty(q_pooled.shape[:2])
@@ -214,27 +358,33 @@ def _select_panels_(
     # A compiled kernel on a CPU reads and writes bytes ten times as fast as bools.
     always = None if always is None else always.byte()
     for heads, rows in _panels(*kept.shape):
-        fixed, allowed = (None if x is None else x[rows] for x in (always, clips))
-        probs = score_blocks(q_pooled[heads, rows], k_pooled[heads], scale=scale, allowed=allowed)
+        allowed = None if state.allowed is None else state.allowed[rows]
+        fixed = always if always is None or always.dim() == 2 else always[heads]
+        fixed = None if fixed is None else fixed[..., rows, :]
+        probs = score_blocks(
+            q_pooled[heads, rows], k_pooled[heads], scale=state.scale, allowed=allowed
+        )
         if run is not _select_panel:
             take_any_length(probs)
-        kept_bytes, mass[heads, rows] = run(probs, target[rows], fixed, allowed, rule)
+        mine = tuple(target[rows] for target in targets)
+        kept_bytes, mass[heads, rows] = run(probs, mine, fixed, allowed, chooses)
         kept[heads, rows] = kept_bytes.view(torch.bool)
     return mass
 
 
 def _select_panel(
-    probs: Tensor, target: Tensor, fixed: Tensor | None, allowed: Tensor | None, rule: str
+    probs: Tensor,
+    targets: tuple[Tensor, ...],
+    fixed: Tensor | None,
+    allowed: Tensor | None,
+    chooses: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor]:
     """Kept blocks of some rows of some heads, as bytes, and the probability that they hold."""
     # One axis for all rows of all heads: a compiler then loops over it once.
-    rows, targets = probs.flatten(0, 1), target.repeat(len(probs), 1)
-    if rule == "mass":
-        kept = select_by_mass(rows, targets).view_as(probs)
-    elif rule == "share":
-        kept = select_top(rows, targets).view_as(probs)
-    else:
-        kept = torch.full_like(probs, rule == "all", dtype=torch.bool)
+    rows = probs.flatten(0, 1)
+    kept = torch.zeros_like(probs, dtype=torch.bool)
+    for choose, target in zip(chooses, targets, strict=True):
+        kept = kept | choose(rows, target.repeat(len(probs), 1)).view_as(probs)
     kept = kept if fixed is None else kept | (fixed > 0)
     kept = kept if allowed is None else kept & allowed
     kept_bytes = torch.where(kept, 1.0, 0.0).byte()

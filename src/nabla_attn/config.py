@@ -1,31 +1,28 @@
 """Algorithm strings <-> SparseConfig, which holds every rule of a map."""
 
-import math
-import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from numbers import Real
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
-GRAMMAR = (
-    "nabla-THRESHOLD, topk-SHARE, sta-FRAMES-HEIGHT-WIDTH, two of them joined by '_', with "
-    "_block-FRAMES-HEIGHT-WIDTH behind them for other blocks than 1-8-8, _keep-first-frame, "
-    "_pair-union or _pair-pool, _tail-mean or _tail-first; or dense"
-)
+from nabla_attn import methods
+from nabla_attn.methods import MethodUse
+from nabla_attn.methods.parameters import check_sides, read_sides, show_number, show_sides
+
 PAIRINGS = ("union", "pool")
 TAILS = ("mean", "first")
+_SHORTHANDS = {"threshold": "nabla", "topk": "topk", "window": "sta"}
+"""Keywords of `SparseConfig` for the first parameter of a method."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False)
 class SparseConfig:
-    """Which blocks attention keeps: by content, by a window, or the union of both.
+    """Which blocks attention keeps: the union of what some methods keep.
 
-    With neither, attention is dense.
+    Without any, attention is dense.
 
-    Args:
-        threshold: Kept probability mass per row of the pooled map, in (0, 1].
-        topk: Kept share of each row's blocks, in (0, 1]; instead of a threshold.
-        window: Sides of the sliding window along (frames, height, width), in blocks.
+    Attributes:
+        uses: Methods with their parameters, each method at most once, in the order of the list of
+            methods.
         block: Tokens of a block along (frames, height, width); None leaves those of the grid,
             1x8x8 unless it says otherwise.
         keep_first_frame: Whether every block attends the first frame of its clip, whatever its
@@ -36,31 +33,60 @@ class SparseConfig:
         tail: How the blocks that the map drops are estimated: "mean" attends the mean key and value
             of each, "first" adds how their tokens differ from these means, to first order. None
             leaves them out, as NABLA does.
-
-    Raises:
-        ValueError: A value is out of range, both threshold and topk are given, or there is a rule
-            about blocks and nothing that drops any.
     """
 
-    threshold: float | None = None
-    topk: float | None = None
-    window: tuple[int, int, int] | None = None
-    block: tuple[int, int, int] | None = None
-    keep_first_frame: bool = False
-    pair_queries: str | None = None
-    tail: str | None = None
+    uses: tuple[MethodUse, ...]
+    block: tuple[int, int, int] | None
+    keep_first_frame: bool
+    pair_queries: str | None
+    tail: str | None
 
-    def __post_init__(self) -> None:
-        if self.threshold is not None and self.topk is not None:
-            raise ValueError("give either a threshold (nabla) or a share (topk), not both.")
-        for field, name, meaning in (
-            ("threshold", "nabla threshold", "the kept probability mass"),
-            ("topk", "topk share", "kept blocks / all blocks"),
-        ):
-            # Plain numbers, since they end in JSON and in strings.
-            object.__setattr__(self, field, _checked_share(name, getattr(self, field), meaning))
-        for field in ("window", "block"):
-            object.__setattr__(self, field, _checked_sides(field, getattr(self, field)))
+    def __init__(
+        self,
+        *,
+        uses: tuple[MethodUse, ...] = (),
+        threshold: float | None = None,
+        topk: float | None = None,
+        window: tuple[int, int, int] | None = None,
+        block: tuple[int, int, int] | None = None,
+        keep_first_frame: bool = False,
+        pair_queries: str | None = None,
+        tail: str | None = None,
+    ) -> None:
+        """Check and keep the rules.
+
+        Args:
+            uses: Methods with their parameters, made by `methods.make_use`.
+            threshold: Kept probability mass per row of the pooled map, in (0, 1]; short for the
+                use of that method, like the next two, and replaces one among `uses`.
+            topk: Kept share of each row's blocks, in (0, 1].
+            window: Sides of the sliding window along (frames, height, width), in blocks.
+            block: As the attribute, like the rest.
+            keep_first_frame: As the attribute.
+            pair_queries: As the attribute.
+            tail: As the attribute.
+
+        Raises:
+            ValueError: A value is out of range, a method is given twice, or there is a rule about
+                blocks and nothing that drops any.
+        """
+        short = {"threshold": threshold, "topk": topk, "window": window}
+        short = {_SHORTHANDS[key]: value for key, value in short.items() if value is not None}
+        kept = [use for use in uses if use.name not in short]
+        # Its name says more than that of the parameter.
+        kept += [methods.make_use(name, value) for name, value in short.items()]
+        values = {
+            "uses": _in_order(kept),
+            "block": None if block is None else check_sides("block", block),
+            "keep_first_frame": keep_first_frame,
+            "pair_queries": pair_queries,
+            "tail": tail,
+        }
+        for key, value in values.items():
+            object.__setattr__(self, key, value)
+        self._check()
+
+    def _check(self) -> None:
         if type(self.keep_first_frame) is not bool:
             raise ValueError(f"keep_first_frame must be a bool: got {self.keep_first_frame!r}.")
         for field, known in (("pair_queries", PAIRINGS), ("tail", TAILS)):
@@ -68,27 +94,75 @@ class SparseConfig:
                 raise ValueError(
                     f"unknown {field} {getattr(self, field)!r}; expected None or one of {known}."
                 )
-        rules: dict[str, Any] = {"a block": self.block, "keep-first-frame": self.keep_first_frame}
-        rules |= {"a pairing": self.pair_queries, "a tail": self.tail}
-        for rule, value in rules.items():
+        about: dict[str, Any] = {"a block": self.block, "keep-first-frame": self.keep_first_frame}
+        about |= {"a pairing": self.pair_queries, "a tail": self.tail}
+        for rule, value in about.items():
             if value and self.is_dense:
                 raise ValueError(
-                    f"{rule} needs a threshold, a share or a window; dense has no blocks."
+                    f"{rule} needs a method that chooses blocks, such as nabla-0.7; dense has no "
+                    "blocks."
                 )
+
+    def with_use(self, use: MethodUse) -> "SparseConfig":
+        """The same with a method in place of its earlier use, or beside the others."""
+        others = tuple(each for each in self.uses if each.name != use.name)
+        return replace(self, uses=(*others, use))
+
+    @property
+    def threshold(self) -> float | None:
+        """Kept probability mass of the method `nabla`; None without it."""
+        return self._shorthand("threshold")
+
+    @property
+    def topk(self) -> float | None:
+        """Kept share of the method `topk`; None without it."""
+        return self._shorthand("topk")
+
+    @property
+    def window(self) -> tuple[int, int, int] | None:
+        """Sides of the window of the method `sta`; None without it."""
+        return self._shorthand("window")
+
+    def _shorthand(self, key: str) -> Any:
+        return next((use.values[0] for use in self.uses if use.name == _SHORTHANDS[key]), None)
 
     @property
     def is_dense(self) -> bool:
-        """Whether nothing is dropped because no rule was given."""
-        return self.threshold is None and self.topk is None and self.window is None
+        """Whether nothing is dropped because no method was given."""
+        return not self.uses
 
     @property
     def is_adaptive(self) -> bool:
-        """Whether the map depends on queries and keys."""
-        return self.threshold is not None or self.topk is not None
+        """Whether the map depends on more than the grid."""
+        return any(methods.find(use.name).kind != "static" for use in self.uses)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What its methods need beside queries and keys; see `methods.contract.NEEDS`."""
+        return frozenset(need for use in self.uses for need in methods.find(use.name).needs)
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether gradients may flow through the output."""
+        return all(methods.find(use.name).is_trainable for use in self.uses)
 
     def __str__(self) -> str:
         parts = [(part, getattr(self, part.field)) for part in _PARTS]
-        return "_".join(part.write(value) for part, value in parts if value) or "dense"
+        written = [part.write(value) for part, value in parts if value]
+        return "_".join([*map(str, self.uses), *written]) or "dense"
+
+    def __repr__(self) -> str:
+        return f"SparseConfig({str(self)!r})"
+
+
+def grammar() -> str:
+    """What an algorithm string is made of, in one sentence."""
+    about = [part.form.split(" with ")[0] for part in _PARTS]
+    return (
+        "NAME-VALUE-VALUE of a method such as nabla-0.7, topk-0.2 or sta-11-3-3, several of them "
+        f"joined by '_', with {', '.join(about)} behind them; or dense. Methods: "
+        f"{', '.join(methods.names())}"
+    )
 
 
 def parse(text: str) -> SparseConfig:
@@ -103,18 +177,25 @@ def parse(text: str) -> SparseConfig:
     if not isinstance(text, str):
         raise ValueError(f"an algorithm is a string{_example(text)}: got {text!r}.")
     if not text.strip():
-        raise ValueError(f"the algorithm must not be empty: got {text!r}. Expected {GRAMMAR}.")
+        raise ValueError(f"the algorithm must not be empty: got {text!r}. Expected {grammar()}.")
     text = text.strip()
     if text == "dense":
         return DENSE
+    uses: list[MethodUse] = []
     values: dict[str, Any] = {}
     for part in text.split("_"):
-        field, value = _parse_part(part, text)
+        found = _parse_part(part, text)
+        if isinstance(found, MethodUse):
+            if found.name in [use.name for use in uses]:
+                raise ValueError(f"'{part}' in '{text}' repeats a method.")
+            uses.append(found)
+            continue
+        field, value = found
         if field in values:
-            raise ValueError(f"'{part}' in '{text}' repeats a rule. Expected {GRAMMAR}.")
+            raise ValueError(f"'{part}' in '{text}' repeats a rule.")
         values[field] = value
     try:
-        return SparseConfig(**values)
+        return SparseConfig(uses=tuple(uses), **values)
     except ValueError as error:
         raise ValueError(f"'{text}': {error}") from None
 
@@ -128,14 +209,29 @@ def as_config(algorithm: SparseConfig | str) -> SparseConfig:
     return algorithm if isinstance(algorithm, SparseConfig) else parse(algorithm)
 
 
+def _in_order(uses: list[MethodUse]) -> tuple[MethodUse, ...]:
+    """Methods in the order of their list, so that equal algorithms have one string.
+
+    Raises:
+        ValueError: A method is given twice.
+    """
+    order = {name: index for index, name in enumerate(methods.names())}
+    names = [use.name for use in uses]
+    for name in names:
+        methods.find(name)
+        if names.count(name) > 1:
+            raise ValueError(f"a method can be given once: got {name} {names.count(name)} times.")
+    return tuple(sorted(uses, key=lambda use: order[use.name]))
+
+
 def _example(value: Any) -> str:
     is_share = isinstance(value, int | float) and 0 < value <= 1
-    return f' such as "nabla-{_show_number(value) if is_share else 0.7}"'
+    return f' such as "nabla-{show_number(value) if is_share else 0.7}"'
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One part of an algorithm string: `NAME-VALUE-VALUE`.
+    """One part of an algorithm string beside methods: `NAME-VALUE-VALUE`.
 
     Attributes:
         name: What it begins with.
@@ -155,65 +251,36 @@ class _Part:
         return f"{self.name}-{self.show(value)}"
 
 
-def _parse_part(text: str, whole: str) -> tuple[str, Any]:
+def _parse_part(text: str, whole: str) -> MethodUse | tuple[str, Any]:
     name, _, rest = text.partition("-")
+    where = f"'{text}'" if text == whole else f"'{text}' in '{whole}'"
+    if name in methods.names():
+        try:
+            use = methods.read_use(name, rest)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if use is None:
+            method = methods.find(name)
+            example = "-".join([name, *(p.example for p in method.parameters if p.default is None)])
+            raise ValueError(
+                f"{where} is not an algorithm. Expected {method.form} such as {example}."
+            )
+        return use
     part = _BY_NAME.get(name)
     value = None if part is None else part.read(rest)
     if part is None or value is None:
-        where = f"'{text}'" if text == whole else f"'{text}' in '{whole}'"
         forms = {part.name: part.form for part in _PARTS} | {"dense": "dense alone"}
-        raise ValueError(f"{where} is not an algorithm. Expected {forms.get(name, GRAMMAR)}.")
+        raise ValueError(f"{where} is not an algorithm. Expected {forms.get(name) or grammar()}.")
     return part.field, value
-
-
-def _read_number(text: str) -> float | None:
-    return float(text) if re.fullmatch(r"\d+(\.\d*)?|\.\d+", text) else None
-
-
-def _show_number(value: float) -> str:
-    """Shortest decimal form that reads back to the same number, never with an exponent."""
-    text = repr(float(value))
-    if "e" in text:
-        digits = -math.floor(math.log10(value)) + 17
-        text = f"{value:.{digits}f}".rstrip("0")
-    return text.removesuffix(".0")
-
-
-def _read_sides(text: str) -> tuple[int, ...] | None:
-    sides = text.split("-")
-    if len(sides) != 3 or not all(side.isascii() and side.isdigit() for side in sides):
-        return None
-    return tuple(int(side) for side in sides)
-
-
-def _show_sides(sides: tuple[int, int, int]) -> str:
-    return "-".join(map(str, sides))
 
 
 _PARTS = (
     _Part(
-        "nabla",
-        "threshold",
-        "nabla-THRESHOLD with one number such as nabla-0.7",
-        _read_number,
-        _show_number,
-    ),
-    _Part(
-        "topk", "topk", "topk-SHARE with one number such as topk-0.2", _read_number, _show_number
-    ),
-    _Part(
-        "sta",
-        "window",
-        "sta-FRAMES-HEIGHT-WIDTH with three whole numbers such as sta-11-3-3",
-        _read_sides,
-        _show_sides,
-    ),
-    _Part(
         "block",
         "block",
         "block-FRAMES-HEIGHT-WIDTH with three whole numbers such as block-4-4-4",
-        _read_sides,
-        _show_sides,
+        read_sides,
+        show_sides,
     ),
     _Part(
         "keep",
@@ -238,26 +305,5 @@ _PARTS = (
     ),
 )
 _BY_NAME = {part.name: part for part in _PARTS}
-
-
-def _checked_share(name: str, value: float | None, meaning: str) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
-        raise ValueError(f"{name} must be in (0, 1], {meaning}: got {value}.")
-    return float(value)
-
-
-def _checked_sides(name: str, value: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
-    if value is None:
-        return None
-    sides = tuple(value) if isinstance(value, Iterable) else ()
-    valid = len(sides) == 3 and all(type(side) is int and side >= 1 for side in sides)
-    if not valid:
-        raise ValueError(
-            f"{name} sides must be three positive integers (frames, height, width): got {value}."
-        )
-    return sides  # type: ignore[return-value]
-
 
 DENSE = SparseConfig()

@@ -9,6 +9,7 @@ from nabla_attn.calibrated_for import CalibratedFor
 from nabla_attn.config import DENSE, SparseConfig, as_config, parse
 from nabla_attn.files import parse_json
 from nabla_attn.head_rules import HeadGroup, Rule
+from nabla_attn.methods import find
 
 # The reference runs window-only algorithms dense for steps 0 to 11 (wan/text2video.py:247-254).
 WINDOW_ONLY_DENSE_STEPS = 12
@@ -248,6 +249,16 @@ class Schedule:
     def _is_dense_layer(self, layer: int, num_layers: int | None) -> bool:
         names = _names_of_layer(layer, self.dense_layers, num_layers)
         return any(name in self.dense_layers for name in names)
+
+    @property
+    def method_names(self) -> set[str]:
+        """The methods of its algorithms."""
+        return {use.name for config in self.algorithms for use in config.uses}
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the methods of its algorithms need; see `methods.contract.NEEDS`."""
+        return frozenset(need for name in self.method_names for need in find(name).needs)
 
     @property
     def reuses_maps(self) -> bool:

@@ -49,7 +49,7 @@ def _collect(device: Any) -> dict[str, Any]:
     import torch
 
     from nabla_attn import backends
-    from nabla_attn.config import GRAMMAR
+    from nabla_attn.config import grammar
     from nabla_attn.fusion import why_not_compile
     from nabla_attn.generation.placement import resolve_dtype
     from nabla_attn.models import model_rows
@@ -65,7 +65,7 @@ def _collect(device: Any) -> dict[str, Any]:
         "compiler": why_not_compile(device),
         "backends": backends.available(device),
         "backend_auto": backends.AUTO_RULE,
-        "algorithms": GRAMMAR,
+        "algorithms": grammar(),
         "models": [row.name for row in model_rows() if row.refusal is None],
         "builtin_model": _find_builtin(),
     }

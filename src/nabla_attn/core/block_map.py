@@ -1,6 +1,7 @@
 """BlockMap: which key blocks every query block attends, per sample and head."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,27 +16,68 @@ PANEL_PAIRS = 2**25
 
 
 @dataclass(frozen=True, eq=False)
+class HeadOrder:
+    """Tokens of one sequence cut into blocks in an order of each head's own.
+
+    Tokens are counted in raster order. An order need not be a permutation: queries that are left
+    out take the output of another slot.
+
+    Attributes:
+        tokens: The token of every slot, -1 where it is empty; leading axes of 1 stand for all.
+        slots: The slot whose output is each token's.
+    """
+
+    tokens: Int[Tensor, "#batch #heads slots"]
+    slots: Int[Tensor, "#batch #heads tokens"]
+
+    def sample(self, chosen: slice) -> "HeadOrder":
+        """The order of one sample."""
+        return HeadOrder(*(x[chosen] if len(x) > 1 else x for x in (self.tokens, self.slots)))
+
+
+@dataclass(frozen=True, eq=False)
+class Treatment:
+    """What a method does beside choosing blocks, to tokens in the order in which they are attended.
+
+    Attributes:
+        prepare: From q, k, v to those that are attended.
+        finish: From the output and q, k, v to the output.
+    """
+
+    prepare: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
+    finish: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class BlockMap:
     """Kept pairs of blocks in block order, and which token slots hold a token.
 
     Attributes:
         mask: True where a query block attends a key block.
-        q_counts: Tokens of every query block.
-        kv_valid: Slots that may be attended, per sample or for all (leading axis 1);
-            None when every slot holds a token.
+        q_counts: Tokens of every query block; with head orders for each sample and head, which
+            then share the first axis.
+        kv_valid: Slots that may be attended, per sample or for all (leading axis 1), with head
+            orders per sample and head; None when every slot holds a token.
         block_tokens: Slots of a block.
         kept_mass: Probability mass of the pooled map that is kept, mean over the rows of each
             sample and head, where it was measured.
         tail_density: Scores of the summaries that stand for dropped blocks / all token pairs,
             where it was measured (see `core.tail`).
+        q_order: How each head's queries are laid in blocks, of the whole sequence; None is the
+            block order of the layout.
+        kv_order: The same of keys and values; both or neither are given.
+        treatment: What the method does beside; None is nothing.
     """
 
     mask: Bool[Tensor, "batch heads q_blocks kv_blocks"]
-    q_counts: Int[Tensor, " q_blocks"]
+    q_counts: Int[Tensor, "*rows q_blocks"]
     kv_valid: Bool[Tensor, "samples kv_slots"] | None
     block_tokens: int
     kept_mass: Float[Tensor, "batch heads"] | None = None
     tail_density: Float[Tensor, "batch heads"] | None = None
+    q_order: HeadOrder | None = None
+    kv_order: HeadOrder | None = None
+    treatment: Treatment | None = None
 
     def __repr__(self) -> str:
         batch, heads, q_blocks, kv_blocks = self.mask.shape
@@ -54,15 +96,22 @@ class BlockMap:
     @property
     def head_density(self) -> Float[Tensor, "batch heads"]:
         """Kept token pairs / all token pairs, per sample and head; stays on the device."""
-        kv_counts = self.kv_counts
+        if self.q_order is not None:
+            return self.folded.head_density.view(self.mask.shape[:2])
+        kv_counts, q_counts = self.kv_counts, self.q_counts.view(-1, 1, self.mask.shape[2])
         weights = kv_counts.to(torch.float32)[:, None, :, None]
         # As floats the mask is four times as large: a few heads at a time.
         heads = max(1, PANEL_PAIRS // max(1, self.mask[:, :1].numel()))
         # Counts do not fit the dtypes of autocast: fp16 ends at 65,504.
         with torch.autocast(weights.device.type, enabled=False):
             parts = [part.to(torch.float32) @ weights for part in self.mask.split(heads, dim=1)]
-        kept = (torch.cat(parts, dim=1).squeeze(-1) * self.q_counts).sum(-1, dtype=torch.float64)
-        return (kept / (self.q_counts.sum() * kv_counts.sum(dim=1, keepdim=True))).float()
+        kept = (torch.cat(parts, dim=1).squeeze(-1) * q_counts).sum(-1, dtype=torch.float64)
+        return (kept / (q_counts.sum(dim=2) * kv_counts.sum(dim=1, keepdim=True))).float()
+
+    @property
+    def folded(self) -> "BlockMap":
+        """A map with head orders as one of single heads: each sample and head is a sample."""
+        return replace(self, mask=self.mask.flatten(0, 1)[:, None], q_order=None, kv_order=None)
 
     @property
     def density(self) -> float:
@@ -76,10 +125,27 @@ class BlockMap:
     def sample(self, index: int) -> "BlockMap":
         """The map of one sample of the batch, as a batch of one."""
         chosen = slice(index, index + 1 or None)
-        valid = self.kv_valid
-        valid = valid[chosen] if valid is not None and len(valid) > 1 else valid
+        valid, counts = self.kv_valid, self.q_counts
+        if self.q_order is not None:
+            # Heads share the first axis with samples.
+            heads = self.mask.shape[1]
+            counts = counts.unflatten(0, (-1, heads))[chosen].flatten(0, 1)
+            if valid is not None:
+                valid = valid.unflatten(0, (-1, heads))[chosen].flatten(0, 1)
+        elif valid is not None and len(valid) > 1:
+            valid = valid[chosen]
         mass, tail = (None if x is None else x[chosen] for x in (self.kept_mass, self.tail_density))
-        return BlockMap(self.mask[chosen], self.q_counts, valid, self.block_tokens, mass, tail)
+        q_order, kv_order = (x and x.sample(chosen) for x in (self.q_order, self.kv_order))
+        return replace(
+            self,
+            mask=self.mask[chosen],
+            q_counts=counts,
+            kv_valid=valid,
+            kept_mass=mass,
+            tail_density=tail,
+            q_order=q_order,
+            kv_order=kv_order,
+        )
 
     def to_block_mask(self) -> BlockMask:
         """FlexAttention's form of the map, key blocks ascending, for forward use.
@@ -155,3 +221,60 @@ def _valid_slots(
     start = layout.grid.num_slots
     valid[:, start : start + layout.num_text] = text_valid.bool()
     return valid
+
+
+def map_in_head_orders(
+    video_mask: Bool[Tensor, "#batch #heads q_blocks kv_blocks"],
+    q_order: HeadOrder,
+    kv_order: HeadOrder,
+    layout: TokenLayout,
+    text_valid: Bool[Tensor, "batch text"] | None,
+    shape: tuple[int, int],
+) -> BlockMap:
+    """Wrap a map of blocks in head orders, adding dense strips of text behind the video's.
+
+    Args:
+        video_mask: Kept pairs of the orders' blocks.
+        q_order: The order of the video's queries.
+        kv_order: The order of its keys and values.
+        layout: Where the tokens are.
+        text_valid: False where a sample's text is padding; None is all.
+        shape: Samples and heads.
+    """
+    q_order, kv_order = (_with_text(order, layout, shape) for order in (q_order, kv_order))
+    block = layout.grid.block.tokens
+    num_text_blocks = layout.num_blocks - layout.grid.num_blocks
+    pad = (0, num_text_blocks, 0, num_text_blocks)
+    mask = torch.nn.functional.pad(video_mask.expand(*shape, -1, -1), pad, value=True)
+    valid = kv_order.tokens >= 0
+    if text_valid is not None:
+        is_valid = torch.ones(
+            shape[0], layout.num_tokens, dtype=torch.bool, device=text_valid.device
+        )
+        after = layout.num_tokens - layout.text_after
+        is_valid[:, : layout.text_before] = text_valid[:, : layout.text_before]
+        is_valid[:, after:] = text_valid[:, layout.text_before :]
+        slots = kv_order.tokens.clamp_min(0).flatten(1)
+        valid = valid & is_valid.gather(1, slots).view_as(valid)
+    return BlockMap(
+        mask,
+        (q_order.tokens >= 0).flatten(0, 1).unflatten(1, (-1, block)).sum(dim=2),
+        valid.flatten(0, 1),
+        block,
+        q_order=q_order,
+        kv_order=kv_order,
+    )
+
+
+def _with_text(order: HeadOrder, layout: TokenLayout, shape: tuple[int, int]) -> HeadOrder:
+    """An order of the video's tokens as one of the whole sequence, text in blocks behind it."""
+    tokens, slots = (x.expand(*shape, -1) for x in (order.tokens, order.slots))
+    tables, first = block_order(layout, tokens.device), layout.grid.num_slots
+    text = tables.to_blocks[first:].clone()
+    empty = tables.empty_slots
+    text[empty[empty >= first] - first] = -1
+    before, after = layout.text_before, layout.num_tokens - layout.text_after
+    moved = tables.to_raster - first + tokens.shape[-1]
+    parts = (moved[:before].expand(*shape, -1), slots, moved[after:].expand(*shape, -1))
+    tokens = torch.where(tokens >= 0, tokens + before, -1)
+    return HeadOrder(torch.cat([tokens, text.expand(*shape, -1)], dim=-1), torch.cat(parts, dim=-1))

@@ -80,7 +80,15 @@ def measure_losses(call: BlockCall, *, num_rows: int = 16, seed: int = 0) -> Map
         call: The call.
         num_rows: Query tokens sampled, the same for all heads; all of them when there are fewer.
         seed: Draws them.
+
+    Raises:
+        ValueError: The method reorders tokens head by head or changes the output otherwise.
     """
+    if call.block_map.q_order is not None or call.block_map.treatment is not None:
+        raise ValueError(
+            "losses are measured of methods that choose blocks in one order of tokens and leave "
+            "the output as it is; compare outputs of nabla_attention instead."
+        )
     slots = _sample_slots(call.layout, num_rows, seed, call.q.device)
     block = call.block_map.block_tokens
     kept = call.block_map.mask[0][:, slots // block]

@@ -54,6 +54,7 @@ class MapCache:
         scale: float | None = None,
         text_valid: Tensor | None = None,
         measure: bool = False,
+        **options: Any,
     ) -> BlockMap:
         """The kept map if one fits; otherwise a new one, which is then kept.
 
@@ -69,6 +70,7 @@ class MapCache:
             scale: Factor on q.k; None is 1/sqrt(dim).
             text_valid: Bool [batch, text tokens], False at padding.
             measure: Whether to measure the kept mass of a new map.
+            options: Passed on to `select_blocks`.
         """
         samples = q.shape[0] // copies
         origin = (config, layout.grid)
@@ -76,6 +78,9 @@ class MapCache:
         if kept is not None:
             return block_map_of(kept.repeat(copies, 1, 1, 1), layout, text_valid)
         chosen = slice(q.shape[0] - samples, None)
+        mine: dict[str, Any] = {
+            key: x[chosen] if isinstance(x, Tensor) else x for key, x in options.items()
+        }
         block_map = select_blocks(
             q[chosen],
             k[chosen],
@@ -84,7 +89,16 @@ class MapCache:
             scale=scale,
             text_valid=None if text_valid is None else text_valid[chosen],
             measure=measure,
+            **mine,
         )
+        if block_map.q_order is not None or block_map.treatment is not None:
+            # It is more than its mask.
+            if copies == 1:
+                return block_map
+            raise ValueError(
+                f"the schedule shares a map between both guidance branches, and that of {config} "
+                "belongs to one call. Use a schedule without reuse_guidance."
+            )
         count = layout.grid.num_blocks
         video = block_map.mask[:, :, :count, :count]
         self.keep(kept_for, origin, video)
@@ -136,14 +150,15 @@ class MapReuse:
 
     Attributes:
         is_fresh: Whether this forward starts with no maps kept.
+        call: Number of this forward among those of its step, from 0.
     """
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
         self.is_fresh = True
-        self._moment: tuple[int, int] | None = None
-        self._before: tuple[int, int] | None = None
-        self._call = 0
+        self.call = 0
+        self._moment: tuple[int, int | None] | None = None
+        self._before: tuple[int, int | None] | None = None
         self._is_mixed = False
 
     def begin(
@@ -165,29 +180,29 @@ class MapReuse:
             caches: The maps that the model's layers keep.
             max_branches: Most calls that a step of one video has.
         """
+        self._before, self._moment = self._moment, (generation, step)
+        self.call = self.call + 1 if self._before == self._moment else 0
         if not self.schedule.reuses_maps:
             return None
         if step is None or torch.is_grad_enabled():
             _warn_about_gradients()
             return None
-        self._before, self._moment = self._moment, (generation, step)
-        self._call = self._call + 1 if self._before == self._moment else 0
         is_new = all(map(self.is_new, self.schedule.periods))
-        self._is_mixed = self._call >= max_branches or (self._is_mixed and not is_new)
+        self._is_mixed = self.call >= max_branches or (self._is_mixed and not is_new)
         self.is_fresh = is_new or self._is_mixed
         if self.is_fresh:
             for cache in caches:
                 cache.forget()
         if self._is_mixed:
             return None
-        return 0 if self.schedule.reuse_guidance else self._call
+        return 0 if self.schedule.reuse_guidance else self.call
 
     def is_new(self, reuse_steps: int) -> bool:
         """Whether this forward is the first in which a map that serves so many steps is built."""
         before, now = self._before, self._moment
         if before is None or now is None or before[0] != now[0]:
             return True
-        return before[1] // reuse_steps != now[1] // reuse_steps
+        return (before[1] or 0) // reuse_steps != (now[1] or 0) // reuse_steps
 
 
 def pack_bits(mask: Bool[Tensor, "*rows columns"]) -> Tensor:

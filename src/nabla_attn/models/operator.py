@@ -169,19 +169,25 @@ def _run(
         measure=plan.telemetry,
         dtype=dtype,
         is_block_order=plan.is_block_order,
-        select=select_blocks if layer is None else _cached(plan, layer, q.shape[0]),
+        select=_select(plan, layer, q.shape[0], is_replay=is_replay),
     )
     if layer is not None and block_map is not None and not is_replay:
         layer.show(plan, q, k, v, layout, block_map, text_valid=text_valid, scale=scale)
     return out, _stats(plan, block_map, q)
 
 
-def _cached(plan: Plan, layer: Layer, batch: int) -> Callable[..., BlockMap]:
+def _select(
+    plan: Plan, layer: Layer | None, batch: int, *, is_replay: bool
+) -> Callable[..., BlockMap]:
     """What selects the blocks of a call: the layer's cache, where the schedule reuses maps."""
-    if plan.branch is None:
-        return select_blocks
-    copies = 2 if plan.is_guidance_batch and batch % 2 == 0 else 1
-    return partial(layer.maps.select, kept_for=(plan.branch, plan.heads), copies=copies)
+    if layer is None:
+        return partial(select_blocks, moment=plan.moment)
+    if plan.branch is not None:
+        copies = 2 if plan.is_guidance_batch and batch % 2 == 0 else 1
+        kept_for = (plan.branch, plan.heads)
+        return partial(layer.maps.select, kept_for=kept_for, copies=copies, moment=plan.moment)
+    memory = None if plan.memory is None or is_replay else layer.memory(*plan.memory, plan.heads)
+    return partial(select_blocks, moment=plan.moment, memory=memory, tables=layer.tables)
 
 
 @torch.no_grad()

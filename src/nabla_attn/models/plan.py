@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from nabla_attn.core.block_map import BlockMap
 from nabla_attn.core.grid import BlockShape, TokenGrid
 from nabla_attn.core.losses import BlockCall
 from nabla_attn.core.order import TokenLayout, text_entries, to_blocks
+from nabla_attn.methods import Moment
 from nabla_attn.models.context_parallel import Ranks
 from nabla_attn.models.map_cache import MapCache
 
@@ -35,6 +36,8 @@ class Plan:
         ranks: The processes that share the sequence; None is this one alone.
         layer: The layer, where it keeps its maps or somebody observes it.
         branch: Which of the kept maps belongs to this call; None builds every map anew.
+        moment: Step and layer, where a method depends on them.
+        memory: Generation and call of the step, where a method keeps something between steps.
         is_guidance_batch: Whether the batch is the two halves of classifier-free guidance, the
             conditional last, and one map serves both.
         heads: The heads of the layer that the plan is for; None is all.
@@ -52,6 +55,8 @@ class Plan:
     ranks: Ranks | None = None
     layer: "ReferenceType[Layer] | None" = None
     branch: int | None = None
+    moment: Moment | None = None
+    memory: tuple[int, int] | None = None
     is_guidance_batch: bool = False
     heads: tuple[int, ...] | None = None
     parts: "tuple[Plan, ...]" = ()
@@ -197,7 +202,9 @@ class AttentionCall:
             block_map = self.block_map.sample(-1)
         else:
             valid = None if self.text_valid is None else text_entries(self.text_valid[-1:], layout)
-            block_map = select_blocks(q, k, layout, config, scale=self.scale, text_valid=valid)
+            moment = Moment(step=self.step, layer=self.layer)
+            options = {"scale": self.scale, "text_valid": valid, "v": v, "moment": moment}
+            block_map = select_blocks(q, k, layout, config, **options)  # type: ignore[arg-type]
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         tail = (self.config if config is None else config).tail
         return BlockCall(q, k, v, layout, block_map, scale, tail)
@@ -237,6 +244,7 @@ class Layer:
     Attributes:
         maps: The maps kept for later calls, where the schedule reuses them.
         observers: Called with every sparse call.
+        tables: What calibration found for this layer, by the method's name.
         current: What the layer does in the forward of this thread: `is_dense`, whether it stays
             dense; `step`, the denoising step; `key`, its plan; `stats`, fp32 [3, heads] for
             density, kept mass and the tail's density, None when not measured; `order`, the heads in
@@ -250,17 +258,25 @@ class Layer:
         self.num_heads = num_heads
         self.maps = MapCache()
         self.observers: list[Observer] = []
+        self.tables: Mapping[str, Any] = {}
+        self._memory: dict[tuple[Any, ...], dict[str, Any]] = {}
         self.current = _Current()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model is nobody's to observe, and is in no forward.
-        return self.__dict__ | {"observers": [], "current": None}
+        return self.__dict__ | {"observers": [], "current": None, "_memory": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state | {"current": _Current()}
 
     def __repr__(self) -> str:
         return f"Layer({self.path!r}, model={self.model!r}, index={self.index})"
+
+    def memory(self, generation: int, call: int, heads: tuple[int, ...] | None) -> dict[str, Any]:
+        """What methods keep between the steps of a generation; earlier generations are dropped."""
+        for key in [key for key in self._memory if key[0] != generation]:
+            del self._memory[key]
+        return self._memory.setdefault((generation, call, heads), {})
 
     def show(
         self,

@@ -9,11 +9,13 @@ from weakref import ref
 import torch
 from torch import nn
 
+from nabla_attn import methods
 from nabla_attn.calibrated_for import package_version
 from nabla_attn.config import DENSE
 from nabla_attn.core.grid import TokenGrid
 from nabla_attn.head_rules import HeadGroup
 from nabla_attn.machine import min_tokens_here
+from nabla_attn.methods import Moment
 from nabla_attn.models.context_parallel import (
     Ranks,
     balanced_order,
@@ -38,6 +40,7 @@ class ApplySettings:
     has_auto_min_tokens: bool = False
     backend: str = "auto"
     telemetry: bool = True
+    tables: Mapping[str, Any] | None = None
 
 
 class Planner:
@@ -85,14 +88,30 @@ class Planner:
         """Follow other settings from the next forward on; maps that are kept are dropped.
 
         Raises:
-            ValueError: The schedule names a layer that the model does not have.
+            ValueError: The schedule names a layer that the model does not have, or a method has no
+                table or one of another model.
         """
         self.check(settings.schedule)
+        tables = settings.tables or {}
+        self._check_tables(settings.schedule, tables)
         self.settings = settings
         self._matched: Any = None
         self.reuse = MapReuse(settings.schedule)
         for layer in self.layers:
             layer.maps.forget()
+            layer.tables = {name: entries[layer.index] for name, entries in tables.items()}
+
+    def _check_tables(self, schedule: Schedule, tables: Mapping[str, Any]) -> None:
+        """Raise ValueError where a method has no table, or one of another model."""
+        for name, entries in tables.items():
+            if len(entries) != len(self.layers):
+                raise ValueError(
+                    f"the table of {name} must have an entry for each of {len(self.layers)} "
+                    f"layers: got {len(entries)}. It was made for another model."
+                )
+        for name in sorted(schedule.method_names):
+            if "table" in methods.find(name).needs and name not in tables:
+                raise ValueError(methods.why_no_table(name))
 
     def check(self, schedule: Schedule) -> None:
         """Refuse a schedule for another model, or that names what this one does not have.
@@ -148,7 +167,8 @@ class Planner:
                 _warn_about_gradients()
             return None
         step = self.steps.observe(timestep)
-        if self.steps.is_foreign and (schedule.reuses_maps or schedule != schedule.without_steps()):
+        by_step = schedule.reuses_maps or schedule != schedule.without_steps()
+        if self.steps.is_foreign and (by_step or schedule.needs & {"step", "memory"}):
             raise ValueError(
                 "another thread is in the middle of a generation with this model, and the schedule "
                 "has rules about steps, which are counted over one generation. Give each thread a "
@@ -193,9 +213,10 @@ class Planner:
         It refers to the layer only where maps are kept or observed.
         """
         rules = self.settings.schedule
-        plan = plan.with_config(group.config)
-        # A window's map is cached elsewhere.
+        plan = self._with_moment(plan.with_config(group.config), layer, group)
+        # A window's map is cached elsewhere, and what has a memory looks at every step itself.
         is_kept = group.config.is_adaptive and (group.reuse_steps > 1 or rules.reuse_guidance)
+        is_kept = is_kept and plan.memory is None
         branch = branch if is_kept else None
         if branch is None and not layer.observers:
             return plan
@@ -208,6 +229,24 @@ class Planner:
             branch=branch,
             is_guidance_batch=in_batch and self.steps.is_guided is not False,
         )
+
+    def _with_moment(self, plan: Plan, layer: Layer, group: HeadGroup) -> Plan:
+        """The plan with what its methods need to know of step and layer."""
+        needs = plan.config.needs
+        if not needs & {"step", "layer", "memory", "table"}:
+            return plan
+        step = layer.current.step
+        moment = Moment(
+            step=step,
+            num_steps=self.steps.num_steps,
+            layer=layer.index,
+            num_layers=len(self.layers),
+            heads=group.heads,
+        )
+        memory = None
+        if "memory" in needs and step is not None:
+            memory = (self.steps.generation, self.reuse.call)
+        return replace(plan, moment=moment, memory=memory, layer=ref(layer))
 
     def _schedule(self, step: int | None, device: torch.device) -> Schedule:
         """The rules of a forward on this device."""

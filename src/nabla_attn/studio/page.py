@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from nabla_attn.config import GRAMMAR
+from nabla_attn.config import grammar
 from nabla_attn.studio.session import (
     BLOCKS,
     RULES,
@@ -68,7 +68,7 @@ def build_studio(models: Sequence[str], load: LoadPipeline, adapters: Sequence[s
                 adapter = gradio.Dropdown(
                     list(studio.adapters), value=first[1], label="Adapter (LoRA)"
                 )
-                algorithm = gradio.Textbox(first[2], label="Algorithm", info=f"{GRAMMAR}.")
+                algorithm = gradio.Textbox(first[2], label="Algorithm", info=f"{grammar()}.")
                 with gradio.Row():
                     start = gradio.Button("Generate", variant="primary")
                     cancel = gradio.Button("Cancel")

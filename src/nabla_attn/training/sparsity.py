@@ -9,6 +9,7 @@ from torch import nn
 
 from nabla_attn.config import DENSE, SparseConfig, parse
 from nabla_attn.generation.schedules import load_schedule
+from nabla_attn.methods import MethodUse, find, make_use
 from nabla_attn.models import Handle, apply
 from nabla_attn.schedule import Schedule
 from nabla_attn.training.noise import GOLDEN
@@ -85,7 +86,7 @@ class Sparsity:
         lowest, highest = self.config.thresholds
         # Follows from the step alone, so that a resumed run repeats it.
         threshold = lowest + (highest - lowest) * (step * GOLDEN % 1)
-        algorithm = replace(self.schedule.algorithm, threshold=threshold)
+        algorithm = self.schedule.algorithm.with_use(make_use("nabla", threshold))
         return replace(self.schedule, algorithm=algorithm)
 
     def _use(self, schedule: Schedule) -> None:
@@ -116,7 +117,12 @@ def ramped(schedule: Schedule, progress: float) -> Schedule:
 
 
 def _ramped(config: SparseConfig, progress: float) -> SparseConfig:
-    def share(target: float | None) -> float | None:
-        return None if target is None else 1 - (1 - target) * progress
-
-    return replace(config, threshold=share(config.threshold), topk=share(config.topk))
+    """An algorithm whose kept shares are between 1 and their own."""
+    for use in config.uses:
+        parameters = find(use.name).parameters
+        values = [
+            1 - (1 - value) * progress if parameter.is_share else value
+            for parameter, value in zip(parameters, use.values, strict=True)
+        ]
+        config = config.with_use(MethodUse(use.name, tuple(values)))
+    return config
