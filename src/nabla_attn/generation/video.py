@@ -3,8 +3,12 @@
 `Scorer` is all that this package knows of a world whose prompts can be read back from videos.
 """
 
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +18,9 @@ from nabla_attn.files import whole_file
 CONTAINER_OPTIONS = {"movflags": "+faststart", "fflags": "+bitexact"}
 # x264's bytes depend on its number of threads; one keeps them the same on every machine.
 ENCODER_OPTIONS = {"crf": "14", "preset": "medium", "threads": "1"}
+M_PERTURB, ZEROS = -6, 255
+"""glibc's option of `mallopt`, and the value whose complement fills the memory given out."""
+_zeroing, _num_zeroing = Lock(), 0
 
 
 def check_frames(frames: np.ndarray) -> np.ndarray:
@@ -42,7 +49,9 @@ def check_fps(fps: float) -> float:
 
 
 def write_video(frames: np.ndarray, path: str | Path, fps: float) -> None:
-    """Write an H.264 mp4 (yuv420p, BT.709), the same bytes every time; whole or not at all.
+    """Write an H.264 mp4 (yuv420p, BT.709), whole or not at all.
+
+    The same frames give the same bytes where memory comes from glibc, as on most Linux systems.
 
     Args:
         frames: uint8 [frames, height, width, 3], even height and width.
@@ -65,6 +74,7 @@ def write_video(frames: np.ndarray, path: str | Path, fps: float) -> None:
     check_fps(fps)
     with (
         whole_file(path) as temporary,
+        zeroed_memory(),
         av.open(
             str(temporary.absolute()), "w", format="mp4", options=CONTAINER_OPTIONS
         ) as container,
@@ -74,6 +84,33 @@ def write_video(frames: np.ndarray, path: str | Path, fps: float) -> None:
         for index in range(count):
             container.mux(stream.encode(_to_yuv(frames[index])))
         container.mux(stream.encode())
+
+
+@contextmanager
+def zeroed_memory() -> Iterator[None]:
+    """Let glibc give out zeros for the time of a block; other allocators stay as they are.
+
+    x264's choice of quantizers reads memory that nothing has written, so that its bytes depend on
+    what the process freed before.
+    """
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # no glibc
+        yield
+        return
+    _count_zeroing(1, set_option)
+    try:
+        yield
+    finally:
+        _count_zeroing(-1, set_option)
+
+
+def _count_zeroing(change: int, set_option: Any) -> None:
+    """Count the blocks that want zeros, as threads may write videos at once."""
+    global _num_zeroing
+    with _zeroing:
+        _num_zeroing += change
+        set_option(M_PERTURB, ZEROS if _num_zeroing else 0)
 
 
 def _describe_stream(stream: Any, height: int, width: int) -> None:
