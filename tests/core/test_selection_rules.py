@@ -56,7 +56,6 @@ def pairs_of_heads(draw, *, with_hidden=True):
 @given(row=st.lists(SCORES, min_size=1, max_size=12), count=st.integers(1, 12))
 @settings(max_examples=200)
 def test_top_of_any_sign_is_the_head_of_the_sorted_row(row, count):
-    count = min(count, len(row))
     kept = select_top(torch.tensor([row]), torch.tensor(float(count)))[0]
     assert kept.nonzero().flatten().tolist() == sorted(descending(row)[:count])
 
@@ -68,6 +67,14 @@ def test_top_finds_extremes_of_a_dtype(dtype):
     for count, expected in enumerate(([4], [3, 4], [2, 3, 4], [1, 2, 3, 4], [0, 1, 2, 3, 4]), 1):
         kept = select_top(row, torch.tensor(count, dtype=dtype))[0]
         assert kept.nonzero().flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_that_never_reaches_its_target_is_kept_whole(dtype):
+    row = torch.tensor([[0.25, 0.0, 0.25, 0.25]], dtype=dtype)
+    assert select_by_mass(row, 0.9).all()
+    assert select_within_mass(row, 0.9).all()
+    assert select_top(-row, torch.tensor(9, dtype=dtype)).all()
 
 
 def test_a_score_that_is_not_a_number_keeps_its_row():

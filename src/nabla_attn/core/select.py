@@ -31,7 +31,10 @@ SCOPES = ("row", "column", "head", "all")
 of all heads for one key block, all pairs of a head, all pairs of a sample."""
 
 # Floats sort like the integers that share their bits, negative ones once their order is turned.
-_BITS = {torch.float32: (torch.int32, 31), torch.float64: (torch.int64, 63)}
+_BITS = {
+    torch.float32: (torch.int32, 31, 0x7F80_0000),
+    torch.float64: (torch.int64, 63, 0x7FF0_0000_0000_0000),
+}
 # What lies closer together than this is flat (VMoBA's constant).
 _FLAT = 1e-6
 
@@ -282,16 +285,18 @@ def _keep_until(
 
 def _crossing_value(values: Tensor, weigh: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
     """The lowest value of each row such that what lies above it weighs less than the target."""
-    integer, num_bits = _BITS[values.dtype]
+    integer, num_bits, infinity = _BITS[values.dtype]
     bits = _turn_negative(values.view(integer), num_bits)
     high = bits.amax(dim=-1, keepdim=True)
-    low = torch.full_like(high, torch.iinfo(integer).min)
+    lowest = -infinity - 1
+    low = torch.full_like(high, lowest - 1)
     for _ in range(num_bits + 1):
         # Their mean, without a sum that would not fit.
         middle = (low & high) + ((low ^ high) >> 1)
         is_light = weigh(bits > middle).sum(dim=-1, keepdim=True) < target
         low, high = torch.where(is_light, low, middle), torch.where(is_light, middle, high)
-    return _turn_negative(high, num_bits).view(values.dtype)
+    # A row that never reaches the target crosses at minus infinity.
+    return _turn_negative(high.clamp_min(lowest), num_bits).view(values.dtype)
 
 
 def _turn_negative(bits: Tensor, num_bits: int) -> Tensor:
