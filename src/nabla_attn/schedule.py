@@ -40,6 +40,8 @@ class Schedule:
         calibrated_for: The model, size and version that the schedule was calibrated for; others are
             refused.
         allow_mismatch: Whether to warn of another model, size or version instead.
+        tables: What calibration found for methods that need it: by the method's name, a list with
+            an entry for each layer.
 
     Raises:
         ValueError: A count or step is negative, or a value is of another type.
@@ -57,6 +59,7 @@ class Schedule:
     rules: tuple[Rule, ...] = ()
     calibrated_for: CalibratedFor | None = None
     allow_mismatch: bool = False
+    tables: dict[str, list[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("dense_first_steps", "dense_last_steps", "min_tokens", "reuse_steps"):
@@ -66,6 +69,9 @@ class Schedule:
         for name in ("reuse_guidance", "allow_mismatch"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} must be true or false: got {getattr(self, name)!r}.")
+        tables = self.tables
+        if not isinstance(tables, dict) or not all(type(each) is list for each in tables.values()):
+            raise ValueError("tables must map methods to lists with an entry for each layer.")
         if not isinstance(self.dense_layers, Iterable):
             raise ValueError(f"dense_layers must be a list: got {self.dense_layers!r}.")
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
@@ -298,17 +304,20 @@ class Schedule:
             if entry.name in ("layer_overrides", "step_overrides"):
                 value = {str(key): str(config) for key, config in value.items()}
             # What records of older versions do not have is written where it says something.
-            if value or entry.name not in ("rules", "calibrated_for", "allow_mismatch"):
+            if value or entry.name not in ("rules", "calibrated_for", "allow_mismatch", "tables"):
                 values[entry.name] = value
         values["algorithm"] = str(self.algorithm)
+        tables = values.pop("tables", None)
         if self.calibrated_for:
             values["calibrated_for"] = self.calibrated_for.to_dict()
-        if not self.rules:
-            return json.dumps(values, indent=2)
         # `indent` would give every value of a rule a line of its own.
-        text = json.dumps(values | {"rules": []}, indent=2)
+        text = json.dumps(values | ({"rules": []} if self.rules else {}), indent=2)
         lines = ",\n    ".join(json.dumps(rule.to_dict()) for rule in self.rules)
-        return text.replace('"rules": []', f'"rules": [\n    {lines}\n  ]')
+        text = text.replace('"rules": []', f'"rules": [\n    {lines}\n  ]')
+        if tables:
+            lines = ",\n    ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in tables.items())
+            text = text.removesuffix("\n}") + f',\n  "tables": {{\n    {lines}\n  }}\n}}'
+        return text
 
     @classmethod
     def from_json(cls, text: str) -> "Schedule":

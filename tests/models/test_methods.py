@@ -24,10 +24,14 @@ def seen(monkeypatch):
     return calls
 
 
+def watching(entries):
+    return na.Schedule(algorithm=na.parse("watch"), tables={"watch": entries})
+
+
 @torch.no_grad()
 def test_steps_layers_memory_and_tables(seen):
     model = WAN.build()
-    with na.apply(model, "watch", tables={"watch": ["a", "b"]}):
+    with na.apply(model, schedule=watching(["a", "b"])):
         # Two calls a step, as in classifier-free guidance; then another generation.
         for time in (900, 900, 800, 800, 950):
             run(model, at(time))
@@ -42,8 +46,10 @@ def test_steps_layers_memory_and_tables(seen):
 def test_tables_of_another_model_and_none(seen):
     model = WAN.build()
     with pytest.raises(ValueError, match="an entry for each of 2 layers: got 3"):
-        na.apply(model, "watch", tables={"watch": [1, 2, 3]})
+        na.apply(model, schedule=watching([1, 2, 3]))
     with pytest.raises(ValueError, match="watch needs a table"):
         na.apply(model, "watch")
-    with pytest.raises(ValueError, match="watch needs a table"):
-        na.apply(model, schedule=na.Schedule(algorithm=na.parse("watch")))
+    with pytest.raises(ValueError, match="tables must map methods to lists"):
+        na.Schedule(algorithm=na.parse("watch"), tables={"watch": 1})
+    schedule = watching([{"order": "hwt"}, [1, 2.5]])
+    assert na.Schedule.from_json(schedule.to_json()) == schedule

@@ -81,9 +81,8 @@ def make_use(name: str, *values: Any, **named: Any) -> MethodUse:
 def why_no_table(name: str) -> str:
     """What to say where a calibrated method has no table."""
     return (
-        f"{name} needs a table that calibration makes of a model: python -m "
-        f"nabla_attn.methods.{name} --help; pass it with --method-table {name}=FILE, or tables= in "
-        "Python."
+        f"{name} needs a table that calibration makes of a model: nabla calibrate --method {name} "
+        "writes it into a schedule; pass that with --schedule, or schedule= in Python."
     )
 
 

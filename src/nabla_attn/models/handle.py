@@ -1,6 +1,6 @@
 """`apply`: put NABLA into a diffusers pipeline or model; the handle takes it out again."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,6 @@ def apply(
     telemetry: bool = True,
     min_tokens: int | str | Path | None = None,
     allow_mismatch: bool = False,
-    tables: Mapping[str, Any] | None = None,
 ) -> "Handle":
     """Run the video self-attention of a pipeline's transformers, or of one model, with NABLA.
 
@@ -48,8 +47,6 @@ def apply(
             keeps the schedule's with a warning; any other string is the path of such a record.
         allow_mismatch: Whether a schedule that was calibrated for another model, size, number of
             steps or version is followed with a warning, instead of being refused.
-        tables: What calibration found, by the name of the method that needs it: a list with an
-            entry for each layer, in the order of `Handle.layers`.
 
     Returns:
         A handle; also a context manager, at whose end the models are as they were before: with
@@ -75,7 +72,6 @@ def apply(
         has_auto_min_tokens=min_tokens == "auto",
         backend=_checked_backend(backend),
         telemetry=telemetry,
-        tables=tables,
     )
     steps, collector = StepCounter(None if is_model else target), Telemetry()
     pairs: Pairs = []

@@ -40,7 +40,6 @@ class ApplySettings:
     has_auto_min_tokens: bool = False
     backend: str = "auto"
     telemetry: bool = True
-    tables: Mapping[str, Any] | None = None
 
 
 class Planner:
@@ -92,25 +91,25 @@ class Planner:
                 table or one of another model.
         """
         self.check(settings.schedule)
-        tables = settings.tables or {}
-        self._check_tables(settings.schedule, tables)
+        self._check_tables(settings.schedule)
         self.settings = settings
         self._matched: Any = None
         self.reuse = MapReuse(settings.schedule)
         for layer in self.layers:
             layer.maps.forget()
-            layer.tables = {name: entries[layer.index] for name, entries in tables.items()}
+            tables = settings.schedule.tables.items()
+            layer.tables = {name: entries[layer.index] for name, entries in tables}
 
-    def _check_tables(self, schedule: Schedule, tables: Mapping[str, Any]) -> None:
+    def _check_tables(self, schedule: Schedule) -> None:
         """Raise ValueError where a method has no table, or one of another model."""
-        for name, entries in tables.items():
+        for name, entries in schedule.tables.items():
             if len(entries) != len(self.layers):
                 raise ValueError(
                     f"the table of {name} must have an entry for each of {len(self.layers)} "
                     f"layers: got {len(entries)}. It was made for another model."
                 )
         for name in sorted(schedule.method_names):
-            if "table" in methods.find(name).needs and name not in tables:
+            if "table" in methods.find(name).needs and name not in schedule.tables:
                 raise ValueError(methods.why_no_table(name))
 
     def check(self, schedule: Schedule) -> None:
