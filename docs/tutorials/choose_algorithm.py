@@ -24,7 +24,7 @@ pipe.set_progress_bar_config(disable=True)
 def make_video():
     """One video, always from the same noise, and the seconds it took."""
     noise = torch.Generator().manual_seed(0)
-    prompt = "a small red circle moving right on a black background"
+    prompt = "a small red square moving right on a black background"
     start = time.perf_counter()
     frames = pipe(prompt, guidance_scale=3.0, generator=noise, output_type="pt", **SIZE).frames
     return frames.float(), time.perf_counter() - start
@@ -55,7 +55,7 @@ for algorithm in ALGORITHMS:
 # One prompt is not enough to decide. The command line does the same with pictures and on many prompts:
 #
 # ```bash
-# nabla compare --prompt "a red circle moving right" --sparse-algo nabla-0.7 --sparse-algo topk-0.2 --output out/compare
+# nabla compare --prompt "a red square moving right" --sparse-algo nabla-0.7 --sparse-algo topk-0.2 --output out/compare
 # nabla evaluate --sparse-algo nabla-0.7 --sparse-algo topk-0.2 --num-prompts 4 --output out/choose
 # nabla report out/choose --output out/choose-report
 # ```
@@ -67,7 +67,7 @@ for algorithm in ALGORITHMS:
 #
 # ```bash
 # nabla calibrate --density 0.2 --output out/calibrate
-# nabla generate --prompt "a red circle moving right" --schedule out/calibrate/schedule.json
+# nabla generate --prompt "a red square moving right" --schedule out/calibrate/schedule.json
 # ```
 #
 # In code, a schedule says which layers and steps stay dense:

@@ -21,7 +21,7 @@ pipe = WanPipeline.from_pretrained(folder, dtype=torch.bfloat16)
 def make_video():
     """One video, always from the same noise."""
     noise = torch.Generator().manual_seed(0)
-    prompt = "a small red circle moving right on a black background"
+    prompt = "a small red square moving right on a black background"
     return pipe(prompt, guidance_scale=3.0, generator=noise, output_type="pt", **SIZE).frames
 
 

@@ -25,9 +25,11 @@ def test_compare_writes_everything(tiny_wan, tmp_path):
     names = ("dense", "nabla-0.7", "nabla-0.1")
     expected = {f"{name}.{kind}" for name in names for kind in ("mp4", "json")}
     assert {path.name for path in output.iterdir()} == expected | {
+        "compare.html",
         "contact_sheet.png",
         "side_by_side.mp4",
     }
+    assert f"Open {output / 'compare.html'}" in " ".join(result.output.split())
     joined = read_video(output / "side_by_side.mp4")
     assert joined.shape[0] == 5
     assert joined.shape[2] >= 3 * 128

@@ -84,4 +84,20 @@ def test_a_negative_prompt_that_nobody_reads_is_named(name, guidance, inputs, is
 def test_unknown_words_are_named(tiny_wan):
     pipeline = load_pipeline(tiny_wan, device="cpu", dtype="float32")
     messages, _ = said(pipeline, replace(SMALL, prompt="a red cat on a sofa"))
-    assert messages == ["the model does not know these words of the prompt: cat, sofa."]
+    assert len(messages) == 1 and messages[0].startswith(
+        "the model does not know these words of the prompt: cat, sofa. It knows a, an, and, "
+    )
+
+
+def test_unknown_words_are_answered_with_examples(tiny_wan, tmp_path):
+    import json
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_wan, folder)
+    examples = ["a red circle", "a blue square"]
+    (folder / "defaults.json").write_text(json.dumps({"examples": examples}))
+    pipeline = load_pipeline(folder, device="cpu", dtype="float32")
+    (message,), _ = said(pipeline, replace(SMALL, prompt="a cat"))
+    assert message.endswith(" Try 'a red circle'; 'a blue square'.")
+    assert said(pipeline, replace(SMALL, prompt="a red circle"))[0] == []

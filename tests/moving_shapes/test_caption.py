@@ -1,9 +1,36 @@
 import random
+import re
+from pathlib import Path
 
 import pytest
 
-from nabla_attn.moving_shapes import describe, parse_caption, sample_scene
-from nabla_attn.moving_shapes.scene import ShapeWords, Words
+from nabla_attn.generation.pipeline import model_directory
+from nabla_attn.generation.request import ModelDefaults
+from nabla_attn.moving_shapes import HELD_OUT, describe, parse_caption, sample_scene
+from nabla_attn.moving_shapes.scene import EXAMPLES, ShapeWords, Words
+
+ROOT = Path(__file__).parents[2]
+
+
+def is_trained(caption):
+    shapes = parse_caption(caption).shapes
+    return all((each.colour, each.kind, each.direction) not in HELD_OUT for each in shapes)
+
+
+def test_examples_are_of_combinations_that_training_shows():
+    assert len(EXAMPLES) == 3 and all(map(is_trained, EXAMPLES))
+    assert ModelDefaults.load(model_directory("builtin")).examples == list(EXAMPLES)
+
+
+def test_documents_ask_for_combinations_that_training_shows():
+    pages = [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").rglob("*.md")]
+    pages += (ROOT / "docs").rglob("*.py")
+    found = [
+        prompt
+        for page in pages
+        for prompt in re.findall(r"prompt (?:= )?\"([^\"]* moving [^\"]*)\"", page.read_text())
+    ]
+    assert len(found) > 5 and not [prompt for prompt in found if not is_trained(prompt)]
 
 
 @pytest.mark.parametrize("num_shapes", [1, 2, 3])

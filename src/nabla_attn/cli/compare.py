@@ -30,11 +30,11 @@ def compare(
     overwrite: opt.Overwrite = False,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Compare algorithms with dense attention on one seed: picture, videos, records, table."""
+    """Compare algorithms with dense attention on one seed: a page, pictures, videos, records."""
     from nabla_attn.cli.progress import generation_bars
     from nabla_attn.evaluation.compare import compare as run_all
     from nabla_attn.files import check_writable
-    from nabla_attn.viz.side_by_side import write_comparison
+    from nabla_attn.viz.side_by_side import PAGE, write_comparison
 
     if not prompt.strip():
         raise ValueError("the prompt is empty. Say what the videos show: --prompt TEXT.")
@@ -50,11 +50,11 @@ def compare(
     write_comparison([(each.frames, each.record) for each in compared], folder, rate)
     if as_json:
         numbers = {each.algo: each.record.numbers for each in compared}
-        out.print_json({"folder": folder, "algorithms": numbers})
+        out.print_json({"folder": folder, "page": folder / PAGE, "algorithms": numbers})
         return
     header = ("algorithm", "pairs kept", "transformer", "speed-up", "PSNR", "SSIM")
     out.print_table(header, [[each.algo, *_cells(each.record.numbers)] for each in compared])
-    out.say(f"Pictures, videos and records: {folder}")
+    out.say(f"Open {folder / PAGE} in a browser; pictures, videos and records are beside it.")
 
 
 def _cells(numbers: dict[str, Any]) -> list[str]:

@@ -99,6 +99,7 @@ class ModelDefaults:
         fps: Frames per second of the mp4.
         sparse_algo: The algorithm where none is asked for.
         schedule: The rules used with it then; its algorithm is `sparse_algo`.
+        examples: Prompts that the model answers well.
     """
 
     height: Count = 480
@@ -109,6 +110,7 @@ class ModelDefaults:
     fps: Annotated[float, Gt(0)] = 16
     sparse_algo: str = "dense"
     schedule: Schedule | None = None
+    examples: Sequence[str] = ()
 
     @classmethod
     def load(cls, directory: Path, lora: Sequence[str] = ()) -> "ModelDefaults":

@@ -5,9 +5,10 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from nabla_attn.generation.request import GenerationRequest
+from nabla_attn.generation.request import GenerationRequest, ModelDefaults
 
 ENCODERS = {
     "tokenizer": "the text encoder",
@@ -15,6 +16,8 @@ ENCODERS = {
     "tokenizer_3": "the third text encoder",
 }
 
+MAX_LISTED = 100
+"""Words of a vocabulary up to which a warning names all of them."""
 
 Cut = dict[str, dict[str, dict[str, int]]]
 """Text of the request -> tokenizer -> its "tokens", and how many of them are "read"."""
@@ -88,7 +91,9 @@ def warn_of_unread(pipeline: Any, call: Mapping[str, Any]) -> None:
 
 
 def warn_of_unknown_words(pipeline: Any, name: str, text: str) -> None:
-    """Warn of words that the tokenizer does not know.
+    """Warn of words that the tokenizer does not know, and say what the model does know.
+
+    Of a small vocabulary all words are named, and the examples that the model's directory gives.
 
     Args:
         pipeline: A diffusers pipeline.
@@ -107,9 +112,23 @@ def warn_of_unknown_words(pipeline: Any, name: str, text: str) -> None:
     ]
     if words:
         warnings.warn(
-            f"the model does not know these words of the {name}: {', '.join(words[:8])}.",
+            f"the model does not know these words of the {name}: {', '.join(words[:8])}."
+            + _what_it_knows(tokenizer)
+            + _examples(pipeline),
             stacklevel=3,
         )
+
+
+def _what_it_knows(tokenizer: Any) -> str:
+    special = set(tokenizer.all_special_tokens)
+    words = [word for word in tokenizer.get_vocab() if word not in special]
+    return f" It knows {', '.join(sorted(words))}." if len(words) <= MAX_LISTED else ""
+
+
+def _examples(pipeline: Any) -> str:
+    directory = Path(str(pipeline.config.get("_name_or_path", "")))
+    found = ModelDefaults.load(directory).examples
+    return f" Try {'; '.join(f'{text!r}' for text in found)}." if found else ""
 
 
 @contextmanager

@@ -47,6 +47,14 @@ HELD_OUT: frozenset[tuple[str, str, str]] = frozenset(
 16 of the 18 coloured shapes, so every word is learnt and only the combination is new."""
 
 
+EXAMPLES = (
+    "a large red square moving right on a black background",
+    "a large blue square moving left on a white background",
+    "a small yellow triangle moving down on a black background",
+)
+"""Captions of combinations that training shows."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """One moving shape; `x` and `y` are its centre in the first frame, as shares of the frame."""
@@ -250,7 +258,7 @@ class Words:
 
 
 def describe(scene: Scene, rng: random.Random | None = None, drop: float = 0.25) -> str:
-    """Say what a scene shows, such as "a small red circle moving right on a black background".
+    """Say what a scene shows, such as "a large red square moving right on a black background".
 
     Args:
         scene: The scene.
@@ -295,7 +303,7 @@ def parse_caption(caption: str) -> Words:
         if match is None:
             raise ValueError(
                 f"not a caption of the moving-shapes world: got {caption!r}. "
-                'Write for example "a small red circle moving right on a black background"; '
+                f"Write for example {', or '.join(map(repr, EXAMPLES))}; "
                 f"colours: {', '.join(COLOURS)}; shapes: {', '.join(KINDS)}; "
                 f"directions: {', '.join(DIRECTIONS)}; sizes: {', '.join(SIZES)}; "
                 f"backgrounds: {', '.join(BACKGROUNDS)}."

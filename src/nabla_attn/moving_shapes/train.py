@@ -13,7 +13,7 @@ from nabla_attn import apply
 from nabla_attn.files import write_text
 from nabla_attn.moving_shapes.loop import RecipeStep, Stage, run_stage
 from nabla_attn.moving_shapes.recipe import BuiltinConfig, TransformerPhase
-from nabla_attn.moving_shapes.scene import render, sample_scene
+from nabla_attn.moving_shapes.scene import EXAMPLES, render, sample_scene
 from nabla_attn.moving_shapes.transformer import (
     CaptionEncoder,
     PadWeight,
@@ -240,6 +240,7 @@ def train_builtin(
         start = folder / phase.name
     if not (folder / "pipeline").exists():
         assert start is not None, "a recipe has at least one phase"
-        texts = {"defaults.json": json.dumps(asdict(config.defaults), indent=2) + "\n"}
+        defaults = asdict(config.defaults) | {"examples": EXAMPLES}
+        texts = {"defaults.json": json.dumps(defaults, indent=2) + "\n"}
         save_model(build_pipeline(config, folder, start), folder / "pipeline", texts=texts)
     return folder / "pipeline"

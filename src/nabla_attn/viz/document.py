@@ -12,6 +12,8 @@ from urllib.parse import quote
 from nabla_attn.files import whole_file, write_text
 
 PAGE = Path(__file__).parent / "page"
+WITH_PLAYER = ("document", "compare")
+"""Pages whose videos play in step."""
 
 
 @dataclass(frozen=True)
@@ -130,13 +132,15 @@ def render_page(name: str, **values: Any) -> str:
     )
     templates.filters["base64"] = lambda content: base64.b64encode(content).decode()
     templates.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    colours, style, script = (
-        (PAGE / file).read_text(encoding="utf-8")
-        for file in ("colours.css", f"{name}.css", f"{name}.js")
-    )
+    style = _read("colours.css", f"{name}.css")
+    script = _read(*("player.js",) * (name in WITH_PLAYER), f"{name}.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    own = {"style": Markup(colours + style), "script": Markup(script), "script_digest": digest}
+    own = {"style": Markup(style), "script": Markup(script), "script_digest": digest}
     return templates.get_template(f"{name}.html").render(own | values)
+
+
+def _read(*files: str) -> str:
+    return "".join((PAGE / file).read_text(encoding="utf-8") for file in files)
 
 
 def _plain(text: str) -> str:
