@@ -5,7 +5,8 @@ import math
 import torch
 
 import nabla_attn as na
-from nabla_attn.core.order import TokenLayout, to_blocks
+from nabla_attn.core.order import TokenLayout, block_order, to_blocks
+from nabla_attn.core.window import build_segment_map
 
 # One frame, exact, ragged both ways, one block, less than one block, long and thin.
 ODD_GRIDS = {
@@ -52,3 +53,52 @@ def masked_attention(q, k, v, mask, scale=None):
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~mask, float("-inf"))
     return scores.softmax(-1) @ v
+
+
+SMALL_BLOCK = na.BlockShape(1, 4, 4)
+# Exact, ragged both ways with blocks of one to sixteen tokens, and two packed clips.
+BLOCK_GRIDS = {
+    "exact": na.TokenGrid(2, 8, 8, block=SMALL_BLOCK),
+    "ragged": na.TokenGrid(2, 9, 7, block=SMALL_BLOCK),
+    "clips": na.TokenGrid(3, 5, 8, segments=(2, 1), block=na.BlockShape(2, 4, 4)),
+}
+
+
+class Blocks:
+    """Random tokens of a grid in block order, and as one list of tokens for each block."""
+
+    def __init__(self, grid, *, dim=6, dtype=torch.float64, heads=2):
+        raster = random_qkv(grid, batch=1, heads=heads, dim=dim, dtype=dtype)
+        self.q, self.k, self.v = (to_blocks(x, grid) for x in raster)
+        self.counts = block_order(TokenLayout(grid), torch.device("cpu")).counts
+        self.scale, self.size = dim**-0.5, grid.block.tokens
+        self.allowed = build_segment_map(grid, self.counts.device) if grid.segments else None
+        self.lead = self.q.shape[:2]
+
+    def lists(self, x, sample, head):
+        parts = x[sample, head].unflatten(0, (-1, self.size))
+        return [part[:count] for part, count in zip(parts, self.counts.tolist(), strict=True)]
+
+    def pairs(self, formula, *inputs):
+        """[samples, heads, blocks, blocks] of a formula that takes the tokens of two blocks."""
+        out = torch.empty(*self.lead, len(self.counts), len(self.counts), dtype=torch.float64)
+        for sample in range(self.lead[0]):
+            for head in range(self.lead[1]):
+                lists = [self.lists(x, sample, head) for x in inputs]
+                for i in range(len(self.counts)):
+                    for j in range(len(self.counts)):
+                        out[sample, head, i, j] = formula(lists[0][i], *(x[j] for x in lists[1:]))
+        return out
+
+    def by_rows(self, formula, *inputs):
+        """[samples, heads, blocks, blocks] of a formula of a query block and all key blocks."""
+        rows = [
+            formula(i, *(self.lists(x, sample, head) for x in inputs))
+            for sample in range(self.lead[0])
+            for head in range(self.lead[1])
+            for i in range(len(self.counts))
+        ]
+        return torch.stack(rows).view(*self.lead, len(self.counts), len(self.counts))
+
+    def sees(self, i, j):
+        return self.allowed is None or bool(self.allowed[i, j])

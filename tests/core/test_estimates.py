@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tests.oracle import random_qkv
+from tests.oracle import BLOCK_GRIDS as GRIDS
+from tests.oracle import Blocks
 
 import nabla_attn as na
 from nabla_attn.core import estimates, exact
@@ -15,18 +16,7 @@ from nabla_attn.core.estimates import (
     self_similarity,
 )
 from nabla_attn.core.exact import exact_mass, exact_residual
-from nabla_attn.core.order import TokenLayout, block_order, to_blocks
 from nabla_attn.core.scores import multiply_blocks, pool_blocks
-from nabla_attn.core.window import build_segment_map
-
-CPU = torch.device("cpu")
-SMALL = na.BlockShape(1, 4, 4)
-# Exact, ragged both ways with blocks of one to sixteen tokens, and two packed clips.
-GRIDS = {
-    "exact": na.TokenGrid(2, 8, 8, block=SMALL),
-    "ragged": na.TokenGrid(2, 9, 7, block=SMALL),
-    "clips": na.TokenGrid(3, 5, 8, segments=(2, 1), block=na.BlockShape(2, 4, 4)),
-}
 
 
 @pytest.fixture(params=list(GRIDS))
@@ -39,46 +29,6 @@ def _small_panels(monkeypatch):
     """Several panels of heads and of rows even for small inputs."""
     for room in (estimates, exact):
         monkeypatch.setattr(room, "PANEL_VALUES", 2000)
-
-
-class Blocks:
-    """Random tokens of a grid in block order, and as one list of tokens for each block."""
-
-    def __init__(self, grid, *, dim=6, dtype=torch.float64, heads=2):
-        raster = random_qkv(grid, batch=1, heads=heads, dim=dim, dtype=dtype)
-        self.q, self.k, self.v = (to_blocks(x, grid) for x in raster)
-        self.counts = block_order(TokenLayout(grid), CPU).counts
-        self.scale, self.size = dim**-0.5, grid.block.tokens
-        self.allowed = build_segment_map(grid, CPU) if grid.segments else None
-        self.lead = self.q.shape[:2]
-
-    def lists(self, x, sample, head):
-        parts = x[sample, head].unflatten(0, (-1, self.size))
-        return [part[:count] for part, count in zip(parts, self.counts.tolist(), strict=True)]
-
-    def pairs(self, formula, *inputs):
-        """[samples, heads, blocks, blocks] of a formula that takes the tokens of two blocks."""
-        out = torch.empty(*self.lead, len(self.counts), len(self.counts), dtype=torch.float64)
-        for sample in range(self.lead[0]):
-            for head in range(self.lead[1]):
-                lists = [self.lists(x, sample, head) for x in inputs]
-                for i in range(len(self.counts)):
-                    for j in range(len(self.counts)):
-                        out[sample, head, i, j] = formula(lists[0][i], *(x[j] for x in lists[1:]))
-        return out
-
-    def by_rows(self, formula, *inputs):
-        """[samples, heads, blocks, blocks] of a formula of a query block and all key blocks."""
-        rows = [
-            formula(i, *(self.lists(x, sample, head) for x in inputs))
-            for sample in range(self.lead[0])
-            for head in range(self.lead[1])
-            for i in range(len(self.counts))
-        ]
-        return torch.stack(rows).view(*self.lead, len(self.counts), len(self.counts))
-
-    def sees(self, i, j):
-        return self.allowed is None or bool(self.allowed[i, j])
 
 
 def test_products_of_means(grid):

@@ -12,7 +12,11 @@ from typing import Any
 from nabla_attn.methods.contract import Method, Moment, Selection, State
 from nabla_attn.methods.parameters import Parameter, split_values
 
-NAMES = ("nabla", "topk", "sta")
+NAMES = (
+    *("nabla", "topk", "sta"),
+    *("sol", "pisa", "ear", "subblock", "dfs", "sparge", "draft", "xattn", "ssta", "longcat"),
+    *("cube", "vsa", "sla", "lite", "losa", "haste", "bsa", "minference"),
+)
 """Methods of this package, each the file of its name, in the order in which they are listed."""
 
 _OWN: dict[str, Method] = {}
