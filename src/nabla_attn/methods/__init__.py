@@ -16,6 +16,7 @@ NAMES = (
     *("nabla", "topk", "sta"),
     *("sol", "pisa", "ear", "subblock", "dfs", "sparge", "draft", "xattn", "ssta", "longcat"),
     *("cube", "vsa", "sla", "lite", "losa", "haste", "bsa", "minference"),
+    *("gna", "radial", "lvsa"),
 )
 """Methods of this package, each the file of its name, in the order in which they are listed."""
 
@@ -68,8 +69,8 @@ def make_use(name: str, *values: Any, **named: Any) -> MethodUse:
     """A method with parameters, in their order or by name; the rest are its defaults.
 
     Raises:
-        ValueError: No such method or parameter, one is missing or given twice, or a value is out of
-            range.
+        ValueError: No such method or parameter, one is missing or given twice, a value is out of
+            range, or two do not go together.
     """
     parameters = find(name).parameters
     known = [parameter.name for parameter in parameters]
@@ -79,7 +80,10 @@ def make_use(name: str, *values: Any, **named: Any) -> MethodUse:
     if odd := sorted(set(named) - set(known)) or sorted(set(named) & set(given)):
         raise ValueError(f"{name} has the parameters {known}, each once: got {', '.join(odd)}.")
     given |= named
-    return MethodUse(name, tuple(_value(name, parameter, given) for parameter in parameters))
+    use = MethodUse(name, tuple(_value(name, parameter, given) for parameter in parameters))
+    if check := find(name).check:
+        check(find(name).params(use.values))
+    return use
 
 
 def why_no_table(name: str) -> str:

@@ -105,6 +105,7 @@ class Method:
         title: The method in a few words.
         select: Chooses blocks; a bare mask stands for a selection.
         parameters: In the order in which an algorithm string has their values.
+        check: Called with the parameters; raises ValueError where they do not go together.
         kind: One of `KINDS`: what the map depends on.
         exactness: "code" or "paper" if it equals what was published there; "reconstructed" if
             constants are ours, which `ours` names.
@@ -127,6 +128,7 @@ class Method:
     title: str
     select: Select
     parameters: tuple[Parameter, ...] = ()
+    check: Callable[[SimpleNamespace], None] | None = None
     kind: str = "pooled"
     exactness: str = "reconstructed"
     ours: str = ""
