@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from benchmarks.pages import correctness, isynet, models, speed, training
+from benchmarks.pages import correctness, isynet, methods, models, speed, training
 from nabla_attn.files import write_text
 
 
@@ -20,6 +20,8 @@ def main(docs: Path = Path("docs"), records: Path = Path("benchmarks/results")) 
     write_text(docs / "training_study.md", training.build_page(records))
     if (docs / "models.md").exists():
         models.write_table(docs / "models.md")
+    if (docs / "methods.md").exists():
+        methods.write_list(docs / "methods.md")
     if (docs / "isynet.md").exists():
         isynet.write_tables(docs / "isynet.md", records)
 

@@ -29,6 +29,13 @@ def calibrate(
             show_default="nabla-*, topk-*, nabla-*_sta-3-3-3",
         ),
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead: make the table that a calibrated method needs, such as paro-0.3.",
+            show_default=False,
+        ),
+    ] = None,
     prompts: opt.Prompts = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts taken, from the first.")] = 2,
     seed: opt.Seed = 0,
@@ -51,6 +58,12 @@ def calibrate(
     from nabla_attn.files import check_writable, write_text
     from nabla_attn.moving_shapes.judge import MovingShapesScorer
 
+    if method is not None:
+        given = {"--density": density, "--error": error, "--sparse-algo": sparse_algo}
+        if odd := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"--method makes a table and takes no budget: drop {odd[0]}.")
+        _make_table(video, method, prompts, num_prompts, seed, output, as_json=as_json)
+        return
     if (density is None) == (error is None):
         raise ValueError("calibration takes one budget: --density 0.2, or --error 0.1.")
     candidates = read_candidates(sparse_algo or DEFAULT)
@@ -72,6 +85,38 @@ def calibrate(
         )
         return
     _print(choice, singles)
+    out.say(f"Use it: nabla generate --schedule {target}")
+
+
+def _make_table(
+    video: opt.VideoOptions,
+    method: str,
+    prompts: "Path | None",
+    num_prompts: int,
+    seed: int,
+    output: Path,
+    *,
+    as_json: bool,
+) -> None:
+    """Write the schedule of a method with the table that it needs."""
+    from nabla_attn.calibrate.tables import TableProbe, calibrate_method
+    from nabla_attn.cli.progress import generation_bars
+    from nabla_attn.config import parse
+    from nabla_attn.evaluation.prompts import take_prompts
+    from nabla_attn.files import check_writable, write_text
+    from nabla_attn.moving_shapes.judge import MovingShapesScorer
+
+    config = parse(method)
+    texts = take_prompts(prompts, num_prompts, MovingShapesScorer())
+    request = video.base_request(prompt=texts[0], seed=seed)
+    TableProbe(config, request.steps)  # refuses before the model is loaded
+    target = check_writable(output / "schedule.json")
+    with generation_bars(in_logs=True) as start:
+        schedule = calibrate_method(video.load(), request, config, texts, progress=start)
+    write_text(target, schedule.to_json() + "\n")
+    if as_json:
+        out.print_json({"schedule": target, "algorithm": str(config)})
+        return
     out.say(f"Use it: nabla generate --schedule {target}")
 
 

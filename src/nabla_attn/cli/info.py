@@ -7,6 +7,11 @@ import typer
 from nabla_attn.cli import options as opt
 from nabla_attn.cli import output as out
 
+EXACT = {
+    "code": "exact to the code",
+    "paper": "exact to the paper",
+    "reconstructed": "reconstructed",
+}
 CPU_FEATURES = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 
 
@@ -23,11 +28,17 @@ def info(
     frames: Annotated[
         int | None, typer.Option(help="Frames of the video of --memory.", show_default="by task")
     ] = None,
+    methods: Annotated[
+        bool, typer.Option("--methods", help="List the sparse attention methods instead.")
+    ] = False,
     as_json: opt.AsJson = False,
 ) -> None:
     """Print versions, the device, whether compiler and backends work, algorithms and models."""
     from nabla_attn.generation.placement import resolve_device
 
+    if methods:
+        _print_methods(as_json=as_json)
+        return
     if memory is not None:
         from nabla_attn.wan.memory import describe_memory
 
@@ -69,6 +80,21 @@ def _collect(device: Any) -> dict[str, Any]:
         "models": [row.name for row in model_rows() if row.refusal is None],
         "builtin_model": _find_builtin(),
     }
+
+
+def _print_methods(*, as_json: bool) -> None:
+    """Print a line for each method, or all of their rows as JSON."""
+    from nabla_attn.methods import describe, find, names
+
+    rows = [describe(find(name)) for name in names()]
+    if as_json:
+        out.print_json({"methods": rows})
+        return
+    for row in rows:
+        needs = f"; needs {', '.join(row['needs'])}" if row["needs"] else ""
+        out.say(f"{row['form']}  ({row['kind']}, {EXACT[row['exactness']]}{needs})")
+        out.say(f"    {row['title']}")
+    out.say("Sources, licences and published settings: docs/methods.md, or --json.")
 
 
 def _find_builtin() -> dict[str, Any]:

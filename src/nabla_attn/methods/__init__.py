@@ -65,6 +65,18 @@ def find(name: str) -> Method:
     return row
 
 
+def describe(method: Method) -> dict[str, Any]:
+    """The row of a method in plain values, for lists."""
+    shown = ("name", "form", "title", "kind", "exactness", "ours", "paper", "code", "licence")
+    values = {field: getattr(method, field) for field in (*shown, "published", "is_trainable")}
+    values["needs"] = list(method.needs)
+    values["parameters"] = [
+        {"name": each.name, "form": each.form, "default": each.default}
+        for each in method.parameters
+    ]
+    return values
+
+
 def make_use(name: str, *values: Any, **named: Any) -> MethodUse:
     """A method with parameters, in their order or by name; the rest are its defaults.
 
@@ -183,6 +195,7 @@ __all__ = [
     "Parameter",
     "Selection",
     "State",
+    "describe",
     "find",
     "make_use",
     "names",

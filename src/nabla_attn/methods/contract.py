@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -90,6 +90,25 @@ class Selection:
     finish: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
 
 
+class Calibrator(Protocol):
+    """Finds the table entry of one layer from the calls of dense runs.
+
+    A method's `calibrate(params, grid)` makes one for each layer.
+    """
+
+    def observe(
+        self,
+        q: Float[Tensor, "one heads slots dim"],
+        k: Float[Tensor, "one heads slots dim"],
+        v: Float[Tensor, "one heads slots dim"],
+        state: State,
+    ) -> None:
+        """Look at one call: tokens of the video in block order, and step and layer in `state`."""
+
+    def entry(self) -> Any:
+        """What was found, in plain JSON values."""
+
+
 Select = Callable[
     [Tensor, Tensor, TokenGrid, SimpleNamespace, State],
     Selection | Tensor,
@@ -119,6 +138,8 @@ class Method:
         keeps_constants: Whether its output is a weighted mean of values, so that constant values
             come out constant; not so with quantised values, for example.
         packs: Whether it takes several clips packed along time.
+        calibrate: For methods that need a "table": from parameters and grid to what finds the
+            entry of a layer.
         choose: For pooled methods: kept blocks of rows of probabilities that reach their targets.
         target: For pooled methods: from grid and parameters, what each row must reach.
         keep: For static methods: the mask from grid, parameters, state and device.
@@ -140,6 +161,7 @@ class Method:
     is_trainable: bool = True
     keeps_constants: bool = True
     packs: bool = True
+    calibrate: Callable[[SimpleNamespace, TokenGrid], Calibrator] | None = None
     choose: Callable[[Tensor, Tensor], Tensor] | None = None
     target: Callable[[TokenGrid, SimpleNamespace], list[float]] | None = None
     keep: Callable[[TokenGrid, SimpleNamespace, State, torch.device], Tensor] | None = None

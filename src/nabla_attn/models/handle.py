@@ -175,6 +175,11 @@ class Handle:
         return [layer for _, applied in self._models for layer in applied.planner.layers]
 
     @property
+    def model_class(self) -> str:
+        """The class of the first model."""
+        return self._models[0][1].planner.class_name
+
+    @property
     def num_layers(self) -> int:
         """The largest number of attention layers that one of the models has."""
         return max(layer.index for layer in self.layers) + 1

@@ -91,7 +91,6 @@ class Planner:
                 table or one of another model.
         """
         self.check(settings.schedule)
-        self._check_tables(settings.schedule)
         self.settings = settings
         self._matched: Any = None
         self.reuse = MapReuse(settings.schedule)
@@ -123,6 +122,7 @@ class Planner:
             model=self.class_name, layers=layers, heads=heads, version=package_version()
         )
         schedule.check_layers(layers, num_heads=heads)
+        self._check_tables(schedule)
 
     def plan(self, model: nn.Module, arguments: Mapping[str, Any]) -> None:
         """Decide for every layer what it does in this forward, in this thread."""
