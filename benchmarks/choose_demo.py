@@ -9,6 +9,7 @@ larger --count: videos in the folder are not made again.
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ def main() -> None:
     sizes = {name: getattr(defaults, name) for name in ("height", "width", "frames", "steps")}
     request = GenerationRequest("", guidance=defaults.guidance, **sizes)
     pipeline = load_pipeline("builtin")
-    prompts = []
+    prompts: list[dict[str, Any]] = []
     for seed, scene in enumerate(trained_scenes(options.count)):
         asked = replace(request, prompt=describe(scene), seed=seed)
         dense, sparse = (
