@@ -20,7 +20,6 @@ from nabla_attn.moving_shapes.scene import HELD_OUT, parse_caption
 from nabla_attn.studio.pair import FinishedVideo, Step, make_pair
 from nabla_attn.studio.session import (
     BLOCKS,
-    ESTIMATES,
     RULES,
     WINDOWS,
     Studio,
@@ -79,12 +78,11 @@ def test_controls_compose_every_kind_of_algorithm():
     assert compose_algorithm("window only", 0.7, "3-3-3", "default") == "sta-3-3-3"
     with pytest.raises(ValueError, match="needs the sides"):
         compose_algorithm("window only", 0.7, "none", "default")
-    assert compose_algorithm("top-k", 0.05, "none", "default", "first") == "topk-0.05_tail-first"
-    for rule, window, block, tail in product(RULES, WINDOWS, BLOCKS, ESTIMATES):
+    for rule, window, block in product(RULES, WINDOWS, BLOCKS):
         if (rule, window) != ("window only", "none"):
-            algorithm = compose_algorithm(rule, 0.5, window, block, tail)
+            algorithm = compose_algorithm(rule, 0.5, window, block)
             if rule != "window only":
-                assert read_controls(algorithm) == (rule, 0.5, window, block, tail)
+                assert read_controls(algorithm) == (rule, 0.5, window, block)
 
 
 def test_examples_are_what_the_built_in_model_was_trained_on():

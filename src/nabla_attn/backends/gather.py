@@ -13,7 +13,6 @@ from math import floor, log2, sqrt
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import scaled_dot_product_attention
 
 from nabla_attn.backends.scratch import Scratch
 from nabla_attn.backends.workers import for_each, num_workers
@@ -53,7 +52,8 @@ class _Bucket:
 
     rows: Tensor  # [group]
     columns: Tensor  # [group * kept]
-    bias: Tensor | None  # [group, 1, kept * block_tokens], -inf at keys that are not valid
+    key_bias: Tensor | None  # [group, 1, kept * block_tokens], -inf at keys that are not valid
+    tail_bias: Tensor | None  # [group, 1, summaries], -inf at summaries that are not shown
 
 
 class _Buckets:
@@ -79,7 +79,7 @@ class _Buckets:
         head = self._rows[row] // q_blocks
         self._columns = column + head * kv_blocks
         self._bias = _key_bias(block_map, dtype)
-        self._tail = tail
+        self._tail = None if tail is None else (tail.shown.flatten(0, 2), tail.bias.to(dtype))
         is_own = self._bias is not None and self._bias.shape[0] > kv_blocks
         self._keys = column + (head // heads) * kv_blocks if is_own else column
         max_scores = _max_scores(mask.device, dtype)
@@ -99,17 +99,15 @@ class _Buckets:
                 row, column = row + rows, column + rows * kept
 
     def bucket(self, rows: slice, columns: slice) -> _Bucket:
-        bias = None
+        key_bias = tail_bias = None
         if self._bias is not None:
-            keys = self._bias.index_select(0, self._keys[columns])
-            bias = keys.view(rows.stop - rows.start, 1, -1)
+            bias = self._bias.index_select(0, self._keys[columns])
+            key_bias = bias.view(rows.stop - rows.start, 1, -1)
         if self._tail is not None:
-            # The summaries are the last blocks of every row.
-            assert bias is not None
-            shown = self._tail.shown.flatten(0, 2).index_select(0, self._rows[rows])
-            mine = torch.where(shown, self._tail.bias, float("-inf"))
-            bias[:, 0, -mine.shape[1] :] = mine
-        return _Bucket(self._rows[rows], self._columns[columns], bias)
+            shown, bias = self._tail
+            mine = shown.index_select(0, self._rows[rows])
+            tail_bias = torch.where(mine, bias, float("-inf"))[:, None]
+        return _Bucket(self._rows[rows], self._columns[columns], key_bias, tail_bias)
 
 
 def _max_scores(device: torch.device, dtype: torch.dtype) -> int:
@@ -145,23 +143,20 @@ class _GatherAttention(torch.autograd.Function):
         has_mass = tail is not None and tail.slopes is not None
         num_summaries = 0 if tail is None else tail.bias.numel()
         mass = out.new_zeros(out.shape[:2]) if has_mass else None
-        is_fused = _prefers_fused(q) and not has_mass
 
         buckets = _Buckets(block_map, q.dtype, tail)
 
         def attend_slice(part: tuple[slice, slice], scratch: Scratch) -> None:
             bucket = buckets.bucket(*part)
             queries = _take_blocks(q_rows, bucket.rows, scratch, "queries")
-            keys = _gather(k_rows, bucket, scratch, "keys")
-            values = _gather(v_rows, bucket, scratch, "values")
-            if is_fused:
-                result = _fused_product(queries, keys, values, bucket.bias, scale)
-            else:
-                probs = _probabilities(queries, keys, bucket.bias, scale, scratch)
-                result = torch.bmm(probs, values, out=queries)
-                if mass is not None:
-                    mass.index_copy_(0, bucket.rows, probs[..., -num_summaries:].sum(dim=-1))
+            keys = _gather(k_rows, bucket, scratch, "keys or values")
+            probs = _probabilities(queries, keys, bucket, scale, scratch)
+            # The gathered keys are done with: one piece of memory stays in the cache.
+            values = _gather(v_rows, bucket, scratch, "keys or values")
+            result = torch.bmm(probs, values, out=queries)
             out.index_copy_(0, bucket.rows, result)
+            if mass is not None:
+                mass.index_copy_(0, bucket.rows, probs[..., -num_summaries:].sum(dim=-1))
 
         for_each(attend_slice, buckets.slices, q.device)
         out = out.view(q.shape)
@@ -185,8 +180,10 @@ class _GatherAttention(torch.autograd.Function):
         grad_k, grad_v = (torch.zeros_like(x, dtype=accumulate) for x in (k_rows, v_rows))
         inner = (g_rows.to(accumulate) * _as_rows(out, block).to(accumulate)).sum(-1, keepdim=True)
         if mass is not None:
-            g_mass = grad_mass.reshape(-1, block, 1)
-            inner += g_mass.to(accumulate) * mass.reshape(-1, block, 1).to(accumulate)
+            g_mass = grad_mass.reshape(-1, block, 1).to(accumulate)
+            inner += g_mass * mass.reshape(-1, block, 1).to(accumulate)
+            g_mass = (scale * g_mass).to(q.dtype)
+        inner = (scale * inner).to(q.dtype)
 
         def differentiate(heads: slice, scratch: Scratch) -> None:
             buckets = _Buckets(block_map, q.dtype, tail, heads)
@@ -196,13 +193,11 @@ class _GatherAttention(torch.autograd.Function):
                 grad = _take_blocks(g_rows, bucket.rows, scratch, "grad")
                 keys = _gather(k_rows, bucket, scratch, "keys")
                 values = _gather(v_rows, bucket, scratch, "values")
-                probs = _probabilities(queries, keys, bucket.bias, scale, scratch)
-                grad_scores = scratch.take("grad_scores", probs.shape, q.dtype)
-                torch.bmm(grad, values.transpose(1, 2), out=grad_scores)
+                probs = _probabilities(queries, keys, bucket, scale, scratch)
+                grad_scores = _scaled_product(grad, values, scale, scratch, "grad_scores")
                 if mass is not None:
                     grad_scores[..., -tail.bias.numel() :] += g_mass[bucket.rows]
-                centre = inner[bucket.rows].to(q.dtype)
-                grad_scores.sub_(centre).mul_(probs).mul_(scale)
+                grad_scores.sub_(inner[bucket.rows]).mul_(probs)
                 # The gathered values are done with: their memory takes what keys and values get.
                 share = torch.bmm(probs.transpose(1, 2), grad, out=values)
                 _scatter_add(grad_v, bucket, share, scratch)
@@ -236,39 +231,31 @@ def _gather(rows: Tensor, bucket: _Bucket, scratch: Scratch, name: str) -> Tenso
     return blocks.view(len(bucket.rows), -1, rows.shape[-1])
 
 
-def _prefers_fused(q: Tensor) -> bool:
-    """A CPU's SDPA passes over the scores while they are in its cache; in bf16 it casts them."""
-    return q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
-
-
-def _fused_product(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    scale: float,
-) -> Tensor:
-    mask = None if bias is None else bias[:, None]
-    q, k, v = (x[:, None] for x in (queries, keys, values))
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[:, 0]
-
-
 def _probabilities(
-    queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float, scratch: Scratch
+    queries: Tensor, keys: Tensor, bucket: _Bucket, scale: float, scratch: Scratch
 ) -> Tensor:
-    shape = (queries.shape[0], queries.shape[1], keys.shape[1])
-    scores = scratch.take("scores", shape, queries.dtype)
-    start = scores if bias is None else bias.expand(shape)
-    beta = 0 if bias is None else 1
+    """[group, block tokens, kept * block tokens]: every query's probabilities of its keys."""
+    scores = _scaled_product(queries, keys, scale, scratch, "scores")
+    if bucket.key_bias is not None:
+        scores.add_(bucket.key_bias)
+    if bucket.tail_bias is not None:
+        # The summaries are the last keys of every row.
+        scores[..., -bucket.tail_bias.shape[-1] :].add_(bucket.tail_bias)
+    # A CPU reads a whole row before it writes it, so a row's scores can turn into probabilities.
+    is_in_place = scores.device.type == "cpu"
+    probs = scores if is_in_place else scratch.take("probs", tuple(scores.shape), scores.dtype)
+    return torch.softmax(scores, dim=-1, out=probs)
+
+
+def _scaled_product(
+    queries: Tensor, keys: Tensor, scale: float, scratch: Scratch, name: str
+) -> Tensor:
+    """[group, queries, keys]: scale * queries @ keysᵀ, valid until the name is taken again."""
     # A CPU rounds to fp16, which ends at 65,504, before alpha scales: a power of two goes first.
     early = 2.0 ** floor(log2(abs(scale))) if queries.dtype == torch.float16 and scale else 1.0
     queries = queries if early == 1 else queries.mul(early)
-    alpha = scale / early
-    torch.baddbmm(start, queries, keys.transpose(1, 2), beta=beta, alpha=alpha, out=scores)
-    # A CPU reads a whole row before it writes it, so a row's scores can turn into probabilities.
-    is_in_place = scores.device.type == "cpu"
-    probs = scores if is_in_place else scratch.take("probs", shape, queries.dtype)
-    return torch.softmax(scores, dim=-1, out=probs)
+    out = scratch.take(name, (*queries.shape[:2], keys.shape[1]), queries.dtype)
+    return torch.baddbmm(out, queries, keys.mT, beta=0, alpha=scale / early, out=out)
 
 
 def _scatter_add(total: Tensor, bucket: _Bucket, grad: Tensor, scratch: Scratch) -> None:

@@ -92,7 +92,7 @@ def build_tail(
         values=pad(values, (0, 0, 0, missing)),
         bias=pad(counts.to(keys.dtype).log(), (0, missing)),
         shown=pad(shown, (0, missing)),
-        slopes=_slopes(k, v, values, layout) if kind == "first" else None,
+        slopes=_slopes(k, v, keys, values, layout) if kind == "first" else None,
         clips=_clips(layout, k.device),
     )
 
@@ -113,17 +113,9 @@ def with_summaries(
     """
     k, v = (torch.cat([x, y.to(x.dtype)], dim=2) for x, y in ((k, tail.keys), (v, tail.values)))
     num_slots, valid = tail.bias.numel(), block_map.kv_valid
-    if valid is None:
-        valid = tail.shown.new_ones(1, k.shape[2] - num_slots)
-    return (
-        k,
-        v,
-        replace(
-            block_map,
-            mask=pad_true(block_map.mask, num_slots // block_map.block_tokens),
-            kv_valid=pad_true(valid, num_slots),
-        ),
-    )
+    mask = pad_true(block_map.mask, num_slots // block_map.block_tokens)
+    valid = None if valid is None else pad_true(valid, num_slots)
+    return k, v, replace(block_map, mask=mask, kv_valid=valid)
 
 
 def pad_true(x: Bool[Tensor, "*rows columns"], count: int) -> Bool[Tensor, "*rows more_columns"]:
@@ -198,7 +190,7 @@ def _means(x: Tensor, counts: Tensor) -> Tensor:
 
 
 def _slopes(
-    k: Tensor, v: Tensor, means: Tensor, layout: TokenLayout
+    k: Tensor, v: Tensor, mean_k: Tensor, mean_v: Tensor, layout: TokenLayout
 ) -> Float[Tensor, "batch heads clips dim dim"]:
     """The mean of k (v - v̄)ᵀ over each clip's tokens; empty slots add nothing, as k is zero there.
 
@@ -206,22 +198,31 @@ def _slopes(
     would not fit fp16.
     """
     block = layout.grid.block.tokens
-    dtype = k.dtype if k.dtype == torch.bfloat16 else means.dtype
+    dtype = k.dtype if k.dtype == torch.bfloat16 else mean_v.dtype
+    counts = block_order(layout, k.device).counts[: layout.grid.num_blocks, None]
     per_time = layout.grid.num_blocks // layout.grid.blocks[0]
-    slots = [times * per_time * block for times in layout.grid.segment_blocks]
     per_frame = layout.grid.height * layout.grid.width
+    blocks = [times * per_time for times in layout.grid.segment_blocks]
+    tokens = [frames * per_frame for frames in layout.grid.segment_frames]
     heads = max(1, PANEL_VALUES // max(1, v[:, 0].numel()))
     parts = []
-    for some in zip(k.split(heads, 1), v.split(heads, 1), means.split(heads, 1), strict=True):
-        keys, values, centre = some
-        values = values[:, :, : layout.grid.num_slots].unflatten(2, (-1, block))
-        values = (values - centre[..., None, :]).to(dtype).flatten(2, 3)
-        keys = keys[:, :, : layout.grid.num_slots].to(dtype)
-        clips = zip(keys.split(slots, 2), values.split(slots, 2), strict=True)
-        sums = [(x.transpose(-1, -2) @ y).to(means.dtype) for x, y in clips]
-        parts.append(torch.stack(sums, dim=2))
-    frames = torch.tensor(layout.grid.segment_frames, dtype=means.dtype, device=k.device)
-    return torch.cat(parts, dim=1) / (frames * per_frame)[:, None, None]
+    for some in zip(*(x.split(heads, 1) for x in (k, v, mean_k, mean_v)), strict=True):
+        keys, values = (x[:, :, : layout.grid.num_slots].to(dtype) for x in some[:2])
+        centre = some[3].to(dtype)
+        away = (values.unflatten(2, (-1, block)) - centre[..., None, :]).flatten(2, 3)
+        sums = _products(keys, away, [count * block for count in blocks])
+        if dtype != mean_v.dtype:
+            # What rounding did to the centres of the blocks.
+            off = _products(some[2] * counts, centre - some[3], blocks)
+            sums = [x.to(mean_v.dtype) + y for x, y in zip(sums, off, strict=True)]
+        parts.append(torch.stack([x / n for x, n in zip(sums, tokens, strict=True)], dim=2))
+    return torch.cat(parts, dim=1)
+
+
+def _products(x: Tensor, y: Tensor, lengths: list[int]) -> list[Tensor]:
+    """xᵀ y over each of the pieces along the rows."""
+    pieces = zip(x.split(lengths, 2), y.split(lengths, 2), strict=True)
+    return [left.mT @ right for left, right in pieces]
 
 
 def _clips(layout: TokenLayout, device: torch.device) -> Int[Tensor, " q_blocks"]:
