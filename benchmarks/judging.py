@@ -71,7 +71,7 @@ def judge_prompts(
         if index < len(prompts):
             continue
         asked = replace(request, prompt=describe(scene), seed=index)
-        video, numbers = _make(pipeline, asked, videos)
+        video, numbers = make_video(pipeline, asked, videos)
         prompts.append({"prompt": describe(scene), "right": score(video, scene)} | numbers)
         if path is not None:
             _record(config, pipeline, prompts).save(path)
@@ -79,10 +79,16 @@ def judge_prompts(
     return _record(config, pipeline, prompts[:count])
 
 
-def _make(
+def make_video(
     pipeline: Any, request: GenerationRequest, videos: Path | None
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """The frames of a request, and its density and seconds, from the folder where it has them."""
+    """The frames of a request, and its density and seconds.
+
+    Args:
+        pipeline: A text-to-video pipeline of diffusers.
+        request: The video to make.
+        videos: The folder where frames are kept by seed, and taken from where it has them.
+    """
     path = None if videos is None else videos / f"{request.seed:04d}.npz"
     if path is not None and path.exists():
         with np.load(path) as kept:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from nabla_attn import Schedule, parse
+from nabla_attn.config import TAILS
 
 from .forward import Settings, make_wrapper
 from .override import OVERRIDE, PREVIOUS, nabla_override
@@ -12,6 +13,7 @@ from .override import OVERRIDE, PREVIOUS, nabla_override
 # Classes of ComfyUI's diffusion models; variants (VACE, Animate, ...) derive from them.
 SUPPORTED = {"WanModel": "Wan", "Kandinsky5": "Kandinsky 5"}
 _KEY = "nabla_attn"
+AS_WRITTEN = "as in algorithm"
 
 
 class NablaAttention:
@@ -36,7 +38,8 @@ class NablaAttention:
                 "dense_first_steps": ("INT", {"default": -1, "min": -1, **count}),
                 "min_tokens": ("INT", {"default": 0, "min": 0, **count}),
                 "keep_first_frame": ("BOOLEAN", {"default": False}),
-            }
+            },
+            "optional": {"tail": ([AS_WRITTEN, *TAILS], {"default": AS_WRITTEN})},
         }
 
     @classmethod
@@ -58,6 +61,7 @@ class NablaAttention:
         dense_first_steps: int = -1,
         min_tokens: int = 0,
         keep_first_frame: bool = False,
+        tail: str = AS_WRITTEN,
     ) -> tuple[Any]:
         """Return a patched clone; settings of an earlier patch are replaced.
 
@@ -70,6 +74,8 @@ class NablaAttention:
                 choice, 12 for a window alone and 0 otherwise.
             min_tokens: Number of video tokens below which attention stays dense.
             keep_first_frame: Whether every block attends the first frame.
+            tail: How dropped blocks are estimated, "mean" or "first"; `AS_WRITTEN` is the
+                algorithm's own choice.
 
         Raises:
             ValueError: The algorithm or model is unknown, or the percents are out of order.
@@ -79,6 +85,8 @@ class NablaAttention:
         config = parse(algorithm)
         if keep_first_frame and not config.is_dense:
             config = replace(config, keep_first_frame=True)
+        if tail != AS_WRITTEN and not config.is_dense:
+            config = replace(config, tail=tail)
         schedule = Schedule.default(config)
         if dense_first_steps >= 0:
             schedule = replace(schedule, dense_first_steps=dense_first_steps)

@@ -197,6 +197,17 @@ def test_a_reference_frame_belongs_to_the_grid(node, wan):
         assert torch.equal(call[3], wanted)
 
 
+@pytest.mark.parametrize("tail", ["mean", "first"])
+def test_a_tail_is_an_input_and_a_part_of_the_algorithm(node, wan, tail):
+    x, context = latents()
+    written = f"nabla-0.5_tail-{tail}"
+    for patched in (*node.apply(wan, "nabla-0.5", tail=tail), *node.apply(wan, written)):
+        _, calls = patched.sample_step(x, context)
+        for call in calls:
+            assert torch.equal(call[3], expected(call, (3, 16, 24), written))
+            assert not torch.equal(call[3], expected(call, (3, 16, 24), "nabla-0.5"))
+
+
 def test_a_model_that_never_asks_is_logged(node, wan, monkeypatch, caplog):
     monkeypatch.setattr(comfy, "optimized_attention", comfy.attention)
     node.apply(wan, "nabla-0.5")[0].sample_step(*latents())
@@ -243,7 +254,8 @@ def test_errors_are_shown_as_they_are(node, wan):
 
 
 def test_inputs_of_the_node_are_the_arguments_of_apply(node):
-    names = node.INPUT_TYPES()["required"]
+    inputs = node.INPUT_TYPES()
+    names = inputs["required"] | inputs["optional"]
     defaults = {name: spec[1]["default"] for name, spec in names.items() if len(spec) > 1}
     code = node.apply.__code__
     assert list(names) == list(code.co_varnames[1 : code.co_argcount])

@@ -53,6 +53,7 @@ NOT_RUN = {
     "nabla evaluate --num-prompts 64": "the whole study",
     "nabla evaluate pack": "packs the whole study; tests/evaluation",
     "nabla report benchmarks/results": "reads the whole study; tests/viz",
+    "nabla calibrate --speed-up": "times this machine; tests/calibrate",
     "nabla bench": "takes minutes; tests/bench",
 }
 
@@ -185,6 +186,9 @@ def small(words, model):
             text += f" --model {model}"
     if has_options:
         text += f" {ADDED[verb]}"
+        if "calibrate/schedule.json" in text:
+            # Of the size that it was calibrated for.
+            text += " --frames 53"
     if verb == "train" and "data.folder" not in text:
         text += f" {WORLD}"
     return shlex.split(text)

@@ -20,6 +20,7 @@ from nabla_attn.moving_shapes.scene import HELD_OUT, parse_caption
 from nabla_attn.studio.pair import FinishedVideo, Step, make_pair
 from nabla_attn.studio.session import (
     BLOCKS,
+    ESTIMATES,
     RULES,
     WINDOWS,
     Studio,
@@ -78,11 +79,12 @@ def test_controls_compose_every_kind_of_algorithm():
     assert compose_algorithm("window only", 0.7, "3-3-3", "default") == "sta-3-3-3"
     with pytest.raises(ValueError, match="needs the sides"):
         compose_algorithm("window only", 0.7, "none", "default")
-    for rule, window, block in product(RULES, WINDOWS, BLOCKS):
+    assert compose_algorithm("top-k", 0.05, "none", "default", "first") == "topk-0.05_tail-first"
+    for rule, window, block, tail in product(RULES, WINDOWS, BLOCKS, ESTIMATES):
         if (rule, window) != ("window only", "none"):
-            algorithm = compose_algorithm(rule, 0.5, window, block)
+            algorithm = compose_algorithm(rule, 0.5, window, block, tail)
             if rule != "window only":
-                assert read_controls(algorithm) == (rule, 0.5, window, block)
+                assert read_controls(algorithm) == (rule, 0.5, window, block, tail)
 
 
 def test_examples_are_what_the_built_in_model_was_trained_on():

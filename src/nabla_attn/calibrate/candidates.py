@@ -1,14 +1,18 @@
-"""The algorithms that layers may use, what each loses in a layer, and the choice of one."""
+"""The algorithms that heads may use, and what each keeps and loses in each step, layer and head."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from nabla_attn.config import DENSE, SparseConfig, parse
+from nabla_attn.core.block_map import BlockMap
 from nabla_attn.core.losses import measure_losses
-from nabla_attn.cost.choose import choose
+from nabla_attn.files import whole_file
 from nabla_attn.models import AttentionCall
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -35,17 +39,76 @@ def read_candidates(texts: Iterable[str]) -> list[SparseConfig]:
 
 @dataclass(frozen=True)
 class CandidateLosses:
-    """Means over steps, calls and heads, float64 [layers, candidates].
+    """Means over calls, float64 [steps, layers, heads, candidates].
 
     Where a rule of the schedule keeps a layer dense in a step, all candidates count as dense.
 
     Attributes:
-        density: Kept token pairs over all.
+        density: Scores computed over all pairs of tokens: kept pairs, and summaries of a tail.
         error: Distance of the sparse from the exact output over the length of the latter.
+        noise: Squared distance of the head's output over the squared length of the layer's: what
+            the head's error is in what the layer gives on.
     """
 
     density: np.ndarray
     error: np.ndarray
+    noise: np.ndarray
+
+    def save(self, path: Path) -> None:
+        """Write the losses as fp32 safetensors, whole or not at all."""
+        from safetensors.numpy import save_file
+
+        with whole_file(path) as temporary:
+            save_file(
+                {name: x.astype(np.float32) for name, x in asdict(self).items()}, str(temporary)
+            )
+
+    @classmethod
+    def load(cls, path: Path) -> "CandidateLosses":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: The file is missing or holds something else.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            found = load_file(str(path))
+            return cls(**{name: x.astype(np.float64) for name, x in found.items()})
+        except (OSError, SafetensorError, TypeError) as error:
+            raise ValueError(f"{path} holds no losses of candidates ({error}).") from None
+
+
+def mean_losses(losses: Sequence[CandidateLosses]) -> CandidateLosses:
+    """The means of several prompts' losses."""
+    names = ("density", "error", "noise")
+    return CandidateLosses(
+        *(np.mean([getattr(each, name) for each in losses], axis=0) for name in names)
+    )
+
+
+@dataclass(frozen=True)
+class SeenCalls:
+    """What the attention calls of a run were, as far as their seconds depend on it.
+
+    Attributes:
+        calls: Calls of a layer over the whole run.
+        batch: Samples of a call.
+        heads: Heads of a layer.
+        dim: Dimension of a head.
+        text: Text tokens in front of and behind the video.
+        tokens: Video tokens along (frames, height, width).
+        dtype: Type of the queries.
+    """
+
+    calls: int
+    batch: int
+    heads: int
+    dim: int
+    text: tuple[int, int]
+    tokens: tuple[int, int, int]
+    dtype: str
 
 
 class CandidateProbe:
@@ -66,100 +129,65 @@ class CandidateProbe:
         self._candidates = candidates
         self._num_steps = num_steps
         self._num_rows = num_rows
+        self._seen: AttentionCall | None = None
 
     def attach(self, handle: Any) -> None:
         """Observe all layers of a handle."""
-        layers = handle.num_layers
-        self._sums = np.zeros((2, self._num_steps, layers, len(self._candidates)))
-        self._calls = np.zeros((self._num_steps, layers, 1))
+        shape = (self._num_steps, handle.num_layers, handle.num_heads)
+        self._sums = np.zeros((3, *shape, len(self._candidates)))
+        self._calls = np.zeros((*shape, 1))
         handle.observe(self._observe)
 
     def losses(self) -> CandidateLosses:
         """The means of the run."""
         means = self._sums / self._calls.clip(min=1)
-        for mean, dense in zip(means, (1.0, 0.0), strict=True):
+        for mean, dense in zip(means, (1.0, 0.0, 0.0), strict=True):
             mean[self._calls[..., 0] == 0] = dense
-        return CandidateLosses(*means.mean(axis=1))
+        return CandidateLosses(*means)
+
+    def seen(self) -> SeenCalls:
+        """What the calls were.
+
+        Raises:
+            ValueError: The schedule kept everything dense.
+        """
+        if self._seen is None:
+            raise ValueError("nothing was sparse: the schedule keeps every step and layer dense.")
+        batch, heads, _, dim = self._seen.q.shape
+        layout = self._seen.layout
+        return SeenCalls(
+            calls=int(self._calls.sum(axis=0).max()),
+            batch=batch,
+            heads=heads,
+            dim=dim,
+            text=(layout.text_before, layout.text_after),
+            tokens=(layout.grid.frames, layout.grid.height, layout.grid.width),
+            dtype=str(self._seen.q.dtype).removeprefix("torch."),
+        )
 
     def _observe(self, seen: AttentionCall) -> None:
-        step, index = seen.step, seen.layer
+        step, index, heads = seen.step, seen.layer, seen.q.shape[1]
         assert step is not None
+        self._seen = seen
+        place = (slice(None), step, index, slice(heads))
         for number, config in enumerate(self._candidates):
-            density, error = 1.0, 0.0
+            found = np.stack([np.ones(heads), np.zeros(heads), np.zeros(heads)])
             if not config.is_dense:
                 call = seen.last_sample(config)
                 # The same tokens for all candidates, so that they differ in nothing else.
                 lost = measure_losses(call, num_rows=self._num_rows, seed=step * 1000 + index)
-                density, error = call.block_map.density, lost.output_error.mean().item()
-            self._sums[:, step, index, number] += density, error
-        self._calls[step, index] += 1
+                length = lost.squared_length.sum().clamp(min=torch.finfo(torch.float32).tiny)
+                density = call.block_map.head_density[0].cpu()
+                if config.tail is not None:
+                    density = density + _summaries(call.block_map, call.layout.grid.num_blocks)
+                noise = lost.squared_distance / length
+                found = torch.stack([density, lost.output_error, noise]).double().numpy()
+            self._sums[(*place, number)] += found
+        self._calls[step, index, :heads] += 1
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Algorithms of layers, and what they keep and lose, means over layers.
-
-    Attributes:
-        layers: The algorithm of each layer.
-        density: Kept token pairs over all.
-        error: Relative error of attention's output.
-    """
-
-    layers: tuple[SparseConfig, ...]
-    density: float
-    error: float
-
-
-def choose_within(
-    losses: CandidateLosses,
-    candidates: Sequence[SparseConfig],
-    *,
-    density: float | None = None,
-    error: float | None = None,
-) -> Choice:
-    """The least error at no more than a density, or the least density at no more than an error.
-
-    Args:
-        losses: What was measured.
-        candidates: The algorithms of its last axis.
-        density: The budget; or
-        error: The budget.
-
-    Raises:
-        ValueError: Not one budget, or nothing stays within it; the least that can be is named.
-    """
-    if (density is None) == (error is None):
-        raise ValueError("pass one budget: a density or an error.")
-    if density is not None:
-        picked = _least(losses.error, losses.density, density, "density")
-    else:
-        picked = _least(losses.density, losses.error, error, "error")
-    return _choice(losses, candidates, picked)
-
-
-def one_for_all(losses: CandidateLosses, candidates: Sequence[SparseConfig]) -> list[Choice]:
-    """Each candidate in all layers: what a choice by layer is to be compared with."""
-    layers, count = losses.density.shape
-    return [_choice(losses, candidates, np.full(layers, number)) for number in range(count)]
-
-
-def _least(cost: np.ndarray, spent: np.ndarray, budget: float | None, name: str) -> np.ndarray:
-    """A candidate for each layer: the smallest mean cost, exactly, at a mean spent in budget."""
-    least = spent.min(axis=1).mean()
-    if budget is None or not budget >= least:
-        raise ValueError(
-            f"a mean {name} of {budget} is not possible: these algorithms reach {least:.4g}. "
-            "Ask for more, or pass others."
-        )
-    return choose(cost, spent, budget * len(spent))
-
-
-def _choice(
-    losses: CandidateLosses, candidates: Sequence[SparseConfig], picked: np.ndarray
-) -> Choice:
-    layers = np.arange(len(picked))
-    return Choice(
-        tuple(candidates[number] for number in picked),
-        float(losses.density[layers, picked].mean()),
-        float(losses.error[layers, picked].mean()),
-    )
+def _summaries(block_map: BlockMap, num_blocks: int) -> Tensor:
+    """Scores of the summaries of dropped blocks / all token pairs, fp32 [heads]."""
+    dropped = (~block_map.mask[0, :, :, :num_blocks]).sum(dim=-1)
+    pairs = block_map.q_counts.sum() * block_map.kv_counts[0].sum()
+    return ((dropped * block_map.q_counts).sum(dim=-1) / pairs).float().cpu()

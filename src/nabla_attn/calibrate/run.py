@@ -1,6 +1,5 @@
 """Calibration: prompts -> losses, kept on disk -> schedule."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -9,17 +8,33 @@ from typing import Any
 
 import numpy as np
 
-from nabla_attn.calibrate.candidates import CandidateLosses, CandidateProbe, Choice
+from nabla_attn.calibrate.candidates import (
+    CandidateLosses,
+    CandidateProbe,
+    SeenCalls,
+    mean_losses,
+)
+from nabla_attn.calibrate.units import to_schedule
+from nabla_attn.calibrated_for import CalibratedFor
 from nabla_attn.config import SparseConfig, parse
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import model_identity
-from nabla_attn.generation.request import GenerationRequest
+from nabla_attn.generation.request import GenerationRequest, video_tokens
 from nabla_attn.progress import ProgressCallback
 from nabla_attn.record import RunRecord, check_settings
 from nabla_attn.schedule import Schedule
+from nabla_attn.sizes import denoisers
 
 EVERYTHING = "nabla-1"
 """Keeps every block in a sparse call, which observers see."""
+
+KIND = "calibrate-heads"
+Progress = Callable[[str], ProgressCallback]
+
+
+def no_progress(label: str) -> ProgressCallback:
+    """Tell nobody about a run's stages."""
+    return lambda *stage: None
 
 
 @dataclass(frozen=True)
@@ -29,12 +44,13 @@ class Calibration:
     Attributes:
         pipeline: A text-to-video pipeline.
         request: The runs; prompt and algorithm are replaced, rules of its schedule stay.
-        candidates: Algorithms that layers may use.
-        folder: A record for each prompt; those that are there are not measured again.
+        candidates: Algorithms that heads may use.
+        folder: A record and a file of losses for each prompt; those that are there are not
+            measured again.
         num_rows: Query tokens sampled per attention call.
 
     Raises:
-        ValueError: The request's schedule has overrides, which calibration is to find.
+        ValueError: The request's schedule has overrides or rules, which calibration is to find.
     """
 
     pipeline: Any
@@ -45,19 +61,16 @@ class Calibration:
 
     def __post_init__(self) -> None:
         rules = self.request.schedule
-        if rules is not None and (rules.layer_overrides or rules.step_overrides):
+        if rules and (rules.layer_overrides or rules.step_overrides or rules.rules):
             raise ValueError("the schedule has overrides, which calibration is to find: drop them.")
 
     @cached_property
-    def _identity(self) -> dict[str, str | None]:
-        # Once: it reads files of the model, and every record is held against it.
+    def identity(self) -> dict[str, str | None]:
+        """What the videos depend on besides the request; read once, as it reads the model."""
         return model_identity(self.pipeline)
 
     def measure(
-        self,
-        prompts: Sequence[str],
-        *,
-        progress: Callable[[str], ProgressCallback] = lambda label: lambda *stage: None,
+        self, prompts: Sequence[str], *, progress: Progress = no_progress
     ) -> CandidateLosses:
         """Make a video of each prompt with everything kept, and measure candidates on the way.
 
@@ -66,45 +79,74 @@ class Calibration:
             progress: From a prompt to what is told about the stages of its run.
 
         Raises:
-            ValueError: A record in the folder was made with other settings.
+            ValueError: A record in the folder was made with other settings, or by a version that
+                measured less.
         """
-        records = [self._record(index, text, progress) for index, text in enumerate(prompts)]
-        means = (
-            np.mean([record.numbers[name] for record in records], axis=0)
-            for name in ("density", "error")
-        )
-        return CandidateLosses(*means)
+        for index, text in enumerate(prompts):
+            self._record(index, text, progress)
+        return mean_losses([CandidateLosses.load(self._losses(i)) for i in range(len(prompts))])
 
-    def schedule(self, choice: Choice) -> Schedule:
-        """The schedule of a choice, with the rules of the request's own."""
-        algorithm = Counter(choice.layers).most_common(1)[0][0]
-        others = {i: config for i, config in enumerate(choice.layers) if config != algorithm}
-        return replace(self._rules(algorithm), layer_overrides=others)
+    def seen(self) -> SeenCalls:
+        """What the calls of the first prompt's run were, once it is measured."""
+        values = dict(RunRecord.load(self._path(0)).numbers["calls"])
+        return SeenCalls(**values | {name: tuple(values[name]) for name in ("text", "tokens")})
 
-    def _record(
-        self, index: int, prompt: str, progress: Callable[[str], ProgressCallback]
-    ) -> RunRecord:
-        path = self.folder / f"p{index:04d}.json"
-        run = replace(
-            self.request,
-            prompt=prompt,
-            sparse_algo=EVERYTHING,
-            schedule=self._rules(parse(EVERYTHING)),
+    def schedule(self, picked: np.ndarray) -> Schedule:
+        """The schedule of a choice, with the rules of the request's own, and what it is good for.
+
+        Args:
+            picked: Index of the candidate, [steps, layers, heads].
+        """
+        _, layers, heads = picked.shape
+        made_for = CalibratedFor(
+            model=type(denoisers(self.pipeline)[0]).__name__,
+            layers=layers,
+            heads=heads,
+            tokens=video_tokens(self.pipeline, self.request),
+            steps=self.request.steps,
         )
-        settings = run.to_dict() | self._identity
+        schedule = to_schedule(picked, self.candidates, self.request.schedule)
+        return replace(schedule, calibrated_for=made_for)
+
+    def run_of(self, prompt: str, schedule: Schedule | None) -> GenerationRequest:
+        """The request of a prompt under a schedule; None is dense."""
+        algorithm = "dense" if schedule is None else str(schedule.algorithm)
+        return replace(self.request, prompt=prompt, sparse_algo=algorithm, schedule=schedule)
+
+    def settings_of(self, run: GenerationRequest) -> dict[str, Any]:
+        """What a record of a run holds, and is held against when it is found again."""
+        return run.to_dict() | self.identity
+
+    def base(self, algorithm: SparseConfig) -> Schedule:
+        """The rules of the request with an algorithm."""
+        if self.request.schedule is None:
+            return Schedule(algorithm=algorithm)
+        return replace(self.request.schedule, algorithm=algorithm)
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"p{index:04d}.json"
+
+    def _losses(self, index: int) -> Path:
+        return self._path(index).with_suffix(".safetensors")
+
+    def _record(self, index: int, prompt: str, progress: Progress) -> None:
+        path = self._path(index)
+        run = self.run_of(prompt, self.base(parse(EVERYTHING)))
+        settings = self.settings_of(run)
         settings |= {"candidates": list(map(str, self.candidates)), "num_rows": self.num_rows}
         if path.is_file():
-            return check_settings(path, settings)
+            if RunRecord.load(path).kind != KIND:
+                raise ValueError(
+                    f"{path} was measured by layer, without heads and steps. Choose another "
+                    "--output, or remove the folder to measure again."
+                )
+            check_settings(path, settings)
+            return
         probe = CandidateProbe(self.candidates, run.steps, num_rows=self.num_rows)
         _, record = generate(
             self.pipeline, run, on_progress=progress(prompt), on_apply=probe.attach
         )
-        numbers = {name: np.round(x, 6).tolist() for name, x in asdict(probe.losses()).items()}
-        record = replace(record, kind="calibrate", config=settings, numbers=numbers)
-        record.save(path)
-        return record
-
-    def _rules(self, algorithm: SparseConfig) -> Schedule:
-        if self.request.schedule is None:
-            return Schedule(algorithm=algorithm)
-        return replace(self.request.schedule, algorithm=algorithm)
+        # The record goes last: with it, the prompt is measured.
+        probe.losses().save(self._losses(index))
+        numbers = {"calls": asdict(probe.seen())}
+        replace(record, kind=KIND, config=settings, numbers=numbers).save(path)

@@ -63,11 +63,15 @@ class MapLosses:
             hold: no map of this density keeps more.
         output_error: Distance of the sparse output, tail included, from the exact one over the
             length of the latter.
+        squared_distance: That distance squared, not divided.
+        squared_length: The squared length of the exact output.
     """
 
     true_mass: Tensor
     best_mass: Tensor
     output_error: Tensor
+    squared_distance: Tensor
+    squared_length: Tensor
 
 
 @torch.no_grad()
@@ -118,7 +122,7 @@ def measure_losses(call: BlockCall, *, num_rows: int = 16, seed: int = 0) -> Map
 
 def _losses(
     probs: Tensor, v: Tensor, kept: Tensor, block: int, sparse: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Means over rows of probs [heads, rows, slots]; kept [heads, rows, blocks].
 
     The sparse output [heads, rows, dim] is given where there is a tail.
@@ -134,8 +138,10 @@ def _losses(
     if sparse is None:
         held = probs * kept.repeat_interleave(block, dim=-1)
         sparse = held @ v / true_mass.clamp(min=tiny)[..., None]
-    error = (sparse - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=tiny)
-    return true_mass.mean(dim=-1), best_mass.mean(dim=-1), error.mean(dim=-1)
+    distance, length = (sparse - exact).norm(dim=-1), exact.norm(dim=-1)
+    error = distance / length.clamp(min=tiny)
+    values = (true_mass, best_mass, error, distance.square(), length.square())
+    return tuple(value.mean(dim=-1) for value in values)
 
 
 def _sample_slots(layout: TokenLayout, count: int, seed: int, device: Any) -> Tensor:

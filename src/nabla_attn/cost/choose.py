@@ -58,14 +58,16 @@ def _solve(
     costs: np.ndarray, spent: np.ndarray, is_option: np.ndarray, budget: float
 ) -> "NDArray[np.intp]":
     from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import eye, kron
 
     units, options = costs.shape
+    is_option = is_option & ~_is_dominated(costs, spent)
     costs = np.where(is_option, costs, 0.0)
     spent = np.where(is_option, spent, 0.0)
     # Scaled so that the solver's absolute tolerances (1e-6) are far below any difference.
     cost_scale = (np.abs(costs).max() or 1.0) / 1e4
     spent_scale = spent.max() or 1.0
-    one_each = LinearConstraint(np.kron(np.eye(units), np.ones(options)), 1, 1)
+    one_each = LinearConstraint(kron(eye(units), np.ones((1, options)), format="csr"), 1, 1)
     bounds = Bounds(0, is_option.ravel().astype(float))
     limit = budget / spent_scale
     row = spent.reshape(1, -1) / spent_scale
@@ -86,3 +88,17 @@ def _solve(
         # The solver's tolerance let a choice through that is over the budget by less than 1e-6.
         limit -= max(over / spent_scale, 1e-7)
     return np.where(is_option, spent, np.inf).argmin(axis=1)
+
+
+def _is_dominated(costs: np.ndarray, spent: np.ndarray) -> np.ndarray:
+    """Options beside one that costs and spends no more, and is better in one or comes first."""
+    units, options = costs.shape
+    # By spending, then cost, then place: what follows a smaller or equal cost is dominated.
+    order = np.lexsort((np.broadcast_to(np.arange(options), costs.shape), costs, spent), axis=1)
+    sorted_costs = np.take_along_axis(costs, order, axis=1)
+    before = np.minimum.accumulate(sorted_costs, axis=1)
+    late = np.zeros((units, options), bool)
+    late[:, 1:] = sorted_costs[:, 1:] >= before[:, :-1]
+    found = np.zeros_like(late)
+    np.put_along_axis(found, order, late, axis=1)
+    return found

@@ -146,6 +146,7 @@ class StageClock:
         device: The device on which the pipeline runs; a GPU is waited for at each reading.
         num_steps: Number of denoising steps of the call.
         on_progress: Called at every stage and step.
+        clock: The clock.
     """
 
     def __init__(
@@ -153,7 +154,9 @@ class StageClock:
         device: torch.device,
         num_steps: int,
         on_progress: ProgressCallback = ignore_progress,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        self._clock = clock
         self._device = device
         self._num_steps = num_steps
         self._on_progress = on_progress
@@ -211,4 +214,4 @@ class StageClock:
     def _read(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+        return self._clock()

@@ -141,9 +141,10 @@ def _look(frame: NDArray, background: NDArray) -> _Frame:
     labels, _ = ndimage.label(mask)
     spots, taken = [], np.zeros_like(mask)
     for index, box in enumerate(ndimage.find_objects(labels), start=1):
-        seen = labels[box] == index
-        inside = ndimage.binary_fill_holes(seen)
-        if inside.sum() < MIN_AREA * mask.size or inside.size > MAX_BOX * mask.size:
+        if not MIN_AREA <= labels[box].size / mask.size <= MAX_BOX:
+            continue
+        inside = ndimage.binary_fill_holes(labels[box] == index)
+        if inside.sum() < MIN_AREA * mask.size:
             continue
         taken[box] |= inside
         spots.append(_look_at_spot(frame, labels == index, box, inside))

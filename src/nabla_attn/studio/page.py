@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from nabla_attn.config import grammar
 from nabla_attn.studio.session import (
     BLOCKS,
+    ESTIMATES,
     RULES,
     WINDOWS,
     LoadPipeline,
@@ -113,14 +114,17 @@ def _add_controls(gradio: Any, algorithm: str) -> list[Any]:
         with gradio.Row():
             window = gradio.Dropdown(list(WINDOWS), value=values[2], label="Window, in blocks")
             block = gradio.Dropdown(list(BLOCKS), value=values[3], label="Block, in tokens")
-    return [rule, number, window, block]
+            tail = gradio.Dropdown(
+                list(ESTIMATES), value=values[4], label="Tail: how dropped blocks are estimated"
+            )
+    return [rule, number, window, block, tail]
 
 
-def _compose(rule: str, number: float, window: str, block: str) -> str:
+def _compose(rule: str, number: float, window: str, block: str, tail: str) -> str:
     import gradio
 
     try:
-        return compose_algorithm(rule, number, window, block)
+        return compose_algorithm(rule, number, window, block, tail)
     except ValueError as error:
         raise gradio.Error(str(error)) from error
 

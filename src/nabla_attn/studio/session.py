@@ -9,7 +9,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from nabla_attn.config import parse
+from nabla_attn.config import TAILS, parse
 from nabla_attn.evaluation.metrics import measure_fidelity
 from nabla_attn.generation.pipeline import model_directory
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults
@@ -23,12 +23,16 @@ RULES = ("NABLA", "top-k", "window only")
 NO_WINDOW, MODEL_BLOCK = "none", "default"
 WINDOWS = (NO_WINDOW, "3-3-3", "5-5-5", "11-3-3")
 BLOCKS = (MODEL_BLOCK, "1-8-8", "1-16-16", "2-8-8", "4-4-4")
+NO_TAIL = "none"
+ESTIMATES = (NO_TAIL, *TAILS)
 
 LoadPipeline = Callable[[str, Sequence[str]], Any]
 """Loads the pipeline of a model with adapters."""
 
 
-def compose_algorithm(rule: str, number: float, window: str, block: str) -> str:
+def compose_algorithm(
+    rule: str, number: float, window: str, block: str, tail: str = NO_TAIL
+) -> str:
     """Return the algorithm string that the page's controls stand for.
 
     Args:
@@ -36,6 +40,7 @@ def compose_algorithm(rule: str, number: float, window: str, block: str) -> str:
         number: Threshold of NABLA, or share of top-k.
         window: One of `WINDOWS`.
         block: One of `BLOCKS`.
+        tail: One of `ESTIMATES`, how dropped blocks are estimated.
 
     Raises:
         ValueError: The controls fit no algorithm.
@@ -47,10 +52,11 @@ def compose_algorithm(rule: str, number: float, window: str, block: str) -> str:
     kept = {"NABLA": [f"nabla-{number:g}"], "top-k": [f"topk-{number:g}"]}.get(rule, [])
     sides = [] if window == NO_WINDOW else [f"sta-{window}"]
     shape = [] if block == MODEL_BLOCK else [f"block-{block}"]
-    return str(parse("_".join([*kept, *sides, *shape])))
+    estimate = [] if tail == NO_TAIL else [f"tail-{tail}"]
+    return str(parse("_".join([*kept, *sides, *shape, *estimate])))
 
 
-def read_controls(algorithm: str) -> tuple[str, float, str, str]:
+def read_controls(algorithm: str) -> tuple[str, float, str, str, str]:
     """Return the controls of an algorithm string, as far as they can say it."""
     config = parse(algorithm)
     rule = RULES[1] if config.topk else RULES[0]
@@ -60,6 +66,7 @@ def read_controls(algorithm: str) -> tuple[str, float, str, str]:
         config.topk or config.threshold or 0.7,
         window if window in WINDOWS else NO_WINDOW,
         block if block in BLOCKS else MODEL_BLOCK,
+        config.tail or NO_TAIL,
     )
 
 
