@@ -20,6 +20,7 @@ from nabla_attn.core.block_map import (
     Treatment,
     block_map_of,
     map_in_head_orders,
+    valid_slots,
     whole_block_map,
 )
 from nabla_attn.core.grid import TokenGrid
@@ -97,7 +98,8 @@ def select_blocks(
             q, k = to_blocks(q, layout), to_blocks(k, layout)
             v = None if v is None else to_blocks(v, layout)
         video = slice(grid.num_slots)
-        state = replace(state, v=None if v is None else v[:, :, video])
+        valid = valid_slots(layout, q.shape[0], text_valid, q.device)
+        state = replace(state, v=None if v is None else v[:, :, video], valid=valid)
         chosen = _select_each(others, q[:, :, video], k[:, :, video], grid, state, memory, tables)
         if chosen.q_order is not None:
             return _map_in_head_orders(chosen, config, layout, text_valid, shape[:2])
@@ -231,7 +233,13 @@ def _map_in_head_orders(
         )
     assert chosen.q_order is not None and chosen.kv_order is not None
     found = map_in_head_orders(
-        chosen.mask, chosen.q_order, chosen.kv_order, layout, text_valid, shape
+        chosen.mask,
+        chosen.q_order,
+        chosen.kv_order,
+        layout,
+        text_valid,
+        shape,
+        text_keys=chosen.text_keys,
     )
     return _treated(found, chosen)
 

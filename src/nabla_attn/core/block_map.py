@@ -67,6 +67,8 @@ class BlockMap:
             block order of the layout.
         kv_order: The same of keys and values; both or neither are given.
         treatment: What the method does beside; None is nothing.
+        num_pairs: With head orders, all token pairs of every sample and head on one axis: orders
+            may leave tokens out or repeat them.
     """
 
     mask: Bool[Tensor, "batch heads q_blocks kv_blocks"]
@@ -78,6 +80,7 @@ class BlockMap:
     q_order: HeadOrder | None = None
     kv_order: HeadOrder | None = None
     treatment: Treatment | None = None
+    num_pairs: Int[Tensor, " rows"] | None = None
 
     def __repr__(self) -> str:
         batch, heads, q_blocks, kv_blocks = self.mask.shape
@@ -106,7 +109,8 @@ class BlockMap:
         with torch.autocast(weights.device.type, enabled=False):
             parts = [part.to(torch.float32) @ weights for part in self.mask.split(heads, dim=1)]
         kept = (torch.cat(parts, dim=1).squeeze(-1) * q_counts).sum(-1, dtype=torch.float64)
-        return (kept / (q_counts.sum(dim=2) * kv_counts.sum(dim=1, keepdim=True))).float()
+        pairs = q_counts.sum(dim=2) * kv_counts.sum(dim=1, keepdim=True)
+        return (kept / (pairs if self.num_pairs is None else self.num_pairs[:, None])).float()
 
     @property
     def folded(self) -> "BlockMap":
@@ -125,11 +129,12 @@ class BlockMap:
     def sample(self, index: int) -> "BlockMap":
         """The map of one sample of the batch, as a batch of one."""
         chosen = slice(index, index + 1 or None)
-        valid, counts = self.kv_valid, self.q_counts
+        valid, counts, pairs = self.kv_valid, self.q_counts, self.num_pairs
         if self.q_order is not None:
             # Heads share the first axis with samples.
             heads = self.mask.shape[1]
             counts = counts.unflatten(0, (-1, heads))[chosen].flatten(0, 1)
+            pairs = None if pairs is None else pairs.unflatten(0, (-1, heads))[chosen].flatten(0, 1)
             if valid is not None:
                 valid = valid.unflatten(0, (-1, heads))[chosen].flatten(0, 1)
         elif valid is not None and len(valid) > 1:
@@ -145,6 +150,7 @@ class BlockMap:
             tail_density=tail,
             q_order=q_order,
             kv_order=kv_order,
+            num_pairs=pairs,
         )
 
     def to_block_mask(self) -> BlockMask:
@@ -199,13 +205,18 @@ def whole_block_map(
 ) -> BlockMap:
     """Wrap a map that has its strips of text; arguments as for `block_map_of`."""
     counts = block_order(layout, mask.device).counts
-    kv_valid = _valid_slots(layout, mask.shape[0], text_valid, mask.device)
+    kv_valid = valid_slots(layout, mask.shape[0], text_valid, mask.device)
     return BlockMap(mask, counts, kv_valid, layout.grid.block.tokens, kept_mass)
 
 
-def _valid_slots(
+def valid_slots(
     layout: TokenLayout, batch: int, text_valid: Tensor | None, device: torch.device
 ) -> Bool[Tensor, "samples kv_slots"] | None:
+    """Slots in block order that may be attended, one row for all samples or one each; None is all.
+
+    Raises:
+        ValueError: `text_valid` does not have one entry per sample and text token.
+    """
     if text_valid is None and not layout.is_ragged:
         return None
     valid = torch.ones(1, layout.num_slots, dtype=torch.bool, device=device)
@@ -230,6 +241,8 @@ def map_in_head_orders(
     layout: TokenLayout,
     text_valid: Bool[Tensor, "batch text"] | None,
     shape: tuple[int, int],
+    *,
+    text_keys: Bool[Tensor, " kv_blocks"] | None = None,
 ) -> BlockMap:
     """Wrap a map of blocks in head orders, adding dense strips of text behind the video's.
 
@@ -240,13 +253,17 @@ def map_in_head_orders(
         layout: Where the tokens are.
         text_valid: False where a sample's text is padding; None is all.
         shape: Samples and heads.
+        text_keys: The video's key blocks that text attends; None is all.
     """
     q_order, kv_order = (_with_text(order, layout, shape) for order in (q_order, kv_order))
     block = layout.grid.block.tokens
     num_text_blocks = layout.num_blocks - layout.grid.num_blocks
     pad = (0, num_text_blocks, 0, num_text_blocks)
     mask = torch.nn.functional.pad(video_mask.expand(*shape, -1, -1), pad, value=True)
+    if text_keys is not None:
+        mask[:, :, video_mask.shape[2] :, : video_mask.shape[3]] = text_keys
     valid = kv_order.tokens >= 0
+    num_keys = torch.full((shape[0],), layout.num_tokens, device=valid.device)
     if text_valid is not None:
         is_valid = torch.ones(
             shape[0], layout.num_tokens, dtype=torch.bool, device=text_valid.device
@@ -256,6 +273,7 @@ def map_in_head_orders(
         is_valid[:, after:] = text_valid[:, layout.text_before :]
         slots = kv_order.tokens.clamp_min(0).flatten(1)
         valid = valid & is_valid.gather(1, slots).view_as(valid)
+        num_keys = is_valid.sum(dim=1)
     return BlockMap(
         mask,
         (q_order.tokens >= 0).flatten(0, 1).unflatten(1, (-1, block)).sum(dim=2),
@@ -263,6 +281,7 @@ def map_in_head_orders(
         block,
         q_order=q_order,
         kv_order=kv_order,
+        num_pairs=(num_keys * layout.num_tokens).repeat_interleave(shape[1]),
     )
 
 

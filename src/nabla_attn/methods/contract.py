@@ -55,6 +55,8 @@ class State(Moment):
         scale: Factor on q.k.
         counts: Tokens of every block, int64 [blocks].
         allowed: Bool [blocks, blocks], False between packed clips; None where there is one clip.
+        valid: Slots in block order that may be attended, text behind the video: bool [samples or 1,
+            slots], False at empty slots and padded text; None where all may be.
         v: Values in block order, for methods that need "values"; None for all others.
         memory: What a method that needs "memory" kept in earlier steps of this generation, of this
             layer and guidance branch; it may write here.
@@ -64,6 +66,7 @@ class State(Moment):
     scale: float
     counts: Tensor
     allowed: Tensor | None = None
+    valid: Tensor | None = None
     v: Tensor | None = None
     memory: dict[str, Any] = field(default_factory=dict)
     table: Mapping[str, Any] | None = None
@@ -78,6 +81,8 @@ class Selection:
         q_order: Where each head has queries in an order of its own, that order over the video's
             tokens in raster order; the mask's rows are its blocks.
         kv_order: The same of keys and values; with one of the two both must be given.
+        text_keys: Where the order of keys leaves tokens out or repeats them, the key blocks that
+            text attends, which hold each token once; None is all.
         prepare: Called with q, k, v in the order in which they are attended, text behind the video;
             returns them as they shall be, for example quantised.
         finish: Called with the output and with q, k, v in that order; returns the output.
@@ -86,6 +91,7 @@ class Selection:
     mask: Bool[Tensor, "#batch #heads q_blocks kv_blocks"]
     q_order: HeadOrder | None = None
     kv_order: HeadOrder | None = None
+    text_keys: Bool[Tensor, " kv_blocks"] | None = None
     prepare: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
     finish: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
 
