@@ -23,7 +23,7 @@ def select(
     """Everything at full steps, whose output is split; kept columns and the rest of it between."""
     memory = state.memory
     every = torch.ones(1, 1, grid.num_blocks, grid.num_blocks, dtype=torch.bool, device=q.device)
-    if state.layer < params.dense_layers:
+    if state.layer < params.layers:
         return Selection(every)
     kept, shape = memory.get("kept"), (*q.shape[:2], grid.num_blocks)
     if kept is None or kept.shape[:3] != shape or (state.step or 0) % params.period == 0:
@@ -108,7 +108,7 @@ METHOD = Method(
         number("random", least=0, most=1, default=0.01),
         count("local", least=0, default=0),
         count("period", default=10),
-        count("dense_layers", least=0, default=2),
+        count("layers", least=0, default=2),
         word("unit", ("columns", "blocks"), default="columns"),
     ),
     exactness="code",

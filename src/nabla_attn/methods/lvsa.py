@@ -63,7 +63,7 @@ def frame_map(frames: int, params: SimpleNamespace, step: int) -> Tensor:
     interval = params.interval or choose_interval(
         frames, params.reference, params.window, params.first
     )
-    offset = step % interval if params.key_frames == "moving" else 0
+    offset = step % interval if params.keys == "moving" else 0
     anchors = _anchors(frames, params.first, interval, offset)
     kept = torch.zeros(frames, frames, dtype=torch.bool)
     kept[:, sorted(anchors)] = True
@@ -95,13 +95,13 @@ METHOD = static(
         count("window", least=0, default=3),
         count("first", least=0, default=1),
         count("interval", least=0, default=0),
-        word("key_frames", ("moving", "fixed"), default="moving"),
+        word("keys", ("moving", "fixed"), default="moving"),
     ),
     exactness="code",
     ours="blocks of several frames keep what any of them does; no frames are added at the borders "
     "between processes; steps that attend key frames alone are a schedule's (`window` 0)",
     code="JiusiServe/LongVideoSparseAttention@c72a36b lvsa/sparse_attention.py",
-    paper="https://github.com/JiusiServe/LongVideoSparseAttention",
+    paper="github.com/JiusiServe/LongVideoSparseAttention",
     licence="Apache-2.0",
     published="lvsa-21",
     needs=("step",),

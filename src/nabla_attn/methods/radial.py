@@ -23,7 +23,7 @@ def band_width(distance: int, frame_tokens: int, decay: float, block_tokens: int
 
 
 def _keep(grid: TokenGrid, params: SimpleNamespace, state: State, device: torch.device) -> Tensor:
-    return _map(grid, params.decay, params.first_frame == "sink", device)
+    return _map(grid, params.decay, params.sink == "first", device)
 
 
 @lru_cache(maxsize=16)
@@ -71,7 +71,7 @@ METHOD = static(
     title="bands of places that narrow with the distance of frames",
     parameters=(
         number("decay", least=0, example=0.2),
-        word("first_frame", ("sink", "plain"), default="sink"),
+        word("sink", ("first", "none"), default="first"),
     ),
     exactness="code",
     ours="blocks of any shape in one or two frames, with their tokens in place of the code's 128; "
