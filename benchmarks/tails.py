@@ -48,20 +48,9 @@ def error(
 ) -> None:
     """Measure the error of attention's output for every rule and tail, prompt by prompt."""
     pipeline = load_pipeline("builtin")
-    defaults = ModelDefaults.load(BUILTIN_DIRECTORY)
-    size: dict[str, Any] = {"height": defaults.height, "width": defaults.width, "frames": frames}
-    request = GenerationRequest(prompt=PROMPTS[0], steps=steps, guidance=guidance, **size)
-    weights = BUILTIN_DIRECTORY / "transformer" / "diffusion_pytorch_model.safetensors"
-    config = {
-        "workload": "tails",
-        "steps": steps,
-        "guidance": guidance,
-        "num_rows": num_rows,
-        "rules": list(RULES),
-        "tokens": list(video_tokens(pipeline, request)),
-        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-    }
-    results = _earlier(output, config)
+    request, settings = recorded_settings(pipeline, frames, steps, guidance)
+    config = settings | {"workload": "tails", "num_rows": num_rows, "rules": list(RULES)}
+    results = earlier(output, config)
     for prompt in PROMPTS:
         if any(result["prompt"] == prompt for result in results):
             continue
@@ -71,6 +60,22 @@ def error(
         numbers = {"results": results}
         RunRecord("tail_error", config, 0, collect_versions(), device, numbers).save(output)
         sys.stderr.write(f"{prompt}\n")
+
+
+def recorded_settings(
+    pipeline: Any, frames: int, steps: int, guidance: float
+) -> tuple[GenerationRequest, dict[str, Any]]:
+    """Return the request of a run whose attention is measured, and what its record says of it."""
+    defaults = ModelDefaults.load(BUILTIN_DIRECTORY)
+    size: dict[str, Any] = {"height": defaults.height, "width": defaults.width, "frames": frames}
+    request = GenerationRequest(prompt=PROMPTS[0], steps=steps, guidance=guidance, **size)
+    weights = BUILTIN_DIRECTORY / "transformer" / "diffusion_pytorch_model.safetensors"
+    return request, {
+        "steps": steps,
+        "guidance": guidance,
+        "tokens": list(video_tokens(pipeline, request)),
+        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+    }
 
 
 def measure(pipeline: Any, request: GenerationRequest, num_rows: int) -> list[dict[str, Any]]:
@@ -89,7 +94,7 @@ def measure(pipeline: Any, request: GenerationRequest, num_rows: int) -> list[di
     ]
 
 
-def _earlier(output: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
+def earlier(output: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the results of the record that an earlier run left; none where settings differ."""
     if not output.exists():
         return []

@@ -5,6 +5,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.pages.charts import draw_charts
+from benchmarks.pages.rules import rule_table
 from nabla_attn.bench.report import attention_results, section, table
 from nabla_attn.record import RunRecord
 
@@ -235,5 +236,6 @@ STUDIES = {
     "guidance_error": _guidance_table,
     "tail_error": _tail_table,
     "tail_cost": _tail_cost_table,
+    "rule_error": rule_table,
     "cold_start": _cold_start_table,
 }

@@ -15,7 +15,7 @@ from nabla_attn.core.estimates import (
     score_novelty,
     self_similarity,
 )
-from nabla_attn.core.exact import exact_mass, exact_residual
+from nabla_attn.core.exact import exact_mass, exact_residual, sum_blocks
 from nabla_attn.core.scores import multiply_blocks, pool_blocks
 
 
@@ -259,6 +259,23 @@ def test_a_summary_leaves_no_residual_where_keys_of_a_block_are_equal():
     k = torch.where(x.k == 0, 0, means.repeat_interleave(x.size, dim=-2))
     assert exact_residual(x.q, k, x.v, x.counts, tail="mean").max() < 1e-20
     assert exact_residual(x.q, k, x.v, x.counts).max() > 1e-4
+
+
+@pytest.mark.parametrize("tail", [None, "mean", "first"])
+def test_sums_of_blocks_give_the_output_of_every_map_and_tail(grid, tail):
+    x = Blocks(grid)
+    q, k, v = (na.to_raster(y, grid) for y in (x.q, x.k, x.v))
+    algorithm = "topk-0.3" + (f"_tail-{tail}" if tail else "")
+    out = na.to_blocks(na.nabla_attention(q, k, v, grid, algorithm, backend="reference"), grid)
+    mask = na.build_block_map(q, k, grid, algorithm).mask
+    for head in range(2):
+        for i, query in enumerate(x.lists(x.q, 0, head)):
+            seen = None if x.allowed is None else x.allowed[i]
+            sums = sum_blocks(
+                query, x.k[0, head], x.v[0, head], x.counts, scale=x.scale, allowed=seen
+            )
+            found = sums.attend(mask[0, head, i].expand(len(query), -1), tail)
+            torch.testing.assert_close(found, x.lists(out, 0, head)[i])
 
 
 def test_an_unknown_tail_has_no_residual():

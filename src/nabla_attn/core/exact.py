@@ -5,6 +5,7 @@ dense attention in double precision.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import sqrt
 
 import torch
@@ -36,12 +37,11 @@ def exact_mass(
         scale: Factor on q.k; None is 1/sqrt(dim).
         allowed: Pairs outside it hold nothing (packed clips).
     """
-    call = _Call(q, k, counts, scale, allowed)
-    out = call.new_scores()
-    for head, rows in call.panels(q.shape[-2]):
-        weights, _ = call.weights(head, rows)
-        mass = weights.sum(dim=-1)
-        out[head, rows] = call.mean_of_tokens(mass / mass.sum(dim=-1, keepdim=True), rows)
+    # Values of no dimensions: what is summed is the weights alone.
+    v = k[..., :0]
+    out = _new_scores(k, counts)
+    for head, block, sums in _query_blocks(q, k, v, counts, scale, allowed):
+        out[head, block] = (sums.masses / sums.masses.sum(dim=-1, keepdim=True)).mean(dim=0)
     return out.view(*q.shape[:-2], *out.shape[1:])
 
 
@@ -78,91 +78,134 @@ def exact_residual(
     """
     if tail not in TAILS:
         raise ValueError(f"unknown tail {tail!r}; expected one of {TAILS}.")
-    call = _Call(q, k, counts, scale, allowed)
-    out, values = call.new_scores(), call.of_heads(v)
-    for head, rows in call.panels(q.shape[-2] * v.shape[-1]):
-        value = values[head].double()
-        weights, top = call.weights(head, rows)
-        mass, sums = weights.sum(dim=-1), torch.einsum("rkc,kcd->rkd", weights, value)
-        total = mass.sum(dim=-1)[:, None, None]
-        output = sums.sum(dim=1, keepdim=True) / total
-        masses, estimates = _estimate(call, head, rows, value, top, tail)
-        residual = (estimates - sums - output * (masses - mass)[..., None]) / total
-        out[head, rows] = call.mean_of_tokens(residual.square().sum(dim=-1), rows)
+    out = _new_scores(k, counts)
+    for head, block, sums in _query_blocks(q, k, v, counts, scale, allowed):
+        out[head, block] = sums.residuals(tail).mean(dim=0)
     return out.view(*q.shape[:-2], *out.shape[1:])
 
 
-def _estimate(
-    call: "_Call", head: int, rows: slice, value: Tensor, top: Tensor, tail: str | None
-) -> tuple[Tensor, Tensor]:
-    """What stands for Z_j [tokens, blocks] and N_j [tokens, blocks, dim], over exp(top)."""
-    if tail is None:
-        return top.new_zeros(1), top.new_zeros(1)
-    counts = call.counts.double()
-    key, query = call.key(head), call.query(head, rows)
-    mean_key, mean_value = (x.sum(dim=1) / counts[:, None] for x in (key, value))
-    scores = (query @ mean_key.T - top).masked_fill(call.hidden(rows), float("-inf"))
-    masses = scores.exp() * counts
-    estimates = mean_value.expand(len(query), -1, -1)
-    if tail == "first":
-        # Empty slots hold no key, so that their offsets do not count.
-        slopes = key.transpose(-1, -2) @ (value - mean_value[:, None])
-        seen = torch.ones_like(slopes[:, 0, 0]).expand(rows.stop - rows.start, -1)
-        seen = seen if call.allowed is None else call.allowed[rows].double()
-        slopes = torch.einsum("ik,kde->ide", seen, slopes) / (seen @ counts)[:, None, None]
-        rise = query.unflatten(0, (len(slopes), -1)) @ slopes
-        estimates = estimates + rise.flatten(0, 1)[:, None]
-    return masses, masses[..., None] * estimates
+@dataclass(frozen=True, eq=False)
+class BlockSums:
+    """What each key block adds to the attention of some queries of one head, float64.
+
+    Everything is over the exponential of each query's highest score.
+
+    Attributes:
+        masses: Sums of exponentials.
+        values: Sums of exponentials times values.
+        summaries: What the mean key of each block would add in the place of `masses`.
+        means: Mean values.
+        rise: What the first order adds to all mean values, for each query.
+    """
+
+    masses: Float[Tensor, "queries blocks"]
+    values: Float[Tensor, "queries blocks dim"]
+    summaries: Float[Tensor, "queries blocks"]
+    means: Float[Tensor, "blocks dim"]
+    rise: Float[Tensor, "queries dim"]
+
+    def estimates(self, tail: str | None) -> tuple[Tensor, Tensor]:
+        """What stands for `masses` and `values` of dropped blocks."""
+        if tail is None:
+            return torch.zeros_like(self.masses), torch.zeros_like(self.values)
+        values = self.means.expand_as(self.values)
+        values = values if tail == "mean" else values + self.rise[:, None]
+        return self.summaries, self.summaries[..., None] * values
+
+    def attend(
+        self, kept: Bool[Tensor, "queries blocks"], tail: str | None
+    ) -> Float[Tensor, "queries dim"]:
+        """The output over kept blocks, a tail standing for the others."""
+        masses, values = self.estimates(tail)
+        total = torch.where(kept, self.masses, masses).sum(dim=-1, keepdim=True)
+        return torch.where(kept[..., None], self.values, values).sum(dim=1) / total
+
+    def residuals(self, tail: str | None) -> Float[Tensor, "queries blocks"]:
+        """The |r_j|² of `exact_residual` for every query."""
+        masses, values = self.estimates(tail)
+        total = self.masses.sum(dim=-1)[:, None, None]
+        output = self.values.sum(dim=1, keepdim=True) / total
+        moved = values - self.values - output * (masses - self.masses)[..., None]
+        return (moved / total).square().sum(dim=-1)
 
 
-class _Call:
-    """Queries and keys of one call; rows are all slots of some query blocks."""
+def sum_blocks(
+    q: Float[Tensor, "queries dim"],
+    k: Float[Tensor, "slots dim"],
+    v: Float[Tensor, "slots values"],
+    counts: Int[Tensor, " blocks"],
+    *,
+    scale: float,
+    allowed: Bool[Tensor, " blocks"] | None = None,
+) -> BlockSums:
+    """Exact attention of some queries of one head, summed over each key block.
 
-    def __init__(
-        self, q: Tensor, k: Tensor, counts: Tensor, scale: float | None, allowed: Tensor | None
-    ) -> None:
-        self.counts, self.allowed = counts, allowed
-        self._block = q.shape[-2] // counts.numel()
-        self._scale = 1 / sqrt(q.shape[-1]) if scale is None else scale
-        self._queries, self._keys = self.of_heads(q), self.of_heads(k)
-        self._is_token = torch.arange(self._block, device=counts.device) < counts[:, None]
+    Args:
+        q: The queries.
+        k: Keys in block order, zero in empty slots.
+        v: Values, like k.
+        counts: Tokens of every block.
+        scale: Factor on q.k.
+        allowed: Key blocks that the queries may see; None is all.
+    """
+    block = len(k) // counts.numel()
+    tokens = counts.double()
+    query = q.double() * scale
+    key, value = (x.double().unflatten(0, (-1, block)) for x in (k, v))
+    hidden = torch.arange(block, device=k.device) >= counts[:, None]
+    if allowed is not None:
+        hidden = hidden | ~allowed[:, None]
+    scores = (query @ key.flatten(0, 1).T).unflatten(-1, (-1, block))
+    scores = scores.masked_fill_(hidden, float("-inf"))
+    top = scores.flatten(1).amax(dim=-1)
+    weights = scores.sub_(top[:, None, None]).exp_()
+    means, mean_keys = (x.sum(dim=1) / tokens[:, None] for x in (value, key))
+    summaries = (query @ mean_keys.T - top[:, None]).masked_fill(hidden[:, 0], float("-inf"))
+    # Empty slots hold no key, so that what stands in their values does not count.
+    seen = (~hidden[:, 0]).double()
+    slope = torch.einsum("b,bcd,bce->de", seen, key, value - means[:, None])
+    return BlockSums(
+        masses=weights.sum(dim=-1),
+        values=(weights.transpose(0, 1) @ value).transpose(0, 1),
+        summaries=summaries.exp() * tokens,
+        means=means,
+        rise=query @ (slope / (seen @ tokens)),
+    )
 
-    def of_heads(self, x: Tensor) -> Tensor:
-        """[samples and heads, blocks, block_tokens, dim]."""
-        return x.reshape(-1, self.counts.numel(), self._block, x.shape[-1])
 
-    def new_scores(self) -> Tensor:
-        heads, blocks = self._keys.shape[:2]
-        return self._keys.new_empty((heads, blocks, blocks), dtype=torch.float64)
+def _query_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    scale: float | None,
+    allowed: Tensor | None,
+) -> Iterator[tuple[int, int, BlockSums]]:
+    """The sums of every head and query block."""
+    scale = 1 / sqrt(q.shape[-1]) if scale is None else scale
+    block = q.shape[-2] // counts.numel()
+    # Those that see the same keys go together.
+    step = max(1, PANEL_VALUES // (q.shape[-2] * max(block, v.shape[-1])))
+    step = step if allowed is None else 1
+    num_heads = k.shape[:-2].numel()
+    heads = (x.reshape(num_heads, *x.shape[-2:]) for x in (q, k, v))
+    for head, (query, key, value) in enumerate(zip(*heads, strict=True)):
+        parts = [part[:n] for part, n in zip(query.split(block), counts.tolist(), strict=True)]
+        for start in range(0, len(parts), step):
+            some = parts[start : start + step]
+            seen = None if allowed is None else allowed[start]
+            sums = sum_blocks(torch.cat(some), key, value, counts, scale=scale, allowed=seen)
+            lengths = [len(part) for part in some]
+            for index, mine in enumerate(_split(sums, lengths)):
+                yield head, start + index, mine
 
-    def panels(self, cost: int) -> Iterator[tuple[int, slice]]:
-        """Every head, and slices of its query blocks; `cost` is of one query token."""
-        step, blocks = max(1, PANEL_VALUES // (cost * self._block)), self.counts.numel()
-        for head in range(len(self._keys)):
-            for row in range(0, blocks, step):
-                yield head, slice(row, min(row + step, blocks))
 
-    def key(self, head: int) -> Tensor:
-        return self._keys[head].double()
+def _split(sums: BlockSums, lengths: list[int]) -> Iterator[BlockSums]:
+    split = (x.split(lengths) for x in (sums.masses, sums.values, sums.summaries, sums.rise))
+    for masses, values, summaries, rise in zip(*split, strict=True):
+        yield BlockSums(masses, values, summaries, sums.means, rise)
 
-    def query(self, head: int, rows: slice) -> Tensor:
-        return self._queries[head, rows].double().flatten(0, 1) * self._scale
 
-    def hidden(self, rows: slice) -> Tensor:
-        """Key blocks that the rows' tokens may not see [tokens or 1, blocks]."""
-        if self.allowed is None:
-            return torch.zeros_like(self._is_token[None, :, 0])
-        return ~self.allowed[rows].repeat_interleave(self._block, dim=0)
-
-    def weights(self, head: int, rows: slice) -> tuple[Tensor, Tensor]:
-        """Exponentials of scores over that of each row's highest [rows, blocks, block_tokens]."""
-        scores = self.query(head, rows) @ self.key(head).flatten(0, 1).T
-        scores = scores.unflatten(-1, (-1, self._block))
-        scores = scores.masked_fill(self.hidden(rows)[..., None] | ~self._is_token, float("-inf"))
-        top = scores.flatten(1).amax(dim=-1, keepdim=True)
-        return (scores - top[..., None]).exp(), top
-
-    def mean_of_tokens(self, x: Tensor, rows: slice) -> Tensor:
-        """Means over each query block's own tokens: [rows, blocks] -> [query blocks, blocks]."""
-        x = x.unflatten(0, (-1, self._block)) * self._is_token[rows, :, None]
-        return x.sum(dim=1) / self.counts[rows, None]
+def _new_scores(k: Tensor, counts: Tensor) -> Tensor:
+    heads, blocks = k.shape[:-2].numel(), counts.numel()
+    return k.new_empty((heads, blocks, blocks), dtype=torch.float64)
