@@ -87,7 +87,8 @@ def measure(pipeline: Any, request: GenerationRequest, num_rows: int) -> list[di
         probe.attach(handle)
         sample(pipeline, request, output_type="latent")
     losses = probe.losses()
-    means = zip(cases, losses.density.mean(axis=0), losses.error.mean(axis=0), strict=True)
+    found = (numbers.mean(axis=(0, 1, 2)).tolist() for numbers in (losses.density, losses.error))
+    means = zip(cases, *found, strict=True)
     return [
         {"rule": rule, "tail": kind, "density": round(density, 6), "error": round(error, 6)}
         for (rule, kind), density, error in means
