@@ -21,7 +21,7 @@ def main(docs: Path = Path("docs"), records: Path = Path("benchmarks/results")) 
     if (docs / "models.md").exists():
         models.write_table(docs / "models.md")
     if (docs / "methods.md").exists():
-        methods.write_list(docs / "methods.md")
+        methods.write_parts(docs / "methods.md", records)
     if (docs / "isynet.md").exists():
         isynet.write_tables(docs / "isynet.md", records)
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +232,7 @@ def set_knob(
     density_of: Callable[[SparseConfig], float],
     *,
     suffix: str = "",
-    num_tries: int = 7,
+    num_tries: int = 9,
 ) -> Setting | None:
     """Set the first parameter of a method so that it keeps about a share of the token pairs.
 
@@ -262,7 +263,7 @@ def set_knob(
     if knob.num_parts == 3:
         tried = [at(window) for window in WINDOWS]
     elif knob.is_share:
-        tried = _bisect(at, wanted, 0.001, 1.0, num_tries, geometric=True)
+        tried = _bisect(lambda odds: at(_share(odds)), wanted, -7.0, 9.0, num_tries)
     elif type(knob.read("1")) is int:
         tried = [at(count) for count in COUNTS]
     else:
@@ -283,17 +284,21 @@ def _bisect(
     high: float,
     num_tries: int,
     *,
-    geometric: bool = False,
     rises: bool = True,
 ) -> list[Setting | None]:
     tried = []
     for _ in range(num_tries):
-        middle = (low * high) ** 0.5 if geometric else (low + high) / 2
-        setting = at(float(f"{middle:.4g}"))
+        middle = float(f"{(low + high) / 2:.4g}")
+        setting = at(middle)
         tried.append(setting)
         is_over = setting is not None and (setting.density > wanted) == rises
         low, high = (low, middle) if is_over else (middle, high)
     return tried
+
+
+def _share(odds: float) -> float:
+    """A share from the logarithm of its odds: fine near 0 and near 1."""
+    return float(f"{1 / (1 + exp(-odds)):.5g}")
 
 
 def _refine(
@@ -423,3 +428,23 @@ def _means(found: list[Measured]) -> dict[str, float]:
     return {
         name: round(sum(getattr(each, name) for each in found) / len(found), 6) for name in names
     }
+
+
+def rows_of(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """Means over the prompts of records, a row for each algorithm that all of them have.
+
+    `error_spread` is the standard error of the mean error over prompts.
+    """
+    tables = [record.numbers["algorithms"] for record in records]
+    rows = []
+    for algorithm in tables[0]:
+        found = [table[algorithm] for table in tables if algorithm in table]
+        if len(found) < len(tables):
+            continue
+        row: dict[str, Any] = {"algorithm": algorithm, "prompts": len(found)}
+        for name in found[0]:
+            row[name] = sum(each[name] for each in found) / len(found)
+        spread = torch.tensor([each["error"] for each in found]).std(correction=1).item()
+        row["error_spread"] = spread / len(found) ** 0.5 if len(found) > 1 else None
+        rows.append(row)
+    return rows
