@@ -9,6 +9,7 @@ from nabla_attn.files import write_text
 from nabla_attn.record import RunRecord
 
 RECORD = "isynet_counts.json"
+TIMED = "isynet_timed.json"
 
 
 def write_tables(page: Path, records: Path) -> None:
@@ -28,6 +29,9 @@ def write_tables(page: Path, records: Path) -> None:
     counts = RunRecord.load(record).numbers["results"][0]
     for name, render in TABLES.items():
         text = _replace(page, text, name, render(counts))
+    if (records / TIMED).exists():
+        timed = RunRecord.load(records / TIMED)
+        text = _replace(page, text, "timed", _timed(timed.numbers["results"][0], timed.device))
     write_text(page, text)
 
 
@@ -91,6 +95,55 @@ def _spaces(counts: dict[str, Any]) -> list[str]:
         digits = 1 if row["machine"] == "plain" else 2
         rows.append([row["space"], row["machine"], *(f"{row[name]:.{digits}f}" for name in names)])
     return table(["space", "MEM", "mean", "quantile 0.1", "median", "quantile 0.9"], rows)
+
+
+def _timed(results: dict[str, Any], device: str) -> list[str]:
+    """Return what the timed record says, in sentences and a table."""
+    lines = [
+        f"Device: {device}; one thread, batches of 16 pictures of 224 pixels, CPU seconds. Other work "
+        "ran on the second core for part of the time.",
+        "",
+    ]
+    for runtime in ("onnxruntime", "torch"):
+        found = results[runtime]
+        if found is None:
+            continue
+        matrix = 1 / found["rates"]["matrix"]
+        own = [row for row in found["networks"] if row["family"] == "isynet"]
+        best = max(row["macs_per_second"] for row in own) / matrix
+        lines += [
+            f"- {runtime}: rank correlation of plain MEM with the achieved rate over "
+            f"{len(found['networks'])} networks {found['plain_spearman']:.3f}, of timed MEM "
+            f"{found['timed_spearman']:.3f}; matrix rate {matrix / 1e9:.1f} GMAC/s, of which the "
+            f"quickest ISyNet reaches {best:.1%}; mean error of predicted times of families left "
+            f"out of the fit {found['rates']['error']:.1%}.",
+        ]
+    latency, spaces = results["latency"], results["spaces"]
+    lines += [
+        f"- Latency table: {len(latency['rows'])} networks that it had not seen are predicted with "
+        f"a median error of {latency['median_error']:.1%} (largest {latency['max_error']:.1%}), "
+        f"rank correlation {latency['spearman']:.4f}.",
+        *(
+            f"- MEM of this machine, mean over networks of {row['space']}: {row['mean MEM']:.2f} "
+            f"(quantiles 0.1 and 0.9: {row['q0.1']:.2f}, {row['q0.9']:.2f})."
+            for row in spaces
+        ),
+        "",
+    ]
+    head = ["network", "ms an image", "predicted, ms", "GMAC/s", "plain MEM", "MEM of the machine"]
+    networks = results["onnxruntime"]["networks"]
+    rows = [
+        [
+            row["name"],
+            f"{row['seconds'] * 1e3:.1f}",
+            f"{row['predicted_seconds'] * 1e3:.1f}",
+            f"{row['macs_per_second'] / 1e9:.1f}",
+            f"{row['plain_mem']:.0f}",
+            f"{row['timed_mem']:.2f}",
+        ]
+        for row in sorted(networks, key=lambda row: -row["macs_per_second"])
+    ]
+    return [*lines, *table(head, rows)]
 
 
 TABLES = {"networks": _networks, "mem": _mem, "published": _published, "spaces": _spaces}
