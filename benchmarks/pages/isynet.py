@@ -100,8 +100,8 @@ def _spaces(counts: dict[str, Any]) -> list[str]:
 def _timed(results: dict[str, Any], device: str) -> list[str]:
     """Return what the timed record says, in sentences and a table."""
     lines = [
-        f"Device: {device}; one thread, batches of 16 pictures of 224 pixels, CPU seconds. Other work "
-        "ran on the second core for part of the time.",
+        f"Device: {device}; one thread, batches of 16 pictures of 224 pixels, CPU seconds. "
+        "Other work ran on the second core for part of the time.",
         "",
     ]
     for runtime in ("onnxruntime", "torch"):
