@@ -11,10 +11,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import nabla_attn as na
 from nabla_attn.attention import attend
+from nabla_attn.backends import flex
 from nabla_attn.backends.flex_options import FlexOptions, flex_options
 from nabla_attn.core import losses
 from nabla_attn.core.losses import BlockCall
 from nabla_attn.core.order import TokenLayout
+from nabla_attn.core.tail import build_tail, with_summaries
 
 TAILS = ("mean", "first")
 tails = pytest.mark.parametrize("tail", TAILS)
@@ -240,26 +242,63 @@ def test_summaries_are_counted_beside_the_kept_pairs():
     torch.testing.assert_close(bmap.tail_density, torch.full((1, 2), 0.75 / 64))
 
 
+@tails
 @pytest.mark.parametrize(
     ("name", "dtype"), [("ragged", torch.bfloat16), ("clips", torch.float32)], ids=str
 )
-def test_flex_with_a_mean_tail_within_the_budget(name, dtype):
-    inputs, out, formula = both(ODD_GRIDS[name], "mean", "flex", dtype)
+def test_flex_with_a_tail_within_the_budget(name, dtype, tail):
+    inputs, out, formula = both(ODD_GRIDS[name], tail, "flex", dtype)
     assert_within_budget(out, formula(*(x.double() for x in inputs)), formula(*inputs))
 
 
-def test_flex_with_taller_tiles_padded_text_and_a_mean_tail():
+@tails
+def test_flex_with_taller_tiles_padded_text_and_a_tail(tail):
     valid = torch.ones(2, 9, dtype=torch.bool)
     valid[1, 4:] = False
     with flex_options(FlexOptions(tile_rows=2)):
         options = {"num_text": 9, "text_valid": valid}
-        inputs, out, formula = both(ODD_GRIDS["ragged"], "mean", "flex", torch.float32, **options)
+        inputs, out, formula = both(ODD_GRIDS["ragged"], tail, "flex", torch.float32, **options)
     torch.testing.assert_close(out, formula(*inputs), atol=2e-5, rtol=1e-4)
 
 
-def test_flex_refuses_the_first_order():
-    with pytest.raises(RuntimeError, match=r"probability of summaries.*backend='gather'"):
-        both(ODD_GRIDS["exact"], "first", "flex", torch.float32)
+def plain_flex(q, k, v, block_map, scale, tail, *, has_lse):
+    """What `flex._run` computes, keys behind those of the map being summaries."""
+    mask = block_map.mask.repeat_interleave(block_map.block_tokens, dim=-1)
+    if block_map.kv_valid is not None:
+        mask = mask & block_map.kv_valid[:, None, None]
+    mask[..., -tail.bias.numel() :] &= tail.shown
+    bias = torch.nn.functional.pad(tail.bias, (k.shape[2] - tail.bias.numel(), 0))
+    scores = scale * q @ k.mT + bias
+    rows = mask.repeat_interleave(block_map.block_tokens, dim=2)
+    weights = scores.exp().masked_fill(~rows, 0)
+    total = weights.sum(-1, keepdim=True)
+    return weights @ v / total.clamp_min(1e-300), total.squeeze(-1).log() if has_lse else None
+
+
+@pytest.mark.parametrize("num_text", [0, 9])
+@pytest.mark.parametrize("name", ["ragged", "clips"])
+def test_two_log_sum_exps_give_the_probability_of_summaries(name, num_text, monkeypatch):
+    grid, scale = ODD_GRIDS[name], 0.3
+    layout = TokenLayout(grid, 0, num_text)
+    q, k, v = (
+        na.to_blocks(x, layout).requires_grad_()
+        for x in random_qkv(grid, num_text=num_text, dtype=torch.float64)
+    )
+    select = {"text_after": num_text}
+    raster = [na.to_raster(x, layout) for x in (q, k)]
+    block_map = na.build_block_map(*raster, grid, "nabla-0.3", **select)
+    tail = build_tail(k, v, block_map, layout, "first")
+    monkeypatch.setattr(flex, "_run", plain_flex)
+    by_lse = flex._with_mass_by_lse(q, k, v, block_map, scale, tail)
+    args = (*with_summaries(k, v, block_map, tail), scale, tail)
+    out, _ = plain_flex(q, *args, has_lse=False)
+    marked = torch.ones_like(args[1]).cumsum(dim=2) > k.shape[2]
+    mass, _ = plain_flex(q, args[0], marked.double(), *args[2:], has_lse=False)
+    expected = (out, mass[..., 0])
+    torch.testing.assert_close(by_lse, expected)
+    grads = [torch.randn_like(x) for x in expected]
+    got = torch.autograd.grad(by_lse, (q, k, v), grads, retain_graph=True)
+    torch.testing.assert_close(got, torch.autograd.grad(expected, (q, k, v), grads))
 
 
 @pytest.mark.parametrize("name", ["ltx", "hunyuan"])

@@ -23,6 +23,7 @@ from tests.gpu_compile.kernels import compile_kernel, sources  # noqa: E402
 from tests.gpu_compile.waits import WatchedMode  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch._inductor.graph import GraphLowering  # noqa: E402
+from torch._inductor.ir import ShapeAsConstantBuffer  # noqa: E402
 from torch._inductor.kernel.flex.flex_flash_attention import is_trivial_mask_graph  # noqa: E402
 from torch.utils._python_dispatch import _disable_current_modes  # noqa: E402
 
@@ -84,7 +85,7 @@ class EmptyModule:
             return int(size.subs(known)) if hasattr(size, "subs") else int(size)
 
         def empty(output: Any) -> Any:
-            if not hasattr(output, "get_size"):
+            if isinstance(output, ShapeAsConstantBuffer) or not hasattr(output, "get_size"):
                 return number(getattr(output, "expr", output))
             sizes, strides = (
                 [number(x) for x in numbers] for numbers in (output.get_size(), output.get_stride())

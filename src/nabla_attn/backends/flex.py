@@ -3,16 +3,23 @@
 Uncompiled FlexAttention silently ignores the block indices, so nothing here runs it uncompiled.
 """
 
+from dataclasses import replace
+from math import sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from nabla_attn.backends.flex_options import choose_options, needs_autotuning, why_not_tiles
+from nabla_attn.backends.flex_options import (
+    LEAST_TILE,
+    choose_options,
+    needs_autotuning,
+    why_not_tiles,
+)
 from nabla_attn.core.block_map import BlockMap
 from nabla_attn.core.flex_tables import FlexTables, build_block_mask, build_flex_tables
-from nabla_attn.core.tail import Tail, with_summaries
+from nabla_attn.core.tail import Tail, add_first_order, with_summaries
 from nabla_attn.fusion import compiled, fused, why_not_compile
 from nabla_attn.shapes import Float
 
@@ -26,24 +33,78 @@ def attend(
     scale: float | None = None,
     tail: Tail | None = None,
 ) -> Float[Tensor, "batch heads q_slots dim"]:
-    """Attention over the map's blocks and the summaries of a mean tail.
+    """Attention over the map's blocks and a tail.
 
     A new map of the same shape does not recompile.
     """
+    if tail is None:
+        return _run(q, k, v, block_map, scale)[0]
+    if tail.slopes is None:
+        return _run(q, *with_summaries(k, v, block_map, tail), scale, tail)[0]
+    measure = _with_mass if q.device.type == "cpu" else _with_mass_by_lse
+    out, mass = measure(q, k, v, block_map, scale, tail)
+    clips = tail.clips.repeat_interleave(block_map.block_tokens)
+    scale = 1 / sqrt(q.shape[-1]) if scale is None else scale
+    return add_first_order(out, mass, q, clips, tail.slopes, scale)
+
+
+def _with_mass(
+    q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, scale: float | None, tail: Tail
+) -> tuple[Tensor, Tensor]:
+    """The output and the probability of a row's summaries, which one more value sums up."""
+    num_slots, num_keys = k.shape[2], k.shape[2] + tail.bias.numel()
+    k, v, block_map = with_summaries(k, v, block_map, tail)
+    is_summary = (torch.arange(num_keys, device=v.device) >= num_slots).to(v.dtype)
+    v = torch.cat([v, is_summary[:, None].expand(*v.shape[:3], 1)], dim=-1)
+    out = _run(q, k, v, block_map, scale, tail)[0]
+    return out[..., :-1], out[..., -1]
+
+
+def _with_mass_by_lse(
+    q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, scale: float | None, tail: Tail
+) -> tuple[Tensor, Tensor]:
+    """The output and the probability of a row's summaries, from two log-sum-exps.
+
+    Triton would fill one more value up to twice as many; a second call over the summaries alone,
+    with the fewest values that there can be, is 1 key for each block.
+    """
+    num_slots, num_blocks = k.shape[2], block_map.mask.shape[-1]
+    k, v, block_map = with_summaries(k, v, block_map, tail)
+    out, total = _run(q, k, v, block_map, scale, tail, has_lse=True)
+    keys = k[:, :, num_slots:]
+    alone = replace(block_map, mask=block_map.mask[..., num_blocks:], kv_valid=None)
+    few = keys[..., :LEAST_TILE]
+    summaries = _run(q, keys, few, alone, scale, tail, has_lse=True)[1]
+    assert total is not None and summaries is not None
+    return out, (summaries - total).exp()
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_map: BlockMap,
+    scale: float | None,
+    tail: Tail | None = None,
+    *,
+    has_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The output, and the log-sum-exp of every row if asked for; a tail's summaries are last."""
     needs_backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     block_tokens = block_map.block_tokens
     options = choose_options(q, block_tokens, needs_backward=needs_backward)
     shown = bias = None
     if tail is not None:
-        shown, bias = tail.shown, torch.nn.functional.pad(tail.bias, (k.shape[2], 0))
-        k, v, block_map = with_summaries(k, v, block_map, tail)
+        shown = tail.shown
+        bias = torch.nn.functional.pad(tail.bias, (k.shape[2] - tail.bias.numel(), 0))
     tables = _tables(block_map, options.tile_rows, needs_backward, shown)
     # flash-attn's kernels are generated for fixed sizes, and torch's kernel for CPUs mixes up the
     # names of more than ten sizes that vary.
     is_fixed = options.is_flash or (tail is not None and q.device.type == "cpu")
     autotunes = needs_backward and needs_autotuning(q, block_tokens)
     run = compiled(_attend, False if is_fixed else None, autotunes)
-    return run(q, k, v, tables, bias, block_tokens, options.tile_rows, options.kernel, scale)
+    kernel = options.kernel
+    return run(q, k, v, tables, bias, block_tokens, options.tile_rows, kernel, scale, has_lse)
 
 
 def _tables(
@@ -66,8 +127,6 @@ def why_not(
     tail: str | None = None,
 ) -> str | None:
     """The reason why FlexAttention cannot run, or None; arguments as for `backends.why_not`."""
-    if tail == "first":
-        return "FlexAttention does not return the probability of summaries, for _tail-first"
     if device.type == "cpu" and needs_grad:
         return "FlexAttention has no backward on CPU"
     reason = why_not_compile(device)
@@ -90,7 +149,8 @@ def _attend(
     rows_per_tile: int,
     kernel_options: dict[str, Any],
     scale: float | None,
-) -> Tensor:
+    has_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     if not torch.compiler.is_compiling():
         raise RuntimeError(
             "FlexAttention must be compiled, and torch.compile is switched off here, by "
@@ -104,7 +164,7 @@ def _attend(
         assert bias is not None
         return score + bias[kv]
 
-    out = flex_attention(
+    out: Any = flex_attention(
         q,
         k,
         v,
@@ -112,6 +172,6 @@ def _attend(
         block_mask=block_mask,
         scale=scale,
         kernel_options=options,
+        return_aux=AuxRequest(lse=True) if has_lse else None,
     )
-    assert isinstance(out, Tensor)
-    return out
+    return (out[0], out[1].lse) if has_lse else (out, None)
