@@ -32,7 +32,7 @@ ALGORITHMS = (
 def test_the_fast_path_is_the_definition(name, algorithm):
     config, num_text = na.parse(algorithm), 5
     q, k, _ = random_qkv(ODD_GRIDS[name], batch=3, num_text=num_text, dtype=torch.float64)
-    layout = TokenLayout(ODD_GRIDS[name].with_block(config.block), 0, num_text)
+    layout = TokenLayout(ODD_GRIDS[name].with_block(config.block, config.order), 0, num_text)
     fast = na.build_block_map(q, k, ODD_GRIDS[name], config, text_after=num_text).mask
     count = layout.grid.num_blocks
     assert torch.equal(fast[:, :, :count, :count], reference_map(q, k, layout, config))

@@ -90,7 +90,7 @@ def build_block_map(
         ValueError: Shapes do not fit each other or the grid, or a method needs the values.
     """
     config = as_config(config)
-    layout = TokenLayout(grid.with_block(config.block), text_before, text_after)
+    layout = TokenLayout(grid.with_block(config.block, config.order), text_before, text_after)
     backends.check_inputs(q=q, k=k)
     check_tokens(q, layout)
     return select_blocks(
@@ -138,7 +138,7 @@ def attend(
         ValueError: Shapes do not fit the layout, or the backend is unknown.
         RuntimeError: The backend cannot run here; the message says why.
     """
-    layout = replace(layout, grid=layout.grid.with_block(config.block))
+    layout = replace(layout, grid=layout.grid.with_block(config.block, config.order))
     text_valid = None if text_valid is None else text_entries(text_valid, layout)
     dtype = autocast_dtype(q.device) if dtype is None else dtype
     # The map is computed from what came: rounded, it would be another one.

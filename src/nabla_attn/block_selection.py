@@ -280,7 +280,8 @@ def pool_video(
         is_raster: x is in raster order.
     """
     grid, counts = layout.grid, block_order(layout, x.device).counts[: layout.grid.num_blocks]
-    if is_raster and not layout.is_ragged and not layout.num_text:
+    is_in_boxes = grid.order is None and not layout.is_ragged and not layout.num_text
+    if is_raster and is_in_boxes:
         run = fused(pool_raster, x.numel(), x.device)
         if run is not pool_raster:
             samples = [split_raster(sample, grid) for sample in x]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nabla_attn import methods
+from nabla_attn.core.token_orders import FORMS, NAMES, TokenOrder, parse_order
 from nabla_attn.methods import MethodUse
 from nabla_attn.methods.parameters import check_sides, read_sides, show_number, show_sides
 
@@ -25,6 +26,8 @@ class SparseConfig:
             methods.
         block: Tokens of a block along (frames, height, width); None leaves those of the grid,
             1x8x8 unless it says otherwise.
+        order: Order of tokens from which blocks are cut, as many consecutive ones as a block has;
+            None cuts the video in boxes.
         keep_first_frame: Whether every block attends the first frame of its clip, whatever its
             score.
         pair_queries: How two neighbouring query blocks share one map, which suits taller GPU tiles
@@ -37,6 +40,7 @@ class SparseConfig:
 
     uses: tuple[MethodUse, ...]
     block: tuple[int, int, int] | None
+    order: TokenOrder | None
     keep_first_frame: bool
     pair_queries: str | None
     tail: str | None
@@ -49,6 +53,7 @@ class SparseConfig:
         topk: float | None = None,
         window: tuple[int, int, int] | None = None,
         block: tuple[int, int, int] | None = None,
+        order: TokenOrder | str | None = None,
         keep_first_frame: bool = False,
         pair_queries: str | None = None,
         tail: str | None = None,
@@ -62,6 +67,7 @@ class SparseConfig:
             topk: Kept share of each row's blocks, in (0, 1].
             window: Sides of the sliding window along (frames, height, width), in blocks.
             block: As the attribute, like the rest.
+            order: As the attribute, or its name.
             keep_first_frame: As the attribute.
             pair_queries: As the attribute.
             tail: As the attribute.
@@ -78,6 +84,7 @@ class SparseConfig:
         values = {
             "uses": _in_order(kept),
             "block": None if block is None else check_sides("block", block),
+            "order": parse_order(order) if isinstance(order, str) else order,
             "keep_first_frame": keep_first_frame,
             "pair_queries": pair_queries,
             "tail": tail,
@@ -94,7 +101,8 @@ class SparseConfig:
                 raise ValueError(
                     f"unknown {field} {getattr(self, field)!r}; expected None or one of {known}."
                 )
-        about: dict[str, Any] = {"a block": self.block, "keep-first-frame": self.keep_first_frame}
+        about: dict[str, Any] = {"a block": self.block, "an order": self.order}
+        about |= {"keep-first-frame": self.keep_first_frame}
         about |= {"a pairing": self.pair_queries, "a tail": self.tail}
         for rule, value in about.items():
             if value and self.is_dense:
@@ -102,6 +110,12 @@ class SparseConfig:
                     f"{rule} needs a method that chooses blocks, such as nabla-0.7; dense has no "
                     "blocks."
                 )
+        fixed = [use for use in self.uses if not methods.find(use.name).takes_order]
+        if self.order is not None and fixed:
+            raise ValueError(
+                f"{fixed[0]} chooses blocks by their place in the video, or orders tokens itself: "
+                f"got _order-{self.order} beside it. Leave out one of the two."
+            )
 
     def with_use(self, use: MethodUse) -> "SparseConfig":
         """The same with a method in place of its earlier use, or beside the others."""
@@ -274,6 +288,10 @@ def _parse_part(text: str, whole: str) -> MethodUse | tuple[str, Any]:
     return part.field, value
 
 
+def _read_order(text: str) -> TokenOrder | None:
+    return None if text.split("-")[0] not in NAMES else parse_order(text)
+
+
 _PARTS = (
     _Part(
         "block",
@@ -282,6 +300,7 @@ _PARTS = (
         read_sides,
         show_sides,
     ),
+    _Part("order", "order", f"order-ORDER with one of {FORMS}", _read_order, str),
     _Part(
         "keep",
         "keep_first_frame",

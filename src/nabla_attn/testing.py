@@ -49,7 +49,7 @@ def check_method(algorithm: str, *, seed: int = 0) -> list[str]:
     done = []
     for name, check in _checks(config):
         for where, grid in GRIDS.items():
-            grid = grid.with_block(config.block)
+            grid = grid.with_block(config.block, config.order)
             q, k, v = _tokens(grid.num_tokens, seed)
             try:
                 check(config, grid, q, k, v)

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from numbers import Integral
 
+from nabla_attn.core.token_orders import TokenOrder
+
 MAX_BLOCK_TOKENS = 4096
 # Slots per token beyond which blocks are too large for their grid, unless it is small.
 MAX_PADDING, SMALL = 64, 2**16
@@ -59,6 +61,8 @@ class TokenGrid:
         segments: Frames of each clip when several clips are packed along time; clips do not attend
             each other and no block spans two of them. Must sum to `frames`. None is one clip.
         block: Tokens of one block.
+        order: Order of each clip's tokens, of which a block has as many consecutive ones as its
+            shape has tokens. None cuts the video in boxes of that shape.
 
     Raises:
         ValueError: A size is not a positive integer, the segments do not sum to `frames`, or the
@@ -70,6 +74,7 @@ class TokenGrid:
     width: int
     segments: tuple[int, ...] | None = None
     block: BlockShape = field(default_factory=BlockShape)
+    order: TokenOrder | None = None
 
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width"):
@@ -96,9 +101,19 @@ class TokenGrid:
     def __str__(self) -> str:
         return f"{self.frames}x{self.height}x{self.width}"
 
-    def with_block(self, sides: tuple[int, int, int] | None) -> "TokenGrid":
-        """The same tokens in blocks of (frames, height, width); None leaves them as they are."""
-        return self if sides is None else replace(self, block=BlockShape(*sides))
+    def with_block(
+        self, sides: tuple[int, int, int] | None, order: TokenOrder | None = None
+    ) -> "TokenGrid":
+        """The same tokens in blocks of (frames, height, width), cut from an order.
+
+        Args:
+            sides: Tokens of a block; None leaves them as they are.
+            order: Order of the tokens; None leaves it as it is.
+        """
+        block = self.block if sides is None else BlockShape(*sides)
+        order = self.order if order is None else order
+        is_same = block == self.block and order == self.order
+        return self if is_same else replace(self, block=block, order=order)
 
     @property
     def num_tokens(self) -> int:
@@ -112,12 +127,17 @@ class TokenGrid:
 
     @property
     def segment_blocks(self) -> tuple[int, ...]:
-        """Blocks along time of each packed clip."""
+        """Blocks along time of each packed clip; all its blocks where tokens have an order."""
+        if self.order is not None:
+            frame_tokens = self.height * self.width
+            return tuple(-(-n * frame_tokens // self.block.tokens) for n in self.segment_frames)
         return tuple(-(-frames // self.block.frames) for frames in self.segment_frames)
 
     @property
     def blocks(self) -> tuple[int, int, int]:
-        """Blocks along (frames, height, width)."""
+        """Blocks along (frames, height, width); all along the first where tokens have an order."""
+        if self.order is not None:
+            return sum(self.segment_blocks), 1, 1
         return (
             sum(self.segment_blocks),
             -(-self.height // self.block.height),

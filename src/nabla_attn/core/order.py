@@ -1,8 +1,9 @@
 """Raster order <-> block order, for anything that has a token axis.
 
 Block order runs over blocks (time, row, column), and inside a block over its tokens in raster
-order, the empty slots of a ragged block last (reference: wan/modules/attention.py:187-214). Text
-tokens that share the sequence follow in blocks of their own, wherever they stood.
+order, the empty slots of a ragged block last (reference: wan/modules/attention.py:187-214); where
+the grid has an order of tokens, it is that. Text tokens that share the sequence follow in blocks of
+their own, wherever they stood.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nabla_attn.core.grid import TokenGrid
+from nabla_attn.core.token_orders import TokenOrder
 from nabla_attn.shapes import Int
 
 
@@ -103,12 +105,29 @@ def block_order(layout: TokenLayout, device: torch.device) -> BlockOrder:
 def _video_slots(layout: TokenLayout) -> Int[Tensor, "blocks block_tokens"]:
     """Token of every slot of the video's blocks, -1 where a ragged block is empty."""
     grid, block = layout.grid, layout.grid.block
+    if grid.order is not None:
+        tokens, clips = tokens_in_order(grid, grid.order) + layout.text_before, []
+        for clip in tokens.split(
+            [frames * grid.height * grid.width for frames in grid.segment_frames]
+        ):
+            missing = -len(clip) % block.tokens
+            clips.append(torch.nn.functional.pad(clip, (0, missing), value=-1))
+        return torch.cat(clips).view(grid.num_blocks, block.tokens)
     time, rows, columns = grid.blocks
     padded = torch.full((time * block.frames, rows * block.height, columns * block.width), -1)
     tokens = torch.arange(grid.num_tokens).view(grid.frames, grid.height, grid.width)
     padded[_padded_frames(grid), : grid.height, : grid.width] = tokens + layout.text_before
     split = padded.view(time, block.frames, rows, block.height, columns, block.width)
     return split.permute(0, 2, 4, 1, 3, 5).reshape(grid.num_blocks, block.tokens)
+
+
+def tokens_in_order(grid: TokenGrid, order: TokenOrder) -> Int[Tensor, " tokens"]:
+    """Raster index of the token at every position; packed clips keep their places."""
+    clips, start = [], 0
+    for frames in grid.segment_frames:
+        clips.append(order.permutation(frames, grid.height, grid.width) + start)
+        start += frames * grid.height * grid.width
+    return torch.cat(clips)
 
 
 def _padded_frames(grid: TokenGrid) -> Int[Tensor, " frames"]:

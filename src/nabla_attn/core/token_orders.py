@@ -19,14 +19,12 @@ is a permutation for any size: a tensor that lists the raster index of the token
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import permutations
 from math import prod
 
 import torch
 from torch import Tensor
 
-from nabla_attn.core.grid import TokenGrid
 from nabla_attn.shapes import Int
 
 Sizes = tuple[int, int, int]
@@ -63,7 +61,7 @@ class TokenOrder:
         return "-".join((self.name, *map(str, self.sides)))
 
     def permutation(self, frames: int, height: int, width: int) -> Int[Tensor, " tokens"]:
-        """Raster index of the token at every position, of one clip; not cached."""
+        """Raster index of the token at every position."""
         return _RULES[self.name].build((frames, height, width), *self.sides)
 
 
@@ -77,25 +75,6 @@ def parse_order(text: str) -> TokenOrder:
     if not all(re.fullmatch(r"[0-9]{1,9}", number) for number in numbers):
         raise ValueError(f"'{text}' is not a token order. Expected {FORMS}.")
     return TokenOrder(name, tuple(map(int, numbers)))
-
-
-@lru_cache(maxsize=64)
-def token_order(
-    order: TokenOrder, grid: TokenGrid, device: torch.device
-) -> tuple[Int[Tensor, " tokens"], Int[Tensor, " tokens"]]:
-    """The token at every position and, its inverse, the position of every token; cached.
-
-    Packed clips keep their places: each is ordered by itself.
-    """
-    # Tables made under inference_mode could not be saved for a later backward.
-    with torch.inference_mode(False), torch.no_grad():
-        frame_tokens = grid.height * grid.width
-        clips, start = [], 0
-        for frames in grid.segment_frames:
-            clips.append(order.permutation(frames, grid.height, grid.width) + start * frame_tokens)
-            start += frames
-        tokens = torch.cat(clips)
-        return tokens.to(device), invert_order(tokens).to(device)
 
 
 def invert_order(tokens: Int[Tensor, " tokens"]) -> Int[Tensor, " tokens"]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nabla_attn.core.grid import TokenGrid
+from nabla_attn.core.order import TokenLayout, block_order
 from nabla_attn.shapes import Bool, Int
 
 
@@ -21,8 +22,16 @@ def build_window_map(
             the borders, so an even side acts as the next odd one.
         device: Where the map lives.
 
+    Raises:
+        ValueError: The grid has an order of tokens, whose blocks have no place.
+
     Source: reference wan/modules/attention.py:243-254.
     """
+    if grid.order is not None:
+        raise ValueError(
+            f"a window needs blocks that have a place in the video: got tokens in the order "
+            f"{grid.order}. Leave out the window or the order."
+        )
     with torch.inference_mode(False), torch.no_grad():
         near = torch.ones((), dtype=torch.bool, device=device)
         for position, side in zip(_block_positions(grid, device), window, strict=True):
@@ -51,9 +60,11 @@ def _block_positions(grid: TokenGrid, device: torch.device) -> tuple[Int[Tensor,
 def build_first_frame_map(grid: TokenGrid, device: torch.device) -> Bool[Tensor, " kv_blocks"]:
     """Blocks that hold tokens of a clip's first frame, cached: the sink some models lean on."""
     first, start = [], 0
-    for blocks in grid.segment_blocks:
+    for frames in grid.segment_frames:
         first.append(start)
-        start += blocks
+        start += frames
     with torch.inference_mode(False), torch.no_grad():
-        time = _block_positions(grid, device)[0]
-        return torch.isin(time, torch.tensor(first, device=device))
+        slots = block_order(TokenLayout(grid), device).to_raster.view(grid.frames, -1)
+        found = torch.zeros(grid.num_blocks, dtype=torch.bool, device=device)
+        found[slots[first].flatten() // grid.block.tokens] = True
+        return found

@@ -133,6 +133,11 @@ def _block_of(request: GenerationRequest) -> BlockShape:
     """
     schedule = request.schedule or Schedule.default(request.sparse_algo)
     sparse = [config for config in schedule.algorithms if not config.is_dense]
+    if any(config.order is not None for config in sparse):
+        raise ValueError(
+            f"recorded maps show blocks where they lie in the video: got {schedule}. Record one "
+            "without an order of tokens."
+        )
     shapes = {BlockShape(*(config.block or ())) for config in sparse}
     if len(shapes) > 1:
         raise ValueError(

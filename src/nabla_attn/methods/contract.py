@@ -146,6 +146,8 @@ class Method:
         packs: Whether it takes several clips packed along time.
         calibrate: For methods that need a "table": from parameters and grid to what finds the
             entry of a layer.
+        takes_order: Whether its blocks may be cut from an order of tokens: it does not ask where in
+            the video a block lies.
         choose: For pooled methods: kept blocks of rows of probabilities that reach their targets.
         target: For pooled methods: from grid and parameters, what each row must reach.
         keep: For static methods: the mask from grid, parameters, state and device.
@@ -168,6 +170,7 @@ class Method:
     keeps_constants: bool = True
     packs: bool = True
     calibrate: Callable[[SimpleNamespace, TokenGrid], Calibrator] | None = None
+    takes_order: bool = False
     choose: Callable[[Tensor, Tensor], Tensor] | None = None
     target: Callable[[TokenGrid, SimpleNamespace], list[float]] | None = None
     keep: Callable[[TokenGrid, SimpleNamespace, State, torch.device], Tensor] | None = None
@@ -219,6 +222,7 @@ def pooled(
         target: What each query block must reach, from grid and parameters.
         row: The other fields of the row.
     """
+    row = {"takes_order": True} | row
     return Method(
         select=partial(_select_pooled, choose, target), choose=choose, target=target, **row
     )

@@ -73,14 +73,13 @@ class Plan:
             ValueError: The model's tokens come in other blocks.
         """
         block = BlockShape(*(config.block or ()))
-        if block == self.grid.block:
-            return replace(self, config=config)
-        if self.is_block_order:
+        grid = replace(self.grid, block=block, order=config.order)
+        if grid != self.grid and self.is_block_order:
             raise ValueError(
                 f"this model brings its tokens in blocks of {self.grid.block}: got {config}. Drop "
-                "the block from the algorithm."
+                "the block and the order from the algorithm."
             )
-        return replace(self, config=config, grid=replace(self.grid, block=block))
+        return replace(self, config=config, grid=grid)
 
     def layout(self, num_tokens: int) -> TokenLayout:
         """The layout of the whole sequence, of which a call has `num_tokens`.
@@ -192,7 +191,7 @@ class AttentionCall:
         """
         layout = self.layout
         if config is not None:
-            layout = replace(layout, grid=layout.grid.with_block(config.block))
+            layout = replace(layout, grid=layout.grid.with_block(config.block, config.order))
             if self.is_block_order and layout != self.layout:
                 raise ValueError(f"{self.model} brings its tokens in other blocks: got {config}.")
         q, k, v = (x[-1:] for x in (self.q, self.k, self.v))
