@@ -88,6 +88,35 @@ def select_within_mass(
     return kept | first_highest(probs)
 
 
+def select_past_mass(
+    probs: Float[Tensor, "*rows kv_blocks"], threshold: float, *, num_least: int = 1
+) -> Bool[Tensor, "*rows kv_blocks"]:
+    """Keep the highest blocks of each row until they hold more than `threshold`.
+
+    The block that crosses the threshold is kept, and where the mass of some is the threshold itself
+    one more; ties go to the lower index, and 1 keeps all. Rows are sorted.
+
+    Args:
+        probs: Rows that sum to 1, fp32 or fp64.
+        threshold: Kept mass in (0, 1].
+        num_least: How many blocks are kept whatever they hold.
+
+    Raises:
+        ValueError: The threshold is outside (0, 1].
+
+    Source: Jenga, dvlab-research/Jenga@6905150 hyvideo/modules/attention_block_triton_diffres.py;
+    SVG2, svg-project/Sparse-VideoGen@5ce7b01 svg/kmeans_utils.py:865.
+    """
+    check_share("threshold", threshold)
+    if threshold == 1:
+        return torch.ones_like(probs, dtype=torch.bool)
+    values, index = probs.sort(dim=-1, descending=True, stable=True)
+    before = torch.nn.functional.pad(values.cumsum(dim=-1)[..., :-1], (1, 0))
+    kept = before <= threshold
+    kept[..., :num_least] = True
+    return torch.zeros_like(kept).scatter_(-1, index, kept) | _is_broken(probs)
+
+
 def select_top_share(
     scores: Float[Tensor, "*rows kv_blocks"], share: float, *, rounding: str = "up"
 ) -> Bool[Tensor, "*rows kv_blocks"]:

@@ -93,16 +93,39 @@ def _coordinates(sizes: Sizes) -> list[Tensor]:
     return [axis.flatten() for axis in axes]
 
 
-def _by_group(groups: list[Tensor]) -> Tensor:
-    """Tokens sorted by their group along frames, rows and columns; a group keeps raster order."""
-    key = torch.zeros_like(groups[0])
-    for group in groups:
-        key = key * (int(group.max()) + 1) + group
-    return key.argsort(stable=True)
+def tile_of_tokens(sizes: Sizes, sides: Sizes) -> Int[Tensor, " tokens"]:
+    """The tile of every token in raster order, tiles counted in raster order; ragged at the ends.
+
+    Args:
+        sizes: Frames, height and width of the video.
+        sides: The same of a tile.
+    """
+    return _number([at // side for at, side in zip(_coordinates(sizes), sides, strict=True)])
+
+
+def window_of_tokens(sizes: Sizes, sides: Sizes) -> Int[Tensor, " tokens"]:
+    """The interleaved window of every token: axis by axis, what its place leaves as a remainder.
+
+    An axis of N has ceil(N / side) windows; where the side does not divide N, the last of them have
+    one token less. Arguments as for `tile_of_tokens`.
+
+    Source: Iwin (arXiv:2507.18405), Cominder/Iwin-Transformer@6f40b98
+    classification/models/iwin_transformer.py.
+    """
+    windows = [-(-size // side) for size, side in zip(sizes, sides, strict=True)]
+    return _number([at % count for at, count in zip(_coordinates(sizes), windows, strict=True)])
+
+
+def _number(axes: list[Tensor]) -> Tensor:
+    """One number for three, which sorts as they do."""
+    number = torch.zeros_like(axes[0])
+    for axis in axes:
+        number = number * (int(axis.max()) + 1) + axis
+    return number
 
 
 def _tiles(sizes: Sizes, *sides: int) -> Tensor:
-    return _by_group([at // side for at, side in zip(_coordinates(sizes), sides, strict=True)])
+    return tile_of_tokens(sizes, sides).argsort(stable=True)  # type: ignore[arg-type]
 
 
 def _tubes(sizes: Sizes, height: int, width: int) -> Tensor:
@@ -110,13 +133,7 @@ def _tubes(sizes: Sizes, height: int, width: int) -> Tensor:
 
 
 def _iwin(sizes: Sizes, *sides: int) -> Tensor:
-    """Windows of tokens whose places leave one remainder, axis by axis (arXiv:2507.18405).
-
-    An axis of N has ceil(N / side) windows; where the side does not divide N, the last of them have
-    one token less.
-    """
-    windows = [-(-size // side) for size, side in zip(sizes, sides, strict=True)]
-    return _by_group([at % count for at, count in zip(_coordinates(sizes), windows, strict=True)])
+    return window_of_tokens(sizes, sides).argsort(stable=True)  # type: ignore[arg-type]
 
 
 def _interleave_bits(axes: list[Tensor], num_bits: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Which blocks see each other, from geometry alone: sliding tiles and packed clips."""
 
 from functools import lru_cache
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -67,4 +68,25 @@ def build_first_frame_map(grid: TokenGrid, device: torch.device) -> Bool[Tensor,
         slots = block_order(TokenLayout(grid), device).to_raster.view(grid.frames, -1)
         found = torch.zeros(grid.num_blocks, dtype=torch.bool, device=device)
         found[slots[first].flatten() // grid.block.tokens] = True
+        return found
+
+
+@lru_cache(maxsize=32)
+def build_neighbour_map(
+    grid: TokenGrid, device: torch.device
+) -> Bool[Tensor, "q_blocks kv_blocks"]:
+    """Blocks that touch, corners included, or are the same, cached; in any order of tokens.
+
+    Source: Jenga, dvlab-research/Jenga@6905150 gilbert.py gilbert_block_neighbor_mapping.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        blocks = block_order(TokenLayout(grid), device).to_raster // grid.block.tokens
+        clips = blocks.view(grid.frames, grid.height, grid.width).split(grid.segment_frames)
+        found = torch.eye(grid.num_blocks, dtype=torch.bool, device=device)
+        for clip in clips:
+            for shift in product((-1, 0, 1), repeat=3):
+                moves = list(zip(shift, clip.shape, strict=True))
+                at = tuple(slice(max(0, by), size + min(0, by)) for by, size in moves)
+                to = tuple(slice(max(0, -by), size + min(0, -by)) for by, size in moves)
+                found[clip[at], clip[to]] = True
         return found

@@ -146,8 +146,8 @@ class Method:
         packs: Whether it takes several clips packed along time.
         calibrate: For methods that need a "table": from parameters and grid to what finds the
             entry of a layer.
-        takes_order: Whether its blocks may be cut from an order of tokens: it does not ask where in
-            the video a block lies.
+        takes_order: Whether its blocks may be cut from an order of tokens (`_order-`): it neither
+            asks where in the video a block lies nor orders tokens itself.
         choose: For pooled methods: kept blocks of rows of probabilities that reach their targets.
         target: For pooled methods: from grid and parameters, what each row must reach.
         keep: For static methods: the mask from grid, parameters, state and device.
@@ -170,7 +170,7 @@ class Method:
     keeps_constants: bool = True
     packs: bool = True
     calibrate: Callable[[SimpleNamespace, TokenGrid], Calibrator] | None = None
-    takes_order: bool = False
+    takes_order: bool = True
     choose: Callable[[Tensor, Tensor], Tensor] | None = None
     target: Callable[[TokenGrid, SimpleNamespace], list[float]] | None = None
     keep: Callable[[TokenGrid, SimpleNamespace, State, torch.device], Tensor] | None = None
@@ -207,7 +207,7 @@ def static(
         mask = keep(grid, params, state, q.device)
         return mask if mask.dim() == 4 else mask.view(1, -1, *mask.shape[-2:])
 
-    return Method(select=select, keep=keep, kind="static", **row)
+    return Method(select=select, keep=keep, kind="static", takes_order=False, **row)
 
 
 def pooled(
@@ -222,7 +222,6 @@ def pooled(
         target: What each query block must reach, from grid and parameters.
         row: The other fields of the row.
     """
-    row = {"takes_order": True} | row
     return Method(
         select=partial(_select_pooled, choose, target), choose=choose, target=target, **row
     )

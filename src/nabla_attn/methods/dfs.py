@@ -35,5 +35,5 @@ METHOD = scored(
     paper="arXiv:2605.23445",
     code="jessica-hujie/DFSAttn@dad4ace dfsattn/attention_hyvideo.py:25-250",
     licence="none",
-    published="dfs-0.3_block-2-8-8",
+    published="dfs-0.3_block-2-8-8_order-hilbert",
 )
