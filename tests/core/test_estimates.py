@@ -4,6 +4,7 @@ import pytest
 import torch
 from tests.oracle import BLOCK_GRIDS as GRIDS
 from tests.oracle import Blocks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nabla_attn as na
 from nabla_attn.core import estimates, exact
@@ -318,3 +319,25 @@ def test_scores_of_rounded_tokens_are_in_fp32_whatever_autocast_says(name):
         assert torch.equal(SCORES[name](*inputs, x.counts), plain)
     assert plain.dtype == (torch.float64 if name in ("mass", "residual") else torch.float32)
     torch.testing.assert_close(plain.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that an operation made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in self.inputs:
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_memory_does_not_grow_with_heads(name):
+    """Nothing is larger than the result, the tokens of one head, or the means of cells of four."""
+    x = Blocks(GRIDS["exact"], heads=24, dim=32)
+    with Largest() as seen:
+        seen.inputs = {y.untyped_storage().data_ptr() for y in (x.q, x.k, x.v)}
+        out = SCORES[name](x.q, x.k, x.v, x.counts)
+    assert seen.numel <= max(out.numel(), x.q[0, 0].numel(), x.q.numel() // 4)

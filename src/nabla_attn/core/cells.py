@@ -8,8 +8,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from nabla_attn.core.estimates import fill_scores, filled_slots, of_heads
-from nabla_attn.core.scores import pool_blocks
+from nabla_attn.core.estimates import fill_scores, filled_slots, of_heads, pool_panels
 from nabla_attn.shapes import Bool, Float, Int
 
 
@@ -85,7 +84,7 @@ def score_cell_mass(
     cells, per_block = _cells_of(q, counts, cell_tokens)
     scale = 1 / sqrt(q.shape[-1]) if scale is None else scale
     q_pooled, k_pooled = (_pool_cells(x, cells) for x in (q, k))
-    return _cell_probabilities(q_pooled * scale, k_pooled, cells == 0, per_block, allowed)
+    return _cell_probabilities(q_pooled, k_pooled, cells == 0, per_block, allowed, scale)
 
 
 def score_antidiagonals(
@@ -120,23 +119,32 @@ def score_antidiagonals(
     """
     cells, per_block = _cells_of(q, counts, stride)
     scale = (1 / sqrt(q.shape[-1]) if scale is None else scale) / stride
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    queries = (q.to(dtype) * scale).unflatten(-2, (-1, stride)).flip(-2).flatten(-2)
-    keys = k.to(dtype).unflatten(-2, (-1, stride)).flatten(-2)
-    return _cell_probabilities(queries, keys, cells == 0, per_block, allowed)
+    queries, keys = (x.unflatten(-2, (-1, stride)).flatten(-2) for x in (q, k))
+    return _cell_probabilities(queries, keys, cells == 0, per_block, allowed, scale, stride)
 
 
 def _cell_probabilities(
-    queries: Tensor, keys: Tensor, is_empty: Tensor, per_block: int, allowed: Tensor | None
+    queries: Tensor,
+    keys: Tensor,
+    is_empty: Tensor,
+    per_block: int,
+    allowed: Tensor | None,
+    scale: float,
+    stride: int = 1,
 ) -> Tensor:
-    """Softmax over cells, summed over those of a key block, mean over those of a query block."""
+    """Softmax over cells, summed over those of a key block, mean over those of a query block.
+
+    The `stride` parts of a query cell are turned around.
+    """
     lead, num_blocks = queries.shape[:-2], len(is_empty) // per_block
     queries, keys = of_heads(queries), of_heads(keys)
+    dtype = torch.promote_types(queries.dtype, torch.float32)
     num_cells = (~is_empty).view(num_blocks, per_block).sum(dim=-1)
 
     def score(head: slice, rows: slice) -> Tensor:
         some = slice(rows.start * per_block, rows.stop * per_block)
-        scores = queries[head, some] @ keys[head].transpose(-1, -2)
+        query = queries[head, some].to(dtype).unflatten(-1, (stride, -1)).flip(-2).flatten(-2)
+        scores = (query * scale) @ keys[head].to(dtype).transpose(-1, -2)
         scores = scores.masked_fill_(is_empty, float("-inf"))
         pairs = scores.unflatten(-1, (num_blocks, per_block)).unflatten(-3, (-1, per_block))
         if allowed is not None:
@@ -146,7 +154,8 @@ def _cell_probabilities(
         return probs / num_cells[rows, None]
 
     shape = (len(queries), num_blocks, num_blocks)
-    out = fill_scores(score, keys, shape, 2 * per_block * len(is_empty))
+    cost = per_block * (len(is_empty) + keys.shape[-1])
+    out = fill_scores(score, keys.new_empty(0, dtype=dtype), shape, 2 * cost)
     return out.view(*lead, num_blocks, num_blocks)
 
 
@@ -161,4 +170,4 @@ def _cells_of(x: Tensor, counts: Tensor, cell_tokens: int) -> tuple[Tensor, int]
 
 
 def _pool_cells(x: Tensor, cells: Tensor) -> Tensor:
-    return pool_blocks(x, cells.clamp_min(1))
+    return pool_panels(x, cells.clamp_min(1))

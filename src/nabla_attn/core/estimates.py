@@ -41,7 +41,7 @@ def score_first_order(
     Source: PISA (arXiv:2602.01077), xie-lab-ml/piecewise-sparse-attention@8604494
     piecewise_attn/kernels/piecewise_sparse_attn_tma.py:144-318.
     """
-    products = multiply_blocks(pool_blocks(q, counts), pool_blocks(k, counts), scale=scale)
+    products = multiply_blocks(pool_panels(q, counts), pool_panels(k, counts), scale=scale)
     return products + (first_order_norms(k, v, counts) + 1e-5).log()[..., None, :]
 
 
@@ -58,7 +58,7 @@ def first_order_norms(
         counts: Tokens of every block.
     """
     num_blocks, dim = counts.numel(), k.shape[-1]
-    keys, values, means = of_heads(k), of_heads(v), of_heads(pool_blocks(k, counts))
+    keys, values, means = of_heads(k), of_heads(v), of_heads(pool_panels(k, counts))
     norms = means.new_empty(means.shape[:2])
     with torch.autocast(k.device.type, enabled=False):
         for head, some in _panels(len(keys), num_blocks, dim * dim):
@@ -93,8 +93,8 @@ def score_centroid_error(
     """
     num_blocks, block = counts.numel(), k.shape[-2] // counts.numel()
     scale = 1 / sqrt(q.shape[-1]) if scale is None else scale
-    queries, means = (of_heads(pool_blocks(x, counts)) for x in (q, k))
-    keys, values, centroids = of_heads(k), of_heads(v), of_heads(pool_blocks(v, counts))
+    queries, means = (of_heads(pool_panels(x, counts)) for x in (q, k))
+    keys, values, centroids = of_heads(k), of_heads(v), of_heads(pool_panels(v, counts))
     is_empty = ~filled_slots(counts, block)
 
     def score(head: slice, rows: slice) -> Tensor:
@@ -148,7 +148,8 @@ def score_novelty(
 
     Source: SSTA, Tencent-Hunyuan/HunyuanVideo-1.5@60783e7 modules/ssta_attention.py:90.
     """
-    q_unit, k_unit = (torch.nn.functional.normalize(pool_blocks(x, counts), dim=-1) for x in (q, k))
+    means = (pool_panels(x, counts) for x in (q, k))
+    q_unit, k_unit = (torch.nn.functional.normalize(mean, dim=-1) for mean in means)
     importance = (multiply_blocks(q_unit, k_unit, scale=1.0) + 1) / 2
     likeness = (multiply_blocks(k_unit, k_unit, scale=1.0) + 1) / 2
     others = ~torch.eye(counts.numel(), dtype=torch.bool, device=q.device)
@@ -177,6 +178,15 @@ def self_similarity(
         for part in of_heads(x).split(max(1, PANEL_VALUES // (x.shape[-2] * x.shape[-1])))
     ]
     return torch.cat(parts).square().sum(dim=-1).view(*x.shape[:-2], counts.numel())
+
+
+def pool_panels(
+    x: Float[Tensor, "*heads slots dim"], counts: Int[Tensor, " blocks"]
+) -> Float[Tensor, "*heads blocks dim"]:
+    """`pool_blocks` of some heads at a time: a CPU copies what it sums into fp32."""
+    parts = of_heads(x).split(max(1, PANEL_VALUES // (x.shape[-2] * x.shape[-1])))
+    pooled = torch.cat([pool_blocks(part, counts) for part in parts])
+    return pooled.view(*x.shape[:-2], counts.numel(), x.shape[-1])
 
 
 def filled_slots(counts: Tensor, block: int) -> Tensor:

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from nabla_attn.core.estimates import pool_panels
 from nabla_attn.core.grid import TokenGrid
-from nabla_attn.core.scores import pool_blocks, score_blocks
+from nabla_attn.core.scores import score_blocks
 from nabla_attn.core.select import select_by_mass
 from nabla_attn.methods.contract import Method, State
 from nabla_attn.methods.parameters import number, share
@@ -15,7 +16,7 @@ from nabla_attn.methods.scored import by_heads
 
 def select(q: Tensor, k: Tensor, grid: TokenGrid, params: SimpleNamespace, state: State) -> Tensor:
     """The map of an earlier step for heads whose means moved little since, else a new one."""
-    means = (pool_blocks(q, state.counts), pool_blocks(k, state.counts))
+    means = (pool_panels(q, state.counts), pool_panels(k, state.counts))
     old = state.memory
     moved = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
     if "kept" in old and old["kept"].shape[:2] == q.shape[:2]:

@@ -7,13 +7,16 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from nabla_attn.core.estimates import pool_panels
 from nabla_attn.core.grid import TokenGrid
-from nabla_attn.core.scores import multiply_blocks, pool_blocks
+from nabla_attn.core.scores import multiply_blocks
 from nabla_attn.core.select import count_of_share
 from nabla_attn.methods.contract import Method, State
 
 PANEL_PAIRS = 2**25
 """Scores held at once: 128 MB in fp32."""
+PANEL_TOKENS = 2**26
+"""Queries or keys held at once, in numbers: 256 MB in fp32."""
 
 Score = Callable[[Tensor, Tensor, SimpleNamespace, State], Tensor]
 Choose = Callable[[Tensor, SimpleNamespace, State], Tensor]
@@ -45,7 +48,8 @@ def by_heads(
     keep: Callable[[Tensor, Tensor, State], Tensor], q: Tensor, k: Tensor, state: State
 ) -> Tensor:
     """The mask of all heads, from a function of q, k and state of some of them."""
-    heads = max(1, PANEL_PAIRS // (len(q) * state.counts.numel() ** 2))
+    pairs, tokens = len(q) * state.counts.numel() ** 2, q[:, 0].numel()
+    heads = max(1, min(PANEL_PAIRS // pairs, PANEL_TOKENS // tokens))
     parts = []
     for start in range(0, q.shape[1], heads):
         some = slice(start, start + heads)
@@ -62,7 +66,7 @@ def clips_apart(scores: Tensor, state: State) -> Tensor:
 
 def products(q: Tensor, k: Tensor, params: SimpleNamespace, state: State) -> Tensor:
     """Scaled products of means."""
-    pooled_q, pooled_k = (pool_blocks(x, state.counts) for x in (q, k))
+    pooled_q, pooled_k = (pool_panels(x, state.counts) for x in (q, k))
     return multiply_blocks(pooled_q, pooled_k, scale=state.scale)
 
 
