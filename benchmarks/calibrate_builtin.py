@@ -1,7 +1,8 @@
 """Calibrated schedules of the built-in model against one algorithm everywhere, same density.
 
-Calibrated on the last held-out prompts; the final latents of the first ones are compared with
-dense. What was measured is kept in the folder, so an interrupted run goes on.
+Errors of attention's output are those of prompts that a schedule was not chosen on, each held-out
+prompt in turn. Final latents are compared with dense ones on further prompts, where asked for. What
+was measured is kept in the folder, so an interrupted run goes on.
 
     python -m benchmarks.calibrate_builtin runs/calibrate; then `python -m benchmarks.pages`
 """
@@ -14,10 +15,10 @@ import numpy as np
 import typer
 
 from nabla_attn.calibrate.budget import choose_by_density
-from nabla_attn.calibrate.candidates import CandidateLosses, read_candidates
+from nabla_attn.calibrate.candidates import CandidateLosses, mean_losses, read_candidates
 from nabla_attn.calibrate.job import RUNS
 from nabla_attn.calibrate.run import Calibration
-from nabla_attn.calibrate.units import Choice, Units, one_for_all
+from nabla_attn.calibrate.units import Units, one_for_all, taken
 from nabla_attn.calibrate.weights import (
     Latents,
     fit_of,
@@ -25,116 +26,145 @@ from nabla_attn.calibrate.weights import (
     predicted_distance,
     reference,
 )
+from nabla_attn.files import write_text
 from nabla_attn.generation.pipeline import BUILTIN_DIRECTORY, load_pipeline
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults, video_tokens
+from nabla_attn.generation.schedules import FOLDER
 from nabla_attn.moving_shapes.judge import MovingShapesScorer
 from nabla_attn.record import RunRecord, collect_versions, describe_device
 
 CANDIDATES = ("topk-*_tail-first", "topk-*", "nabla-*_tail-first", "nabla-*")
+SINGLES = ("topk-0.05_tail-first", "topk-0.1_tail-first", "topk-0.2_tail-first")
+"""Algorithms everywhere whose densities are the budgets of the schedules beside them."""
+
+UNITS = {
+    "by head in 3 ranges of steps": (3, "head"),
+    "by head": (1, "head"),
+    "by layer in 3 ranges of steps": (3, "layer"),
+    "by layer": (1, "layer"),
+}
+SHIPPED = ("builtin-fast", 0.12, "by head in 3 ranges of steps")
 ROWS = 32  # query tokens sampled in each call
 
 
 def main(
     work: Path,
-    density: float = 0.12,
-    ranges: int = 2,
     calibrated: int = 2,
-    weighted: int = 1,
-    count: int = 4,
+    weighted: int = 0,
+    count: int = 0,
     output: Path = Path("benchmarks/results/calibrate.json"),
+    shipped: Path = FOLDER,
 ) -> None:
-    """Calibrate, run every schedule on held-out prompts, and write the record."""
+    """Calibrate, compare, write the record and the schedule that the package brings.
+
+    Args:
+        work: Folder of what is measured.
+        calibrated: Prompts whose heads are measured, from the end of the held-out ones.
+        weighted: How many of them also give weights of the error model.
+        count: Further prompts whose final latents are compared.
+        output: The record.
+        shipped: Folder of the schedule.
+    """
     pipeline, defaults = load_pipeline("builtin"), ModelDefaults.load(BUILTIN_DIRECTORY)
-    names = ("height", "width", "frames", "steps", "guidance")
-    request = GenerationRequest("", **{name: getattr(defaults, name) for name in names})
+    asked = ("height", "width", "frames", "steps", "guidance")
+    request = GenerationRequest("", **{name: getattr(defaults, name) for name in asked})
     prompts = MovingShapesScorer().prompts(64)
     calibration = Calibration(pipeline, request, read_candidates(CANDIDATES), work, ROWS)
-    losses = calibration.measure(prompts[-calibrated:])
-    units = Units(losses.density.shape[:3], ranges)
-    runs = Latents(calibration, work / RUNS)
-    weights = measure_weights(runs, losses, units, prompts[-weighted:], progress=tell)
-    choices = choose(losses, weights, ranges, density)
+    measured = prompts[-calibrated:]
+    calibration.measure(measured, progress=tell)
+    each = calibration.each(len(measured))
+    names = list(map(str, calibration.candidates))
+    numbers: dict[str, Any] = {"held_out": held_out(each, names)}
+    schedule = calibration.schedule(choose(mean_losses(each), *SHIPPED[1:]))
+    write_text(shipped / f"{SHIPPED[0]}.json", schedule.to_json() + "\n")
     config = {
         "workload": "calibration",
-        "density": density,
-        "ranges": ranges,
         "calibrated": calibrated,
-        "weighted": weighted,
         "num_rows": ROWS,
-        "candidates": list(map(str, calibration.candidates)),
-        "reference": str(calibration.candidates[reference(losses)]),
+        "candidates": names,
         "tokens": list(video_tokens(pipeline, request)),
         "steps": request.steps,
         **calibration.identity,
     }
-    measured: dict[str, list[float]] = {name: [] for name in choices}
-    for done, prompt in enumerate(prompts[:count]):
-        for name, choice in choices.items():
-            schedule = calibration.schedule(choice.picked)
-            measured[name].append(runs.distance(prompt, schedule, progress=tell))
-        results = [
-            row(calibration, losses, weights, name, choice, measured[name])
-            for name, choice in choices.items()
-        ]
-        fit = fit_of(
-            [result["predicted"] for result in results],
-            [float(np.mean(result["distances"])) for result in results],
-        )
-        numbers: dict[str, Any] = {"results": results, "fit": vars(fit)}
+
+    def save() -> None:
+        versions, device = collect_versions(), describe_device(pipeline.device)
+        RunRecord("calibrate", config, request.seed, versions, device, numbers).save(output)
+
+    save()
+    runs = Latents(calibration, work / RUNS)
+    weights = None
+    if weighted:
+        units = Units(each[0].density.shape[:3], 3)
+        losses = mean_losses(each)
+        weights = measure_weights(runs, losses, units, measured[:weighted], progress=tell)
+        config |= {"weighted": weighted, "reference": names[reference(losses)]}
         numbers["weights"] = np.round(weights[..., 0, 0], 4).tolist()
-        settings = config | {"prompts": done + 1}
-        device = describe_device(pipeline.device)
-        record = RunRecord("calibrate", settings, request.seed, collect_versions(), device, numbers)
-        record.save(output)
+    for done in range(count):
+        numbers["latents"] = latents_of(calibration, runs, each, weights, prompts[: done + 1])
+        save()
 
 
-def choose(
-    losses: CandidateLosses, weights: np.ndarray, ranges: int, density: float
-) -> dict[str, Choice]:
-    """Choose schedules of one density: by head and by layer, weighted or not, and single ones."""
-    shape = losses.density.shape[:3]
-    weighted = weights * losses.noise
-    singles = [one for one in one_for_all(losses) if one.density <= density]
-    best = min(singles, key=lambda one: one.error)
-    plain = [one for one in singles if one.picked.flat[0] in UNESTIMATED]
-    return {
-        "by head, weighted": choose_by_density(losses, Units(shape, ranges), weighted, density),
-        "by head": choose_by_density(losses, Units(shape, ranges), losses.error, density),
-        "by layer, weighted": choose_by_density(
-            losses, Units(shape, ranges, "layer"), weighted, density
-        ),
-        "by layer, all steps": choose_by_density(
-            losses, Units(shape, 1, "layer"), losses.error, density
-        ),
-        "best algorithm everywhere": best,
-        "best without a tail": min(plain, key=lambda one: one.error),
-    }
+def choose(losses: CandidateLosses, density: float, units: str) -> np.ndarray:
+    """Choose a schedule within a density, without weights."""
+    ranges, by = UNITS[units]
+    units_of = Units(losses.density.shape[:3], ranges, by)
+    return choose_by_density(losses, units_of, losses.error, density).picked
 
 
-UNESTIMATED = [
-    number for number, config in enumerate(read_candidates(CANDIDATES)) if config.tail is None
-]
+def held_out(each: list[CandidateLosses], names: list[str]) -> list[dict[str, Any]]:
+    """Choose on all prompts but one and take the errors of that one; means over prompts."""
+    rows = []
+    for single in SINGLES:
+        number = names.index(single)
+        for name in (*UNITS, f"{single} everywhere"):
+            found = []
+            for index, other in enumerate(each):
+                losses = mean_losses([*each[:index], *each[index + 1 :]])
+                picked = np.full(losses.density.shape[:3], number)
+                if name in UNITS:
+                    budget = taken(losses.density, picked).mean()
+                    picked = choose(losses, budget, name)
+                errors = taken(other.error, picked)
+                density = taken(other.density, picked).mean()
+                found.append((density, errors.mean(), np.percentile(errors, 95)))
+            means = [round(float(value), 6) for value in np.mean(found, axis=0)]
+            row = dict(zip(("density", "error", "error_95"), means, strict=True))
+            rows.append({"budget": single, "name": name} | row)
+    return rows
 
 
-def row(
+def latents_of(
     calibration: Calibration,
-    losses: CandidateLosses,
-    weights: np.ndarray,
-    name: str,
-    choice: Choice,
-    distances: list[float],
+    runs: Latents,
+    each: list[CandidateLosses],
+    weights: np.ndarray | None,
+    prompts: list[str],
 ) -> dict[str, Any]:
-    """Make a row: what calibration said of a schedule, and distances of the final latents."""
-    schedule = calibration.schedule(choice.picked)
-    return {
-        "name": name,
-        "algorithm": str(schedule.algorithm),
-        "rules": [rule.to_dict() for rule in schedule.rules],
-        "density": round(choice.density, 6),
-        "error": round(choice.error, 6),
-        "predicted": round(predicted_distance(losses, weights, choice.picked), 6),
-        "distances": [round(value, 6) for value in distances],
-    }
+    """Compare final latents under schedules of one density with dense ones."""
+    losses, names = mean_losses(each), list(map(str, calibration.candidates))
+    single = SINGLES[1]
+    picks = {f"{single} everywhere": np.full(losses.density.shape[:3], names.index(single))}
+    budget = taken(losses.density, next(iter(picks.values()))).mean()
+    picks[f"{SHIPPED[2]}, equal density"] = choose(losses, budget, SHIPPED[2])
+    picks["topk-0.1 everywhere"] = one_for_all(losses)[names.index("topk-0.1")].picked
+    rows = []
+    for name, picked in picks.items():
+        schedule = calibration.schedule(picked)
+        distances = [runs.distance(prompt, schedule, progress=tell) for prompt in prompts]
+        row: dict[str, Any] = {
+            "name": name,
+            "density": round(float(taken(losses.density, picked).mean()), 6),
+            "distances": [round(value, 6) for value in distances],
+        }
+        if weights is not None:
+            row["predicted"] = round(predicted_distance(losses, weights, picked), 6)
+        rows.append(row)
+    found: dict[str, Any] = {"rows": rows, "prompts": len(prompts)}
+    if weights is not None:
+        predicted = [row["predicted"] for row in rows]
+        found["fit"] = vars(fit_of(predicted, [np.mean(row["distances"]) for row in rows]))
+    return found
 
 
 def tell(label: str) -> Any:

@@ -1,11 +1,14 @@
 """The exact choice within a budget, against trying everything."""
 
 import itertools
+import os
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import optimize
 
 from nabla_attn.cost.choose import choose
 
@@ -72,3 +75,17 @@ def test_many_units_fit_into_memory():
     loss = np.sort(rng.random((4800, 8)), axis=1)[:, ::-1]
     picked = choose(loss, spent, 0.5 * spent.mean(axis=1).sum())
     assert spent[np.arange(4800), picked].sum() <= 0.5 * spent.mean(axis=1).sum() * (1 + 1e-9)
+
+
+def test_what_the_solver_prints_stays_out_of_results(capfd, monkeypatch):
+    original = optimize.milp
+
+    def milp(*args, **options):
+        os.write(1, b"HighsMipSolverData")
+        return original(*args, **options)
+
+    monkeypatch.setattr(optimize, "milp", milp)
+    sys.stdout.write("before ")
+    assert choose([[1, 0]], [[0, 1]], 1.0).tolist() == [1]
+    sys.stdout.write("after")
+    assert capfd.readouterr().out == "before after"

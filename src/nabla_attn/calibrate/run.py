@@ -84,7 +84,11 @@ class Calibration:
         """
         for index, text in enumerate(prompts):
             self._record(index, text, progress)
-        return mean_losses([CandidateLosses.load(self._losses(i)) for i in range(len(prompts))])
+        return mean_losses(self.each(len(prompts)))
+
+    def each(self, count: int) -> list[CandidateLosses]:
+        """The losses of the first measured prompts, one by one."""
+        return [CandidateLosses.load(self._losses(index)) for index in range(count)]
 
     def seen(self) -> SeenCalls:
         """What the calls of the first prompt's run were, once it is measured."""

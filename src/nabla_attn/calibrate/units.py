@@ -143,10 +143,16 @@ def to_schedule(
             heads=_unless_all(heads, picked.shape[2]),
             steps=_unless_all(during, picked.shape[0]),
         )
-        for (heads, number, during), some in layers.items()
+        for (heads, number, during), some in sorted(layers.items(), key=_place)
     ]
     base = Schedule(algorithm=algorithm) if rules is None else rules
     return replace(base, algorithm=algorithm, rules=tuple(found))
+
+
+def _place(entry: tuple[tuple[tuple[int, ...], int, tuple[int, ...]], list[int]]) -> tuple:
+    """Where a rule stands: by layers, then steps, then heads."""
+    (heads, _, during), layers = entry
+    return tuple(layers), during, heads
 
 
 def _unless_all(numbers: Sequence[int], count: int) -> tuple[int, ...] | None:

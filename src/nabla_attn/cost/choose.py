@@ -1,5 +1,9 @@
 """The one solver: an option for each unit, the least loss within a budget, exactly."""
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,13 +76,14 @@ def _solve(
     limit = budget / spent_scale
     row = spent.reshape(1, -1) / spent_scale
     for _ in range(100):
-        found = milp(
-            costs.ravel() / cost_scale,
-            integrality=np.ones(costs.size),
-            bounds=bounds,
-            constraints=[one_each, LinearConstraint(row, -np.inf, limit)],
-            options={"mip_rel_gap": 0.0},
-        )
+        with _no_output():
+            found = milp(
+                costs.ravel() / cost_scale,
+                integrality=np.ones(costs.size),
+                bounds=bounds,
+                constraints=[one_each, LinearConstraint(row, -np.inf, limit)],
+                options={"mip_rel_gap": 0.0},
+            )
         if found.x is None:
             break
         picked = found.x.reshape(units, options).argmax(axis=1)
@@ -88,6 +93,24 @@ def _solve(
         # The solver's tolerance let a choice through that is over the budget by less than 1e-6.
         limit -= max(over / spent_scale, 1e-7)
     return np.where(is_option, spent, np.inf).argmin(axis=1)
+
+
+@contextmanager
+def _no_output() -> Iterator[None]:
+    """Drop what the solver's C++ code prints to stdout, which is for results."""
+    sys.stdout.flush()
+    try:
+        before, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # no stdout, or no descriptors left
+        yield
+        return
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(before, 1)
+        os.close(before)
+        os.close(nowhere)
 
 
 def _is_dominated(costs: np.ndarray, spent: np.ndarray) -> np.ndarray:
