@@ -52,7 +52,7 @@ def main(
     calibrated: int = 2,
     weighted: int = 0,
     count: int = 0,
-    output: Path = Path("benchmarks/results/calibrate.json"),
+    output: Path = Path("benchmarks/results/calibrate_heads.json"),
     shipped: Path = FOLDER,
 ) -> None:
     """Calibrate, compare, write the record and the schedule that the package brings.
@@ -74,11 +74,11 @@ def main(
     calibration.measure(measured, progress=tell)
     each = calibration.each(len(measured))
     names = list(map(str, calibration.candidates))
-    numbers: dict[str, Any] = {"held_out": held_out(each, names)}
+    numbers: dict[str, Any] = {"results": held_out(each, names)}
     schedule = calibration.schedule(choose(mean_losses(each), *SHIPPED[1:]))
     write_text(shipped / f"{SHIPPED[0]}.json", schedule.to_json() + "\n")
     config = {
-        "workload": "calibration",
+        "workload": "calibration by head",
         "calibrated": calibrated,
         "num_rows": ROWS,
         "candidates": names,
@@ -89,7 +89,7 @@ def main(
 
     def save() -> None:
         versions, device = collect_versions(), describe_device(pipeline.device)
-        RunRecord("calibrate", config, request.seed, versions, device, numbers).save(output)
+        RunRecord("calibrate-heads", config, request.seed, versions, device, numbers).save(output)
 
     save()
     runs = Latents(calibration, work / RUNS)

@@ -54,6 +54,9 @@ NOT_RUN = {
     "nabla evaluate pack": "packs the whole study; tests/evaluation",
     "nabla report benchmarks/results": "reads the whole study; tests/viz",
     "nabla calibrate --speed-up": "times this machine; tests/calibrate",
+    "nabla generate --prompt a large red square moving right on a black background --schedule": (
+        "is for the built-in model; tests/generation"
+    ),
     "nabla bench": "takes minutes; tests/bench",
 }
 

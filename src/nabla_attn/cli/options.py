@@ -43,7 +43,8 @@ Prompts = Annotated[
 ScheduleFile = Annotated[
     str | None,
     typer.Option(
-        "--schedule", help="JSON file: which steps, layers and heads run which algorithm."
+        "--schedule",
+        help="JSON file: which steps, layers and heads run which algorithm; or builtin-fast.",
     ),
 ]
 AllowMismatch = Annotated[
