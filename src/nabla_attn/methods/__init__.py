@@ -16,7 +16,7 @@ NAMES = (
     *("nabla", "topk", "sta"),
     *("sol", "pisa", "ear", "subblock", "dfs", "sparge", "draft", "xattn", "ssta", "longcat"),
     *("cube", "vsa", "sla", "lite", "losa", "haste", "bsa", "minference"),
-    *("gna", "radial", "lvsa", "fps", "chipmunk"),
+    *("gna", "radial", "lvsa", "fps", "chipmunk", "vmoba", "dam"),
     *("iwin", "svg", "svg2", "jenga"),
 )
 """Methods of this package, each the file of its name, in the order in which they are listed."""
