@@ -4,6 +4,7 @@ from tests.oracle import ODD_GRIDS
 
 import nabla_attn as na
 from nabla_attn.core.order import TokenLayout
+from nabla_attn.core.token_orders import parse_order
 
 GRIDS = {
     "long": na.TokenGrid(12, 6, 8, block=na.BlockShape(1, 2, 4)),
@@ -74,9 +75,15 @@ def test_some_pairs_are_dropped_and_some_cut():
 
 
 def test_density_of_its_authors_at_21_frames_of_3200_tokens():
-    # Rows of 128 tokens are runs of raster order, as in the code.
-    grid = na.TokenGrid(21, 25, 128, block=na.BlockShape(1, 1, 128))
-    assert found(grid, "radial-0.2").density == pytest.approx(0.277, abs=5e-4)
+    # As published: blocks of 128 tokens in raster order.
+    block_map = found(na.TokenGrid(21, 40, 80), "radial-0.2_block-1-8-16_order-raster")
+    assert block_map.density == pytest.approx(0.277, abs=5e-4)
+
+
+def test_blocks_of_raster_order_may_hold_two_frames():
+    grid = na.TokenGrid(7, 5, 9, block=na.BlockShape(1, 2, 8), order=parse_order("raster"))
+    mask = found(grid, "radial-0.3").mask[0, 0]
+    assert torch.equal(mask, definition(grid, 0.3, has_sink=True))
 
 
 def test_blocks_of_many_frames_are_refused():

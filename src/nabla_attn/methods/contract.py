@@ -207,7 +207,8 @@ def static(
         mask = keep(grid, params, state, q.device)
         return mask if mask.dim() == 4 else mask.view(1, -1, *mask.shape[-2:])
 
-    return Method(select=select, keep=keep, kind="static", takes_order=False, **row)
+    row = {"takes_order": False} | row
+    return Method(select=select, keep=keep, kind="static", **row)
 
 
 def pooled(

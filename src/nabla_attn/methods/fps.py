@@ -88,4 +88,5 @@ METHOD = Method(
     needs=("step",),
     keeps_constants=False,
     packs=False,
+    takes_order=False,
 )

@@ -105,4 +105,5 @@ METHOD = static(
     licence="Apache-2.0",
     published="lvsa-21",
     needs=("step",),
+    takes_order=True,
 )

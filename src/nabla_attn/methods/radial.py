@@ -74,10 +74,11 @@ METHOD = static(
         word("sink", ("first", "none"), default="first"),
     ),
     exactness="code",
-    ours="blocks of any shape in one or two frames, with their tokens in place of the code's 128; "
+    ours="blocks of any shape in one or two frames, their number of tokens in place of 128; "
     "a frame's last block is kept by the same rule where 128 does not divide its tokens",
     paper="arXiv:2506.19852",
     code="mit-han-lab/radial-attention@72788d4 radial_attn/attn_mask.py:67-180",
     licence="Apache-2.0",
-    published="radial-0.2_block-1-8-16",
+    published="radial-0.2_block-1-8-16_order-raster",
+    takes_order=True,
 )

@@ -120,4 +120,5 @@ METHOD = Method(
     published="vmoba-0.25",
     needs=("layer",),
     packs=False,
+    takes_order=False,
 )
