@@ -1,5 +1,6 @@
 """HASTE: kept mass of pooled blocks, looked for again only where means have moved."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -26,7 +27,7 @@ def select(q: Tensor, k: Tensor, grid: TokenGrid, params: SimpleNamespace, state
         if not moved.any():
             kept: Tensor = old["kept"]
             return kept
-    kept = by_heads(_keep(params), *means, state)
+    kept = by_heads(partial(_by_mass, params.mass), *means, state)
     if not moved.all():
         kept = torch.where(moved[..., None, None], kept, old["kept"])
         new = zip(means, old["means"], strict=True)
@@ -35,12 +36,9 @@ def select(q: Tensor, k: Tensor, grid: TokenGrid, params: SimpleNamespace, state
     return kept
 
 
-def _keep(params: SimpleNamespace):  # type: ignore[no-untyped-def]
-    def keep(q_pooled: Tensor, k_pooled: Tensor, state: State) -> Tensor:
-        probs = score_blocks(q_pooled, k_pooled, scale=state.scale, allowed=state.allowed)
-        return select_by_mass(probs, params.mass)
-
-    return keep
+def _by_mass(share: float, q_pooled: Tensor, k_pooled: Tensor, state: State) -> Tensor:
+    probs = score_blocks(q_pooled, k_pooled, scale=state.scale, allowed=state.allowed)
+    return select_by_mass(probs, share)
 
 
 METHOD = Method(

@@ -1,5 +1,6 @@
 """LoSA: blocks that hold a share of exact attention's mass at an early step, kept from then on."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -20,19 +21,16 @@ def select(q: Tensor, k: Tensor, grid: TokenGrid, params: SimpleNamespace, state
     if kept is None or kept.shape[:2] != q.shape[:2] or is_early:
         if is_early and state.step != params.step:
             return _all(q, grid, state)
-        kept = state.memory["kept"] = by_heads(_keep(params), q, k, state)
+        kept = state.memory["kept"] = by_heads(partial(_by_mass, params.mass), q, k, state)
     return _all(q, grid, state) if is_early else kept
 
 
-def _keep(params: SimpleNamespace):  # type: ignore[no-untyped-def]
-    def keep(q: Tensor, k: Tensor, state: State) -> Tensor:
-        # Cells of one token: exact attention's mass.
-        mass = score_antidiagonals(
-            q, k, state.counts, stride=1, scale=state.scale, allowed=state.allowed
-        )
-        return select_by_mass(mass, params.mass)
-
-    return keep
+def _by_mass(share: float, q: Tensor, k: Tensor, state: State) -> Tensor:
+    # Cells of one token: exact attention's mass.
+    mass = score_antidiagonals(
+        q, k, state.counts, stride=1, scale=state.scale, allowed=state.allowed
+    )
+    return select_by_mass(mass, share)
 
 
 def _all(q: Tensor, grid: TokenGrid, state: State) -> Tensor:
