@@ -41,10 +41,10 @@ def rule_table(record: RunRecord) -> list[str]:
         "Rules that do not choose a number of blocks are read between their settings, linearly in "
         "the logarithm of the density. *Recall*: exact attention's probability inside the kept "
         "blocks. The last two rows choose by what no estimate knows: exact mass, and how far "
-        "leaving a block to the tail moves the output, one block at a time.",
+        "leaving a block to the tail moves the output, one block at a time. Intervals are over "
+        "prompts, and not wider for choosing the best of many rules.",
         "",
         *table(["rule", *heads], [_row(n, errors[n], recalls[n]) for n in names]),
-        "",
         *(_best(errors, *each) for each in zip(heads, range(len(columns)), strict=False)),
     ]
 

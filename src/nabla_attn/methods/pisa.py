@@ -27,6 +27,7 @@ METHOD = scored(
     title="top share by pooled score and the norm of a block's first order",
     parameters=(share("share", "kept blocks / all blocks", example=0.15),),
     exactness="code",
+    ours="always with the code's option use_bias, without which the score is that of topk",
     paper="arXiv:2602.01077",
     code="xie-lab-ml/piecewise-sparse-attention@8604494 "
     "piecewise_attn/kernels/piecewise_sparse_attn_tma.py:131-360",
