@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nabla_attn import methods
 from nabla_attn.attention import build_block_map, nabla_attention
-from nabla_attn.config import SparseConfig, parse
+from nabla_attn.config import SparseConfig, as_config, parse
 from nabla_attn.core.grid import BlockShape, TokenGrid
 
 BLOCK = BlockShape(1, 4, 4)
@@ -26,7 +26,7 @@ GRIDS = {
 HEADS, DIM = 3, 16
 
 
-def check_method(algorithm: str, *, seed: int = 0) -> list[str]:
+def check_method(algorithm: str | SparseConfig, *, seed: int = 0) -> list[str]:
     """Hold a method to what all methods promise, on small grids, in float64.
 
     The map has its shape, keeps a block in each row, and is the same when asked again; samples and
@@ -35,7 +35,7 @@ def check_method(algorithm: str, *, seed: int = 0) -> list[str]:
     definition, for methods that are trainable.
 
     Args:
-        algorithm: An algorithm string with the method, such as "mine-0.2".
+        algorithm: An algorithm with the method, such as "mine-0.2".
         seed: Draws queries, keys and values.
 
     Returns:
@@ -45,7 +45,7 @@ def check_method(algorithm: str, *, seed: int = 0) -> list[str]:
         AssertionError: One does not hold; the message names check and grid.
         ValueError: The algorithm does not parse, or its method needs a table of calibration.
     """
-    config = parse(algorithm)
+    config = as_config(algorithm)
     done = []
     for name, check in _checks(config):
         for where, grid in GRIDS.items():

@@ -50,6 +50,15 @@ def test_a_method_of_ones_own_in_ten_lines(own):
     assert torch.equal(mask[0, 0], torch.ones(12, 12).triu(-1).tril(1).bool())
 
 
+def test_a_whole_row_of_ones_own(own):
+    def keep(grid, params, state, device):
+        return torch.eye(grid.num_blocks, dtype=torch.bool, device=device)
+
+    own(contract.static(keep, name="own", title="each block itself"))
+    na.testing.check_method(na.parse("own"))
+    assert na.parse("own").is_adaptive is False and "own" in methods.names()
+
+
 def test_check_method_finds_what_is_wrong(own):
     @own("leaky")
     def leaky(q, k, grid, params, state):

@@ -160,7 +160,7 @@ def read_use(name: str, text: str) -> MethodUse | None:
 
 
 def register_method(
-    name: str,
+    name: str | Method,
     select: Callable[..., Any] | None = None,
     *,
     parameters: Iterable[Parameter] = (),
@@ -169,7 +169,8 @@ def register_method(
     """Add a method of your own, for algorithm strings everywhere; also a decorator.
 
     Args:
-        name: A word of small letters, digits and no dash or underscore.
+        name: A word of small letters and digits, no dash or underscore; or a whole row, such as
+            `contract.pooled` and `contract.static` make, and nothing beside it.
         select: `select(q, k, grid, params, state)`, which returns a `Selection` or a bare mask
             [batch or 1, heads or 1, q_blocks, kv_blocks]; see `nabla_attn.methods.contract`.
         parameters: What `params` holds, made by `nabla_attn.methods.parameters`.
@@ -178,15 +179,23 @@ def register_method(
     Raises:
         ValueError: The name is taken or no such word.
     """
+    if isinstance(name, Method):
+        _check_name(name.name)
+        _OWN[name.name] = name
+        return name
     if select is None:
         return lambda function: register_method(name, function, parameters=parameters, **row)
+    _check_name(name)
+    row = {"title": (select.__doc__ or name).splitlines()[0]} | row
+    _OWN[name] = Method(name=name, select=select, parameters=tuple(parameters), **row)
+    return select
+
+
+def _check_name(name: str) -> None:
     if not (name.isascii() and name.isalnum() and name == name.lower() and name[0].isalpha()):
         raise ValueError(f"a method's name must be small letters and digits: got {name!r}.")
     if name in (*NAMES, *RESERVED):
         raise ValueError(f"the name {name!r} is taken. Choose another.")
-    row = {"title": (select.__doc__ or name).splitlines()[0]} | row
-    _OWN[name] = Method(name=name, select=select, parameters=tuple(parameters), **row)
-    return select
 
 
 __all__ = [
