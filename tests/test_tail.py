@@ -1,19 +1,22 @@
 """Tails: the estimate of dropped blocks against its formula, its exact limits and gradients."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from tests.backends.test_backends import assert_within_budget
 from tests.models.tiny_models import TINY, relative_error, run
 from tests.oracle import ODD_GRIDS, random_qkv
+from tests.wan.live_memory import measure_peak
 from torch.nn.functional import scaled_dot_product_attention
 
 import nabla_attn as na
 from nabla_attn.attention import attend
-from nabla_attn.backends import flex
+from nabla_attn.backends import flex, gather, workers
 from nabla_attn.backends.flex_options import FlexOptions, flex_options
 from nabla_attn.core import losses
+from nabla_attn.core import tail as tail_room
 from nabla_attn.core.losses import BlockCall
 from nabla_attn.core.order import TokenLayout
 from nabla_attn.core.tail import build_tail, with_summaries
@@ -370,3 +373,41 @@ def test_autocast_acts_as_on_scaled_dot_product_attention(tail, dtype):
         out = na.nabla_attention(q, k, v.to(dtype), grid, f"topk-0.2_tail-{tail}")
     assert out.dtype == dtype
     torch.testing.assert_close(out.float(), exact, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 4])
+@backends_that_train
+def test_panels_of_heads_do_not_change_a_tail(heads, backend, monkeypatch):
+    grid = ODD_GRIDS["clips"]
+    q, k, v = (x.requires_grad_() for x in random_qkv(grid, batch=2, heads=4, dtype=torch.float64))
+    run = partial(na.nabla_attention, grid=grid, config="topk-0.2_tail-first", backend=backend)
+    whole, grad = run(q, k, v), torch.randn_like(q)
+    grads = torch.autograd.grad(whole, (q, k, v), grad)
+    slots = na.to_blocks(k, grid)[:, 0].numel()
+    for module in (gather, tail_room):
+        monkeypatch.setattr(module, "PANEL_VALUES", heads * slots)
+    panels = run(q, k, v)
+    torch.testing.assert_close(panels, whole, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(panels, (q, k, v), grad), grads)
+    with torch.no_grad():
+        torch.testing.assert_close(run(q, k, v), whole, atol=1e-12, rtol=1e-12)
+
+
+def test_a_tail_of_more_heads_copies_no_more_tokens(monkeypatch):
+    grid, dim = na.TokenGrid(6, 17, 40), 64
+    for module in (gather, tail_room):
+        monkeypatch.setattr(module, "PANEL_VALUES", grid.num_slots * dim)
+    monkeypatch.setattr(workers, "MAX_WORKERS", 1)
+
+    def peak(heads, algorithm):
+        q, k, v = random_qkv(grid, heads=heads, dim=dim, dtype=torch.bfloat16)
+        run = partial(na.nabla_attention, q, k, v, grid, algorithm, backend="gather")
+        run()  # tables are cached
+        return measure_peak(run)
+
+    few, many = (peak(n, "topk-0.1_tail-first") - peak(n, "topk-0.1") for n in (2, 32))
+    # What grows with the heads: a bool for each pair of blocks, and the summaries in fp32.
+    pairs, summaries = grid.num_blocks**2, 2 * grid.num_blocks * dim
+    slopes = dim * dim
+    assert many - few <= 30 * (2 * pairs + 8 * summaries + 8 * slopes)
+    assert many < 32 * grid.num_slots * dim  # half a copy of the keys

@@ -7,7 +7,7 @@ of keys, which all query blocks gather and each sees a part of. Scratch memory i
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor, log2, sqrt
 
 import torch
@@ -23,6 +23,8 @@ from nabla_attn.shapes import Float
 # Bytes of one batched product's scores: on a CPU they fit the L2 cache of a core.
 CPU_BYTES_PER_THREAD = 2**20
 MAX_BYTES_ELSEWHERE = 2**27
+# Keys of some heads with a tail, copied at once: 128 MB in types of two bytes.
+PANEL_VALUES = 2**26
 
 
 def attend(
@@ -37,13 +39,35 @@ def attend(
     """Attention over the map's blocks and a tail, in the inputs' dtype with an fp32 softmax."""
     scale = 1 / sqrt(q.shape[-1]) if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):
-        if tail is not None:
-            k, v, block_map = with_summaries(k, v, block_map, tail)
-        out, mass = _GatherAttention.apply(q, k, v, block_map, scale, tail)
-        if tail is None or tail.slopes is None:
-            return out
-        clips = tail.clips.repeat_interleave(block_map.block_tokens)
-        return add_first_order(out, mass, q, clips, tail.slopes, scale)
+        if tail is None:
+            return _GatherAttention.apply(q, k, v, block_map, scale, None)[0]
+        # Keys and values are copied to stand before the summaries: a few heads at a time.
+        heads = max(1, PANEL_VALUES // max(1, k[:, 0].numel()))
+        if heads >= q.shape[1]:
+            return _attend_with_tail(q, k, v, block_map, scale, tail)
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        out = None if needs_grad else torch.empty_like(q)
+        parts = []
+        for start in range(0, q.shape[1], heads):
+            some = slice(start, start + heads)
+            few, own = replace(block_map, mask=block_map.mask[:, some]), tail.of_heads(some)
+            part = _attend_with_tail(q[:, some], k[:, some], v[:, some], few, scale, own)
+            if out is None:
+                parts.append(part)
+            else:
+                out[:, some] = part
+        return torch.cat(parts, dim=1) if out is None else out
+
+
+def _attend_with_tail(
+    q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, scale: float, tail: Tail
+) -> Tensor:
+    k, v, block_map = with_summaries(k, v, block_map, tail)
+    out, mass = _GatherAttention.apply(q, k, v, block_map, scale, tail)
+    if tail.slopes is None:
+        return out
+    clips = tail.clips.repeat_interleave(block_map.block_tokens)
+    return add_first_order(out, mass, q, clips, tail.slopes, scale)
 
 
 @dataclass(frozen=True)

@@ -82,16 +82,19 @@ def build_tail(
     grid, missing = layout.grid, -layout.grid.num_blocks % layout.grid.block.tokens
     counts = block_order(layout, k.device).counts[: grid.num_blocks]
     keys, values = (_means(x[:, :, : grid.num_slots], counts) for x in (k, v))
-    shown = ~block_map.mask[..., : grid.num_blocks]
+    mask = block_map.mask[..., : grid.num_blocks]
+    # Written in place: at 40 heads of 327,680 tokens it has a gigabyte.
+    shown = mask.new_zeros((*mask.shape[:-1], grid.num_blocks + missing))
+    torch.logical_not(mask, out=shown[..., : grid.num_blocks])
     if grid.segments is not None:
         # Rows of text drop nothing.
-        shown[:, :, : grid.num_blocks] &= build_segment_map(grid, k.device)
+        shown[:, :, : grid.num_blocks, : grid.num_blocks] &= build_segment_map(grid, k.device)
     pad = torch.nn.functional.pad
     return Tail(
         keys=pad(keys, (0, 0, 0, missing)),
         values=pad(values, (0, 0, 0, missing)),
         bias=pad(counts.to(keys.dtype).log(), (0, missing)),
-        shown=pad(shown, (0, missing)),
+        shown=shown,
         slopes=_slopes(k, v, keys, values, layout) if kind == "first" else None,
         clips=_clips(layout, k.device),
     )
