@@ -3,10 +3,16 @@
 `block_map.HeadOrder` holds one; here is how they come about. Heads are attended one by one in them.
 """
 
+from functools import lru_cache
+from math import sqrt
+
 import torch
 from torch import Tensor
 
 from nabla_attn.core.block_map import HeadOrder
+from nabla_attn.core.grid import TokenGrid
+from nabla_attn.core.order import tokens_in_order
+from nabla_attn.core.token_orders import parse_order
 from nabla_attn.shapes import Bool, Int
 
 
@@ -21,6 +27,38 @@ def head_order(tokens: Int[Tensor, "batch heads tokens"], block_tokens: int) -> 
     slots.scatter_(-1, tokens, torch.arange(tokens.shape[-1]).to(tokens).expand_as(tokens))
     missing = -tokens.shape[-1] % block_tokens
     return HeadOrder(torch.nn.functional.pad(tokens, (0, missing), value=-1), slots)
+
+
+@lru_cache(maxsize=32)
+def named_order(name: str, grid: TokenGrid, device: torch.device) -> HeadOrder:
+    """The video's tokens in an order of `token_orders`, for all samples and heads; cached."""
+    with torch.inference_mode(False), torch.no_grad():
+        tokens = tokens_in_order(grid, parse_order(name)).to(device)
+        return head_order(tokens[None, None], grid.block.tokens)
+
+
+def order_of_heads(names: list[str], grid: TokenGrid, device: torch.device) -> HeadOrder:
+    """One named order for each head."""
+    orders = [named_order(name, grid, device) for name in names]
+    tokens, slots = ([getattr(x, side) for x in orders] for side in ("tokens", "slots"))
+    return HeadOrder(torch.cat(tokens, dim=1), torch.cat(slots, dim=1))
+
+
+@lru_cache(maxsize=32)
+def band_of_blocks(
+    num_tokens: int, block_tokens: int, share: float, device: torch.device
+) -> Bool[Tensor, "blocks blocks"]:
+    """Pairs of consecutive blocks so near that, about, a share of all pairs of tokens is kept.
+
+    Always the diagonal; cached.
+    """
+    num_blocks = -(-num_tokens // block_tokens)
+    # A band of width w keeps 1 - (1 - w / N)^2 of all pairs of N tokens.
+    width = int(num_tokens * (1 - sqrt(1 - share)) * (1 + 1e-12)) // block_tokens
+    width = num_blocks if share == 1 else max(1, width)
+    with torch.inference_mode(False), torch.no_grad():
+        at = torch.arange(num_blocks, device=device)
+        return (at[:, None] - at).abs() < width
 
 
 def grouped_order(

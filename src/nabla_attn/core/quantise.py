@@ -43,3 +43,22 @@ def scale_of(
     return (
         size.amax(dims, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny * 2**10) / E4M3_MAX
     )
+
+
+def to_integers(
+    x: Float[Tensor, "*shape"], largest: int, valid: Bool[Tensor, "*broadcast"] | None = None
+) -> Float[Tensor, "*shape"]:
+    """x in as many steps to either side as an integer has, one scale for its last two axes.
+
+    Args:
+        x: Any floating dtype.
+        largest: The largest integer, such as 127.
+        valid: Which entries the scale counts; None is all.
+    """
+    size = x.detach().abs().float()
+    size = size if valid is None else size.masked_fill(~valid, 0)
+    scale = size.amax((-2, -1), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny * 2**10)
+    scale = scale / largest
+    with torch.no_grad():
+        change = ((x.float() / scale).round().clamp(-largest, largest) * scale).to(x.dtype) - x
+    return x + change
