@@ -49,10 +49,17 @@ def test_measures_are_what_they_say():
     bmap = na.build_block_map(call.q, call.k, GRID, "topk-0.3")
     assert found.density == pytest.approx(bmap.density)
     whole = na.build_block_map(call.q, call.k, GRID, "topk-1")
-    assert mass_of(whole, TokenLayout(GRID), call.probabilities) == pytest.approx(1, abs=1e-5)
+    assert mass_of(whole, TokenLayout(GRID), call) == pytest.approx(1, abs=1e-5)
     assert found.density < found.recall < 1 and 0 < found.select_seconds < found.seconds
     (all_of_it,) = measure(na.parse("nabla-1"), [call])
     assert all_of_it.error < 1e-5 and all_of_it.recall == pytest.approx(1, abs=1e-5)
+
+
+def test_mass_in_orders_of_heads():
+    (call,) = series(1, grid=na.TokenGrid(2, 8, 12, block=na.BlockShape(1, 4, 4)))
+    for algorithm in ("bsa-1", "chipmunk-1-0-0"):
+        (found,) = measure(na.parse(algorithm), [call])
+        assert found.recall == pytest.approx(1, abs=1e-4), algorithm
 
 
 def test_summaries_of_a_tail_count_as_density():

@@ -60,6 +60,20 @@ class Call:
         scores = self.q[0] @ self.k[0].transpose(-1, -2) * self.q.shape[-1] ** -0.5
         return scores.softmax(dim=-1)
 
+    def block_mass(self, layout: TokenLayout) -> Tensor:
+        """Probability of pairs of blocks, summed over query tokens: [heads, blocks, blocks]."""
+        if layout not in self._masses:
+            block = block_order(layout, self.q.device).to_raster // layout.grid.block.tokens
+            shape = (len(self.probabilities), layout.num_blocks, layout.num_tokens)
+            rows = torch.zeros(shape).index_add_(1, block, self.probabilities)
+            square = torch.zeros(shape[0], layout.num_blocks, layout.num_blocks)
+            self._masses[layout] = square.index_add_(2, block, rows)
+        return self._masses[layout]
+
+    @cached_property
+    def _masses(self) -> dict[TokenLayout, Tensor]:
+        return {}
+
 
 Series = list[Call]
 """The calls of one layer and guidance branch, in the order of steps."""
@@ -154,15 +168,13 @@ def densities_of(config: SparseConfig, series: Series) -> float:
     return sum(found) / len(found)
 
 
-def measure(config: SparseConfig, series: Series, *, with_recall: bool = True) -> list[Measured]:
+def measure(config: SparseConfig, series: Series) -> list[Measured]:
     """Mass, error and seconds of an algorithm on every call of a series."""
     memory: dict[str, Any] = {}
-    return [_measure(config, call, memory, with_recall=with_recall) for call in series]
+    return [_measure(config, call, memory) for call in series]
 
 
-def _measure(
-    config: SparseConfig, call: Call, memory: dict[str, Any], *, with_recall: bool
-) -> Measured:
+def _measure(config: SparseConfig, call: Call, memory: dict[str, Any]) -> Measured:
     spent = 0.0
 
     def select(*args: Any, **options: Any) -> BlockMap:
@@ -183,30 +195,25 @@ def _measure(
     tail = block_map.tail_density
     density = block_map.density + (0.0 if tail is None else tail.mean().item())
     layout = TokenLayout(call.grid.with_block(config.block))
-    recall = mass_of(block_map, layout, call.probabilities) if with_recall else float("nan")
+    recall = mass_of(block_map, layout, call)
     return Measured(density, recall, distance.mean().item(), spent, seconds)
 
 
-def mass_of(block_map: BlockMap, layout: TokenLayout, probabilities: Tensor) -> float:
+def mass_of(block_map: BlockMap, layout: TokenLayout, call: Call) -> float:
     """Exact probability inside the kept blocks, mean over query tokens and heads."""
-    rows, columns = (
-        _block_of_tokens(block_map, layout, order)
-        for order in (block_map.q_order, block_map.kv_order)
-    )
+    if block_map.q_order is None or block_map.kv_order is None:
+        kept = call.block_mass(layout) * block_map.mask[0]
+        return kept.sum(dim=(1, 2)).mean().item() / layout.num_tokens
+    heads, size = len(call.probabilities), block_map.block_tokens
+    q_slots = block_map.q_order.slots[0].expand(heads, -1)
+    tokens = block_map.kv_order.tokens[0].expand(heads, -1)
+    column = torch.arange(tokens.shape[1]) // size
     totals = []
-    for head, probs in enumerate(probabilities):
-        kept = block_map.mask[0, head][rows[head]][:, columns[head]]
-        totals.append((probs * kept).sum(dim=1).mean().item())
-    return sum(totals) / len(totals)
-
-
-def _block_of_tokens(block_map: BlockMap, layout: TokenLayout, order: Any) -> list[Tensor]:
-    """The block of every token, for each head."""
-    heads = block_map.mask.shape[1]
-    if order is None:
-        slots = block_order(layout, block_map.mask.device).to_raster
-        return [slots // block_map.block_tokens] * heads
-    return [slots // block_map.block_tokens for slots in order.slots[0].expand(heads, -1)]
+    for head, probs in enumerate(call.probabilities):
+        # A token may stand in several slots, of which a row sees one.
+        kept = block_map.mask[0, head][q_slots[head] // size][:, column] & (tokens[head] >= 0)
+        totals.append((probs[:, tokens[head].clamp_min(0)] * kept).sum(dim=1).mean().item())
+    return sum(totals) / heads
 
 
 @dataclass(frozen=True)
