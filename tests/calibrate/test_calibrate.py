@@ -278,3 +278,42 @@ def test_bad_input_is_one_line(options, message):
     result = CliRunner().invoke(app, ["calibrate", *options])
     assert result.exit_code == 2
     assert message in result.output
+
+
+@pytest.fixture
+def few_prompts(tmp_path, tiny_wan):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\n")
+    options = [f"--model={tiny_wan}", f"--output={tmp_path / 'run'}", f"--prompts={prompts}", *SIZE]
+    return [*options, "--sparse-algo=topk-*_tail-first", "--num-prompts=1", "--ranges=1"]
+
+
+def test_seconds_predicted_and_measured_stand_side_by_side(few_prompts, tmp_path, monkeypatch):
+    monkeypatch.setenv("NABLA_ATTN_CACHE", str(tmp_path / "cache"))
+    result = CliRunner().invoke(app, ["calibrate", "--seconds=1000", *few_prompts])
+    assert result.exit_code == 0, result.output
+    for text in ("seconds in the transformer", "predicted", "measured", "by density, as many"):
+        assert text in result.output
+    (table,) = (tmp_path / "cache").glob("attention-seconds_*.json")
+    before = table.read_text()
+    result = CliRunner().invoke(app, ["calibrate", "--seconds=1000", "--json", *few_prompts])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert set(found["seconds"]) == {"dense", "this schedule", "by density, as many seconds"}
+    assert found["seconds"]["dense"]["measured"] > 0 and table.read_text() == before
+
+
+def test_the_command_says_how_good_the_error_model_is(few_prompts):
+    asked = ["calibrate", "--density=0.6", "--weights", "--check=1"]
+    result = CliRunner().invoke(app, [*asked, *few_prompts])
+    assert result.exit_code == 0, result.output
+    assert "rank correlation" in result.output and "without weights" in result.output
+    found = json.loads(CliRunner().invoke(app, [*asked, "--json", *few_prompts]).stdout)
+    assert found["distance"] > 0 and set(found["fit"]) == {"rank_correlation", "ratio", "spread"}
+    for extra, message in (
+        (["--check=2", "--weights"], "need 3: got 2"),
+        (["--check=1"], "--weights measures"),
+        (["--method=paro-0.3"], "takes no budget"),
+    ):
+        result = CliRunner().invoke(app, ["calibrate", "--density=0.6", *extra, *few_prompts])
+        assert result.exit_code == 2 and message in result.output, result.output

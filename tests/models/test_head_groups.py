@@ -202,3 +202,25 @@ def test_a_schedule_calibrated_for_another_model_or_size_is_refused():
     warned = pytest.warns(UserWarning, match="tokens 2x11x9, here 2x8x9")
     with warned, na.apply(model, schedule=schedule, allow_mismatch=True):
         run(model, TINY["wan"].inputs(2, 8, 9))
+
+
+@torch.no_grad()
+def test_groups_that_keep_maps_for_different_steps_forget_their_own_only():
+    model, seen = TINY["wan"].build(), {0: [], 1: []}
+    two, three = (
+        Rule(algorithm=na.parse("topk-0.1"), layers=(layer,), heads=(1,), reuse_steps=count)
+        for layer, count in ((0, 2), (1, 3))
+    )
+    schedule = na.Schedule(algorithm=na.parse("nabla-0.5"), rules=(two, three))
+    with na.apply(model, schedule=schedule) as handle:
+        handle.observe(
+            lambda call: (
+                seen[call.layer].append(call.block_map.mask) if call.heads == (1,) else None
+            )
+        )
+        for step, time in enumerate((900, 800, 700, 600, 500, 400)):
+            run(model, at(time, seed=step))
+    for layer, count in ((0, 2), (1, 3)):
+        for step in range(1, 6):
+            is_same = torch.equal(seen[layer][step], seen[layer][step - 1])
+            assert is_same == (step % count > 0), (layer, step)

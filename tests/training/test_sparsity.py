@@ -1,8 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.tiny_diffusers import tiny_wan_transformer
 
+from nabla_attn.calibrated_for import CalibratedFor
 from nabla_attn.config import DENSE, parse
+from nabla_attn.head_rules import Rule
 from nabla_attn.schedule import Schedule
 from nabla_attn.training.sections import SparsityConfig
 from nabla_attn.training.sparsity import Sparsity, ramped, read_schedule
@@ -118,3 +122,27 @@ def test_dense_training_leaves_the_model_alone():
 def test_a_bad_schedule_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"sparsity\.schedule .*none\.json: No such file"):
         read_schedule(SparsityConfig(schedule=str(tmp_path / "none.json")))
+
+
+def test_training_follows_rules_for_heads_and_leaves_those_about_steps(tmp_path):
+    heads = Rule(algorithm=parse("topk-0.2"), layers=(0,), heads=(1,), reuse_steps=2)
+    steps = Rule(algorithm=parse("dense"), steps=(0, 1))
+    asked = Schedule(algorithm=parse("nabla-0.5"), rules=(heads, steps))
+    path = tmp_path / "schedule.json"
+    path.write_text(asked.to_json())
+    model = tiny_wan_transformer()
+    sparsity = Sparsity(model, SparsityConfig(schedule=str(path), ramp=2))
+    assert sparsity.asked == asked
+    assert sparsity.schedule.rules == (replace(heads, reuse_steps=None),)
+    halfway = ramped(sparsity.schedule, 0.5)
+    assert halfway.algorithm.threshold == 0.75
+    assert halfway.rules[0].algorithm.topk == pytest.approx(0.6)
+    sparsity.set_target()
+    forward(model)
+    assert sparsity.densities()[0] < 1
+    made_for = CalibratedFor(model="Other", layers=2, heads=2, tokens=(3, 11, 13), steps=2)
+    path.write_text(replace(asked, calibrated_for=made_for).to_json())
+    with pytest.raises(ValueError, match="model Other, here WanTransformer3DModel"):
+        Sparsity(tiny_wan_transformer(), SparsityConfig(schedule=str(path)))
+    with pytest.warns(UserWarning, match="model Other"):
+        Sparsity(tiny_wan_transformer(), SparsityConfig(schedule=str(path), allow_mismatch=True))
