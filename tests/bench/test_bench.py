@@ -57,6 +57,10 @@ def test_attention_is_checked_and_timed(no_compiler):
     assert ours["gate"]["passed"] and ours["seconds"]["median"] > 0
     share = ours["speed_up"] * result["density"]
     assert ours["share_of_ideal"] == pytest.approx(share)
+    products = result["density"] * SMALL.dense_flops() / result["matmul_flops_per_second"]
+    assert result["stock_seconds"] > products
+    reached = result["stock_seconds"] / ours["seconds"]["median"]
+    assert ours["share_of_stock"] == pytest.approx(reached, rel=1e-3)
     assert "not in tests" in result["contenders"]["ours (flex)"]["why_not"]
     assert list(result["stages"]) == ["reorder", "map", "attention"]
     assert all(stage["median"] > 0 for stage in result["stages"].values())
@@ -152,12 +156,14 @@ def test_a_table_of_contenders_that_failed_is_made():
     seconds, gate = {"median": 1.0, "min": 1.0, "max": 1.0}, {"error": 1.0, "budget": 2.0}
     broken = {"is_dense": True, "gate": {"error": None, "budget": 2.0, "passed": False}}
     ours = {"is_dense": False, "gate": gate, "seconds": seconds, "share_of_matmul": 0.5}
+    ours["share_of_stock"] = 0.8
     result = {"workload": "w", "dtype": "float32", "direction": "forward", "density": 0.2}
     result["contenders"] = {"dense (flash)": broken, "ours (gather)": ours}
     numbers = {"results": [result]}
     text = report.section(RunRecord("bench", {"workload": "w"}, 0, {}, "cpu", numbers))
     assert "- dense (flash): not run, output is not finite." in text
     assert "| ours (gather) | 1.000 (1.000 to 1.000) | – | – | – | 0.50 | 0.50 |" in text
+    assert "is gathered, each at its rate here): float32 forward 0.80 at 0.200." in text
 
 
 def test_the_map_is_timed_beside_dense_attention():

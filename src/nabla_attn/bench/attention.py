@@ -12,9 +12,11 @@ from nabla_attn.attention import build_block_map
 from nabla_attn.bench.contenders import Baselines, Contender, contenders
 from nabla_attn.bench.measure import (
     check_output,
+    gather_rate,
     matmul_flops,
     peak_bytes,
     sample_rows,
+    softmax_rate,
     time_in_turn,
     token_rows,
 )
@@ -48,8 +50,9 @@ def measure_attention(
     Returns:
         Plain numbers for a record. For each contender they are the result of its check, its
         seconds, its speed-up over the fastest dense one, its share of the ideal (speed-up x
-        density), and its useful FLOP/s, also as a share of those of a matrix product. A forward
-        has the seconds of each of our stages too.
+        density), and its useful FLOP/s, also as a share of those of a matrix product; for each
+        sparse one, the share of what stock operations could reach. A forward has the seconds of
+        each of our stages too.
     """
     inputs = make_inputs(workload, density, device)
     block_map = build_block_map(inputs.q, inputs.k, workload.grid, inputs.config)
@@ -57,6 +60,7 @@ def measure_attention(
     rows = sample_rows(workload.grid.num_tokens)
     keep = token_rows(block_map, workload.grid, rows)
     ceiling = matmul_flops(workload.dtype, device)
+    stock = _stock_seconds(workload, kept, ceiling, device, backward=backward)
     results: dict[str, dict[str, Any]] = {}
     runs: dict[str, Callable[[], object]] = {}
     for contender in contenders(workload, inputs, device, needs_grad=backward, baselines=baselines):
@@ -84,6 +88,8 @@ def measure_attention(
         results[name]["seconds"] = timing.to_dict()
         results[name]["flops_per_second"] = useful / timing.median
         results[name]["share_of_matmul"] = useful / timing.median / ceiling
+        if not results[name]["is_dense"]:
+            results[name]["share_of_stock"] = own / kept * stock / timing.median
         if dense is not None:
             results[name]["speed_up"] = dense / timing.median
             results[name]["share_of_ideal"] = useful / flops * dense / timing.median
@@ -95,11 +101,29 @@ def measure_attention(
         "sharpness": inputs.sharpness,
         "direction": "forward+backward" if backward else "forward",
         "matmul_flops_per_second": ceiling,
+        "stock_seconds": stock,
         "contenders": results,
     }
     if not backward:
         result["stages"] = _measure_stages(workload.grid, inputs, device, rounds=rounds)
     return result
+
+
+def _stock_seconds(
+    workload: Workload, density: float, flops: float, device: torch.device, *, backward: bool
+) -> float:
+    """The seconds that stock operations need: products, softmax, and one read of what is gathered.
+
+    Each runs at its rate on this device. A backward has five products for the forward's two, and
+    computes the softmax and gathers keys and values once more.
+    """
+    tokens, block = workload.grid.num_tokens, workload.grid.block.tokens
+    scores = density * workload.heads * tokens**2
+    gathered = 2 * scores / block * workload.dim * workload.dtype.itemsize
+    products = density * workload.dense_flops() * (3.5 if backward else 1) / flops
+    softmax = scores / softmax_rate(workload.dtype, device)
+    read = gathered / gather_rate(workload.dtype, device)
+    return products + (softmax + read) * (2 if backward else 1)
 
 
 def _check(

@@ -141,6 +141,30 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
+def softmax_rate(dtype: torch.dtype, device: torch.device, *, rounds: int = 5) -> float:
+    """Measure how many scores a softmax in place takes in a second."""
+    scores = torch.randn(512, 4096, device=device).to(dtype)
+
+    def run() -> Tensor:
+        return torch.softmax(scores, dim=-1, out=scores)
+
+    timing = time_in_turn({"softmax": run}, device, rounds=rounds)["softmax"]
+    return scores.numel() / timing.median
+
+
+def gather_rate(dtype: torch.dtype, device: torch.device, *, rounds: int = 5) -> float:
+    """Measure how many bytes of blocks of keys are gathered in a second."""
+    blocks = torch.randn(1024, 64, 128, device=device).to(dtype)
+    index = torch.randperm(1024, generator=torch.Generator().manual_seed(0))[:128].to(device)
+    out = torch.empty_like(blocks[:128])
+
+    def run() -> Tensor:
+        return torch.index_select(blocks, 0, index, out=out)
+
+    timing = time_in_turn({"gather": run}, device, rounds=rounds)["gather"]
+    return out.nbytes / timing.median
+
+
 def matmul_flops(dtype: torch.dtype, device: torch.device, *, rounds: int = 5) -> float:
     """Measure the FLOP/s of one large matrix product, to which attention is compared."""
     size = 8192 if device.type == "cuda" else 1536

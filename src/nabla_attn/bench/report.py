@@ -96,7 +96,23 @@ def _attention_table(results: list[dict[str, Any]]) -> list[str]:
                 rows.append(_attention_row(result, name, numbers))
     lines = table([*head, "of matmul", "error / budget"], rows)
     lines += [f"- {name}: not run, {reason}." for name, reason in absent.items()]
-    return [*lines, *_bounds(results), ""]
+    return [*lines, *_bounds(results), *_stock_shares(results), ""]
+
+
+def _stock_shares(results: list[dict[str, Any]]) -> list[str]:
+    """How near sparse contenders come to what stock operations could reach."""
+    shares: dict[str, list[str]] = {}
+    for result in results:
+        what = f"{result['dtype']} {result['direction']}"
+        for name, numbers in result["contenders"].items():
+            if "share_of_stock" in numbers:
+                share = f"{what} {numbers['share_of_stock']:.2f} at {result['density']:.3f}"
+                shares.setdefault(name, []).append(share)
+    return [
+        f"- {name}, of what stock operations could reach (products, softmax and one read of what "
+        f"is gathered, each at its rate here): {'; '.join(found)}."
+        for name, found in shares.items()
+    ]
 
 
 def _bounds(results: list[dict[str, Any]]) -> list[str]:
