@@ -112,3 +112,40 @@ def test_gradients_are_those_of_the_kept_pairs():
     masked_attention(*exact, pairs(*one[:2], sides, 0.5, 0.1)).square().sum().backward()
     for x, y in zip(inputs, exact, strict=True):
         torch.testing.assert_close(x.grad, y.grad, atol=1e-9, rtol=0)
+
+
+def co_clusters(q, k, num_q, num_k, iterations):
+    """SVOO's clusters, token by token."""
+
+    def assign(x, centroids, others):
+        labels = []
+        for token in x:
+            alike = [torch.cosine_similarity(others @ token, others @ c, dim=0) for c in centroids]
+            labels.append(max(range(len(alike)), key=lambda j: (alike[j].item(), -j)))
+        means = [c.clone() for c in centroids]
+        for index in range(len(means)):
+            members = [t for t, label in zip(x, labels, strict=True) if label == index]
+            if members:
+                means[index] = torch.stack(members).mean(dim=0)
+        return torch.tensor(labels), torch.stack(means)
+
+    q_centroids, k_centroids = even(q, num_q), even(k, num_k)
+    for _ in range(iterations):
+        k_labels, k_centroids = assign(k, k_centroids, q_centroids)
+        q_labels, q_centroids = assign(q, q_centroids, k_centroids)
+    return (q_labels, q_centroids), (k_labels, k_centroids)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("mass, floor", [(0.5, 0.15), (0.1, 0.5)])
+def test_clusters_that_look_at_each_other_attend_as_published(name, mass, floor):
+    grid = GRIDS[name]
+    q, k, v = random_qkv(grid, batch=2, dtype=torch.float64)
+    out = na.nabla_attention(q, k, v, grid, f"svoo-{mass}-5-9-{floor}-2")
+    for sample, head in ((0, 0), (1, 1)):
+        one = [x[sample, head] for x in (q, k, v)]
+        mask = pairs(*one[:2], co_clusters(*one[:2], 5, 9, 2), mass, floor)
+        expected = masked_attention(*(x[None, None] for x in one), mask)[0, 0]
+        torch.testing.assert_close(out[sample, head], expected, atol=1e-9, rtol=0)
+    dense = na.nabla_attention(q, k, v, grid, "dense")
+    torch.testing.assert_close(na.nabla_attention(q, k, v, grid, "svoo-1-5-9"), dense)

@@ -17,7 +17,7 @@ NAMES = (
     *("sol", "pisa", "ear", "subblock", "dfs", "sparge", "draft", "xattn", "ssta", "longcat"),
     *("cube", "vsa", "sla", "lite", "losa", "haste", "bsa", "minference"),
     *("gna", "radial", "lvsa", "fps", "chipmunk", "vmoba", "dam"),
-    *("iwin", "svg", "svg2", "jenga", "paro", "vdit"),
+    *("iwin", "svg", "svg2", "svoo", "jenga", "paro", "vdit"),
 )
 """Methods of this package, each the file of its name, in the order in which they are listed."""
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-from nabla_attn.core.clusters import cluster_sizes, cluster_tokens
+from nabla_attn.core.clusters import Clusters, cluster_sizes, cluster_tokens
 from nabla_attn.core.grid import TokenGrid
 from nabla_attn.core.head_orders import grouped_order, mask_of_groups
 from nabla_attn.core.order import TokenLayout, to_raster
@@ -29,7 +29,18 @@ def _select(
         labels, centroids = cluster_tokens(tokens, num_clusters, iterations, start=start)
         state.memory[name] = centroids
         sides.append((labels, centroids))
-    (_, q_centroids), (k_labels, k_centroids) = sides
+    return select_clusters(sides[0], sides[1], grid, params, state)
+
+
+def select_clusters(
+    q_clusters: Clusters,
+    k_clusters: Clusters,
+    grid: TokenGrid,
+    params: SimpleNamespace,
+    state: State,
+) -> Selection:
+    """Query clusters attend key clusters by the attention of their centroids."""
+    (_, q_centroids), (k_labels, k_centroids) = q_clusters, k_clusters
     sizes = cluster_sizes(k_labels, k_centroids.shape[2]).to(k_centroids.dtype)
     scores = multiply_blocks(q_centroids, k_centroids, scale=state.scale)
     # No key, no probability: the logarithm of 0.
@@ -37,7 +48,7 @@ def _select(
     least = max(1, int(params.floor * k_centroids.shape[2]))
     kept = select_past_mass(probs, params.mass, num_least=least)
     orders, groups = [], []
-    for labels, centroids in sides:
+    for labels, centroids in (q_clusters, k_clusters):
         order, of_block = grouped_order(labels, centroids.shape[2], grid.block.tokens)
         orders.append(order)
         groups.append(of_block)
