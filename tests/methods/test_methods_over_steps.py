@@ -97,16 +97,20 @@ def test_haste_reuses_a_map_until_means_have_drifted(name):
     run, first, other = Run(grid, "haste-0.7-0.5"), Blocks(grid), Blocks(grid)
     map_of = lambda x: Run(grid, "haste-0.7-0.5").step(0, x)  # noqa: E731
     assert torch.equal(run.step(0, first), map_of(first))
-    # Each key of the first head moves by 0.4 in all, each of the second by 0.6.
+    # Each key of the first head moves by 0.4 in all, each of the second by 0.6, one way in a block.
     moved = Blocks(grid)
-    moved.q, moved.k = first.q, first.k.clone()
     is_token = torch.arange(first.size) < first.counts[:, None]
-    moved.k[:, 0, is_token.flatten(), 0] += 0.4
-    moved.k[:, 1, is_token.flatten(), 0] -= 0.6
+    signs = torch.randn(len(first.counts), 1, 6, dtype=torch.float64).sign()
+    step = (signs * is_token[..., None]).flatten(0, 1) / 6
+    moved.q, moved.k = first.q, first.k + torch.stack([0.4 * step, 0.6 * step])
     kept = run.step(1, moved)
     assert torch.equal(kept[:, 0], map_of(first)[:, 0])
     assert torch.equal(kept[:, 1], map_of(moved)[:, 1])
-    assert torch.equal(run.step(2, other), map_of(other))
+    # Drift counts from the map, not from the last step.
+    moved.k = moved.k + torch.stack([0.4 * step, 0 * step])
+    assert torch.equal(run.step(2, moved), map_of(moved))
+    assert not torch.equal(map_of(moved)[:, 0], map_of(first)[:, 0])
+    assert torch.equal(run.step(3, other), map_of(other))
 
 
 def test_cube_keeps_fewer_in_later_steps():
