@@ -1,4 +1,4 @@
-# make demo   set up .venv, then compare dense and NABLA attention on one prompt with the built-in model
+# make demo   set up .venv, then dense and sparse attention on one prompt with the built-in model: a page to open
 # make test   set up .venv, then lint, types, layer contracts, the documentation site and tests
 # make docs   the documentation site, into out/site; a broken link or a missing name fails
 # make wheel  build the wheel, install it in an environment of its own, and use it there
@@ -24,10 +24,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
-demo: $(READY)
-	@echo "One prompt, dense and NABLA attention, same seed: pictures, videos and a table in out/demo"
-	$(BIN)/nabla compare --prompt "a small yellow square moving left on a black background" --frames 81 \
-		--sparse-algo nabla-0.3_sta-3-3-3 --sparse-algo nabla-0.5 --rounds 3 --overwrite --output out/demo
+# The prompt is not the best one but the median by SSIM: python -m benchmarks.choose_demo
+demo:
+	@echo "When this is done, open out/demo/compare.html in a browser: dense and sparse attention, side by side"
+	@$(MAKE) --no-print-directory $(READY)
+	$(BIN)/nabla compare --prompt "a large blue circle moving down on a black background" --seed 4 \
+		--sparse-algo topk-0.25_tail-first --sparse-algo nabla-0.2_sta-3-3-3 --rounds 3 --overwrite --output out/demo
 
 test: lint types contracts docs tests
 

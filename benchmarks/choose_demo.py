@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.judge_builtin import trained_scenes
-from benchmarks.judging import make_video
+from benchmarks.judging import make_video, trained_scenes
 from nabla_attn.evaluation.metrics import measure_ssim
 from nabla_attn.generation.pipeline import load_pipeline, model_directory, model_identity
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults

@@ -28,7 +28,6 @@ from nabla_attn.config import parse
 from nabla_attn.generation.pipeline import load_pipeline, model_directory
 from nabla_attn.generation.request import GenerationRequest, ModelDefaults
 from nabla_attn.moving_shapes.judge import JUDGE
-from nabla_attn.moving_shapes.scene import Scene, sample_scene
 from nabla_attn.schedule import Schedule
 
 
@@ -67,18 +66,12 @@ def main() -> None:
             pipeline,
             request,
             options.count,
-            scenes=trained_scenes(options.count) if options.trained else None,
+            captions=which,
             videos=options.videos and options.videos / which / label,
             path=options.output / f"judge-{JUDGE}_{which}_{label}.json",
             report=_show(algorithm),
         )
         print(algorithm, record.numbers["summary"])  # noqa: T201
-
-
-def trained_scenes(count: int) -> list[Scene]:
-    """Scenes of one shape from the combinations that training shows."""
-    # Training draws its seeds from text, so that none of these is among its own.
-    return [sample_scene(seed) for seed in range(count)]
 
 
 def _show(algorithm: str):

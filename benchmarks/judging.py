@@ -1,7 +1,7 @@
 """Judge a pipeline on held-out prompts, with any attention algorithm; interrupted runs go on."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,17 @@ from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import model_identity
 from nabla_attn.generation.request import GenerationRequest
 from nabla_attn.moving_shapes.judge import JUDGE, score
-from nabla_attn.moving_shapes.scene import Scene, describe, held_out_scenes
+from nabla_attn.moving_shapes.scene import Scene, describe, held_out_scenes, sample_scene
 from nabla_attn.record import RunRecord, check_settings, collect_versions, describe_device
 
+
+def trained_scenes(count: int) -> list[Scene]:
+    """Scenes of one shape from the combinations that training shows."""
+    # Training draws its seeds from text, so that none of these is among its own.
+    return [sample_scene(seed) for seed in range(count)]
+
+
+SCENES = {"held-out": held_out_scenes, "trained": trained_scenes}
 KEPT = ("density", "transformer_seconds")
 
 
@@ -38,7 +46,7 @@ def judge_prompts(
     request: GenerationRequest,
     count: int,
     *,
-    scenes: Sequence[Scene] | None = None,
+    captions: str = "held-out",
     videos: Path | None = None,
     path: Path | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
@@ -51,7 +59,7 @@ def judge_prompts(
         pipeline: A text-to-video pipeline of diffusers.
         request: What to ask for; its prompt and seed are replaced.
         count: Number of prompts.
-        scenes: What the prompts describe; None are held-out combinations.
+        captions: "held-out" combinations, or "trained" ones, which training shows.
         videos: The folder where frames are kept without loss, so that a later judge reads the same
             videos. What it holds is not generated again; it must belong to one model and algorithm.
         path: Where the record is kept. Prompts that it already holds are not run again.
@@ -64,10 +72,10 @@ def judge_prompts(
     Raises:
         ValueError: The file at `path` was made with other settings.
     """
-    config = request.to_dict() | model_identity(pipeline) | {"judge": JUDGE}
+    config = request.to_dict() | model_identity(pipeline) | {"judge": JUDGE, "captions": captions}
     del config["prompt"], config["seed"]
     prompts = _kept_prompts(path, config)
-    for index, scene in enumerate(scenes or held_out_scenes(count)):
+    for index, scene in enumerate(SCENES[captions](count)):
         if index < len(prompts):
             continue
         asked = replace(request, prompt=describe(scene), seed=index)

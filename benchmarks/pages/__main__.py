@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from benchmarks.pages import correctness, isynet, methods, models, speed, training
+from benchmarks.pages import correctness, isynet, methods, models, quality, speed, training
 from nabla_attn.files import write_text
 
 
@@ -18,6 +18,8 @@ def main(docs: Path = Path("docs"), records: Path = Path("benchmarks/results")) 
     write_text(docs / "benchmarks.md", speed.build_page(records, docs))
     write_text(docs / "correctness.md", correctness.build_page(records))
     write_text(docs / "training_study.md", training.build_page(records))
+    if (records / "quality").is_dir():
+        quality.write_page(docs / "quality.md", records)
     if (docs / "models.md").exists():
         models.write_table(docs / "models.md")
     if (docs / "methods.md").exists():

@@ -91,7 +91,7 @@ def test_examples_are_what_the_built_in_model_was_trained_on():
     pytest.importorskip("gradio", reason="gradio is not installed")
     from nabla_attn.studio.page import EXAMPLES
 
-    for prompt, adapter, algorithm in EXAMPLES:
+    for prompt, adapter, algorithm, _ in EXAMPLES:
         words = parse_caption(prompt)
         triples = {(shape.colour, shape.kind, shape.direction) for shape in words.shapes}
         assert triples.isdisjoint(HELD_OUT)
@@ -119,9 +119,11 @@ def test_the_page(tiny_wan, pipeline):
     whole = list(studio.run("red circle", model, "none", "topk-1", 64, 64, 5, 2, 0))[-1]
     assert "Identical to dense." in whole[2]
     blocks = list(
-        studio.run("red", model, "none", "nabla-0.4_sta-3-3-3_block-1-4-4", 64, 64, 5, 2, 0)
+        studio.run(
+            "red", model, "none", "nabla-0.4_sta-3-3-3_block-1-4-4_tail-first", 64, 64, 5, 2, 0
+        )
     )[-1]
-    assert "nabla-0.4_sta-3-3-3_block-1-4-4" in blocks[2]
+    assert "nabla-0.4_sta-3-3-3_block-1-4-4_tail-first" in blocks[2]
     assert studio.defaults_of(model, "none").height == 480
     assert studio.defaults_of(model, "none").sparse_algo == "nabla-0.7"  # its own is dense
     for wrong in (

@@ -1,0 +1,141 @@
+"""docs/quality.md: what the judge sees, what it says of the built-in model, and the study."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nabla_attn.record import RunRecord
+from nabla_attn.viz.document import Block, Picture, Section, Table, Text, write_markdown
+from nabla_attn.viz.report import build_report
+
+TITLE = "Quality of the built-in model"
+EYE = (
+    "The judge of the moving-shapes world reads a video back into facts without a learned model. A "
+    "shape is of its kind where a person would say so: it overlaps with the best-fitting ideal "
+    "shape (position and size are fitted; shapes of this world are not turned) by at least 0.92 in "
+    "the mean over the frames and by 0.85 in the worst one, leads the next kind by 0.06, and has "
+    "no holes, fragments or stains of more than 2 % of its area each. The limits were set by "
+    "looking at these pictures: overlap in the mean and in the worst frame, and the verdict."
+)
+BEFORE = (
+    "The first judge of this model asked for an overlap of 0.7 with an ellipse, a rectangle or a "
+    "triangle of any proportions, in the median frame, and took blobs for circles. Both judges "
+    "read the same videos here; the first is that of records without a judge's name, and its code "
+    "is in the history of judge.py. All right means everything that the prompt says, by the first "
+    "judge and by the present one. Outline, worst frame, fragments and stains are means over the "
+    "videos."
+)
+LIMITS = (
+    "Mean overlap of the shape with its best fit, and that of the worst frame, for true clips that "
+    "only went through the VAE, and for videos of the transformer with dense attention. Single "
+    "frames are sampled at the noise levels that the model learnt them with."
+)
+
+
+def write_page(path: Path, records: Path) -> None:
+    """Write the page and its pictures.
+
+    Args:
+        path: The Markdown file.
+        records: The folder of the records.
+    """
+    write_markdown(TITLE, [*_eye(path, records), *_study(records / "quality")], path)
+
+
+def _eye(path: Path, records: Path) -> list[Section]:
+    pictures = path.parent / f"{path.stem}-images"
+    blocks: list[Block] = [Text(EYE)]
+    if (sheet := pictures / "judge.png").is_file():
+        blocks.append(Picture("judge", "What passes and what does not", sheet.read_bytes()))
+    sections = [Section("What the judge sees", blocks)]
+    judged = [RunRecord.load(found) for found in sorted(records.glob("judge-*_*_*.json"))]
+    if judged:
+        sections.append(Section("The model, by both judges", [Text(BEFORE), _judged(judged)]))
+    if (found := records / "outline_limits.json").is_file():
+        rows = RunRecord.load(found).numbers["rows"]
+        text = [Text(LIMITS), _limits(rows), *map(Text, _conclusions(rows))]
+        sections.append(Section("What limits outlines", text))
+    return sections
+
+
+def _judged(records: Sequence[RunRecord]) -> Table:
+    header = (
+        "algorithm", "captions", "videos", "pairs kept", "all right, first judge", "all right",
+        "shape, first judge", "shape", "direction", "outline", "worst frame", "fragments", "stains",
+    )  # fmt: skip
+    rows = []
+    for record in sorted(records, key=lambda each: -each.numbers["summary"]["density"]):
+        summary, prompts = record.numbers["summary"], record.numbers["prompts"]
+        right = summary["right"]
+        name = record.config["sparse_algo"] + ", adapters" * ("lora" in record.config)
+        first = [prompt.get("first_judge") for prompt in prompts]
+        cells = [name, record.config["captions"], str(len(prompts)), f"{summary['density']:.1%}"]
+        cells += [_share([each and all(each.values()) for each in first])]
+        cells += [_share([_is_all_right(prompt["right"]) for prompt in prompts])]
+        cells += [_share([each and each["shape"] for each in first])]
+        cells += [f"{right['shape']:.0%}", f"{right['direction']:.0%}"]
+        cells += [f"{right['outline']:.3f}", f"{right['outline_min']:.3f}"]
+        cells += [f"{right['fragments']:.1%}", f"{right['stains']:.1%}"]
+        rows.append(tuple(cells))
+    return Table(header, tuple(rows))
+
+
+def _share(values: Sequence[bool | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.fmean(known):.0%}" if len(known) == len(values) else ""
+
+
+def _is_all_right(right: dict[str, Any]) -> bool:
+    return all(value for value in right.values() if isinstance(value, bool))
+
+
+def _limits(rows: Sequence[dict[str, Any]]) -> Table:
+    header = (
+        "video", "captions", "frames", "steps", "videos", "outline", "worst frame", "shape right",
+        "PSNR, dB",
+    )  # fmt: skip
+    cells = [
+        (
+            row["name"], row["captions"], str(row["frames"]), str(row["steps"] or ""),
+            str(row["count"]), f"{row['outline']:.3f}", f"{row['outline_min']:.3f}",
+            f"{row['shape']:.0%}", f"{row['psnr']:.1f}" if "psnr" in row else "",
+        )
+        for row in rows
+    ]  # fmt: skip
+    return Table(header, tuple(cells))
+
+
+def _conclusions(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What the rows say, in numbers only."""
+    vae = [row["outline"] for row in rows if not row["steps"]]
+    lost = []
+    for frames in sorted({row["frames"] for row in rows if row["steps"]}):
+        found = {
+            which: statistics.fmean(
+                row["outline"] for row in rows if _is_of(row, frames, which) and row["steps"]
+            )
+            for which in ("trained", "held-out")
+            if any(_is_of(row, frames, which) and row["steps"] for row in rows)
+        }
+        means = ", ".join(f"{value:.3f} {which}" for which, value in found.items())
+        lost.append(f"{frames} frame{'s' * (frames > 1)}: {means}")
+    return [
+        f"Through the VAE alone the overlap is {min(vae):.3f} to {max(vae):.3f}. Generated, in the "
+        f"mean over all numbers of steps: {'; '.join(lost)}."
+    ]
+
+
+def _is_of(row: dict[str, Any], frames: int, captions: str) -> bool:
+    return bool(row["frames"] == frames and row["captions"] == captions)
+
+
+def _study(run: Path) -> list[Section]:
+    """The report of the study, whose records are of the first judge."""
+    return [
+        replace(section, title="Verdict of the first judge")
+        if section.title == "Verdict"
+        else section
+        for section in build_report([run])
+    ]
