@@ -55,8 +55,8 @@ def _eye(path: Path, records: Path) -> list[Section]:
         sections.append(Section("The model, by both judges", [Text(BEFORE), _judged(judged)]))
     if (found := records / "outline_limits.json").is_file():
         rows = RunRecord.load(found).numbers["rows"]
-        text = [Text(LIMITS), _limits(rows), *map(Text, _conclusions(rows))]
-        sections.append(Section("What limits outlines", text))
+        limits: list[Block] = [Text(LIMITS), _limits(rows), Text(_conclusion(rows))]
+        sections.append(Section("What limits outlines", limits))
     return sections
 
 
@@ -107,7 +107,7 @@ def _limits(rows: Sequence[dict[str, Any]]) -> Table:
     return Table(header, tuple(cells))
 
 
-def _conclusions(rows: Sequence[dict[str, Any]]) -> list[str]:
+def _conclusion(rows: Sequence[dict[str, Any]]) -> str:
     """What the rows say, in numbers only."""
     vae = [row["outline"] for row in rows if not row["steps"]]
     lost = []
@@ -121,10 +121,10 @@ def _conclusions(rows: Sequence[dict[str, Any]]) -> list[str]:
         }
         means = ", ".join(f"{value:.3f} {which}" for which, value in found.items())
         lost.append(f"{frames} frame{'s' * (frames > 1)}: {means}")
-    return [
+    return (
         f"Through the VAE alone the overlap is {min(vae):.3f} to {max(vae):.3f}. Generated, in the "
         f"mean over all numbers of steps: {'; '.join(lost)}."
-    ]
+    )
 
 
 def _is_of(row: dict[str, Any], frames: int, captions: str) -> bool:

@@ -73,7 +73,9 @@ def build_studio(models: Sequence[str], load: LoadPipeline, adapters: Sequence[s
         list(row) for row in EXAMPLES if models[0] == "builtin" and row[1] in studio.adapters
     ]
     defaults = studio.defaults_of(models[0], studio.adapters[0])
-    first = examples[0] if examples else ["", studio.adapters[0], defaults.sparse_algo, 0]
+    first: list[Any] = (
+        examples[0] if examples else ["", studio.adapters[0], defaults.sparse_algo, 0]
+    )
     defaults = studio.defaults_of(models[0], first[1])
     with gradio.Blocks(title="nabla studio", delete_cache=(SECONDS_KEPT, SECONDS_KEPT)) as page:
         gradio.Markdown("# nabla studio\nDense and block-sparse attention from the same noise.")
