@@ -159,9 +159,10 @@ def _heads_table(record: RunRecord) -> list[str]:
         [row["name"], f"{row['density']:.3f}", f"{mean(row['distances']):.4f}"]
         for row in latents["rows"]
     ]
+    count = latents["prompts"]
     text = (
-        f"Final latents, relative L2 distance to those of dense attention, mean over "
-        f"{latents['prompts']} further prompts."
+        "Final latents, relative L2 distance to those of dense attention, mean over "
+        f"{count} further prompt{'s' if count > 1 else ''}."
     )
     return [*lines, text, "", *table(LATENTS_HEAD, cells)]
 
