@@ -150,7 +150,7 @@ def errors_of_modes(
     for mode in ("band", "frames", "columns"):
         name = "hwt" if mode == "frames" else "raster"
         blocks[mode] = named_order(name, grid, q.device).slots[0, 0] // block
-        lists = columns.tolist() if mode == "columns" else [[]] * heads
+        lists = columns.tolist() if mode == "columns" else [[]]
         kept[mode] = torch.stack([pattern(mode, grid, share, x, q.device) for x in lists])
     sums = q.new_zeros(heads, len(MODES))
     step = max(1, PANEL_SCORES // (heads * k.shape[1]))
