@@ -78,6 +78,9 @@ def test_pure_patterns_are_found_and_nothing_else():
     # Where a column meets a corner it is a diagonal of few pairs too.
     assert found[1]["columns"] == [5]
     assert found == patterns_by_definition(mean, 0.3, 0.8)
+    # What lies no higher than the layer's lowest is no pattern.
+    even = torch.full((1, 4, 4), 0.25)
+    assert find_patterns(even, 0.3, 0.8) == [{"diagonals": [], "columns": []}]
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5])
