@@ -104,7 +104,7 @@ def calibrate(
     target = check_writable(output / "schedule.json")
     with generation_bars(in_logs=True) as start:
         job = CalibrateJob(
-            Calibration(video.load(), request, candidates, output, num_rows),
+            Calibration(video.load_for(request), request, candidates, output, num_rows),
             texts[:num_prompts],
             budget,
             by=by,
@@ -146,7 +146,7 @@ def _make_table(
     TableProbe(config, request.steps)  # refuses before the model is loaded
     target = check_writable(output / "schedule.json")
     with generation_bars(in_logs=True) as start:
-        schedule = calibrate_method(video.load(), request, config, texts, progress=start)
+        schedule = calibrate_method(video.load_for(request), request, config, texts, progress=start)
     write_text(target, schedule.to_json() + "\n")
     if as_json:
         out.print_json({"schedule": target, "algorithm": str(config)})

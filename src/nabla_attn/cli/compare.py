@@ -43,14 +43,16 @@ def compare(
     algos, rate = [request.sparse_algo for request in requests], video.rate
     folder = out.free_path(output, overwrite=overwrite)
     check_writable(folder / "contact_sheet.png")
+    memory = video.foresee(requests[0])
     pipeline = video.load()
-    video.check(pipeline, requests[0])
+    video.check(pipeline, requests[0], memory)
     with generation_bars() as start:
         compared = run_all(pipeline, requests[0], algos, rounds=rounds, on_progress=start)
     write_comparison([(each.frames, each.record) for each in compared], folder, rate)
     if as_json:
         numbers = {each.algo: each.record.numbers for each in compared}
-        out.print_json({"folder": folder, "page": folder / PAGE, "algorithms": numbers})
+        place = {"folder": folder, "page": folder / PAGE, "memory": memory.to_dict()}
+        out.print_json(place | {"algorithms": numbers})
         return
     header = ("algorithm", "pairs kept", "transformer", "speed-up", "PSNR", "SSIM")
     out.print_table(header, [[each.algo, *_cells(each.record.numbers)] for each in compared])

@@ -52,6 +52,7 @@ def encode(
     dtype: opt.Dtype = "auto",
     engine: opt.Engine = "locks",
     workers: opt.Workers = None,
+    force: opt.Force = False,
     as_json: opt.AsJson = False,
 ) -> None:
     """Encode videos and captions once, for training: latents and embeddings in sharded files.
@@ -60,6 +61,7 @@ def encode(
     processes and machines may share the folder, and a run that was stopped continues.
     """
     from nabla_attn.cli.progress import count_bar
+    from nabla_attn.cost.memory import force_memory
     from nabla_attn.files import check_writable
     from nabla_attn.generation.pipeline import model_directory
     from nabla_attn.training.data.encode import EncodeRequest
@@ -88,7 +90,7 @@ def encode(
     request = EncodeRequest(wanted, fps=fps, shard_size=shard_size)
     check_writable(output / "index.json")
     load = partial(load_on_own_device, model, device, dtype)
-    with count_bar("encoding", "clips") as on_progress:
+    with force_memory(force), count_bar("encoding", "clips") as on_progress:
         summary = encode_all(
             found,
             load,

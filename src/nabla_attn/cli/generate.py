@@ -1,7 +1,7 @@
 """`nabla generate`: a prompt, or a list of them, to mp4 files with their records."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,6 +10,7 @@ from nabla_attn.cli import output as out
 from nabla_attn.cli.prompt_list import first_bars, make_list
 
 if TYPE_CHECKING:
+    from nabla_attn.generation.memory import MemoryEstimate
     from nabla_attn.record import RunRecord
 
 VIDEO, FOLDER = Path("out/video.mp4"), Path("out/videos")
@@ -91,19 +92,21 @@ def generate(
         image=image,
         maps=maps if record_maps else None,
     )
+    memory = video.foresee(request)
     with (
         shared_pipeline(video.load, video.device, has_maps=record_maps) as pipeline,
         first_bars() as start,
     ):
-        video.check(pipeline, request)
+        video.check(pipeline, request, memory)
         record = job.run(pipeline, on_progress=start(request.sparse_algo))
     if record is not None:
-        _print(job.output, record, as_json=as_json)
+        _print(job.output, record, memory, as_json=as_json)
 
 
-def _print(output: Path, record: "RunRecord", *, as_json: bool) -> None:
+def _print(output: Path, record: "RunRecord", memory: "MemoryEstimate", *, as_json: bool) -> None:
     if as_json:
-        place = {"video": output, "record": output.with_suffix(".json")}
+        place: dict[str, Any] = {"video": output, "record": output.with_suffix(".json")}
+        place["memory"] = memory.to_dict()
         out.print_json(place | {"config": record.config, "numbers": record.numbers})
         return
     seconds, kept = record.numbers["seconds"], record.numbers["attention"]["density"]

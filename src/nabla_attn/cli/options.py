@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nabla_attn.cli.loading import load_quietly
+from nabla_attn.cli.loading import load_quietly, quiet_libraries
+from nabla_attn.cli.output import notice
 
 if TYPE_CHECKING:
+    from nabla_attn.generation.memory import MemoryEstimate
     from nabla_attn.generation.request import GenerationRequest, ModelDefaults
     from nabla_attn.schedule import Schedule
 
@@ -175,14 +177,44 @@ class VideoOptions:
         place = device or self.device
         return load_quietly(self.model, place, self.dtype, self.lora or (), **self.placement)
 
-    def check(self, pipeline: Any, request: "GenerationRequest") -> None:
-        """Refuse a video that the pipeline cannot make, or the machine not hold."""
-        from nabla_attn.generation.placement import check_memory
+    def load_for(self, request: "GenerationRequest") -> Any:
+        """The pipeline, after a check that the machine can hold the video, and it can make it."""
+        memory = self.foresee(request)
+        pipeline = self.load()
+        self.check(pipeline, request, memory)
+        return pipeline
+
+    def foresee(self, request: "GenerationRequest") -> "MemoryEstimate":
+        """The memory that a video takes, before anything is loaded.
+
+        Raises:
+            ValueError: The machine has less, and --force is not given.
+        """
+        from nabla_attn.cost.memory import force_memory
+        from nabla_attn.generation.memory import estimate_memory, refuse_too_large
+        from nabla_attn.generation.pipeline import model_directory
+        from nabla_attn.generation.placement import Placement, resolve_device, resolve_dtype
+
+        quiet_libraries()
+        device, placement = resolve_device(self.device), Placement(**self.placement)
+        placement.check(device)
+        estimate = estimate_memory(
+            model_directory(self.model),
+            request,
+            device=device,
+            dtype=resolve_dtype(self.dtype, device),
+            placement=placement,
+        )
+        with force_memory(self.force):
+            refuse_too_large(estimate, request, device)
+        return estimate
+
+    def check(self, pipeline: Any, request: "GenerationRequest", memory: "MemoryEstimate") -> None:
+        """Refuse a video that the pipeline cannot make; say what memory it will take."""
         from nabla_attn.generation.request import check_request
 
         check_request(pipeline, request)
-        if not self.force:
-            check_memory(pipeline, request)
+        notice("note", f"memory: {memory}.")
 
 
 def with_video_options(verb: Callable[..., None]) -> Callable[..., None]:
@@ -196,7 +228,12 @@ def with_video_options(verb: Callable[..., None]) -> Callable[..., None]:
     @wraps(verb)
     def run(**values: Any) -> None:
         video = VideoOptions(**{entry.name: values.pop(entry.name) for entry in shared})
-        verb(video=video, **values)
+        if not video.force:
+            return verb(video=video, **values)
+        from nabla_attn.cost.memory import force_memory
+
+        with force_memory():
+            verb(video=video, **values)
 
     run.__signature__ = Signature([*own, *shared])  # type: ignore[attr-defined]
     return run

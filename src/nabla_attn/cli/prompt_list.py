@@ -91,12 +91,13 @@ def _start(
     """Load the pipeline on this process's own device; what makes a video with it."""
     from nabla_attn.generation.generate import generate as make_video
 
+    memory = options.foresee(request)
     lora = options.lora or ()
     pipeline = load_on_own_device(
         options.model, options.device, options.dtype, lora, **options.placement
     )
     # Sizes are the same in all: one line now, or as many failures.
-    options.check(pipeline, request)
+    options.check(pipeline, request, memory)
 
     def make(request: "GenerationRequest") -> Any:
         if not has_bars:

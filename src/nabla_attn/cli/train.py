@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from nabla_attn.cli.options import AsJson
+from nabla_attn.cli.options import AsJson, Force
 from nabla_attn.cli.train_runs import check_training, run_builtin, run_training
 
 
@@ -27,6 +27,7 @@ def train(
         bool, typer.Option("--allow-changes", help="Resume with another configuration.")
     ] = False,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 takes torch's own choice.")] = 0,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a model. Without a recipe, list the recipes.
@@ -62,7 +63,7 @@ def train(
         if check:
             check_training(wanted, folder, as_json=as_json)
         else:
-            run_training(wanted, folder, resume, allow_changes, as_json=as_json)
+            run_training(wanted, folder, resume, allow_changes, is_forced=force, as_json=as_json)
 
 
 def _set_threads(threads: int) -> None:

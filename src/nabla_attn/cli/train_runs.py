@@ -13,17 +13,24 @@ if TYPE_CHECKING:
 
 
 def run_training(
-    config: "TrainConfig", folder: Path, resume: bool, allow_changes: bool, *, as_json: bool
+    config: "TrainConfig",
+    folder: Path,
+    resume: bool,
+    allow_changes: bool,
+    *,
+    is_forced: bool,
+    as_json: bool,
 ) -> None:
     """Run or continue the stages of a recipe, and say how the result is used."""
     from nabla_attn.cli.progress import show_progress, show_start
+    from nabla_attn.cost.memory import force_memory
     from nabla_attn.distributed import is_first_process
     from nabla_attn.moving_shapes.dataset import MovingShapes
     from nabla_attn.training.job import describe_use, has_checkpoint, run_job
 
     quiet_libraries()
     try:
-        with show_progress() as on_log:
+        with force_memory(is_forced), show_progress() as on_log:
             result = run_job(
                 config,
                 folder,

@@ -29,7 +29,7 @@ def warmup(
 
     algorithms: list[str | None] = [*sparse_algo] if sparse_algo else [None]
     requests = [video.request(prompt="", seed=0, sparse_algo=algo) for algo in algorithms]
-    pipeline = video.load()
+    pipeline = video.load_for(requests[0].with_algo("dense"))
     warmed = []
     for request in requests:
         warmed.append(_warm_up(pipeline, request))

@@ -13,8 +13,10 @@ import numpy as np
 
 from nabla_attn.config import parse
 from nabla_attn.core.grid import TokenGrid
+from nabla_attn.distributed import num_processes
 from nabla_attn.fusion import fusing_for
 from nabla_attn.generation.call import StageClock, sample
+from nabla_attn.generation.memory import check_memory
 from nabla_attn.generation.pipeline import model_identity
 from nabla_attn.generation.request import GenerationRequest, check_request, video_tokens
 from nabla_attn.generation.text import warn_of_unknown_words, watch_texts
@@ -44,9 +46,12 @@ def generate(
         The frames, uint8 [frames, height, width, 3], and the record of the run.
 
     Raises:
-        ValueError: The model cannot take the request, or its numbers overflowed.
+        ValueError: The model cannot take the request, the machine has too little memory for it, or
+            its numbers overflowed.
     """
     check_request(pipeline, request)
+    if num_processes() == 1:  # several share the tokens
+        check_memory(pipeline, request)
     for name in ("prompt", "negative_prompt"):
         warn_of_unknown_words(pipeline, name.replace("_", " "), getattr(request, name))
     # With offloading the pipeline rests on the CPU and works elsewhere.

@@ -57,7 +57,7 @@ def load_pipeline(
     saving.check(place)
     index = read_model_index(directory)
     pipeline_class = find_class("diffusers", index["_class_name"], directory)
-    vae_kind = kind if index["_class_name"].startswith(ONE_DTYPE) else torch.float32
+    vae_kind = dtype_of_vae(index["_class_name"], kind)
     parts = {
         name: _load_quantized(directory / name, entry, kind, saving)
         if saving.quantize and name.startswith("transformer")
@@ -73,6 +73,11 @@ def load_pipeline(
     for each in lora:
         load_lora(pipeline, each)
     return saving.place(pipeline, place)
+
+
+def dtype_of_vae(pipeline_class: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a pipeline's VAE is loaded in, beside a transformer in another."""
+    return dtype if pipeline_class.startswith(ONE_DTYPE) else torch.float32
 
 
 def _load_quantized(

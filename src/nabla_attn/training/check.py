@@ -8,6 +8,7 @@ import torch
 
 from nabla_attn.errors import first_line
 from nabla_attn.training.loader import to_device
+from nabla_attn.training.memory import estimate_training
 from nabla_attn.training.setup import TrainRun
 from nabla_attn.training.trainer import Trainer
 
@@ -57,23 +58,9 @@ def foresee(run: TrainRun, steps: int, seconds: float) -> dict[str, str]:
         "data": f"{_count(len(loader.trained_on), 'clip')} of {grids}, "
         f"{len(loader.held_out)} held out",
         "steps": f"{steps:,}, of {_count(clips, unit)} each",
-        "memory": f"{_state_bytes(run) / 2**30:.2f} GiB for weights, gradients and optimiser; "
-        "activations come on top",
+        "memory": str(estimate_training(run)),
         "time": f"about {describe_seconds(total)} at most, if all batches are like the largest",
     }
-
-
-def _state_bytes(run: TrainRun) -> int:
-    """Bytes that one process holds from the first step to the last."""
-    config = run.config
-    trained = sum(p.numel() for p in run.trained())
-    weights = sum(p.numel() * p.element_size() for p in run.bare.parameters())
-    # A gradient and AdamW's two averages, in float32.
-    states = trained * 4 * (4 if config.ema else 3)
-    has_copy = config.objective.kind == "distill" and not config.lora.rank
-    copy = weights // (2 if config.precision == "bfloat16" else 1) if has_copy else 0
-    shares = run.accelerator.num_processes if config.sharding == "fsdp" else 1
-    return (weights + states) // shares + copy
 
 
 def describe_seconds(seconds: float) -> str:

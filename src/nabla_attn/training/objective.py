@@ -20,7 +20,15 @@ Terms = dict[str, Tensor]
 
 
 class Objective(Protocol):
-    """A loss to minimise."""
+    """A loss to minimise.
+
+    Attributes:
+        path: Noise levels and targets.
+        inputs: Function that makes the module's arguments.
+    """
+
+    path: NoisePath
+    inputs: Inputs
 
     def __call__(
         self, module: nn.Module, batch: dict[str, Any], generator: torch.Generator

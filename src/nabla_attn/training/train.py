@@ -17,6 +17,7 @@ from nabla_attn.record import RunRecord, collect_versions, describe_device
 from nabla_attn.training.check import foresee, probe
 from nabla_attn.training.checkpoint import Checkpoints, SaveFailed
 from nabla_attn.training.config import TrainConfig, to_plain
+from nabla_attn.training.memory import REMEDY, estimate_training
 from nabla_attn.training.metrics import curve, draw_losses, read_log
 from nabla_attn.training.model import load_parts, save_lora, save_pipeline
 from nabla_attn.training.setup import TrainRun, prepare
@@ -63,6 +64,7 @@ def train(
     refuse_begun(folder, resume)
     refuse_nested(config, model, folder)
     run = prepare(config, load_parts(model, config.part), dataset)
+    estimate_training(run).check(run.accelerator.device, "training", REMEDY)
     seconds = probe(run)
     trainer = Trainer(run, folder, on_log=on_log, sample=sample)
     with _alone(folder) if trainer.is_main else nullcontext():

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+from nabla_attn.cost.memory import activation_bytes, sparse_bytes
 from nabla_attn.wan.tasks import TASKS, find_task, width_and_height
 
 BLOCK_TOKENS = 64
@@ -118,13 +119,6 @@ class WanMemory:
         return resident + max(transformer, vae)
 
 
-def activation_bytes(tokens: int, width: int, ffn: int, heads: int, item: int = 2) -> float:
-    """Peak of a dense transformer forward beside its weights; a number has `item` bytes."""
-    attention = 12.4 + 4.45 * item
-    feed_forward = 4 * item + 2 * item * ffn / width
-    return tokens * width * (max(attention, feed_forward) + 8 / heads)
-
-
 def vae_bytes(
     base: int, height: int, width: int, frames: int, *, is_2_2: bool = False, tiled: bool = False
 ) -> float:
@@ -159,7 +153,6 @@ def estimate(task: str, width: int, height: int, frames: int, item: int = 2) -> 
             )
     side = model.pixels_per_token
     tokens = ((frames - 1) // 4 + 1) * (height // side) * (width // side)
-    blocks = -(-tokens // BLOCK_TOKENS)
     base, vae_weights = (256, VAE_2_2) if model.is_2_2_vae else (96, VAE)
     decode = {
         tiled: int(
@@ -175,7 +168,7 @@ def estimate(task: str, width: int, height: int, frames: int, item: int = 2) -> 
         text_encoder=TEXT_ENCODER * item,
         image_encoder=IMAGE_ENCODER * item if model.has_image else 0,
         activations=int(dense),
-        sparse=4 * tokens * model.width * item + 9 * model.heads * blocks**2 + MAP_SCRATCH,
+        sparse=sparse_bytes(tokens, model.width, model.heads, BLOCK_TOKENS, item) + MAP_SCRATCH,
         vae=decode[False],
         vae_tiled=decode[True],
         experts=model.experts,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nabla_attn.errors import first_line
 from nabla_attn.files import is_whole, read_json, write_text
+from nabla_attn.generation.memory import check_encoding
 from nabla_attn.generation.request import GenerationRequest
 from nabla_attn.generation.text import watch_texts
 from nabla_attn.progress import ProgressCallback, ignore_progress
@@ -165,6 +166,7 @@ class _Encoder:
         self._folder, self._request = folder, request
         self._on_clips = on_clips
         self._has_warned = False
+        self._fitting: set[tuple[int, ...]] = set()
 
     @classmethod
     def start(
@@ -180,6 +182,8 @@ class _Encoder:
         family_of(pipeline)
         for size in request.sizes:
             size.check(pipeline)
+            if size.frames and size.height and size.width:
+                check_encoding(pipeline, size.frames, size.height, size.width)
         folder.mkdir(parents=True, exist_ok=True)
         _agree(source, pipeline, folder, request)
         return cls(source, pipeline, folder, request, on_clips).make_shard
@@ -264,7 +268,17 @@ class _Encoder:
             check_size(self._pipeline, *video.shape[:3])
         except ValueError as error:
             raise Skipped("odd size", str(error)) from error
+        self._check_memory(video.shape[:3])
         return video
+
+    def _check_memory(self, shape: tuple[int, ...]) -> None:
+        if shape in self._fitting:
+            return
+        try:
+            check_encoding(self._pipeline, *shape)
+        except ValueError as error:
+            raise Skipped("too large", str(error)) from error
+        self._fitting.add(shape)
 
     def _keep_conditions(self, caption: str, video: np.ndarray) -> Conditions:
         """Write the conditions of a caption, of the empty one, and of the size, where missing.
