@@ -436,6 +436,36 @@ def test_what_counts_no_frames_must_be_as_long_as_it_says(tmp_path, name):
             read_video(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "kind"),
+    [("a.gif", "gif", "rgb8"), ("a.apng", "apng", "rgb24"), ("a.ts", "mpeg2video", "yuv420p")],
+)
+def test_animations_and_transport_streams_that_are_cut(tmp_path, name, codec, kind):
+    frames = np.random.default_rng(0).integers(0, 255, (9, 32, 32, 3), np.uint8)
+    path = encode(tmp_path / name, frames, codec, kind)
+    assert len(read_video(path)) == 9
+    content = path.read_bytes()
+    for share in (0.5, 0.8, 0.95):
+        path.write_bytes(content[: int(len(content) * share) | 1])
+        with pytest.raises(ValueError, match="cannot read the video"):
+            read_video(path)
+    path.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match="cannot read the video"):
+        read_video(path)
+
+
+@pytest.mark.parametrize(("gamma", "shown"), [(1.0, 188), (0.45455, 128), (0.55, 144), (None, 128)])
+def test_the_gamma_of_png_files_is_applied(tmp_path, gamma, shown):
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    if gamma is not None:
+        info.add(b"gAMA", round(gamma * 100000).to_bytes(4, "big"))
+    Image.new("RGB", (8, 8), (128, 128, 128)).save(tmp_path / "a.png", pnginfo=info)
+    assert abs(read_image(tmp_path / "a.png").getpixel((3, 3))[0] - shown) <= 2
+
+
 def test_the_cover_of_a_sound_file_is_no_video(tmp_path):
     import av
     from av.stream import Disposition

@@ -24,6 +24,9 @@ IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "JP
 VIDEO_FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,h264,hevc,flv,ogg,asf,gif,apng,mxf,ivf"
 MAX_FRAME_PIXELS = 2**26
 MAX_VIDEO_BYTES = 4 * 2**30
+GAMMA_ALIKE = 0.05
+"""Exponents of a PNG this close to 1 are those of sRGB, rounded."""
+TS_PACKET, TS_SYNC = 188, 0x47
 MAX_PIXEL_ASPECT = 8
 """Pixels that are more oblong than this are a mistake in the file, and read as square."""
 UNKNOWN_COLOURS, WIDE_PRIMARIES, HDR_CURVES = 2, (9, 11, 12), (16, 18)
@@ -139,7 +142,8 @@ def iterate_video(source: str | Path | BinaryIO) -> Iterator[tuple[float | None,
             for frame in _decode(container, stream):
                 yield frame.time, _to_picture(frame, aspect, reformatter)
             # Where the container counts no frames, its own length says whether all of it is there.
-            if not stream.frames and _is_cut(source):
+            counts = stream.frames and container.format.name not in ("gif", "apng")
+            if not counts and _is_cut(source):
                 raise UnreadableMedia("it ends early: less is there than it says")
     except (av.FFmpegError, OSError, MemoryError, ValueError) as error:
         if isinstance(error, UnreadableMedia):
@@ -218,7 +222,7 @@ def _to_srgb(image: "Image", original: "Image", path: str | Path) -> "Image":
     profile = original.info.get("icc_profile")
     plain = image if image.mode in ("RGB", "L", "CMYK", "LAB") else image.convert("RGB")
     if not profile:
-        return plain.convert("RGB")
+        return _apply_gamma(plain.convert("RGB"), original)
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if ImageCms.getProfileDescription(source).startswith("sRGB"):
@@ -235,6 +239,20 @@ def _to_srgb(image: "Image", original: "Image", path: str | Path) -> "Image":
             stacklevel=4,
         )
         return plain.convert("RGB")
+
+
+def _apply_gamma(image: "Image", original: "Image") -> "Image":
+    """The colours of an RGB image by the gAMA of its PNG file, where that is another than sRGB's.
+
+    Source: PNG, section 13.13, with a display of gamma 2.2.
+    """
+    gamma = original.info.get("gamma")
+    if "srgb" in original.info or not isinstance(gamma, float) or not 0.1 <= gamma <= 2:
+        return image
+    exponent = 1 / (2.2 * gamma)
+    if abs(exponent - 1) < GAMMA_ALIKE:
+        return image
+    return image.point([round(255 * (level / 255) ** exponent) for level in range(256)] * 3)
 
 
 def _pixel_aspect(image: "Image") -> Fraction | None:
@@ -289,19 +307,56 @@ def _decode(container: Any, stream: Any) -> Iterator[Any]:
 
 
 def _is_cut(source: str | Path | BinaryIO) -> bool:
-    """Whether an MP4 or Matroska file is shorter than its outermost parts say."""
+    """Whether a file is shorter than its outermost parts say, in the formats that say it."""
     if isinstance(source, str | Path):
         with Path(source).open("rb") as file:
             return _is_cut(file)
     size = source.seek(0, 2)
-    is_matroska = _read_at(source, 0, 4) == b"\x1aE\xdf\xa3"
+    head = _read_at(source, 0, 189)
+    if head.startswith((b"GIF87a", b"GIF89a")):
+        return _gif_end(source) is None
+    if head.startswith(b"\x89PNG"):
+        return not size >= _png_end(source) > 0
+    if len(head) > TS_PACKET and head[0] == head[TS_PACKET] == TS_SYNC:
+        return bool(size % TS_PACKET)
+    is_matroska = head.startswith(b"\x1aE\xdf\xa3")
     measure = _element_end if is_matroska else _box_end
-    if not is_matroska and _read_at(source, 4, 4) not in (b"ftyp", b"styp", b"moov", b"moof"):
+    if not is_matroska and head[4:8] not in (b"ftyp", b"styp", b"moov", b"moof"):
         return False
     place = 0
     while 0 <= place < size:
         place = measure(source, place)
     return place > size
+
+
+def _gif_end(file: BinaryIO) -> int | None:
+    """Where a GIF has its last byte; None where it is not there."""
+    place = 13 + _colour_table(_read_at(file, 10, 1))
+    while head := _read_at(file, place, 10):
+        if head[0] == ord(";"):
+            return place
+        # An extension, or a picture with its table and code size; then pieces up to an empty one.
+        place += 2 if head[0] == ord("!") else 11 + _colour_table(head[9:])
+        while length := _read_at(file, place, 1):
+            place += 1 + length[0]
+            if not length[0]:
+                break
+    return None
+
+
+def _colour_table(flags: bytes) -> int:
+    """Bytes of the table of colours that a GIF's flags announce."""
+    return 3 << (flags[0] & 7) + 1 if flags and flags[0] & 0x80 else 0
+
+
+def _png_end(file: BinaryIO) -> int:
+    """Where a PNG ends; 0 where its last part is not there."""
+    place = 8
+    while len(head := _read_at(file, place, 8)) == 8:
+        place += 12 + int.from_bytes(head[:4], "big")
+        if head[4:] == b"IEND":
+            return place
+    return 0
 
 
 def _box_end(file: BinaryIO, place: int) -> int:
