@@ -42,22 +42,12 @@ CPU = torch.device("cpu")
 NAMES = ("work", "model", "frames", "height", "width", "sparse_algo", "options")
 CASES = (
     ("generate", "builtin", 61, 128, 128, "nabla-0.2_sta-3-3-3", ()),
-    ("generate", "builtin", 61, 192, 192, "nabla-0.2_sta-3-3-3", ()),
-    ("generate", "builtin", 29, 192, 192, "dense", ()),
+    ("generate", "builtin", 29, 128, 128, "dense", ()),
     ("generate", "wan", 17, 256, 256, "nabla-0.5", ()),
     ("generate", "cogvideox", 17, 128, 192, "nabla-0.5", ()),
-    ("generate", "ltx", 17, 256, 256, "nabla-0.5", ()),
+    ("generate", "ltx", 17, 128, 192, "nabla-0.5", ()),
     ("train", "builtin", 29, 64, 64, "nabla-0.5", ("data.batch=2",)),
-    ("train", "builtin", 61, 128, 128, "nabla-0.5", ("data.batch=1",)),
-    (
-        "train",
-        "builtin",
-        61,
-        128,
-        128,
-        "nabla-0.5",
-        ("data.batch=1", "gradient_checkpointing=true"),
-    ),
+    ("train", "builtin", 29, 64, 64, "nabla-0.5", ("gradient_checkpointing=true",)),
 )
 MALLINFO2 = (
     *("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks"),

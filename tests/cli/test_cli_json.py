@@ -40,7 +40,12 @@ def test_info(monkeypatch):
 
 def test_info_on_memory():
     values = json.loads(nabla("info", "--memory", "t2v-14B", "1280*720", "--json").stdout)
-    assert values.keys() == {"memory"} and "GiB" in values["memory"]["transformer"]
+    needs = values["memory"]
+    assert values.keys() == {"memory"} and needs["task"] == "t2v-14B"
+    assert (needs["width"], needs["height"], needs["frames"]) == (1280, 720, 81)
+    assert all(isinstance(amount, int) for amount in needs["bytes"].values())
+    assert needs["bytes"]["peak"] > needs["bytes"]["peak_offload_tiled"] > 2**30
+    assert needs["smallest_card_gb"] in (48, 80)
 
 
 def test_warmup(tiny_wan):

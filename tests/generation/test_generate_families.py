@@ -1,8 +1,10 @@
 """`nabla generate` of every family whose whole tiny pipeline the tests have."""
 
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tests.models.tiny_models import relative_error
@@ -10,11 +12,13 @@ from tests.training import tiny_pipelines
 
 from nabla_attn.generation.call import sample
 from nabla_attn.generation.generate import generate, warm_up
+from nabla_attn.generation.model_index import find_class, named_parts, read_model_index
 from nabla_attn.generation.pipeline import load_pipeline
 from nabla_attn.generation.request import (
     GenerationRequest,
     ModelDefaults,
     check_request,
+    make_request,
     video_tokens,
 )
 from nabla_attn.models import replaced
@@ -187,3 +191,45 @@ def test_the_record_says_what_was_made(monkeypatch):
     with pytest.warns(UserWarning, match="made 48x32 and 16 frames where 48x32 and 13"):
         video, record = generate(pipeline, request(13, 32, 48))
     assert len(video) == record.config["frames"] == 16
+
+
+def test_mochi_says_that_it_needs_two_steps():
+    with pytest.raises(ValueError, match="Mochi's noise levels need at least 2 steps, got 1"):
+        generate(tiny_pipelines.mochi(), replace(request(7, 64, 80), steps=1))
+
+
+def test_parts_that_one_pipeline_alone_has_are_loaded(tmp_path):
+    tiny_pipelines.ltx2().save_pretrained(tmp_path)
+    library, name = named_parts(read_model_index(tmp_path))["connectors"]
+    assert library == "ltx2"
+    found = find_class(library, name, tmp_path)
+    assert found.__module__.startswith("diffusers.pipelines.ltx2")
+    assert found.from_pretrained(tmp_path / "connectors", local_files_only=True)
+
+
+def test_the_second_transformer_has_a_guidance_of_its_own(tmp_path):
+    (tmp_path / "defaults.json").write_text('{"guidance": 4, "guidance_2": 3}')
+    defaults = ModelDefaults.load(tmp_path)
+    asked = make_request(defaults, prompt="red")
+    assert (asked.guidance, asked.guidance_2) == (4, 3)
+    assert asked.to_dict()["guidance_2"] == 3
+    typed = make_request(defaults, prompt="red", guidance=2.0)
+    assert typed.guidance_2 is None and "guidance_2" not in typed.to_dict()
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    (lora / "defaults.json").write_text('{"guidance": 1}')
+    (lora / "pytorch_lora_weights.safetensors").touch()
+    assert ModelDefaults.load(tmp_path, [str(lora)]).guidance_2 is None
+
+
+def test_the_guidance_of_the_second_transformer_reaches_it(tiny_wan):
+    from diffusers import WanPipeline
+
+    parts = load_pipeline(tiny_wan, device="cpu", dtype="float32").components
+    parts["transformer_2"] = copy.deepcopy(parts["transformer"])
+    pipeline = WanPipeline(**parts | {"boundary_ratio": 0.9})
+    wanted = replace(request(5, 32, 48), guidance=2.0)
+    alike, _ = generate(pipeline, wanted)
+    own, _ = generate(pipeline, replace(wanted, guidance_2=9.0))
+    assert pipeline._guidance_scale_2 == 9.0
+    assert not np.array_equal(alike, own)

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from typer.testing import CliRunner
 from nabla_attn.cli import app
 from nabla_attn.cost import memory as cost
 from nabla_attn.cost.memory import MemoryEstimate
-from nabla_attn.generation.memory import estimate_memory, part_bytes
-from nabla_attn.generation.pipeline import BUILTIN_DIRECTORY
+from nabla_attn.generation import memory
+from nabla_attn.generation.generate import generate
+from nabla_attn.generation.memory import check_encoding, estimate_memory, part_bytes
+from nabla_attn.generation.pipeline import BUILTIN_DIRECTORY, load_pipeline
 from nabla_attn.generation.placement import Placement
 from nabla_attn.generation.request import GenerationRequest
 
@@ -84,3 +87,45 @@ def test_the_limit_of_a_control_group_counts(tmp_path: Path):
     assert min(cost._group_limits(tmp_path)) == 700
     (tmp_path / "memory.max").write_text("max\n")
     assert min(cost._group_limits(tmp_path)) == 2**63
+
+
+def test_generate_refuses_before_any_work(tiny_wan, monkeypatch):
+    pipeline = load_pipeline(tiny_wan, device="cpu", dtype="float32")
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**20)
+    monkeypatch.setattr(cost, "free_bytes", lambda device: 2**20)
+    huge = GenerationRequest("red", height=64, width=64, frames=17, sparse_algo="nabla-0.5")
+    with (
+        mock.patch.object(type(pipeline), "__call__", side_effect=AssertionError),
+        pytest.raises(ValueError, match=r"17 frames of 64x64 takes about .* MiB .* free on"),
+    ):
+        generate(pipeline, huge)
+
+
+def test_an_unfolded_or_grouped_convolution_holds_more_than_its_tensors():
+    def build():
+        conv, x = torch.nn.Conv3d(8, 8, 3), torch.empty(1, 8, 4, 256, 256)
+        return lambda: conv(x)
+
+    output = 8 * 2 * 254 * 254 * 4
+    # Measured: 106.4 MiB beside the output, 27 numbers of each of eight channels.
+    assert cost.traced_peak(build, is_cpu=True) == output + 27 * output
+    assert cost.traced_peak(build, is_cpu=False) == output
+
+
+def test_encoding_is_refused_where_it_cannot_fit(tiny_wan, monkeypatch):
+    pipeline = load_pipeline(tiny_wan, device="cpu", dtype="float32")
+    check_encoding(pipeline, 17, 64, 64)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**20)
+    monkeypatch.setattr(cost, "free_bytes", lambda device: 2**20)
+    with pytest.raises(ValueError, match=r"encoding 17 frames of 64x64 takes about .* MiB"):
+        check_encoding(pipeline, 17, 64, 64)
+    with cost.force_memory():
+        check_encoding(pipeline, 17, 64, 64)
+
+
+def test_the_record_holds_estimates_within_a_quarter_of_what_was_measured():
+    record = Path(__file__).parents[2] / "benchmarks" / "results" / "memory.json"
+    cases = json.loads(record.read_text())["numbers"]["cases"]
+    assert {case["work"] for case in cases} == {"generate", "train"}
+    for case in cases:
+        assert 0.75 < case["estimate"]["peak"] / case["measured"] < 1.25, case

@@ -40,10 +40,10 @@ def info(
         _print_methods(as_json=as_json)
         return
     if memory is not None:
-        from nabla_attn.wan.memory import describe_memory
+        from nabla_attn.wan.memory import describe_memory, measure_up
 
-        rows = describe_memory(*memory, frames)
-        values: dict[str, Any] = {"memory": dict(rows)}
+        values: dict[str, Any] = {"memory": measure_up(*memory, frames)}
+        rows = describe_memory(values["memory"])
     else:
         if frames is not None:
             raise ValueError("--frames belongs to --memory. Pass --memory TASK SIZE too.")

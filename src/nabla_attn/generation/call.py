@@ -54,6 +54,8 @@ def sample(
             stack.enter_context(_guided(pipeline, request.guidance))
         else:
             call["guidance_scale"] = request.guidance
+        if request.guidance_2 is not None:
+            call["guidance_scale_2"] = request.guidance_2
         if "callback_on_step_end" in known:
             call["callback_on_step_end"] = on_step_end
         elif on_step_end is not None:

@@ -1,13 +1,14 @@
 """`model_index.json` of a diffusers pipeline directory: the class of the pipeline and its parts."""
 
 import importlib
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nabla_attn.files import read_json
 
-# Only these may be named: other libraries could run code of the directory.
+# Only these and diffusers' own pipelines may be named: others could run code of the directory.
 LIBRARIES = ("diffusers", "transformers")
 
 
@@ -25,7 +26,7 @@ def read_model_index(directory: Path) -> dict[str, Any]:
     for name, entry in _entries(index).items():
         if len(entry) != 2 or not name.isidentifier():
             raise ValueError(f"{path}: the entry {name!r} is not [library, class].")
-        if entry[0] is not None and entry[0] not in LIBRARIES:
+        if entry[0] is not None and _module_of(entry[0]) is None:
             raise ValueError(
                 f"{path}: {name} comes from {entry[0]!r}, and only "
                 f"{' and '.join(LIBRARIES)} are loaded."
@@ -48,10 +49,23 @@ def find_class(library: str, name: str, directory: Path) -> Any:
     Raises:
         ValueError: The installed library has none of that name; `directory` asked for it.
     """
-    found = getattr(importlib.import_module(library), str(name), None)
+    found = getattr(importlib.import_module(_module_of(library) or library), str(name), None)
     if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
         raise ValueError(f"{directory}: the installed {library} has no class {name!r} to load.")
     return found
+
+
+def _module_of(library: Any) -> str | None:
+    """The module that a library of an index stands for; None for what is not loaded.
+
+    Parts that one pipeline alone has, such as the connectors of LTX-2, come from "ltx2".
+    """
+    if library in LIBRARIES:
+        return str(library)
+    if not isinstance(library, str) or not library.isidentifier():
+        return None
+    path = f"diffusers.pipelines.{library}"
+    return path if importlib.util.find_spec(path) is not None else None
 
 
 def _entries(index: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -36,6 +36,8 @@ class GenerationRequest:
         frames: Number of video frames.
         steps: Number of denoising steps.
         guidance: Scale of classifier-free guidance; 1 and below means none.
+        guidance_2: Scale of the second transformer of Wan 2.2, which takes the low noise; None is
+            that of the first.
         seed: Seed of the starting noise.
         sparse_algo: An algorithm string such as `"nabla-0.7"`, or `"dense"`.
         schedule: Choices by step and layer; None is the algorithm's own default.
@@ -55,6 +57,7 @@ class GenerationRequest:
     seed: int = 0
     sparse_algo: str = "dense"
     schedule: Schedule | None = None
+    guidance_2: Annotated[float, Ge(0)] | None = None
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -81,6 +84,8 @@ class GenerationRequest:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for a record."""
         values = asdict(replace(self, schedule=None))
+        if self.guidance_2 is None:
+            del values["guidance_2"]
         if self.schedule is not None:
             values["schedule"] = json.loads(self.schedule.to_json())
         return values
@@ -96,6 +101,7 @@ class ModelDefaults:
         frames: Number of video frames.
         steps: Number of denoising steps.
         guidance: Guidance scale.
+        guidance_2: That of the second transformer of Wan 2.2; None is the first one's.
         fps: Frames per second of the mp4.
         sparse_algo: The algorithm where none is asked for.
         schedule: The rules used with it then; its algorithm is `sparse_algo`.
@@ -110,6 +116,7 @@ class ModelDefaults:
     fps: Annotated[float, Gt(0)] = 16
     sparse_algo: str = "dense"
     schedule: Schedule | None = None
+    guidance_2: Annotated[float, Ge(0)] | None = None
     examples: Sequence[str] = ()
 
     @classmethod
@@ -160,7 +167,8 @@ def make_request(
             takes the schedule's, or without one the model's with the model's rules.
         schedule: Rules by step and layer.
         negative_prompt: The text that guidance steers away from.
-        given: Height, width, frames, steps and guidance; None takes the model's.
+        given: Height, width, frames, steps and guidance; None takes the model's. A guidance that
+            is given holds for both transformers of Wan 2.2.
     """
     if sparse_algo is None:
         schedule = schedule or defaults.schedule
@@ -170,6 +178,8 @@ def make_request(
     sizes = {
         name: getattr(defaults, name) if given.get(name) is None else given[name] for name in names
     }
+    if given.get("guidance") is None:
+        sizes["guidance_2"] = defaults.guidance_2
     return GenerationRequest(
         prompt=prompt,
         negative_prompt=negative_prompt,
@@ -184,6 +194,8 @@ def _updated(defaults: ModelDefaults, values: Any) -> ModelDefaults:
     """Defaults with those of a file in their place; rules go with the algorithm they are of."""
     rules = values.pop("schedule", None) if isinstance(values, dict) else None
     read_values(ModelDefaults, values)
+    if "guidance" in values:  # of another file than the second
+        defaults = replace(defaults, guidance_2=None)
     schedule = None if "sparse_algo" in values else defaults.schedule
     defaults = replace(defaults, schedule=schedule, **values)
     config = parse(defaults.sparse_algo)
@@ -227,8 +239,8 @@ def check_request(pipeline: Any, request: GenerationRequest) -> None:
     """Check a request against the pipeline.
 
     Raises:
-        ValueError: Height, width or frames the model cannot take, of which the nearest valid are
-            named; or a schedule that was calibrated for another size or number of steps.
+        ValueError: Height, width, frames or steps the model cannot take, of which the nearest valid
+            are named; or a schedule that was calibrated for another size or number of steps.
     """
     _check_size(pipeline, request)
     if request.schedule is not None:
@@ -281,6 +293,8 @@ def _check_size(pipeline: Any, request: GenerationRequest) -> None:
             f"frames {request.frames} does not fit this model: it takes {step}n+1. "
             f"Nearest: {below} or {below + step}."
         )
+    if type(pipeline).__name__.startswith("Mochi") and request.steps < 2:
+        raise ValueError(f"Mochi's noise levels need at least 2 steps, got {request.steps}.")
     limit = getattr(denoisers(pipeline)[0].config, "rope_max_seq_len", None)
     grid = video_tokens(pipeline, request)
     if limit is not None and max(grid) > limit:

@@ -184,6 +184,8 @@ def _finish(layout: WanLayout, target: Path, parts: dict[str, Any]) -> None:
     width, height = width_and_height(task.usual_size)
     defaults: dict[str, Any] = {"height": height, "width": width, "frames": task.frames}
     defaults |= {"steps": task.steps, "guidance": task.guidance, "fps": task.fps}
+    if task.guidance_low_noise is not None:
+        defaults["guidance_2"] = task.guidance_low_noise
     if layout.config.sparse_algo is not None:
         defaults["sparse_algo"] = layout.config.sparse_algo
     write_text(target / "defaults.json", json.dumps(defaults, indent=1) + "\n")

@@ -196,13 +196,17 @@ def count_parameters(model: WanModel) -> int:
     return sum(p.numel() for p in KINDS["transformer"].build(config).parameters())
 
 
-def describe_memory(task: str, size: str, frames: int | None = None) -> list[tuple[str, str]]:
-    """What a video needs on a card, as labels with GiB.
+def measure_up(task: str, size: str, frames: int | None = None) -> dict[str, Any]:
+    """What a video needs on a card, in numbers.
 
     Args:
         task: A key of `tasks.TASKS`.
         size: WIDTH*HEIGHT.
         frames: Number of video frames; None is the task's default.
+
+    Returns:
+        "task", "width", "height", "frames", "bytes" by label, and "smallest_card_gb", None where
+        no card of `CARDS` is enough.
 
     Raises:
         ValueError: As `estimate`.
@@ -213,22 +217,44 @@ def describe_memory(task: str, size: str, frames: int | None = None) -> list[tup
     low = memory.peak(offload=True, tiled=True)
     amounts = {
         "transformer": memory.weights,
-        "text encoder": memory.text_encoder,
-        "image encoder": memory.image_encoder,
+        "text_encoder": memory.text_encoder,
+        "image_encoder": memory.image_encoder,
         "activations": memory.activations,
-        "sparse attention adds": memory.sparse,
+        "sparse": memory.sparse,
         "decoding": memory.vae,
-        "decoding in tiles": memory.vae_tiled,
-        "peak, all on the card": memory.peak(offload=False, tiled=False),
-        "peak with --vae_tiling": memory.peak(offload=False, tiled=True),
-        "peak with --offload_model True": memory.peak(offload=True, tiled=False),
-        "peak with both": low,
+        "decoding_tiled": memory.vae_tiled,
+        "peak": memory.peak(offload=False, tiled=False),
+        "peak_tiled": memory.peak(offload=False, tiled=True),
+        "peak_offload": memory.peak(offload=True, tiled=False),
+        "peak_offload_tiled": low,
     }
-    rows = [(label, f"{amount / GIB:.1f} GiB") for label, amount in amounts.items() if amount]
+    found: dict[str, Any] = {"task": task, "width": width, "height": height, "frames": frames}
+    return found | {"bytes": amounts, "smallest_card_gb": smallest_card(low)}
+
+
+LABELS = {
+    "transformer": "transformer",
+    "text_encoder": "text encoder",
+    "image_encoder": "image encoder",
+    "activations": "activations",
+    "sparse": "sparse attention adds",
+    "decoding": "decoding",
+    "decoding_tiled": "decoding in tiles",
+    "peak": "peak, all on the card",
+    "peak_tiled": "peak with --vae_tiling",
+    "peak_offload": "peak with --offload_model True",
+    "peak_offload_tiled": "peak with both",
+}
+
+
+def describe_memory(needs: dict[str, Any]) -> list[tuple[str, str]]:
+    """What `measure_up` found, as labels with GiB."""
+    amounts = {LABELS[name]: amount for name, amount in needs["bytes"].items() if amount}
+    video = "{task} {width}x{height}, {frames} frames, weights in bfloat16".format(**needs)
     return [
-        ("video", f"{task} {width}x{height}, {frames} frames, weights in bfloat16"),
-        *rows,
-        ("smallest card", smallest_card(low)),
+        ("video", video),
+        *((label, f"{amount / GIB:.1f} GiB") for label, amount in amounts.items()),
+        ("smallest card", describe_card(needs["smallest_card_gb"])),
     ]
 
 
@@ -252,13 +278,15 @@ def memory_table() -> str:
             parts = [memory.weights, memory.activations, memory.sparse]
             parts += [memory.vae, memory.vae_tiled, *peaks]
             cells = [name, f"{width}x{height}x{task.frames}", *(f"{x / GIB:.1f}" for x in parts)]
-            rows.append("| " + " | ".join([*cells, smallest_card(peaks[1])]) + " |")
+            rows.append("| " + " | ".join([*cells, describe_card(smallest_card(peaks[1]))]) + " |")
     return "\n".join(rows)
 
 
-def smallest_card(peak: int) -> str:
-    """The smallest of `CARDS` (GB) that holds `peak` with a tenth to spare."""
-    for card in CARDS:
-        if peak <= 0.9 * card * 10**9:
-            return f"{card} GB"
-    return "none"
+def smallest_card(peak: int) -> int | None:
+    """The smallest of `CARDS` (GB) that holds `peak` with a tenth to spare; None without one."""
+    return next((card for card in CARDS if peak <= 0.9 * card * 10**9), None)
+
+
+def describe_card(card: int | None) -> str:
+    """A card such as `24 GB`."""
+    return "none" if card is None else f"{card} GB"
