@@ -8,6 +8,9 @@
 # make pages  the generated pages and charts of docs/, from the records
 # make bench-gpu   the same on a CUDA machine; needs Python and PyTorch only, no network
 # make tune-gpu    search FlexAttention's options for that machine
+# make check-gpu   outputs and gradients of every backend there against float64
+# make layer-gpu   a layer with the shape of Wan 14B at 720p; needs diffusers
+# make model-gpu   the built-in model, dense and sparse; needs the package with its dependencies
 # A second call reuses the set-up.
 
 PYTHON ?= python3
@@ -15,7 +18,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint types contracts docs tests wheel coverage test-diffusers bench pages bench-gpu tune-gpu clean
+.PHONY: demo test lint types contracts docs tests wheel coverage test-diffusers bench pages bench-gpu tune-gpu check-gpu layer-gpu model-gpu clean
 
 $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (torch, diffusers and the development tools; a few minutes the first time)"
@@ -84,6 +87,15 @@ bench-gpu:
 
 tune-gpu:
 	PYTHONPATH=src $(PYTHON) -m nabla_attn.bench.tune --device cuda --budget 400
+
+check-gpu:
+	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu correctness
+
+layer-gpu:
+	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu layer
+
+model-gpu:
+	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu model
 
 clean:
 	rm -rf $(VENV) out

@@ -145,6 +145,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true", help="list the candidates and end")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available() and not options.dry_run:
+        parser.error("no CUDA device is here. --dry-run lists what would be tried.")
     try:
         works = [workload(name) for name in options.workloads]
         reason = backends.why_not("flex", device)
