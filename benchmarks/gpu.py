@@ -111,9 +111,10 @@ def _check(name: str, work: Workload, needs_grad: bool, device: torch.device) ->
     def plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend_rows(q, k, v, keep)
 
-    ours = results_of(
-        lambda *x: nabla_attention(*x, work.grid, inputs.config, backend=name), leaves
-    )
+    def sparsely(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return nabla_attention(q, k, v, work.grid, inputs.config, backend=name)
+
+    ours = results_of(sparsely, leaves)
     wide = [x.detach().double().requires_grad_(needs_grad) for x in leaves]
     exact, plain = results_of(plainly, wide), results_of(plainly, leaves)
     found: dict[str, Any] = {"passed": True}
@@ -148,8 +149,8 @@ def compare_model(settings: Settings) -> list[Path]:
     from nabla_attn.generation.pipeline import load_pipeline
     from nabla_attn.generation.request import GenerationRequest
 
-    size = {"frames": 5, "height": 64, "width": 64, "steps": 1} if settings.is_tiny else {}
-    sizes = {"frames": 225, "height": 256, "width": 256, "steps": 6} | size
+    frames, side, steps = (5, 64, 1) if settings.is_tiny else (225, 256, 6)
+    sizes: dict[str, Any] = {"frames": frames, "height": side, "width": side, "steps": steps}
     pipeline = load_pipeline("builtin", device=str(settings.device))
     request = GenerationRequest(prompt=PROMPT, guidance=3.0, seed=0, **sizes)
     made = compare(pipeline, request, ALGORITHMS, rounds=1 if settings.is_tiny else 3)

@@ -14,19 +14,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nabla_attn import backends
-from nabla_attn.block_selection import select_blocks
+from nabla_attn.block_selection import reorder_and_pool, select_blocks
 from nabla_attn.config import SparseConfig, as_config
 from nabla_attn.core.block_map import BlockMap, HeadOrder, Treatment
 from nabla_attn.core.grid import TokenGrid
 from nabla_attn.core.order import (
     TokenLayout,
     check_tokens,
+    has_whole_rows,
     text_entries,
     to_blocks,
     to_raster,
+    write_raster,
 )
 from nabla_attn.core.tail import Tail, build_tail, tail_density
 from nabla_attn.shapes import Bool, Float
+
+# Index tables of the pairs of blocks of all samples, four bytes each, that a GPU holds at once.
+MAX_TABLE_BYTES = 300_000_000
 
 
 def nabla_attention(
@@ -159,10 +164,14 @@ def attend(
     is_plain = config.is_dense and layout.grid.segments is None and backend == "auto"
     if is_plain or 0 in q.shape[:2]:
         return _attend_densely(q, k, v, layout, text_valid, scale), None
+    options: dict[str, Any] = {"scale": scale, "text_valid": text_valid, "measure": measure}
     if not is_block_order:
-        q, k, v, *uncast = (to_blocks(x, layout) for x in (q, k, v, *uncast))
-    options: dict[str, Any] = {"v": v} if "values" in config.needs else {}
-    options |= {"scale": scale, "text_valid": text_valid, "measure": measure}
+        v, *uncast = (to_blocks(x, layout) for x in (v, *uncast))
+        (q, k), means = reorder_and_pool(q, k, layout=layout)
+        if means and not uncast:
+            options |= {"q_means": means[0], "k_means": means[1]}
+    if "values" in config.needs:
+        options["v"] = v
     block_map = select(*(uncast or (q, k)), layout, config, **options)
     tail = None
     if config.tail is not None:
@@ -170,7 +179,11 @@ def attend(
             tail = build_tail(k, v, block_map, layout, config.tail)
         if measure:
             block_map = replace(block_map, tail_density=tail_density(tail, block_map))
+    if not is_block_order and tail is None and _is_large(block_map, q, k, v):
+        return _attend_samples(run, q, k, v, block_map, layout, scale), block_map
     out = _attend_blocks(run, q, k, v, block_map, layout, scale=scale, tail=tail)
+    # Where no gradient needs them, their memory serves the output.
+    del q, k, v
     return (out if is_block_order else to_raster(out, layout)), block_map
 
 
@@ -204,6 +217,34 @@ def _attend_blocks(
     if block_map.q_order is not None:
         slots = block_map.q_order.slots
         out = to_blocks(out.gather(2, slots[..., None].expand(-1, -1, -1, out.shape[-1])), layout)
+    return out
+
+
+def _is_large(block_map: BlockMap, *inputs: Tensor) -> bool:
+    """Whether samples are attended one after another, so that a GPU holds the tables of one."""
+    is_plain = block_map.q_order is None and block_map.treatment is None
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    is_gpu = inputs[0].device.type == "cuda" and all(has_whole_rows(x) for x in inputs)
+    return is_gpu and is_plain and not needs_grad and 4 * block_map.mask.numel() > MAX_TABLE_BYTES
+
+
+def _attend_samples(
+    run: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_map: BlockMap,
+    layout: TokenLayout,
+    scale: float | None,
+) -> Tensor:
+    """The output in raster order, written a sample at a time."""
+    batch, heads, _, dim = q.shape
+    out = q.new_empty(batch, layout.num_tokens, heads, dim).transpose(1, 2)
+    for index in range(batch):
+        mine = (x[index : index + 1] for x in (q, k, v))
+        part = run(*mine, block_map.sample(index), scale=scale, tail=None)
+        write_raster(out[index : index + 1], part, layout)
+        del part
     return out
 
 

@@ -24,8 +24,16 @@ from nabla_attn.core.block_map import (
     whole_block_map,
 )
 from nabla_attn.core.grid import TokenGrid
-from nabla_attn.core.order import TokenLayout, block_order, to_blocks
-from nabla_attn.core.scores import RASTER_AXES, pool_blocks, pool_raster, score_blocks, split_raster
+from nabla_attn.core.order import TokenLayout, block_order, has_whole_rows, to_blocks
+from nabla_attn.core.scores import (
+    RASTER_AXES,
+    multiply_blocks,
+    pool_blocks,
+    pool_raster,
+    score_blocks,
+    split_raster,
+    take_and_pool,
+)
 from nabla_attn.core.select import NUM_PASSES
 from nabla_attn.core.tiles import mean_of_pairs, share_pairs_
 from nabla_attn.core.window import build_first_frame_map, build_segment_map
@@ -54,6 +62,8 @@ def select_blocks(
     moment: Moment | None = None,
     memory: dict[str, Any] | None = None,
     tables: Mapping[str, Mapping[str, Any]] | None = None,
+    q_means: Float[Tensor, "batch heads blocks dim"] | None = None,
+    k_means: Float[Tensor, "batch heads blocks dim"] | None = None,
 ) -> BlockMap:
     """Let the methods of an algorithm select blocks of queries and keys.
 
@@ -74,6 +84,8 @@ def select_blocks(
         moment: Step and layer, for methods that depend on them; None is not known.
         memory: What methods keep between steps, by their names; None keeps nothing.
         tables: What calibration found, by the method's name.
+        q_means: Means of the video's blocks of q, where they are known (`reorder_and_pool`).
+        k_means: The same of k.
 
     Raises:
         ValueError: A method lacks something that it needs, or two methods do not go together.
@@ -113,7 +125,9 @@ def select_blocks(
         (*shape[:2], layout.num_blocks, layout.num_blocks), dtype=torch.bool, device=q.device
     )
     kept = whole[:, :, : grid.num_blocks, : grid.num_blocks].flatten(0, 1)
-    q, k = (pool_video(x, layout, is_raster=is_raster).flatten(0, 1) for x in (q, k))
+    if q_means is None or k_means is None:
+        q_means, k_means = (pool_video(x, layout, is_raster=is_raster) for x in (q, k))
+    q, k = q_means.flatten(0, 1), k_means.flatten(0, 1)
     mass = _select_pooled_(kept, q, k, grid, config, always, state).view(shape[:2])
     found = whole_block_map(whole, layout, text_valid, kept_mass=mass if measure else None)
     return _treated(found, chosen)
@@ -269,6 +283,28 @@ def _select_pooled_(
     return mass.mean(dim=1)
 
 
+def reorder_and_pool(
+    *inputs: Float[Tensor, "batch heads tokens dim"], layout: TokenLayout
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Queries and keys in block order, and the means of the video's blocks.
+
+    A GPU does both in one pass over the tokens where all heads of a token lie together and no
+    gradient is wanted; elsewhere there are no means.
+    """
+    blocks, means = [], []
+    order, num_video = block_order(layout, inputs[0].device), layout.grid.num_blocks
+    for x in inputs:
+        run = fused(take_and_pool, x.numel(), x.device)
+        needs_grad = torch.is_grad_enabled() and x.requires_grad
+        if run is take_and_pool or needs_grad or not has_whole_rows(x):
+            return [to_blocks(x, layout) for x in inputs], []
+        slots = order.to_blocks.view_as(order.is_filled)
+        taken, pooled = run(x.transpose(1, 2), slots, order.is_filled, order.counts)
+        blocks.append(taken.flatten(1, 2).transpose(1, 2))
+        means.append(pooled[:, :num_video].transpose(1, 2))
+    return blocks, means
+
+
 def pool_video(
     x: Float[Tensor, "batch heads slots dim"], layout: TokenLayout, *, is_raster: bool = False
 ) -> Float[Tensor, "batch heads blocks dim"]:
@@ -364,19 +400,20 @@ def _select_panels_(
     """Fill `kept` panel by panel; returns the mass that each row holds."""
     mass = q_pooled.new_empty(q_pooled.shape[:2])
     run = fused(_select_panel, kept.numel() * NUM_PASSES, kept.device)
+    # A GPU's kernel takes a softmax on its way; a CPU's would round it in another way.
+    takes_scores = run is not _select_panel and kept.device.type == "cuda"
+    score = multiply_blocks if takes_scores else score_blocks
     # A compiled kernel on a CPU reads and writes bytes ten times as fast as bools.
     always = None if always is None else always.byte()
     for heads, rows in _panels(*kept.shape):
         allowed = None if state.allowed is None else state.allowed[rows]
         fixed = always if always is None or always.dim() == 2 else always[heads]
         fixed = None if fixed is None else fixed[..., rows, :]
-        probs = score_blocks(
-            q_pooled[heads, rows], k_pooled[heads], scale=state.scale, allowed=allowed
-        )
+        scores = score(q_pooled[heads, rows], k_pooled[heads], scale=state.scale, allowed=allowed)
         if run is not _select_panel:
-            take_any_length(probs)
+            take_any_length(scores)
         mine = tuple(target[rows] for target in targets)
-        kept_bytes, mass[heads, rows] = run(probs, mine, fixed, allowed, chooses)
+        kept_bytes, mass[heads, rows] = run(scores, mine, fixed, allowed, chooses, takes_scores)
         kept[heads, rows] = kept_bytes.view(torch.bool)
     return mass
 
@@ -387,8 +424,10 @@ def _select_panel(
     fixed: Tensor | None,
     allowed: Tensor | None,
     chooses: tuple[Any, ...],
+    takes_scores: bool,
 ) -> tuple[Tensor, Tensor]:
     """Kept blocks of some rows of some heads, as bytes, and the probability that they hold."""
+    probs = probs.softmax(dim=-1) if takes_scores else probs
     # One axis for all rows of all heads: a compiler then loops over it once.
     rows = probs.flatten(0, 1)
     kept = torch.zeros_like(probs, dtype=torch.bool)

@@ -13,7 +13,7 @@ import nabla_attn as na
 from nabla_attn import backends
 from nabla_attn.backends import flex, flex_options, gather
 from nabla_attn.backends.flex_options import FlexOptions, choose_options
-from nabla_attn.core.flex_tables import build_block_mask
+from nabla_attn.core.flex_tables import build_block_mask, build_layout_tables
 from nabla_attn.core.order import TokenLayout
 
 grids = pytest.mark.parametrize("grid", ODD_GRIDS.values(), ids=ODD_GRIDS.keys())
@@ -66,6 +66,31 @@ def test_tables_equal_the_map(grid, rows):
     for table, transposed in zip((tables.partial, tables.full), tables.transposed, strict=True):
         num_tiles, num_columns = table.columns.shape[-2:]
         assert torch.equal(as_mask(table, num_columns), as_mask(transposed, num_tiles).mT)
+
+
+@grids
+@pytest.mark.parametrize("num_text", [0, 5])
+def test_tables_of_a_layout_equal_the_map(grid, num_text):
+    text = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]).bool() if num_text else None
+    q, k, _ = random_qkv(grid, batch=2, num_text=num_text)
+    options = {"text_after": num_text, "text_valid": text}
+    bmap = na.build_block_map(q, k, grid, na.parse("nabla-0.5"), **options)
+    facts = (bmap.mask, bmap.kv_valid, bmap.block_tokens, bmap.order)
+    tables = build_layout_tables(*facts, needs_backward=True)
+    block = bmap.block_tokens
+    expected = bmap.mask.repeat_interleave(block, -1).repeat_interleave(block, -2)
+    expected = expected & (True if bmap.kv_valid is None else bmap.kv_valid[:, None, None, :])
+    block_mask = build_block_mask(tables, block)
+    assert torch.equal(attended(block_mask, expected.shape), expected)
+    # Only blocks that the layout says may be masked are, and both kinds make up the map.
+    partial, full = (as_mask(each, bmap.mask.shape[2]).mT for each in tables.transposed)
+    assert torch.equal(partial, bmap.mask & bmap.order.is_masked)
+    assert torch.equal(full, bmap.mask & ~bmap.order.is_masked)
+    # They come in ascending order, which reads memory forwards.
+    for counts, columns in (tables.partial, tables.full, *tables.transposed):
+        for row, count in zip(columns.flatten(0, 2), counts.flatten(), strict=True):
+            kept = row[:count].tolist()
+            assert kept == sorted(set(kept))
 
 
 def as_mask(table, num_columns):

@@ -19,6 +19,7 @@ from torch import Tensor
 import nabla_attn as na
 from nabla_attn.backends import reference
 from nabla_attn.core.block_map import BlockMap
+from nabla_attn.core.flex_tables import build_layout_tables
 from nabla_attn.core.order import TokenLayout, to_blocks
 
 
@@ -69,8 +70,16 @@ def main() -> None:
     bmap = na.build_block_map(
         *raster[:2], grid, "nabla-0.4", text_after=case["num_text"], text_valid=valid
     )
-    q, k, v = (to_blocks(x, layout).to(getattr(torch, case["dtype"])) for x in raster)
+    # All heads of a token lie together, as a GPU has them.
+    q, k, v = (
+        to_blocks(x, layout).to(getattr(torch, case["dtype"])).transpose(1, 2).contiguous()
+        for x in raster
+    )
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     tables = bmap.flex_tables(rows, needs_backward=True)
+    if rows == 1:
+        facts = (bmap.mask, bmap.kv_valid, bmap.block_tokens, bmap.order)
+        tables = build_layout_tables(*facts, needs_backward=True)
     partial_q, full_q = tables.transposed
     tensors = {
         "Q": q,

@@ -5,6 +5,7 @@ Tensors are fake, so nothing is computed; what Inductor writes for a call is kep
 
 import json
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -22,8 +23,8 @@ import torch  # noqa: E402
 from tests.gpu_compile.kernels import compile_kernel, sources  # noqa: E402
 from tests.gpu_compile.waits import WatchedMode  # noqa: E402
 from torch import Tensor  # noqa: E402
+from torch._inductor.async_compile import AsyncCompile  # noqa: E402
 from torch._inductor.graph import GraphLowering  # noqa: E402
-from torch._inductor.ir import ShapeAsConstantBuffer  # noqa: E402
 from torch._inductor.kernel.flex.flex_flash_attention import is_trivial_mask_graph  # noqa: E402
 from torch.utils._python_dispatch import _disable_current_modes  # noqa: E402
 
@@ -45,10 +46,10 @@ class Lowering:
         self.candidates: dict[str, list[Any]] = {}
         self.trivial_masks: list[bool] = []
 
-    def keep(self, graph: GraphLowering) -> "EmptyModule":
+    def keep(self, graph: GraphLowering) -> "ReplayedModule":
         """Stands for `GraphLowering.compile_to_module`."""
         self.codes.append(graph.codegen()[0].value)
-        return EmptyModule(graph)
+        return ReplayedModule(self.codes[-1])
 
     def choose(self, name: str, choices: list[Any], *_: Any, **__: Any) -> tuple[Any, Any]:
         """Stands for `autotune_select_algorithm`: the first, since nothing can be timed."""
@@ -63,38 +64,51 @@ class Lowering:
         return False
 
 
-class EmptyModule:
-    """Stands for a compiled module: answers with empty tensors of the right sizes."""
+class ReplayedModule:
+    """Stands for a compiled module: allocates as Inductor wrote it, and keeps what kernels move."""
 
     __file__ = None
 
-    def __init__(self, graph: GraphLowering) -> None:
-        self._inputs = list(graph.graph_inputs.values())
-        self._outputs = list(graph.graph_outputs)
+    def __init__(self, code: str) -> None:
+        with (
+            mock.patch.object(AsyncCompile, "triton", lambda _, name, source, **__: Kernel(source)),
+            mock.patch.object(AsyncCompile, "wait", lambda *_: None),
+            mock.patch.object(torch._C, "_cuda_getCurrentRawStream", None, create=True),
+        ):
+            self._names: dict[str, Any] = {}
+            exec(code, self._names)
+        self._names |= {
+            "empty_strided_cuda": lambda size, stride, dtype: torch.empty_strided(
+                size, stride, dtype=dtype, device=CUDA
+            ),
+            "assert_size_stride": lambda *_: None,
+            "copy_if_misaligned": lambda x: x,
+            "get_raw_stream": lambda *_: 0,
+        }
 
-    def call(self, arguments: list[Any]) -> list[Any]:
-        known: dict[Any, int] = {}
-        for wanted, given in zip(self._inputs, arguments, strict=True):
-            if isinstance(given, Tensor):
-                known |= dict(zip(wanted.get_size(), given.shape, strict=True))
-            else:
-                known[wanted] = given
-        arguments.clear()
+    def call(self, arguments: list[Any]) -> Any:
+        with (
+            mock.patch.object(torch.cuda, "_DeviceGuard", lambda _: nullcontext()),
+            mock.patch.object(torch.cuda, "set_device", lambda _: None),
+        ):
+            return self._names["call"](arguments)
 
-        def number(size: Any) -> int:
-            return int(size.subs(known)) if hasattr(size, "subs") else int(size)
 
-        def empty(output: Any) -> Any:
-            if isinstance(output, ShapeAsConstantBuffer) or not hasattr(output, "get_size"):
-                return number(getattr(output, "expr", output))
-            sizes, strides = (
-                [number(x) for x in numbers] for numbers in (output.get_size(), output.get_stride())
-            )
-            return torch.empty_strided(
-                sizes, strides, dtype=output.get_dtype(), device=output.get_device()
-            )
+class Kernel:
+    """Stands for a kernel: reads its `in_ptr`s and `arg_`s, writes its `out_ptr`s."""
 
-        return [None if output is None else empty(output) for output in self._outputs]
+    def __init__(self, source: str) -> None:
+        found = re.search(
+            r"^def (triton_(?:poi|red|per|tem|spl)\w*)\(([^)]*)\)", source, flags=re.M
+        )
+        self._name, self._parameters = found[1], found[2].split(", ")
+
+    def run(self, *arguments: Any, stream: Any) -> None:
+        named = zip(self._parameters, arguments, strict=False)
+        tensors = [(name, x) for name, x in named if isinstance(x, Tensor)]
+        read = [x for name, x in tensors if not name.startswith("out_ptr")]
+        written = [x for name, x in tensors if "out_ptr" in name]
+        MODE.keep_kernel(self._name, read, written)
 
 
 @contextmanager
@@ -192,20 +206,24 @@ def attention(
     with lowering(architecture) as seen, forced:
         for sizes in grids:
             grid = na.TokenGrid(*sizes, block=na.BlockShape(*block))
+            # Tokens before heads in memory, as models have them.
             q, k, v = (
                 torch.empty(
-                    (batch, heads, grid.num_tokens + num_text, dim),
+                    (batch, grid.num_tokens + num_text, heads, dim),
                     dtype=getattr(torch, dtype),
                     device=CUDA,
                     requires_grad=needs_backward,
-                )
+                ).transpose(1, 2)
                 for _ in range(3)
             )
             valid = torch.ones(batch, num_text, dtype=torch.bool, device=CUDA)
             text = {"text_after": num_text, "text_valid": valid} if num_text else {}
             for _ in range(repeat):
                 with MODE.watch() as operations, torch.set_grad_enabled(needs_backward):
-                    na.nabla_attention(q, k, v, grid, na.parse(algorithm), backend=backend, **text)
+                    out = na.nabla_attention(q, k, v, grid, algorithm, backend=backend, **text)
+                    # The next layer joins the heads of a token.
+                    out.transpose(1, 2).flatten(2)
+                    del out
         kernels = compile_all(seen, architecture, most, only_templates)
     candidates = {name: len(found) for name, found in seen.candidates.items()}
     return {

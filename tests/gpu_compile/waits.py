@@ -1,4 +1,4 @@
-"""Fake tensors that remember which operations made the host wait, and what was allocated."""
+"""Fake tensors that remember which operations made the host wait, what moved, and what was held."""
 
 import traceback
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
@@ -26,17 +27,24 @@ READS = {
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 
+# Of these the schema does not say that nothing moves.
+UNMOVED = {aten._unsafe_view.default, torch.ops.prim.device.default}
+
+
 class WatchedMode(FakeTensorMode):
     """Fake tensors whose operations are kept while `watch` is on and nothing is traced."""
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self._seen: list[dict[str, Any]] | None = None
+        self._held: dict[StorageWeakRef, int] = {}
+        self._begun_with = 0
 
     @contextmanager
     def watch(self) -> Iterator[list[dict[str, Any]]]:
-        """What runs on the device inside the block, one entry an operation."""
+        """What runs on the device inside the block, one entry an operation or a kernel."""
         self._seen, before = [], self._seen
+        self._begun_with = self._count_held()
         try:
             yield self._seen
         finally:
@@ -46,28 +54,50 @@ class WatchedMode(FakeTensorMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        if self._seen is not None and TracingContext.try_get() is None:
-            self._keep(func, args, kwargs or {}, result)
+        if TracingContext.try_get() is None:
+            for x in _tensors(result):
+                if x.device.type == "cuda":
+                    storage = x.untyped_storage()
+                    self._held.setdefault(StorageWeakRef(storage), storage.nbytes())
+            if self._seen is not None and func not in UNMOVED:
+                self._keep(func, args, kwargs or {}, result)
         return result
+
+    def keep_kernel(self, name: str, read: list[Tensor], written: list[Tensor]) -> None:
+        """Remember a kernel of a compiled graph: it reads and writes each tensor once."""
+        if self._seen is not None:
+            entry = {"name": name, "where": "compiled", "waits": None}
+            self._seen.append(entry | self._moved(_bytes_of(read), _bytes_of(written)))
 
     def _keep(self, func: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> None:
         inputs, outputs = _tensors((args, kwargs)), _tensors(result)
         devices = {x.device.type for x in inputs}, {x.device.type for x in outputs}
-        if "cuda" not in devices[0] | devices[1]:
-            return
         is_view = any(x.alias_info and not x.alias_info.is_write for x in func._schema.returns)
-        is_new = not is_view and not any(x.alias_info for x in func._schema.returns)
-        self._seen.append(
-            {
-                "name": str(func),
-                "where": _where(),
-                "waits": _why_it_waits(func, args, devices),
-                "is_view": is_view,
-                "read": 0 if is_view else sum(x.numel() * x.itemsize for x in inputs),
-                "written": 0 if is_view else sum(x.numel() * x.itemsize for x in outputs),
-                "allocated": sum(x.numel() * x.itemsize for x in outputs) if is_new else 0,
-            }
-        )
+        if "cuda" not in devices[0] | devices[1] or is_view:
+            return
+        read, written = _bytes_of(inputs), _bytes_of(outputs)
+        if "out" in kwargs:
+            read -= written
+        is_new = "empty" in str(func)
+        if func is aten.copy_.default:
+            read = written = args[1].numel() * args[1].itemsize
+        elif func is aten.index_fill_.int_Scalar:
+            read, written = 0, written * args[2].numel() // args[0].shape[args[1]]
+        entry = {"name": str(func), "where": _where(), "waits": _why_it_waits(func, args, devices)}
+        if is_new:
+            entry["allocated"], read, written = written, 0, 0
+        self._seen.append(entry | self._moved(read, written))
+
+    def _moved(self, read: int, written: int) -> dict[str, int]:
+        return {"read": read, "written": written, "held": self._count_held() - self._begun_with}
+
+    def _count_held(self) -> int:
+        self._held = {ref: size for ref, size in self._held.items() if not ref.expired()}
+        return sum(self._held.values())
+
+
+def _bytes_of(tensors: list[Tensor]) -> int:
+    return sum(x.numel() * x.itemsize for x in tensors)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -4,6 +4,7 @@ Uncompiled FlexAttention silently ignores the block indices, so nothing here run
 """
 
 from dataclasses import replace
+from functools import partial
 from math import sqrt
 from typing import Any
 
@@ -18,7 +19,12 @@ from nabla_attn.backends.flex_options import (
     why_not_tiles,
 )
 from nabla_attn.core.block_map import BlockMap
-from nabla_attn.core.flex_tables import FlexTables, build_block_mask, build_flex_tables
+from nabla_attn.core.flex_tables import (
+    FlexTables,
+    build_block_mask,
+    build_flex_tables,
+    build_layout_tables,
+)
 from nabla_attn.core.tail import Tail, add_first_order, with_summaries
 from nabla_attn.fusion import compiled, fused, why_not_compile
 from nabla_attn.shapes import Float
@@ -110,11 +116,18 @@ def _run(
 def _tables(
     block_map: BlockMap, tile_rows: int, needs_backward: bool, shown: Tensor | None
 ) -> FlexTables:
-    """The map's tables: on a GPU one kernel reads the map and writes an index, without ranks."""
-    mask = block_map.mask
-    is_gpu = mask.device.type == "cuda"
-    build = fused(build_flex_tables, mask.numel(), mask.device) if is_gpu else build_flex_tables
-    return build(mask, block_map.kv_valid, block_map.block_tokens, tile_rows, needs_backward, shown)
+    """The map's tables: on a GPU one kernel reads the map and writes an index, without ranks.
+
+    A CPU's kernel takes tables with a column for every key block only.
+    """
+    mask, order = block_map.mask, block_map.order
+    facts = (mask, block_map.kv_valid, block_map.block_tokens)
+    compile = partial(fused, num_elements=mask.numel(), device=mask.device)
+    if mask.device.type != "cuda":
+        return build_flex_tables(*facts, tile_rows, needs_backward, shown)
+    if order is None or tile_rows > 1 or shown is not None:
+        return compile(build_flex_tables)(*facts, tile_rows, needs_backward, shown)
+    return build_layout_tables(*facts, order, needs_backward, compile)
 
 
 def why_not(

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from nabla_attn.core.flex_tables import FlexTables, build_block_mask, build_flex_tables
-from nabla_attn.core.order import TokenLayout, block_order
+from nabla_attn.core.order import BlockOrder, TokenLayout, block_order
 from nabla_attn.shapes import Bool, Float, Int
 
 # Pairs of blocks counted at once: 128 MB as fp32.
@@ -69,6 +69,8 @@ class BlockMap:
         treatment: What the method does beside; None is nothing.
         num_pairs: With head orders, all token pairs of every sample and head on one axis: orders
             may leave tokens out or repeat them.
+        order: The tables of the layout whose key blocks these are, which say what may be masked;
+            None leaves that to `kv_valid`.
     """
 
     mask: Bool[Tensor, "batch heads q_blocks kv_blocks"]
@@ -81,6 +83,7 @@ class BlockMap:
     kv_order: HeadOrder | None = None
     treatment: Treatment | None = None
     num_pairs: Int[Tensor, " rows"] | None = None
+    order: BlockOrder | None = None
 
     def __repr__(self) -> str:
         batch, heads, q_blocks, kv_blocks = self.mask.shape
@@ -102,15 +105,26 @@ class BlockMap:
         if self.q_order is not None:
             return self.folded.head_density.view(self.mask.shape[:2])
         kv_counts, q_counts = self.kv_counts, self.q_counts.view(-1, 1, self.mask.shape[2])
+        # Counts do not fit the dtypes of autocast: fp16 ends at 65,504.
+        with torch.autocast(self.mask.device.type, enabled=False):
+            kept = (self._kept_tokens(kv_counts) * q_counts).sum(-1, dtype=torch.float64)
+        pairs = q_counts.sum(dim=2) * kv_counts.sum(dim=1, keepdim=True)
+        return (kept / (pairs if self.num_pairs is None else self.num_pairs[:, None])).float()
+
+    def _kept_tokens(self, kv_counts: Tensor) -> Float[Tensor, "batch heads q_blocks"]:
+        """How many tokens each query block attends."""
+        if self.order is not None:
+            # Whole blocks by their number: the map is read once, and not as floats.
+            masked = self.order.masked
+            missing = (self.block_tokens - kv_counts[:, masked]).to(torch.float32)
+            missing = self.mask[..., masked].to(torch.float32) @ missing[:, None, :, None]
+            whole = self.mask.sum(dim=-1, dtype=torch.float32) * self.block_tokens
+            return whole - missing.squeeze(-1)
         weights = kv_counts.to(torch.float32)[:, None, :, None]
         # As floats the mask is four times as large: a few heads at a time.
         heads = max(1, PANEL_PAIRS // max(1, self.mask[:, :1].numel()))
-        # Counts do not fit the dtypes of autocast: fp16 ends at 65,504.
-        with torch.autocast(weights.device.type, enabled=False):
-            parts = [part.to(torch.float32) @ weights for part in self.mask.split(heads, dim=1)]
-        kept = (torch.cat(parts, dim=1).squeeze(-1) * q_counts).sum(-1, dtype=torch.float64)
-        pairs = q_counts.sum(dim=2) * kv_counts.sum(dim=1, keepdim=True)
-        return (kept / (pairs if self.num_pairs is None else self.num_pairs[:, None])).float()
+        parts = [part.to(torch.float32) @ weights for part in self.mask.split(heads, dim=1)]
+        return torch.cat(parts, dim=1).squeeze(-1)
 
     @property
     def folded(self) -> "BlockMap":
@@ -162,14 +176,14 @@ class BlockMap:
         return build_block_mask(self.flex_tables(), self.block_tokens)
 
     def flex_tables(self, rows_per_tile: int = 1, *, needs_backward: bool = False) -> FlexTables:
-        """The map's tables; arguments as for `build_flex_tables`."""
-        return build_flex_tables(
-            self.mask,
-            self.kv_valid,
-            self.block_tokens,
-            rows_per_tile=rows_per_tile,
-            needs_backward=needs_backward,
-        )
+        """The map's tables, which have a column for every key block.
+
+        Args:
+            rows_per_tile: Query blocks of one tile.
+            needs_backward: Make the transposed tables too.
+        """
+        facts = (self.mask, self.kv_valid, self.block_tokens)
+        return build_flex_tables(*facts, rows_per_tile, needs_backward)
 
 
 def block_map_of(
@@ -204,9 +218,10 @@ def whole_block_map(
     kept_mass: Float[Tensor, "batch heads"] | None = None,
 ) -> BlockMap:
     """Wrap a map that has its strips of text; arguments as for `block_map_of`."""
-    counts = block_order(layout, mask.device).counts
+    order = block_order(layout, mask.device)
     kv_valid = valid_slots(layout, mask.shape[0], text_valid, mask.device)
-    return BlockMap(mask, counts, kv_valid, layout.grid.block.tokens, kept_mass)
+    block = layout.grid.block.tokens
+    return BlockMap(mask, order.counts, kv_valid, block, kept_mass, order=order)
 
 
 def valid_slots(

@@ -1,11 +1,13 @@
 """FlexAttention's form of a block map: tables of the key blocks that each query tile attends."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from nabla_attn.core.order import BlockOrder
 from nabla_attn.core.tiles import tile_rows
 from nabla_attn.shapes import Bool, Int
 
@@ -23,7 +25,7 @@ class KeptColumns(NamedTuple):
 
 
 class FlexTables(NamedTuple):
-    """What FlexAttention reads; no two tensors share memory.
+    """What FlexAttention reads; no two are one tensor, though some share memory.
 
     Attributes:
         partial: Key blocks of each query tile behind a mask.
@@ -84,15 +86,96 @@ def build_flex_tables(
     return FlexTables(compact(partial), compact(full), transposed, valid, own_mask, shown, columns)
 
 
+def build_layout_tables(
+    mask: Bool[Tensor, "batch heads q_blocks kv_blocks"],
+    valid: Bool[Tensor, "samples kv_slots"] | None,
+    block_tokens: int,
+    order: BlockOrder,
+    needs_backward: bool = False,
+    compile: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
+) -> FlexTables:
+    """The tables of a map in tiles of one query block, where the layout says what is masked.
+
+    One index holds both tables, full blocks in front and masked ones behind; in the transposed one
+    a key block has query blocks of one kind, so one index serves both.
+
+    Args:
+        mask: Kept pairs of blocks.
+        valid: Slots that may be attended; None is all.
+        block_tokens: Slots of a block.
+        order: The tables of the layout.
+        needs_backward: Make the transposed tables too.
+        compile: Compiles a function that fills an index.
+    """
+    is_masked, num_whole = order.is_masked, order.is_masked.numel() - order.masked.numel()
+    index = torch.empty(mask.shape, dtype=torch.int32, device=mask.device)
+    full, masked = compile(fill_both_)(index, mask, is_masked, order.place, num_whole)
+    # One column at least, even where none counts: not all of FlexAttention's kernels take none.
+    columns = index[..., : max(num_whole, 1)], index[..., min(num_whole, mask.shape[-1] - 1) :]
+    transposed = None
+    if needs_backward:
+        index = torch.empty(mask.mT.shape, dtype=torch.int32, device=mask.device)
+        counts = compile(fill_)(index, mask.mT)
+        zero = torch.zeros_like(counts)
+        transposed = (
+            KeptColumns(torch.where(is_masked, counts, zero), index),
+            KeptColumns(torch.where(is_masked, zero, counts), index.view(index.shape)),
+        )
+    if valid is None:
+        valid = mask.new_ones(1, mask.shape[-1] * block_tokens)
+    partial = KeptColumns(masked, columns[1])
+    return FlexTables(partial, KeptColumns(full, columns[0]), transposed, valid, None, None, None)
+
+
+def fill_both_(
+    index: Int[Tensor, "*rows columns"],
+    mask: Bool[Tensor, "*rows columns"],
+    is_masked: Bool[Tensor, " columns"],
+    place: Int[Tensor, " columns"],
+    num_whole: int,
+) -> tuple[Int[Tensor, " *rows"], Int[Tensor, " *rows"]]:
+    """Fill an index with kept columns and, behind `num_whole`, with kept masked ones.
+
+    Returns:
+        How many of the first and of the second kind are kept.
+    """
+    whole, masked = mask & ~is_masked, mask & is_masked
+    front = _target(mask, whole, place, num_whole)
+    behind = _target(mask, masked, place, mask.shape[-1] - num_whole) + num_whole
+    _write(index, torch.where(is_masked, behind, front))
+    return whole.sum(dim=-1, dtype=torch.int32), masked.sum(dim=-1, dtype=torch.int32)
+
+
+def fill_(
+    index: Int[Tensor, "*rows columns"], mask: Bool[Tensor, "*rows columns"]
+) -> Int[Tensor, " *rows"]:
+    """Fill an index with the kept columns of every row; return their number."""
+    place = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
+    _write(index, _target(mask, mask, place, mask.shape[-1]))
+    return mask.sum(dim=-1, dtype=torch.int32)
+
+
+def _target(mask: Tensor, of_kind: Tensor, place: Tensor, size: int) -> Tensor:
+    """Where every column of a kind goes: kept ones to the front, dropped ones from the back on.
+
+    So each place is written once, and no column waits for the number of all.
+    """
+    rank = of_kind.cumsum(dim=-1, dtype=torch.int32)
+    return torch.where(mask, rank - 1, size - 1 - (place - rank))
+
+
+def _write(index: Tensor, target: Tensor) -> None:
+    rows = index.flatten(0, -2)
+    columns = torch.arange(rows.shape[1], dtype=torch.int32, device=index.device)
+    number = torch.arange(rows.shape[0], device=index.device)[:, None]
+    # A compiler writes in place what is put, and copies what is scattered.
+    rows.index_put_((number, target.flatten(0, -2).long()), columns.expand_as(rows))
+
+
 def compact(mask: Bool[Tensor, "*rows columns"]) -> KeptColumns:
     """Kept columns of every row, without sorting: each goes to its rank, dropped ones behind."""
-    rank = mask.cumsum(dim=-1, dtype=torch.int32)
-    counts = rank[..., -1].contiguous()
-    columns = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
-    behind = counts[..., None] + columns - rank
-    target = torch.where(mask, rank - 1, behind).long()
     index = torch.empty(mask.shape, dtype=torch.int32, device=mask.device)
-    return KeptColumns(counts, index.scatter_(-1, target, columns.expand(mask.shape)))
+    return KeptColumns(fill_(index, mask), index)
 
 
 def build_block_mask(tables: FlexTables, block_tokens: int, *, rows_per_tile: int = 1) -> BlockMask:

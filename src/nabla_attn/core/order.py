@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nabla_attn.core.grid import TokenGrid
 from nabla_attn.core.token_orders import TokenOrder
-from nabla_attn.shapes import Int
+from nabla_attn.shapes import Bool, Int
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,20 @@ class BlockOrder:
         to_raster: Slot of every token.
         empty_slots: Slots that hold no token.
         counts: Tokens of every block.
+        is_filled: Slots of every block that hold a token, its first.
+        is_masked: Blocks that may have slots which nothing attends: ragged ones, and text.
+        masked: Their indices.
+        place: How many blocks of the same kind, masked or not, stand in front of each.
     """
 
     to_blocks: Int[Tensor, " slots"]
     to_raster: Int[Tensor, " tokens"]
     empty_slots: Int[Tensor, " empty"]
     counts: Int[Tensor, " blocks"]
+    is_filled: Bool[Tensor, "blocks block_tokens"]
+    is_masked: Bool[Tensor, " blocks"]
+    masked: Int[Tensor, " masked"]
+    place: Int[Tensor, " blocks"]
 
 
 @lru_cache(maxsize=64)
@@ -98,7 +106,13 @@ def block_order(layout: TokenLayout, device: torch.device) -> BlockOrder:
         to_raster = torch.empty(layout.num_tokens, dtype=torch.long)
         to_raster[slots[filled]] = filled
         empty = (slots < 0).nonzero().flatten()
-        tables = (slots.clamp_min(0), to_raster, empty, counts)
+        is_filled = torch.arange(layout.grid.block.tokens) < counts[:, None]
+        is_masked = ~is_filled.all(dim=1)
+        is_masked[layout.grid.num_blocks :] = True
+        place = torch.where(is_masked, is_masked.cumsum(0), (~is_masked).cumsum(0)) - 1
+        place = place.to(torch.int32)
+        kinds = (is_filled, is_masked, is_masked.nonzero().flatten(), place)
+        tables = (slots.clamp_min(0), to_raster, empty, counts, *kinds)
         return BlockOrder(*(table.to(device) for table in tables))
 
 
@@ -186,6 +200,8 @@ def to_blocks(x: Tensor, grid: TokenGrid | TokenLayout, dim: int = 2) -> Tensor:
     """
     layout = _as_layout(grid)
     check_tokens(x, layout, dim)
+    if has_whole_rows(x, dim):
+        return to_blocks(x.transpose(1, 2), layout, 1).transpose(1, 2)
     order = block_order(layout, x.device)
     blocks = x.index_select(dim, order.to_blocks)
     return blocks.index_fill_(dim, order.empty_slots, 0) if layout.is_ragged else blocks
@@ -199,7 +215,25 @@ def to_raster(x: Tensor, grid: TokenGrid | TokenLayout, dim: int = 2) -> Tensor:
     """
     layout = _as_layout(grid)
     _check_length(x, dim, layout.num_slots, layout, "slots")
+    if has_whole_rows(x, dim):
+        return to_raster(x.transpose(1, 2), layout, 1).transpose(1, 2)
     return x.index_select(dim, block_order(layout, x.device).to_raster)
+
+
+def write_raster(out: Tensor, x: Tensor, layout: TokenLayout) -> None:
+    """Write `to_raster` of x [batch, heads, slots, dim] to where heads of a token are together."""
+    order = block_order(layout, x.device)
+    torch.index_select(x.transpose(1, 2), 1, order.to_raster, out=out.transpose(1, 2))
+
+
+def has_whole_rows(x: Tensor, dim: int = 2) -> bool:
+    """Whether all heads of a token lie together, [batch, tokens, heads, dim] in memory, on a GPU.
+
+    They are moved together there and stay so: that makes longer rows, and a model joins the heads
+    of the output without copying it. A CPU's products want the tokens of a head together.
+    """
+    is_split = x.device.type == "cuda" and x.dim() == 4 and dim == 2
+    return is_split and x.transpose(1, 2).is_contiguous() and not x.is_contiguous()
 
 
 def _as_layout(grid: TokenGrid | TokenLayout) -> TokenLayout:

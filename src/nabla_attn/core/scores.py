@@ -46,6 +46,26 @@ def pool_raster(x: Tensor) -> Tensor:
     return x.to(dtype).mean(dim=(-6, -4, -2)).flatten(-4, -2)
 
 
+def take_and_pool(
+    x: Tensor, slots: Tensor, is_filled: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Tokens in blocks, and their `pool_blocks`, in one pass over both where this is compiled.
+
+    Args:
+        x: Queries or keys [batch, tokens, heads, dim].
+        slots: The token of every slot [blocks, block tokens].
+        is_filled: Which slots hold a token [blocks, block tokens].
+        counts: Tokens of each block [blocks].
+
+    Returns:
+        [batch, blocks, block tokens, heads, dim], zero in empty slots, and [batch, blocks, heads,
+        dim].
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    blocks = torch.where(is_filled[:, :, None, None], x[:, slots], x.new_zeros(()))
+    return blocks, blocks.sum(dim=2, dtype=dtype) / counts.to(dtype)[:, None, None]
+
+
 def split_raster(x: Float[Tensor, "*batch heads tokens dim"], grid: TokenGrid) -> Tensor:
     """A view with the axes of blocks and of their tokens apart; no edge may be ragged."""
     sides = zip(grid.blocks, astuple(grid.block), strict=True)

@@ -307,8 +307,9 @@ def _keep_until(
     num_ties = round_ties((missing / weight).nan_to_num(nan=1.0, posinf=float("inf")))
     if round_ties is torch.ceil:
         num_ties = num_ties.clamp_min(1)
-    # Counted in floats, which are written without a detour over bools where this is compiled.
-    rank = torch.where(ties, 1.0, 0.0).to(values.dtype).cumsum(dim=-1)
+    # Counted in floats, which are written without a detour over bools where this is compiled; once
+    # their number is known, so that a GPU counts and compares in one loop.
+    rank = torch.where(ties & (num_ties == num_ties), 1.0, 0.0).to(values.dtype).cumsum(dim=-1)
     return above | (ties & (rank <= num_ties)) | _is_broken(values)
 
 

@@ -118,7 +118,7 @@ def with_summaries(
     num_slots, valid = tail.bias.numel(), block_map.kv_valid
     mask = pad_true(block_map.mask, num_slots // block_map.block_tokens)
     valid = None if valid is None else pad_true(valid, num_slots)
-    return k, v, replace(block_map, mask=mask, kv_valid=valid)
+    return k, v, replace(block_map, mask=mask, kv_valid=valid, order=None)
 
 
 def pad_true(x: Bool[Tensor, "*rows columns"], count: int) -> Bool[Tensor, "*rows more_columns"]:
