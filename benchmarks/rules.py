@@ -107,7 +107,7 @@ class _Queries:
     """Drawn query blocks of one head, and their exact attention.
 
     Attributes:
-        sums: Of all of their tokens.
+        sums: The sums of all of their tokens.
         blocks: The drawn blocks.
         owner: Which of them each token is of.
         rows: The tokens on which errors are measured.

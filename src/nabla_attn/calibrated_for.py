@@ -69,7 +69,7 @@ class CalibratedFor:
 
         Args:
             allow_mismatch: Whether to warn instead.
-            here: As in `differences`.
+            here: The fields as they are here; see `differences`.
 
         Raises:
             ValueError: Something differs and that is not allowed.

@@ -66,11 +66,11 @@ class SparseConfig:
                 use of that method, like the next two, and replaces one among `uses`.
             topk: Kept share of each row's blocks, in (0, 1].
             window: Sides of the sliding window along (frames, height, width), in blocks.
-            block: As the attribute, like the rest.
-            order: As the attribute, or its name.
-            keep_first_frame: As the attribute.
-            pair_queries: As the attribute.
-            tail: As the attribute.
+            block: Sides of a block in tokens; this and the rest are the attributes' values.
+            order: The token order or its name.
+            keep_first_frame: Whether the first frame is always kept.
+            pair_queries: The pairing, "union" or "pool".
+            tail: The estimate of dropped blocks, "mean" or "first".
 
         Raises:
             ValueError: A value is out of range, a method is given twice, or there is a rule about

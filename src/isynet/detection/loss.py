@@ -72,7 +72,7 @@ def detection_loss(predictions: Predictions, objects: list[Objects]) -> Tensor:
     """Focal loss of classes, generalised overlap of boxes, and centredness, a mean over objects.
 
     Args:
-        predictions: Of a batch.
+        predictions: The predictions of a batch.
         objects: The objects of each image.
     """
     places, strides = predictions.places, predictions.strides
