@@ -28,7 +28,7 @@ WORDS = (
     (r"\b(is|are|was|were) gone (on|through)\b", "continued, examined", 0),
     (r"\bas (good|far) as .{1,30} goes\b", "a plain sentence", 0),
     (r"``", "single backticks", 5),
-    (r"^ {8,12}\w+: (of|as of|like|as|as in) ", "a noun: `size: The size of ...`", 13),
+    (r"^ {8,12}\w+: (of|as of|like|as|as in) ", "a noun: `size: The size of ...`", 12),
 )
 FOLDERS = ("src", "docs", "benchmarks", "comfyui")
 
