@@ -18,9 +18,10 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_pages_in_docs_are_those_of_the_records(tmp_path):
     shutil.copy(ROOT / "docs/models.md", tmp_path)
+    shutil.copytree(ROOT / "docs/quality-images", tmp_path / "quality-images")
     pages.main(tmp_path, ROOT / "benchmarks/results")
     written = sorted(tmp_path.glob("*.md"))
-    assert len(written) == 4
+    assert len(written) == 5
     for page in written:
         assert page.read_text() == (ROOT / "docs" / page.name).read_text(), "run `make pages`"
 
