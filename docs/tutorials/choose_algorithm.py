@@ -50,7 +50,7 @@ for algorithm in ALGORITHMS:
 # - **Density** bounds the gain: attention at density 0.2 does a fifth of the work. The rest of the model costs what it did.
 # - **The difference** says how far the video is from that of dense attention. It does not say which of the two is better.
 # - **A union with a window** (`nabla-0.2_sta-3-3-3`) keeps the neighbourhood of every block, whatever its score. The
-#   [judged videos](../correctness.md#the-built-in-model-judged-on-held-out-prompts) of this model show what that is worth.
+#   [judged videos](../correctness.md#the-built-in-model-judged-on-held-out-prompts-by-the-first-judge) of this model show what that is worth.
 #
 # One prompt is not enough to decide. The command line does the same with pictures and on many prompts:
 #
