@@ -36,7 +36,7 @@ def good(tiny_wan, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"--sparse-algo": "magic-3"}, ["magic-3", "nabla-THRESHOLD"]),
+        ({"--sparse-algo": "magic-3"}, ["magic-3", "nabla-0.7"]),
         ({"--sparse-algo": "nabla-1.7"}, ["nabla-1.7", "(0, 1]"]),
         ({"--sparse-algo": ""}, ["empty"]),
         ({"--height": "100"}, ["height 100", "96 or 112"]),

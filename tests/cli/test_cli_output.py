@@ -65,7 +65,7 @@ def test_folders_are_not_replaced_either(tmp_path):
 def test_results_as_one_json_object(make, tmp_path):
     result = make("--json")
     values = json.loads(result.stdout)
-    assert values.keys() == {"video", "record", "config", "numbers"}
+    assert values.keys() == {"video", "record", "memory", "config", "numbers"}
     assert values["video"] == str(tmp_path / "a.mp4")
     assert values["config"] == json.loads((tmp_path / "a.json").read_text())["config"]
 
@@ -93,7 +93,8 @@ def test_warnings_of_libraries_are_shown_once(make, monkeypatch):
         return real(*args, **options)
 
     monkeypatch.setattr(job, "generate", generate)
-    assert make().stderr.splitlines() == ["warning: half of the LoRA is dropped"]
+    note, warning = make().stderr.splitlines()
+    assert note.startswith("note: memory") and warning == "warning: half of the LoRA is dropped"
 
 
 @pytest.mark.parametrize("name", ["--prompt", "--prompts"])

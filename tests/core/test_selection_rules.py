@@ -201,10 +201,11 @@ def vmoba(pairs, own, threshold):
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@given(seed=st.integers(0, 999), threshold=st.floats(0.01, 0.99), is_flat=st.booleans())
+@given(seed=st.integers(0, 999), threshold=st.integers(1, 98), is_flat=st.booleans())
 @settings(max_examples=60)
 def test_normalised_share(scope, seed, threshold, is_flat):
     # Whole numbers in [0, 8], so that shares are exact; odd thresholds meet none of their sums.
+    threshold = threshold / 100 + 0.00123456789
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(0, 9, (2, 3, 4, 4), generator=generator).double()
     scores[:, :, 0, 0], scores[:, :, 3, 3] = 0.0, 8.0

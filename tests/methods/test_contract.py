@@ -30,7 +30,8 @@ def test_every_method_holds_what_all_promise(name):
     if "table" in method.needs:
         return
     example = "-".join([name, *(p.example for p in method.parameters if p.default is None)])
-    na.testing.check_method(example)
+    # As many clusters as published would be more than the tokens here.
+    na.testing.check_method({"svg2": "svg2-0.9-5-9", "svoo": "svoo-0.9-5-9"}.get(name, example))
     assert str(na.parse(method.published))
 
 

@@ -117,7 +117,7 @@ def test_the_page(tiny_wan, pipeline):
     assert 'sandbox="allow-scripts"' in viewer
     assert any("step 1 of 2" in answer[2] for answer in answers)
     whole = list(studio.run("red circle", model, "none", "topk-1", 64, 64, 5, 2, 0))[-1]
-    assert "Identical to dense." in whole[2]
+    assert "kept **100.0%**" in whole[2]
     blocks = list(
         studio.run(
             "red", model, "none", "nabla-0.4_sta-3-3-3_block-1-4-4_tail-first", 64, 64, 5, 2, 0

@@ -33,6 +33,7 @@ def compare(
     """Compare algorithms with dense attention on one seed: a page, pictures, videos, records."""
     from nabla_attn.cli.progress import generation_bars
     from nabla_attn.evaluation.compare import compare as run_all
+    from nabla_attn.evaluation.compare import sparse_names
     from nabla_attn.files import check_writable
     from nabla_attn.viz.side_by_side import PAGE, write_comparison
 
@@ -41,6 +42,7 @@ def compare(
     asked: list[str | None] = [*sparse_algo] if sparse_algo else [None]
     requests = [video.request(prompt=prompt, seed=seed, sparse_algo=algo) for algo in asked]
     algos, rate = [request.sparse_algo for request in requests], video.rate
+    sparse_names(algos)  # refuses before the model is loaded
     folder = out.free_path(output, overwrite=overwrite)
     check_writable(folder / "contact_sheet.png")
     memory = video.foresee(requests[0])

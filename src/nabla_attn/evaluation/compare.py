@@ -1,6 +1,6 @@
 """Dense and sparse videos of one seed: what each cost and how close it came."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -63,9 +63,7 @@ def compare(
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}.")
-    names = [name for name in dict.fromkeys(str(parse(algo)) for algo in algos) if name != "dense"]
-    if not names:
-        raise ValueError("nothing to compare with dense. Pass --sparse-algo nabla-0.7 or another.")
+    names = sparse_names(algos)
     check_request(pipeline, request)
     made: dict[str, tuple[np.ndarray, RunRecord]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in ("dense", *names)}
@@ -93,3 +91,15 @@ def _with_comparison(frames: np.ndarray, record: RunRecord, dense: Compared) -> 
     to_dense = {"speed_up": round(theirs / ours, 4) if ours else None}
     to_dense |= measure_fidelity(frames, dense.frames).to_dict()
     return replace(record, numbers=record.numbers | {"to_dense": to_dense})
+
+
+def sparse_names(algos: Iterable[str]) -> list[str]:
+    """The algorithms that are compared with dense, each once.
+
+    Raises:
+        ValueError: There is none, or one does not parse.
+    """
+    names = [name for name in dict.fromkeys(str(parse(algo)) for algo in algos) if name != "dense"]
+    if not names:
+        raise ValueError("nothing to compare with dense. Pass --sparse-algo nabla-0.7 or another.")
+    return names
