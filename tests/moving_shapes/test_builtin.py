@@ -131,6 +131,7 @@ def test_another_recipe_in_the_same_folder_is_refused(run):
         train_builtin(dataclasses.replace(tiny_recipe(), seed=1), folder)
 
 
+@pytest.mark.slow
 def test_the_transformer_learns_a_few_clips(tmp_path):
     torch.manual_seed(0)
     pattern = torch.randn(4, 16, 1, 1, 1).expand(-1, -1, 2, 4, 4)

@@ -142,6 +142,7 @@ print(peak[0] - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("verb", ["convert", "load"])
 def test_memory_of_the_process(tmp_path, monkeypatch, verb):
