@@ -83,6 +83,8 @@ def test_a_run_goes_on_where_it_stopped(tiny_wan, tmp_path):
     assert {row["algorithm"].split("-")[0] for row in rows_of(more)} == {"topk", "nabla"}
     kept = more[0].numbers["algorithms"][row["algorithm"]]
     assert kept == records[0].numbers["algorithms"][row["algorithm"]]
+    denser = Leaderboard(pipeline, request, tmp_path, names=["topk"], densities=[0.5, 0.9])
+    assert [each.wanted for each in denser.settings("red")] == [0.5, 0.9]
     other = Leaderboard(pipeline, request, tmp_path, **options)
     with pytest.raises(ValueError, match="made with other settings: prompt"):
         other.measure(["green"], on_progress=lambda *stage: None)

@@ -355,17 +355,18 @@ class Leaderboard:
         known: dict[str, list[dict[str, Any]]] = {}
         if path.is_file():
             known = check_settings(path, asked).numbers["settings"]
-        missing = [
-            (name, suffix)
-            for name in self.names
-            for suffix in self.suffixes
-            if f"{name}{suffix}" not in known
-        ]
+        missing: list[tuple[str, str, list[float]]] = []
+        for name in self.names:
+            for suffix in self.suffixes:
+                set_for = [each["wanted"] for each in known.get(f"{name}{suffix}", [])]
+                lacking = [wanted for wanted in self.densities if wanted not in set_for]
+                if lacking and None not in set_for:
+                    missing.append((name, suffix, lacking))
         if missing:
             series = collect(self.pipeline, self._request(prompt), 0)
-            for name, suffix in missing:
-                found = self._set(name, suffix, series)
-                known[f"{name}{suffix}"] = [vars(setting) for setting in found]
+            for name, suffix, lacking in missing:
+                found = [vars(each) for each in self._set(name, suffix, lacking, series)]
+                known.setdefault(f"{name}{suffix}", []).extend(found)
                 self._save(path, asked, {"settings": known})
         return [
             Setting(**values)
@@ -375,14 +376,16 @@ class Leaderboard:
             if values["wanted"] is None or values["wanted"] in self.densities
         ]
 
-    def _set(self, name: str, suffix: str, series: list[Series]) -> list[Setting]:
+    def _set(
+        self, name: str, suffix: str, densities: list[float], series: list[Series]
+    ) -> list[Setting]:
         def density_of(config: SparseConfig) -> float:
             return sum(densities_of(config, each) for each in series) / len(series)
 
         if not methods.find(name).parameters:
             config = parse(f"{name}{suffix}")
             return [Setting(name, None, str(config), density_of(config))]
-        found = [set_knob(name, wanted, density_of, suffix=suffix) for wanted in self.densities]
+        found = [set_knob(name, wanted, density_of, suffix=suffix) for wanted in densities]
         return [setting for setting in found if setting is not None]
 
     def measure(
