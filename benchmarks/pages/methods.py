@@ -14,6 +14,8 @@ from nabla_attn.record import RunRecord
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; black and yellow left out.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
+# Ratio of densities from which on they do not compare.
+FAR = 1.4
 LINES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 EXACT = {"code": "the code", "paper": "the paper", "reconstructed": "reconstructed"}
@@ -57,11 +59,13 @@ def build_board(records: list[RunRecord]) -> str:
             continue
         parts += [
             f"### About {density:.0%} of the token pairs",
-            "| algorithm | pairs kept | exact mass | error of the output | choosing, ms | "
-            "whole, ms |\n|---|---|---|---|---|---|\n" + "\n".join(map(_board_row, near)),
+            _board_table(near),
             f"Least error: `{near[0]['algorithm']}`. Most mass: "
             f"`{max(near, key=lambda row: row['recall'])['algorithm']}`.",
         ]
+    others = [row for row in rows if _nearest(row["density"]) is None]
+    if others:
+        parts += ["### At densities of their own", _board_table(others)]
     parts += [
         "![Error of the output against milliseconds, a line for each method]"
         f"(images/{_picture(False)}#only-light)",
@@ -71,9 +75,20 @@ def build_board(records: list[RunRecord]) -> str:
     return "\n\n".join(parts)
 
 
-def _nearest(density: float) -> float:
-    """Return the density of `DENSITIES` that is nearest in ratio."""
-    return min(DENSITIES, key=lambda each: max(each / density, density / each))
+def _nearest(density: float) -> float | None:
+    """Return the density of `DENSITIES` that is nearest in ratio; None where none is near."""
+
+    def ratio(each: float) -> float:
+        return max(each / density, density / each)
+
+    nearest = min(DENSITIES, key=ratio)
+    return nearest if ratio(nearest) < FAR else None
+
+
+def _board_table(rows: list[dict[str, Any]]) -> str:
+    head = ("algorithm", "pairs kept", "exact mass", "error of the output", "choosing, ms")
+    lines = [f"| {' | '.join([*head, 'whole, ms'])} |", "|---|---|---|---|---|---|"]
+    return "\n".join([*lines, *map(_board_row, rows)])
 
 
 def _board_row(row: dict[str, Any]) -> str:
