@@ -101,11 +101,11 @@ def select_blocks(
         counts=block_order(layout, q.device).counts[: grid.num_blocks],
         allowed=_same_clip(layout, q.device),
     )
+    check_needs(config, grid, v=v, tables=tables)
     always = _always_kept(layout, config, state, q.device)
     pooled = _uses_of(config, "pooled")
     chosen = None
     if others := _uses_of(config, "other"):
-        check_needs(config, grid, v=v, tables=tables)
         if is_raster:
             q, k = to_blocks(q, layout), to_blocks(k, layout)
             v = None if v is None else to_blocks(v, layout)

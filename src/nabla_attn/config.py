@@ -275,9 +275,8 @@ def _parse_part(text: str, whole: str) -> MethodUse | tuple[str, Any]:
             raise ValueError(f"{where}: {error}") from None
         if use is None:
             method = methods.find(name)
-            example = "-".join([name, *(p.example for p in method.parameters if p.default is None)])
             raise ValueError(
-                f"{where} is not an algorithm. Expected {method.form} such as {example}."
+                f"{where} is not an algorithm. Expected {method.form} such as {method.example}."
             )
         return use
     part = _BY_NAME.get(name)

@@ -29,9 +29,10 @@ def test_every_method_holds_what_all_promise(name):
     assert method.name == name and method.title and method.paper
     if "table" in method.needs:
         return
-    example = "-".join([name, *(p.example for p in method.parameters if p.default is None)])
     # As many clusters as published would be more than the tokens here.
-    na.testing.check_method({"svg2": "svg2-0.9-5-9", "svoo": "svoo-0.9-5-9"}.get(name, example))
+    na.testing.check_method(
+        {"svg2": "svg2-0.9-5-9", "svoo": "svoo-0.9-5-9"}.get(name, method.example)
+    )
     assert str(na.parse(method.published))
 
 
@@ -120,6 +121,9 @@ def test_methods_say_what_they_lack(own):
     q, k, v = random_qkv(packed)
     with pytest.raises(ValueError, match="single takes one clip: got 2"):
         na.nabla_attention(q, k, v, packed, "single")
+    own(contract.static(lambda grid, *_: torch.ones(1, 1), name="still", title="x", packs=False))
+    with pytest.raises(ValueError, match="still takes one clip: got 2"):
+        na.nabla_attention(q, k, v, packed, "still")
     with pytest.raises(ValueError, match="fixed is for inference"):
         na.nabla_attention(q.requires_grad_(), k, v, packed, "fixed")
 

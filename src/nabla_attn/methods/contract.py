@@ -190,10 +190,33 @@ class Method:
             parts.append(form if parameter.default is None else f"[{form}]")
         return "-".join(parts)
 
+    @property
+    def example(self) -> str:
+        """The shortest algorithm string with it."""
+        needed = (each.example for each in self.parameters if each.default is None)
+        return "-".join([self.name, *needed])
+
     def params(self, values: tuple[Any, ...]) -> SimpleNamespace:
         """The values of a rule by the names of their parameters."""
         names = (parameter.name for parameter in self.parameters)
         return SimpleNamespace(**dict(zip(names, values, strict=True)))
+
+
+def table_of_size(name: str, grid: TokenGrid, state: State) -> Mapping[str, Any]:
+    """The table of a method whose entry is for one size, as it says under "tokens" and "block".
+
+    Raises:
+        ValueError: It is for another size.
+    """
+    table = state.table
+    assert table is not None
+    sizes = [grid.frames, grid.height, grid.width]
+    if table["tokens"] != sizes or table["block"] != grid.block.tokens:
+        raise ValueError(
+            f"the table of {name} is for {table['tokens']} tokens in blocks of {table['block']}: "
+            f"got {sizes} in blocks of {grid.block.tokens}. Calibrate again for this size."
+        )
+    return table
 
 
 def static(

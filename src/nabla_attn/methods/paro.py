@@ -25,7 +25,7 @@ from nabla_attn.core.head_orders import named_order, order_of_heads
 from nabla_attn.core.order import TokenLayout, to_raster
 from nabla_attn.core.quantise import to_integers
 from nabla_attn.core.select import count_of_share
-from nabla_attn.methods.contract import Method, Selection, State
+from nabla_attn.methods.contract import Method, Selection, State, table_of_size
 from nabla_attn.methods.parameters import number, share, word
 
 ORDERS = tuple(map("".join, permutations("thw")))
@@ -37,14 +37,7 @@ TINY, NEARLY_ALL = 1e-3, 0.9
 def _select(
     q: Tensor, k: Tensor, grid: TokenGrid, params: SimpleNamespace, state: State
 ) -> Selection:
-    table = state.table
-    assert table is not None
-    sizes = [grid.frames, grid.height, grid.width]
-    if table["tokens"] != sizes or table["block"] != grid.block.tokens:
-        raise ValueError(
-            f"the table of paro is for {table['tokens']} tokens in blocks of {table['block']}: got "
-            f"{sizes} in blocks of {grid.block.tokens}. Calibrate again for this size."
-        )
+    table = table_of_size("paro", grid, state)
     if table["share"] != params.share:
         raise ValueError(
             f"the table of paro keeps a share of {table['share']}: got paro-{params.share}. "

@@ -15,7 +15,7 @@ from nabla_attn.core.grid import TokenGrid
 from nabla_attn.core.head_orders import band_of_blocks, named_order, order_of_heads
 from nabla_attn.core.order import TokenLayout, to_raster
 from nabla_attn.core.select import count_of_share
-from nabla_attn.methods.contract import Method, Selection, State
+from nabla_attn.methods.contract import Method, Selection, State, table_of_size
 from nabla_attn.methods.parameters import number, share
 
 MODES = ("full", "skip", "band", "frames", "columns")
@@ -26,14 +26,7 @@ PANEL_SCORES = 2**24
 def _select(
     q: Tensor, k: Tensor, grid: TokenGrid, params: SimpleNamespace, state: State
 ) -> Selection:
-    table = state.table
-    assert table is not None
-    sizes = [grid.frames, grid.height, grid.width]
-    if table["tokens"] != sizes or table["block"] != grid.block.tokens:
-        raise ValueError(
-            f"the table of vdit is for {table['tokens']} tokens in blocks of {table['block']}: got "
-            f"{sizes} in blocks of {grid.block.tokens}. Calibrate again for this size."
-        )
+    table = table_of_size("vdit", grid, state)
     steps = table["steps"]
     found = steps[len(steps) - 1 if state.step is None else min(state.step, len(steps) - 1)]
     heads = range(len(found)) if state.heads is None else state.heads
