@@ -189,11 +189,11 @@ def test_a_suite_writes_a_record_that_has_tables(no_compiler, tmp_path, monkeypa
 def test_a_package_without_its_checkout_says_what_pages_need(monkeypatch, tmp_path):
     monkeypatch.setattr(cli_bench, "ROOT", tmp_path)
     with pytest.raises(ValueError, match="need a checkout of nabla-attn, got a package in"):
-        cli_bench.bench(device="cpu", docs=tmp_path / "docs")
+        cli_bench.run(device="cpu", docs=tmp_path / "docs")
 
 
 def test_the_command_makes_the_pages_of_a_checkout(tmp_path):
-    cli_bench.bench(device="cpu", docs=tmp_path / "docs", output=tmp_path / "none")
+    cli_bench.run(device="cpu", docs=tmp_path / "docs", output=tmp_path / "none")
     assert "# Benchmarks" in (tmp_path / "docs/benchmarks.md").read_text()
 
 

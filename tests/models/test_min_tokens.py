@@ -99,10 +99,10 @@ def test_cache_folder(monkeypatch, tmp_path):
 
 def test_the_benchmark_writes_it(monkeypatch, tmp_path):
     from nabla_attn.bench import suite
-    from nabla_attn.cli.bench import bench
+    from nabla_attn.cli.bench import run
 
     points = [{"tokens": 256, "density": 0.2, "speed_up": 3.0}]
     monkeypatch.setattr(suite, "measure_crossover", lambda *_, **__: points)
-    bench(device="cpu", output=tmp_path / "results", crossover=True)
+    run(device="cpu", output=tmp_path / "results", crossover=True)
     assert machine.load_min_tokens(machine.crossover_file(CPU)) == 256
     assert (tmp_path / "results" / "bench_crossover.json").is_file()

@@ -8,18 +8,26 @@ from typing import Annotated
 
 import typer
 
-from nabla_attn.cli import output as out
+from nabla_attn.cli.bench_methods import judged, matrix, methods
+from nabla_attn.cli.group import RunByDefault, VerbCommand
 
 ROOT = Path(__file__).parents[3]
 
 
-def bench(
-    study: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[methods]", help="methods: the leaderboard of sparse attention methods."
-        ),
-    ] = None,
+bench = typer.Typer(
+    name="bench",
+    cls=RunByDefault,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Check, time and record: `nabla bench` attention and maps, `nabla bench methods` sparse "
+    "attention methods. Options: `nabla bench run --help`.",
+)
+for each in (methods, matrix, judged):
+    bench.command(cls=VerbCommand)(each)
+
+
+@bench.command(cls=VerbCommand)
+def run(
     workload: Annotated[
         list[str] | None, typer.Option(help="A workload; repeat for more. Default: the device's.")
     ] = None,
@@ -44,33 +52,8 @@ def bench(
         Path | None,
         typer.Option(help="Write the generated pages and charts of a checkout into this folder."),
     ] = None,
-    method: Annotated[
-        list[str] | None, typer.Option(help="A method of the leaderboard; repeat. Default: all.")
-    ] = None,
-    density: Annotated[
-        list[float] | None,
-        typer.Option(help="A density of the leaderboard; repeat.", show_default="0.05 0.1 0.2 0.3"),
-    ] = None,
-    suffix: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What stands behind its methods, such as _tail-first; repeat.", show_default="none"
-        ),
-    ] = None,
-    num_prompts: Annotated[
-        int, typer.Option(min=1, help="Prompts of the leaderboard, a record each.")
-    ] = 16,
-    frames: Annotated[int, typer.Option(min=1, help="Frames of its videos.")] = 33,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of its videos.")] = 6,
 ) -> None:
     """Benchmark attention and maps: outputs are checked before anything is timed."""
-    if study is not None:
-        if study != "methods":
-            raise ValueError(f"there is no study {study!r}: nabla bench methods, or no word.")
-        _bench_methods(
-            output / "methods", method, density, suffix, num_prompts, frames=frames, steps=steps
-        )
-        return
     from nabla_attn.bench.report import contender_table
     from nabla_attn.bench.suite import default_suite, run_shapes, run_suite
     from nabla_attn.generation.placement import resolve_device
@@ -107,50 +90,6 @@ def bench(
             _run_in_checkout("revisions", base, "--device", str(where), *records)
     if docs is not None:
         _run_in_checkout("pages", "--docs", str(docs), "--records", str(output))
-
-
-def _bench_methods(
-    folder: Path,
-    names: list[str] | None,
-    densities: list[float] | None,
-    suffixes: list[str] | None,
-    num_prompts: int,
-    *,
-    frames: int,
-    steps: int,
-) -> None:
-    """Measure the leaderboard on the built-in model; the same command goes on after a stop."""
-    from nabla_attn.evaluation.leaderboard import DENSITIES, Leaderboard, rows_of
-    from nabla_attn.generation.pipeline import BUILTIN_DIRECTORY, load_pipeline
-    from nabla_attn.generation.request import GenerationRequest, ModelDefaults
-    from nabla_attn.moving_shapes.judge import MovingShapesScorer
-
-    prompts = MovingShapesScorer().prompts(num_prompts)
-    size = ModelDefaults.load(BUILTIN_DIRECTORY)
-    board = Leaderboard(
-        load_pipeline("builtin", dtype="float32"),
-        GenerationRequest(
-            prompt=prompts[0], height=size.height, width=size.width, frames=frames, steps=steps
-        ),
-        folder,
-        names=names,
-        densities=densities or DENSITIES,
-        suffixes=suffixes or ("",),
-    )
-    records = board.measure(prompts, on_progress=_say)
-    header = ("algorithm", "pairs kept", "mass", "error", "ms")
-    rows = [
-        (
-            row["algorithm"],
-            f"{row['density']:.1%}",
-            f"{row['recall']:.3f}",
-            f"{row['error']:.4f}",
-            f"{row['seconds'] * 1e3:.1f}",
-        )
-        for row in sorted(rows_of(records), key=lambda row: row["density"])
-    ]
-    out.print_table(header, rows)
-    typer.echo(f"records: {folder}")
 
 
 def _say(stage: str, done: int, total: int) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from nabla_attn.cli import options as opt
 from nabla_attn.cli import output as out
@@ -16,19 +15,8 @@ from nabla_attn.cli.evaluate_records import (
     vbench_read,
     vbench_write,
 )
-from nabla_attn.cli.group import VerbCommand
+from nabla_attn.cli.group import RunByDefault, VerbCommand
 from nabla_attn.cli.loading import load_on_own_device
-
-
-class RunByDefault(TyperGroup):
-    """`nabla evaluate OPTIONS` is `nabla evaluate run OPTIONS`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put the command in where options stand in its place."""
-        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
-            args = ["run", *args]
-        return super().parse_args(ctx, args)
-
 
 evaluate = typer.Typer(
     name="evaluate",

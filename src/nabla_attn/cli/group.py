@@ -107,6 +107,17 @@ class VerbGroup(TyperGroup):
         sys.exit(code or 0)
 
 
+class RunByDefault(TyperGroup):
+    """A verb with commands of which `run` is meant where options stand in the command's place."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put `run` in where there is no command."""
+        is_bare = not args and not self.no_args_is_help
+        if is_bare or (args and args[0] not in (*self.commands, "-h", "--help")):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
 def spell_as_declared(args: Iterable[str], declared: Iterable[str]) -> list[str]:
     """Options of `args` with the dashes and underscores of `declared`; the rest untouched."""
     spelling = {name.replace("_", "-"): name for name in declared if name.startswith("--")}

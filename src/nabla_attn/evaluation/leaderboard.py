@@ -1,332 +1,199 @@
 """The leaderboard of methods: mass, error and seconds of each at equal densities.
 
-Queries, keys and values come from dense videos of a model, layer by layer through all steps, so
-that methods that keep something between steps can. A method's knob is set once, on the first
-prompt, for the density that is asked for in the mean over its calls; then all prompts are measured.
+A method's knob is set once, on the first prompt, for the density that is asked for in the mean
+over its calls; then all prompts are measured. All densities of a method are timed in one process,
+call by call in turn, and a reference beside them: what the machine did meanwhile cancels in the
+ratio of the two.
 """
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import cached_property, partial
-from math import exp
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from nabla_attn import methods
 from nabla_attn.attention import attend
 from nabla_attn.block_selection import select_blocks
 from nabla_attn.config import SparseConfig, as_config, parse
 from nabla_attn.core.block_map import BlockMap
-from nabla_attn.core.grid import TokenGrid
-from nabla_attn.core.order import TokenLayout, block_order
-from nabla_attn.generation.generate import generate
-from nabla_attn.generation.request import GenerationRequest
-from nabla_attn.methods import Moment, Parameter
-from nabla_attn.models import AttentionCall
-from nabla_attn.record import RunRecord, check_settings, collect_versions, describe_device
-from nabla_attn.schedule import Schedule
+from nabla_attn.evaluation.calls import Call, CallSource, Series, Tables
+from nabla_attn.evaluation.knobs import Knob, Setting
+from nabla_attn.record import RunRecord, check_settings, collect_versions
 
 DENSITIES = (0.05, 0.1, 0.2, 0.3)
-EVERYTHING = "nabla-1"
-LAYERS_PER_PROMPT = 2
-BRACKET = (-24.0, -12.0, -6.0, -3.0, -1.5, 0.0, 0.5, 1.5, 3.0, 6.0, 12.0)
-COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-WINDOWS = tuple((f, h, w) for f in (1, 3, 5, 7, 9, 11) for h in (1, 3, 5) for w in (1, 3, 5))
+REFERENCE = "topk-0.1"
+"""Timed before every call of every method."""
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
-    """One attention call of a dense run: fp32 [1, heads, tokens, dim] in raster order."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    grid: TokenGrid
-    moment: Moment
-
-    @cached_property
-    def dense(self) -> Tensor:
-        """Dense attention's output."""
-        return scaled_dot_product_attention(self.q, self.k, self.v)
-
-    @cached_property
-    def probabilities(self) -> Tensor:
-        """Exact attention of every query token, [heads, tokens, tokens]."""
-        scores = self.q[0] @ self.k[0].transpose(-1, -2) * self.q.shape[-1] ** -0.5
-        return scores.softmax(dim=-1)
-
-    def block_mass(self, layout: TokenLayout) -> Tensor:
-        """Probability of pairs of blocks, summed over query tokens: [heads, blocks, blocks]."""
-        if layout not in self._masses:
-            block = block_order(layout, self.q.device).to_raster // layout.grid.block.tokens
-            shape = (len(self.probabilities), layout.num_blocks, layout.num_tokens)
-            rows = torch.zeros(shape).index_add_(1, block, self.probabilities)
-            square = torch.zeros(shape[0], layout.num_blocks, layout.num_blocks)
-            self._masses[layout] = square.index_add_(2, block, rows)
-        return self._masses[layout]
-
-    @cached_property
-    def _masses(self) -> dict[TokenLayout, Tensor]:
-        return {}
-
-
-Series = list[Call]
-"""The calls of one layer and guidance branch, in the order of steps."""
-
-
-class Collector:
-    """Keeps the calls of some layers and branches of a dense run.
-
-    Args:
-        pairs: Numbers of a layer and of a call in its step.
-        num_steps: Denoising steps of the run.
-    """
-
-    def __init__(self, pairs: Sequence[tuple[int, int]], num_steps: int) -> None:
-        self.series: dict[tuple[int, int], Series] = {pair: [] for pair in pairs}
-        self._num_steps = num_steps
-        self._seen: dict[tuple[int | None, int], int] = {}
-
-    def attach(self, handle: Any) -> None:
-        """Observe all layers of a handle."""
-        self._num_layers = handle.num_layers
-        handle.observe(self._observe)
-
-    def _observe(self, seen: AttentionCall) -> None:
-        key = (seen.step, seen.layer)
-        branch = self._seen[key] = self._seen.get(key, -1) + 1
-        if (seen.layer, branch) not in self.series:
-            return
-        q, k, v = (x[-1:].float().clone() for x in (seen.q, seen.k, seen.v))
-        moment = Moment(
-            step=seen.step,
-            num_steps=self._num_steps,
-            layer=seen.layer,
-            num_layers=self._num_layers,
-        )
-        self.series[seen.layer, branch].append(Call(q, k, v, seen.layout.grid, moment))
-
-
-def collect(pipeline: Any, request: GenerationRequest, number: int) -> list[Series]:
-    """The calls of two layers and branches of a dense video; other prompts take others in turn.
-
-    Args:
-        pipeline: A text-to-video pipeline without joint text in its attention.
-        request: The run.
-        number: The prompt's number, which decides which.
-    """
-    depth = len(pipeline.transformer.blocks)
-    every = [(layer, branch) for layer in range(depth) for branch in (0, 1)]
-    # The stride has no factor in common with the number of pairs, so that all come in turn.
-    picked = [
-        every[(number * LAYERS_PER_PROMPT + i) * 5 % len(every)] for i in range(LAYERS_PER_PROMPT)
-    ]
-    collector = Collector(picked, request.steps)
-    everything = Schedule(algorithm=parse(EVERYTHING))
-    run = replace(request, sparse_algo=EVERYTHING, schedule=everything)
-    generate(pipeline, run, on_apply=collector.attach)
-    return [series for series in collector.series.values() if series]
-
-
-@dataclass(frozen=True)
 class Measured:
-    """One algorithm on one series, sums over its calls.
+    """One algorithm on one call.
 
     Attributes:
         density: Kept token pairs over all, summaries of a tail included.
-        recall: Probability of exact attention inside the kept blocks.
-        error: Distance of the output from dense over the length of the latter, mean over heads.
+        recall: Probability of exact attention inside the kept blocks, of every head.
+        error: Distance of the output from dense over the length of the latter, of every head.
+        distance: That distance over the square root of the output's number of values.
         select_seconds: Seconds that choosing took.
         seconds: Seconds of the whole attention, choosing included.
     """
 
     density: float
-    recall: float
-    error: float
+    recall: Tensor
+    error: Tensor
+    distance: Tensor
     select_seconds: float
     seconds: float
 
 
-def densities_of(config: SparseConfig, series: Series) -> float:
-    """The mean density of a method over the calls of a series."""
-    memory: dict[str, Any] = {}
-    found = []
-    for call in series:
-        layout = TokenLayout(call.grid.with_block(config.block))
-        options: dict[str, Any] = {
-            "v": call.v,
-            "moment": call.moment,
-            "memory": memory,
-            "is_raster": True,
-        }
-        found.append(select_blocks(call.q, call.k, layout, config, **options).density)
-    return sum(found) / len(found)
-
-
-def measure(config: SparseConfig, series: Series) -> list[Measured]:
-    """Mass, error and seconds of an algorithm on every call of a series."""
-    memory: dict[str, Any] = {}
-    return [_measure(config, call, memory) for call in series]
-
-
-def _measure(config: SparseConfig, call: Call, memory: dict[str, Any]) -> Measured:
-    spent = 0.0
-
-    def select(*args: Any, **options: Any) -> BlockMap:
-        nonlocal spent
-        start = time.perf_counter()
-        found = select_blocks(*args, **options, moment=call.moment, memory=memory)
-        spent = time.perf_counter() - start
-        return found
-
-    layout = TokenLayout(call.grid)
-    start = time.perf_counter()
-    with torch.no_grad():
-        run = partial(attend, backend="gather", measure=config.tail is not None, select=select)
-        out, block_map = run(call.q, call.k, call.v, layout, config)
-    seconds = time.perf_counter() - start
-    assert block_map is not None
-    distance = (out - call.dense).flatten(2).norm(dim=2) / call.dense.flatten(2).norm(dim=2)
-    tail = block_map.tail_density
-    density = block_map.density + (0.0 if tail is None else tail.mean().item())
-    layout = TokenLayout(call.grid.with_block(config.block))
-    recall = mass_of(block_map, layout, call)
-    return Measured(density, recall, distance.mean().item(), spent, seconds)
-
-
-def mass_of(block_map: BlockMap, layout: TokenLayout, call: Call) -> float:
-    """Exact probability inside the kept blocks, mean over query tokens and heads."""
-    if block_map.q_order is None or block_map.kv_order is None:
-        kept = call.block_mass(layout) * block_map.mask[0]
-        return kept.sum(dim=(1, 2)).mean().item() / layout.num_tokens
-    heads, size = len(call.probabilities), block_map.block_tokens
-    q_slots = block_map.q_order.slots[0].expand(heads, -1)
-    tokens = block_map.kv_order.tokens[0].expand(heads, -1)
-    column = torch.arange(tokens.shape[1]) // size
-    totals = []
-    for head, probs in enumerate(call.probabilities):
-        # A token may stand in several slots, of which a row sees one.
-        kept = block_map.mask[0, head][q_slots[head] // size][:, column] & (tokens[head] >= 0)
-        totals.append((probs[:, tokens[head].clamp_min(0)] * kept).sum(dim=1).mean().item())
-    return sum(totals) / heads
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A method at a density: what its knob was set to, and the density that gave.
-
-    Attributes:
-        method: Its name.
-        wanted: The density asked for; None where the method has no knob.
-        algorithm: The string.
-        density: What it came to on the calls that set it.
-    """
-
-    method: str
-    wanted: float | None
-    algorithm: str
-    density: float
-
-
-def set_knob(
-    name: str,
-    wanted: float,
-    density_of: Callable[[SparseConfig], float],
-    *,
-    suffix: str = "",
-    num_tries: int = 9,
-) -> Setting | None:
-    """Set the first parameter of a method so that it keeps about a share of the token pairs.
+class Runner:
+    """An algorithm that follows a series of calls, with what its methods keep between them.
 
     Args:
-        name: The method.
-        wanted: The density.
-        density_of: Measures the density of an algorithm.
-        suffix: What stands behind the method, such as "_block-4-4-4".
-        num_tries: Bisections of the bracket.
+        config: The algorithm.
+        tables: The table of its method, where that needs one.
+    """
+
+    def __init__(self, config: SparseConfig, tables: Tables | None = None) -> None:
+        self._config, self._tables = config, tables or {}
+        self._memory: dict[str, Any] = {}
+
+    def density(self, call: Call) -> float:
+        """The density of the map alone."""
+        layout = call.laid_out(self._config)
+        options: dict[str, Any] = {"v": call.v, "is_raster": True, "text_valid": call.text_valid}
+        options |= {"scale": call.scale} | self._options(call)
+        return select_blocks(call.q, call.k, layout, self._config, **options).density
+
+    def measure(self, call: Call) -> Measured:
+        """Mass, error and seconds of one call."""
+        out, block_map, chosen, seconds = self._run(call)
+        if block_map is None:
+            ones = torch.ones(call.q.shape[1])
+            return Measured(1.0, ones, 0 * ones, 0 * ones, 0.0, seconds)
+        tail = block_map.tail_density
+        density = block_map.density + (0.0 if tail is None else tail.mean().item())
+        recall = call.mass_of(block_map, call.laid_out(self._config))
+        away = (call.video(out) - call.dense).norm(dim=1)
+        error = away / call.dense.norm(dim=1)
+        return Measured(density, recall, error, away / call.dense.shape[1] ** 0.5, chosen, seconds)
+
+    def seconds(self, call: Call) -> float:
+        """Seconds of one call."""
+        return self._run(call)[3]
+
+    def _run(self, call: Call) -> tuple[Tensor, BlockMap | None, float, float]:
+        """The output, its map, and seconds of choosing and of all."""
+        spent = 0.0
+
+        choose: Callable[..., BlockMap] = partial(select_blocks, **self._options(call))
+
+        def select(*args: Any, **options: Any) -> BlockMap:
+            nonlocal spent
+            start = time.perf_counter()
+            found = choose(*args, **options)
+            spent = time.perf_counter() - start
+            return found
+
+        options: dict[str, Any] = {"scale": call.scale, "text_valid": call.text_valid}
+        options["measure"] = self._config.tail is not None
+        if not self._config.is_dense:
+            options["backend"] = "gather"
+        start = time.perf_counter()
+        with torch.no_grad():
+            out, block_map = attend(
+                call.q, call.k, call.v, call.layout, self._config, select=select, **options
+            )
+        return out, block_map, spent, time.perf_counter() - start
+
+    def _options(self, call: Call) -> dict[str, Any]:
+        tables = {name: entries[call.moment.layer] for name, entries in self._tables.items()}
+        return {"moment": call.moment, "memory": self._memory, "tables": tables}
+
+
+def density_of(config: SparseConfig, series: Sequence[Series], tables: Tables | None) -> float:
+    """The mean density of an algorithm's maps over the calls of some series."""
+    found = []
+    for calls in series:
+        runner = Runner(config, tables)
+        found += [runner.density(call) for call in calls]
+    return fmean(found)
+
+
+def measure_together(
+    configs: Sequence[SparseConfig],
+    series: Sequence[Series],
+    *,
+    tables: Sequence[Tables | None] | None = None,
+    head_names: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Measure algorithms call by call in turn, the reference before each turn.
+
+    Args:
+        configs: The algorithms.
+        series: The calls.
+        tables: The table of each algorithm, where it needs one.
+        head_names: Names of the heads where each has its own error in the result.
 
     Returns:
-        The nearest setting found; None where the method has no parameter.
+        For each algorithm its means over the calls, as records have them.
     """
-    method = methods.find(name)
-    if not method.parameters:
-        return None
-    knob = method.parameters[0]
-    rest = [_default(parameter) for parameter in method.parameters[1:]]
-
-    def at(value: Any) -> Setting | None:
-        try:
-            use = methods.make_use(name, value, *rest)
-            config = parse(f"{use}{suffix}")
-            return Setting(name, wanted, str(config), density_of(config))
-        except ValueError:
-            return None
-
-    if knob.num_parts == 3:
-        tried = [at(window) for window in WINDOWS]
-    elif knob.is_share:
-        tried = _bisect(lambda odds: at(_share(odds)), wanted, -7.0, 9.0, num_tries)
-    elif type(knob.read("1")) is int:
-        tried = [at(count) for count in COUNTS]
-    else:
-        ends = [setting for value in BRACKET if (setting := at(value)) is not None]
-        tried = [*ends, *_refine(at, ends, wanted, num_tries)]
-    found = [setting for setting in tried if setting is not None]
-    return min(found, key=lambda setting: abs(setting.density - wanted), default=None)
+    tables = tables or [None] * len(configs)
+    reference = parse(REFERENCE)
+    found: list[list[tuple[Call, Measured]]] = [[] for _ in configs]
+    spent = []
+    for calls in series:
+        for config, table in zip((reference, *configs), (None, *tables), strict=True):
+            if not config.is_dense:
+                # Code and index tables are loaded before anything is timed.
+                Runner(config, table).density(calls[0])
+        runners = [Runner(*each) for each in zip(configs, tables, strict=True)]
+        for call in calls:
+            spent.append(Runner(reference).seconds(call))
+            for runner, mine in zip(runners, found, strict=True):
+                mine.append((call, runner.measure(call)))
+    beside = {"reference_seconds": round(fmean(spent), 6)}
+    return [summarise(mine, head_names) | beside for mine in found]
 
 
-def _default(parameter: Parameter) -> Any:
-    return parameter.read(parameter.example) if parameter.default is None else parameter.default
-
-
-def _bisect(
-    at: Callable[[Any], Setting | None],
-    wanted: float,
-    low: float,
-    high: float,
-    num_tries: int,
-    *,
-    rises: bool = True,
-) -> list[Setting | None]:
-    tried = []
-    for _ in range(num_tries):
-        middle = float(f"{(low + high) / 2:.4g}")
-        setting = at(middle)
-        tried.append(setting)
-        is_over = setting is not None and (setting.density > wanted) == rises
-        low, high = (low, middle) if is_over else (middle, high)
-    return tried
-
-
-def _share(odds: float) -> float:
-    """A share from the logarithm of its odds: fine near 0 and near 1."""
-    return float(f"{1 / (1 + exp(-odds)):.5g}")
-
-
-def _refine(
-    at: Callable[[Any], Setting | None], ends: list[Setting], wanted: float, num_tries: int
-) -> list[Setting | None]:
-    """Bisect between the two neighbours of a bracket that have the density between them."""
-    values = [parse(end.algorithm).uses[0].values[0] for end in ends]
-    for (low, a), (high, b) in zip(
-        zip(values, ends, strict=True), list(zip(values, ends, strict=True))[1:], strict=False
-    ):
-        if min(a.density, b.density) <= wanted <= max(a.density, b.density):
-            return _bisect(at, wanted, low, high, num_tries, rises=a.density < b.density)
-    return []
+def summarise(found: Sequence[tuple[Call, Measured]], head_names: Sequence[str]) -> dict[str, Any]:
+    """Means over calls; of recall and error also the worst head's, and those of half the steps."""
+    measured = [each for _, each in found]
+    plain: dict[str, float] = {
+        name: fmean(getattr(each, name) for each in measured)
+        for name in ("density", "select_seconds", "seconds")
+    }
+    halves: dict[str, list[Measured]] = {"early": [], "late": []}
+    for call, each in found:
+        step, steps = call.moment.step or 0, call.moment.num_steps or 1
+        halves["early" if 2 * step < steps else "late"].append(each)
+    for name, worst in (("recall", torch.amin), ("error", torch.amax), ("distance", torch.amax)):
+        values = [getattr(each, name) for each in measured]
+        plain[name] = fmean(value.mean().item() for value in values)
+        plain[f"{name}_worst_head"] = fmean(worst(value).item() for value in values)
+        for half, mine in halves.items():
+            if mine:
+                plain[f"{name}_{half}"] = fmean(getattr(each, name).mean().item() for each in mine)
+    result: dict[str, Any] = {name: round(value, 6) for name, value in plain.items()}
+    if head_names:
+        errors = torch.stack([each.error for each in measured]).mean(dim=0).tolist()
+        pairs = zip(head_names, errors, strict=True)
+        result["error_of_heads"] = {name: round(error, 6) for name, error in pairs}
+    return result
 
 
 class Leaderboard:
-    """Measures methods on a model's prompts, a record for each; what is there is kept.
+    """Measures methods, a record for each prompt; what is there is kept.
 
     Args:
-        pipeline: A text-to-video pipeline.
-        request: The dense runs; prompt is replaced.
+        source: Where calls come from.
         folder: Where the records are.
         names: Methods; None is all that need no table.
         densities: Densities asked for.
@@ -335,26 +202,26 @@ class Leaderboard:
 
     def __init__(
         self,
-        pipeline: Any,
-        request: GenerationRequest,
+        source: CallSource,
         folder: Path,
         *,
         names: Sequence[str] | None = None,
         densities: Sequence[float] = DENSITIES,
         suffixes: Sequence[str] = ("",),
     ) -> None:
-        self.pipeline, self.request, self.folder = pipeline, request, folder
+        self.source, self.folder = source, folder
         every = [name for name in methods.names() if "table" not in methods.find(name).needs]
         self.names = list(every if names is None else names)
+        for name in self.names:
+            methods.find(name)
         self.densities, self.suffixes = list(densities), list(suffixes)
+        self._tables: dict[str, Tables] = {}
 
-    def settings(self, prompt: str) -> list[Setting]:
-        """The knobs, from their record or set anew on the calls of a prompt."""
+    def settings(self) -> list[Setting]:
+        """The knobs, from their record or set anew on the calls of the first prompt."""
         path = self.folder / "settings.json"
-        asked = self._config() | {"prompt": prompt}
-        known: dict[str, list[dict[str, Any]]] = {}
-        if path.is_file():
-            known = check_settings(path, asked).numbers["settings"]
+        asked = self.source.describe(0)
+        known = _known(path, asked, "settings")
         missing: list[tuple[str, str, list[float]]] = []
         for name in self.names:
             for suffix in self.suffixes:
@@ -362,99 +229,140 @@ class Leaderboard:
                 lacking = [wanted for wanted in self.densities if wanted not in set_for]
                 if lacking and None not in set_for:
                     missing.append((name, suffix, lacking))
-        if missing:
-            series = collect(self.pipeline, self._request(prompt), 0)
-            for name, suffix, lacking in missing:
+        series = self.source.collect(0) if missing else []
+        for name, suffix, lacking in missing:
+            try:
                 found = [vars(each) for each in self._set(name, suffix, lacking, series)]
-                known.setdefault(f"{name}{suffix}", []).extend(found)
-                self._save(path, asked, {"settings": known})
+            except ValueError as error:
+                warnings.warn(f"{name}{suffix} is left out: {error}", stacklevel=2)
+                continue
+            known.setdefault(f"{name}{suffix}", []).extend(found)
+            self._save(path, asked, {"settings": known})
         return [
             Setting(**values)
             for name in self.names
             for suffix in self.suffixes
-            for values in known[f"{name}{suffix}"]
+            for values in known.get(f"{name}{suffix}", [])
             if values["wanted"] is None or values["wanted"] in self.densities
         ]
 
     def _set(
         self, name: str, suffix: str, densities: list[float], series: list[Series]
     ) -> list[Setting]:
-        def density_of(config: SparseConfig) -> float:
-            return sum(densities_of(config, each) for each in series) / len(series)
+        def density(config: SparseConfig) -> float:
+            return density_of(config, series, self._tables_of(config))
 
-        if not methods.find(name).parameters:
-            config = parse(f"{name}{suffix}")
-            return [Setting(name, None, str(config), density_of(config))]
-        found = [set_knob(name, wanted, density_of, suffix=suffix) for wanted in densities]
-        return [setting for setting in found if setting is not None]
+        knob = Knob(name, density, suffix=suffix)
+        wanted = densities if methods.find(name).parameters else densities[:1]
+        return [knob.set(each) for each in wanted]
 
     def measure(
-        self, prompts: Sequence[str], *, on_progress: Callable[[str, int, int], None]
+        self, num_prompts: int, *, on_progress: Callable[[str, int, int], None]
     ) -> list[RunRecord]:
         """Measure all settings on all prompts.
 
         Args:
-            prompts: What the videos show; the first sets the knobs.
-            on_progress: Told of prompts that are done.
+            num_prompts: Prompts of the source, from the first, which also sets the knobs.
+            on_progress: Told of methods that are done, over all prompts.
         """
-        settings = self.settings(prompts[0])
-        records = []
-        for number, prompt in enumerate(prompts):
-            records.append(self._measure_prompt(number, prompt, settings))
-            on_progress("prompts", number + 1, len(prompts))
+        groups: dict[str, list[str]] = {"dense": ["dense"]}
+        for setting in self.settings():
+            _, _, suffix = setting.algorithm.partition("_")
+            mine = groups.setdefault(f"{setting.method}_{suffix}", [])
+            # Two densities may have the same nearest setting.
+            mine += [setting.algorithm] if setting.algorithm not in mine else []
+        records, total = [], num_prompts * len(groups)
+        for number in range(num_prompts):
+            done = partial(_tell, on_progress, number * len(groups), total)
+            records.append(self._measure_prompt(number, list(groups.values()), done))
         return records
 
-    def _measure_prompt(self, number: int, prompt: str, settings: list[Setting]) -> RunRecord:
+    def _measure_prompt(
+        self, number: int, groups: list[list[str]], on_group: Callable[[int], None]
+    ) -> RunRecord:
         path = self.folder / f"p{number:04d}.json"
-        asked = self._config() | {"prompt": prompt}
-        known: dict[str, Any] = {}
-        if path.is_file():
-            known = check_settings(path, asked).numbers["algorithms"]
-        missing = [setting for setting in settings if setting.algorithm not in known]
-        if missing:
-            series = collect(self.pipeline, self._request(prompt), number)
-            for setting in missing:
-                config = as_config(setting.algorithm)
-                found = [each for calls in series for each in measure(config, calls)]
-                known[setting.algorithm] = _means(found)
-                self._save(path, asked, {"algorithms": known})
+        asked = self.source.describe(number)
+        known = _known(path, asked, "algorithms")
+        series: list[Series] = []
+        for index, group in enumerate(groups):
+            missing = [algorithm for algorithm in group if algorithm not in known]
+            if missing:
+                series = series or self.source.collect(number)
+                configs = [as_config(algorithm) for algorithm in missing]
+                found = measure_together(
+                    configs,
+                    series,
+                    tables=[self._tables_of(config) for config in configs],
+                    head_names=self.source.head_names,
+                )
+                known |= dict(zip(missing, found, strict=True))
+                self._save(path, asked, {"reference": REFERENCE, "algorithms": known})
+            on_group(index + 1)
         return RunRecord.load(path)
 
-    def _request(self, prompt: str) -> GenerationRequest:
-        return replace(self.request, prompt=prompt)
-
-    def _config(self) -> dict[str, Any]:
-        values = self.request.to_dict()
-        return {key: value for key, value in values.items() if key != "prompt"}
+    def _tables_of(self, config: SparseConfig) -> Tables | None:
+        """The table of an algorithm, made once in this process; None where it needs none."""
+        if not any("table" in methods.find(use.name).needs for use in config.uses):
+            return None
+        key = str(config)
+        if key not in self._tables:
+            self._tables[key] = self.source.make_tables(config)
+        return self._tables[key]
 
     def _save(self, path: Path, config: dict[str, Any], numbers: dict[str, Any]) -> None:
-        device = describe_device(self.pipeline.device)
-        versions = collect_versions()
-        RunRecord("leaderboard", config, self.request.seed, versions, device, numbers).save(path)
+        source, versions = self.source, collect_versions()
+        RunRecord("leaderboard", config, source.seed, versions, source.device, numbers).save(path)
 
 
-def _means(found: list[Measured]) -> dict[str, float]:
-    names = [field.name for field in fields(Measured)]
-    return {
-        name: round(sum(getattr(each, name) for each in found) / len(found), 6) for name in names
-    }
+def _known(path: Path, asked: dict[str, Any], name: str) -> dict[str, Any]:
+    """What a record holds under a name; nothing where there is no record."""
+    return dict(check_settings(path, asked).numbers[name]) if path.is_file() else {}
+
+
+def _tell(on_progress: Callable[[str, int, int], None], before: int, total: int, done: int) -> None:
+    on_progress("methods", before + done, total)
+
+
+def read_records(folder: Path) -> list[RunRecord]:
+    """Read the records of prompts that a leaderboard left in a folder."""
+    return [RunRecord.load(path) for path in sorted(folder.glob("p????.json"))]
 
 
 def rows_of(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """Means over the prompts of records, a row for each algorithm that all of them have.
 
-    `error_spread` is the standard error of the mean error over prompts.
+    Where the reference was timed, seconds are the median ratio to it over the prompts times the
+    reference's median over the whole record. `errors` are those of each prompt, `error_spread` is
+    the standard error of their mean, and `ideal` the share of ideal: dense attention's seconds
+    times the density over the seconds, where dense attention was timed.
     """
     tables = [record.numbers["algorithms"] for record in records]
+    usual = median(
+        entry.get("reference_seconds", 1.0) for table in tables for entry in table.values()
+    )
     rows = []
-    for algorithm in tables[0]:
+    for algorithm in tables[0] if tables else ():
         found = [table[algorithm] for table in tables if algorithm in table]
-        if len(found) < len(tables):
-            continue
-        row: dict[str, Any] = {"algorithm": algorithm, "prompts": len(found)}
-        for name in found[0]:
-            row[name] = sum(each[name] for each in found) / len(found)
-        spread = torch.tensor([each["error"] for each in found]).std(correction=1).item()
-        row["error_spread"] = spread / len(found) ** 0.5 if len(found) > 1 else None
-        rows.append(row)
+        if len(found) == len(tables):
+            rows.append({"algorithm": algorithm} | _row(found, usual))
+    dense = next((row["seconds"] for row in rows if row["algorithm"] == "dense"), None)
+    for row in rows:
+        row["ideal"] = None if dense is None else dense * row["density"] / row["seconds"]
     return rows
+
+
+def _row(found: Sequence[dict[str, Any]], usual: float) -> dict[str, Any]:
+    """One algorithm's numbers over its prompts."""
+    row: dict[str, Any] = {"prompts": len(found)}
+    for name, value in found[0].items():
+        if not isinstance(value, dict):
+            row[name] = fmean(each[name] for each in found)
+        else:
+            row[name] = {key: fmean(each[name][key] for each in found) for key in value}
+    row["errors"] = [each["error"] for each in found]
+    for name in ("select_seconds", "seconds"):
+        if all("reference_seconds" in each for each in found):
+            row[name] = usual * median(each[name] / each["reference_seconds"] for each in found)
+    spread = torch.tensor(row["errors"]).std(correction=1).item() if len(found) > 1 else None
+    row["error_spread"] = None if spread is None else spread / len(found) ** 0.5
+    return row
