@@ -1,5 +1,7 @@
 """The leaderboard: knobs reach densities, measures equal their definitions, runs resume."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.oracle import random_qkv
@@ -237,7 +239,9 @@ def test_a_run_goes_on_where_it_stopped(tiny_wan, tmp_path):
         other.measure(1, on_progress=lambda *stage: None)
 
 
-def test_a_method_that_takes_none_of_the_calls_is_left_out_with_the_reason(tiny_wan, tmp_path, monkeypatch):
+def test_a_method_that_takes_none_of_the_calls_is_left_out_with_the_reason(
+    tiny_wan, tmp_path, monkeypatch
+):
     monkeypatch.setattr(na.methods, "_OWN", {})
     pipeline = load_pipeline(tiny_wan, device="cpu", dtype="float32")
     source = ModelCalls(pipeline, REQUEST, ["red"])
@@ -256,7 +260,22 @@ def test_a_method_that_takes_none_of_the_calls_is_left_out_with_the_reason(tiny_
 def test_a_table_is_calibrated_on_a_dense_video(tiny_wan, tmp_path):
     pipeline = load_pipeline(tiny_wan, device="cpu", dtype="float32")
     source = ModelCalls(pipeline, REQUEST, ["red"], table_prompt="blue")
-    board = Leaderboard(source, tmp_path, names=["vdit", "dam"], densities=[0.5])
+    board = Leaderboard(source, tmp_path, names=["vdit"], densities=[0.5])
     (record,) = board.measure(1, on_progress=lambda *stage: None)
     found = {row["algorithm"].split("-")[0] for row in rows_of([record])}
-    assert found == {"dense", "vdit", "dam"}
+    assert found == {"dense", "vdit"}
+
+
+def test_a_method_that_calibrates_on_short_videos_gets_one(monkeypatch):
+    tried = []
+
+    def run(self, frames, prompt, observer):
+        tried.append((frames, prompt))
+        if frames > 9:
+            raise ValueError("too long. Calibrate on fewer frames.")
+
+    source = ModelCalls.__new__(ModelCalls)
+    source._request, source._table_prompt = replace(REQUEST, frames=33), "blue"
+    monkeypatch.setattr(ModelCalls, "_run", run)
+    assert source.make_tables(na.parse("dam-0.3")) == {"dam": {}}
+    assert tried == [(33, "blue"), (17, "blue"), (9, "blue")]
