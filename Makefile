@@ -57,7 +57,7 @@ docs: $(READY)
 
 tests: $(READY)
 	@echo "Tests"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 wheel: $(READY)
 	$(BIN)/python -m pytest -m slow tests/test_wheel.py

@@ -34,6 +34,26 @@ def _fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_estimate_a_size():
+    """Trace how much memory decoding takes once a size: that takes longer than a tiny video."""
+    from nabla_attn.generation import memory
+
+    traced, trace = {}, memory._decoding_bytes
+
+    def known(pipeline, request, dtype, placement, *, is_cpu):
+        size = (request.frames, request.height, request.width)
+        size += tuple(memory._latent_shape(pipeline, request))
+        key = str((type(pipeline), pipeline.vae.config, size, dtype, placement, is_cpu))
+        if key not in traced:
+            traced[key] = trace(pipeline, request, dtype, placement, is_cpu=is_cpu)
+        return traced[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "_decoding_bytes", known)
+        yield
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Load a file of recorded reference outputs; see tests/golden/README.md."""

@@ -60,6 +60,17 @@ class ScalePlan:
             )
 
 
+def check_gains(architecture: Architecture, gains: Sequence[float]) -> None:
+    """Refuse gains that a network cannot be scaled by.
+
+    Raises:
+        ValueError: Not as many gains as stages, or one that is negative or not finite.
+    """
+    stages = len(architecture.num_blocks)
+    if len(gains) != stages or not all(0 <= gain < math.inf for gain in gains):
+        raise ValueError(f"{stages} stages need as many gains, not negative: got {list(gains)}.")
+
+
 def scale(
     architecture: Architecture,
     gains: Sequence[float],
@@ -84,11 +95,8 @@ def scale(
     Raises:
         ValueError: Not as many gains as stages, or a budget below the network's own latency.
     """
+    check_gains(architecture, gains)
     counts = architecture.num_blocks
-    if len(gains) != len(counts) or not all(0 <= gain < math.inf for gain in gains):
-        raise ValueError(
-            f"{len(counts)} stages need as many gains, not negative: got {list(gains)}."
-        )
     base = table.seconds(architecture)
     pieces = table.pieces(architecture)
     options = np.arange(MAX_ADDED + 1)

@@ -352,7 +352,7 @@ def test_flash_runs_only_where_it_keeps_to_the_map(on, monkeypatch):
     assert reason("sm_100", rows=2) is None
 
 
-def test_what_does_not_fit_is_refused(tmp_path):
+def test_what_does_not_fit_is_refused():
     q = torch.zeros(1, 1, 1, 16)
     with (
         flex_options.flex_options(FlexOptions(1, {"BLOCK_M": 128})),

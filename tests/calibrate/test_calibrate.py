@@ -201,7 +201,7 @@ def test_what_was_measured_is_kept(pipeline, measured, monkeypatch):
         Calibration(pipeline, REQUEST, CANDIDATES[1:], folder).measure(["red"])
 
 
-def test_folders_that_lack_heads_or_losses_are_refused(pipeline, measured, tmp_path):
+def test_folders_that_lack_heads_or_losses_are_refused(measured, tmp_path):
     calibration, _ = measured
     record = RunRecord.load(calibration.folder / "p0000.json")
     older = RunRecord("calibrate", {}, 0, collect_versions(), "cpu", {"density": [], "error": []})

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from tests.processes import NablaCommand
 from typer.testing import CliRunner
 
 from nabla_attn.cli import app
@@ -11,6 +12,7 @@ from nabla_attn.media import read_video
 from nabla_attn.record import RunRecord
 
 SIZE = ["--height", "128", "--width", "128", "--frames", "5", "--steps", "4", "--device", "cpu"]
+SMALLEST = ["--height", "32", "--width", "32", "--frames", "1", "--steps", "1"]
 PROMPT = ["--prompt", "a red circle moving right"]
 
 
@@ -113,7 +115,7 @@ def test_a_first_frame_is_gone_on_from(tiny_wan, tmp_path):
 
 def test_python_dash_m_warns_in_one_line(tiny_wan, tmp_path):
     command = [sys.executable, "-m", "nabla_attn.cli", "generate", "--prompt", "red " * 600]
-    command += ["--model", tiny_wan, *SIZE, "--output", tmp_path / "a.mp4"]
+    command += ["--model", tiny_wan, *SIZE, *SMALLEST, "--output", tmp_path / "a.mp4"]
     result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "a.mp4").is_file()
@@ -125,23 +127,15 @@ def test_python_dash_m_warns_in_one_line(tiny_wan, tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_ctrl_c_leaves_no_mp4(tiny_wan, tmp_path):
-    command = [sys.executable, "-m", "nabla_attn.cli", "generate", "--prompt", "a red unicorn"]
-    command += ["--model", tiny_wan, *SIZE, "--steps", 20000, "--output", tmp_path / "a.mp4"]
-    process = subprocess.Popen(
-        [*map(str, command)],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        # The warning about the unicorn comes just before sampling starts.
-        lines = [process.stderr.readline() for _ in range(2)]
-        assert "note: memory" in lines[0] and "unicorn" in lines[1]
-        process.send_signal(signal.SIGINT)
-        rest = process.communicate(timeout=60)[1]
-    finally:
-        process.kill()
-    assert process.returncode == 130, rest
-    assert "interrupted" in rest
-    assert "Traceback" not in rest
-    assert not list(tmp_path.iterdir())
+    out = tmp_path / "out"
+    out.mkdir()
+    arguments = ["--model", tiny_wan, *SIZE, "--steps", 20000, "--output", out / "a.mp4"]
+    command = NablaCommand(tmp_path / "said", "generate", "--prompt", "a red unicorn", *arguments)
+    # The warning about the unicorn comes just before sampling starts.
+    command.wait_for("unicorn", command.stderr)
+    assert "note: memory" in command.stderr.read_text().splitlines()[0]
+    assert command.send(signal.SIGINT) == 130
+    said = command.stderr.read_text()
+    assert "interrupted" in said
+    assert "Traceback" not in said
+    assert not list(out.iterdir())

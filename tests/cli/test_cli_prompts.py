@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from tests.processes import NablaCommand
 from typer.testing import CliRunner
 
 from nabla_attn.cli import app
@@ -23,14 +24,6 @@ def command(tiny_wan, tmp_path):
 
 def nabla(*args):
     return CliRunner().invoke(app, [str(arg) for arg in args])
-
-
-def start(command, *launcher):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, *launcher, "-m", "nabla_attn.cli", *command]
-    return subprocess.Popen(
-        arguments, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
 
 
 def whole(folder):
@@ -111,12 +104,9 @@ def test_bad_input_gets_one_line(command, tmp_path, change, words):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_run_goes_on(command, tmp_path, number):
     command[command.index("--steps") + 1] = "30"
-    process = start(command)
-    first = process.stdout.readline()
-    assert "a red circle" in first
-    process.send_signal(number)
-    process.communicate(timeout=60)
-    assert process.returncode == -number
+    running = NablaCommand(tmp_path / "said", *command)
+    running.wait_for("a red circle", running.stdout)
+    assert running.send(number) == -number
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.*")}
     done = len(list((tmp_path / "out").glob("*.json")))
     assert 1 <= done < 3
@@ -133,10 +123,9 @@ def made_by(output):
 
 def test_two_processes_make_each_once(command, tmp_path):
     (tmp_path / "list.txt").write_text("".join("a red circle\n" for _ in range(8)))
-    processes = [start(command) for _ in range(2)]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    made = [name for out, _ in outputs for name in made_by(out)]
+    running = [NablaCommand(tmp_path / f"said-{index}", *command) for index in range(2)]
+    assert [each.exit_code() for each in running] == [0, 0]
+    made = [name for each in running for name in made_by(each.stdout.read_text())]
     assert len(made) == len(set(made)) == 8
     assert len(whole(tmp_path / "out")) == 8
 
@@ -146,10 +135,13 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2"]
 
 @pytest.mark.slow
 def test_torchrun_shares_a_list(command, tmp_path):
-    process = start(command, *TORCHRUN, "--master-port=29517")
-    out, said = process.communicate(timeout=400)
-    assert process.returncode == 0, said
-    assert len(made_by(out)) == 3
+    launcher = [sys.executable, *TORCHRUN, "--master-port=29517", "-m", "nabla_attn.cli"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, *command], env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(made_by(done.stdout)) == 3
     assert whole(tmp_path / "out") == ALL
 
 

@@ -174,7 +174,7 @@ def test_a_mask_goes_to_the_original(node, caplog):
     assert caplog.text.count("mask") == 1
 
 
-def test_a_grid_that_does_not_fit_is_logged_once(node, wan, monkeypatch, caplog):
+def test_a_grid_that_does_not_fit_is_logged_once(node, wan, caplog):
     (patched,) = node.apply(wan, "nabla-0.5")
     x, context = latents()
     reference = torch.randn(1, 4, 32, 20)

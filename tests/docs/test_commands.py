@@ -140,20 +140,7 @@ def test_commands_run(page, tiny_wan, videos, tmp_path, monkeypatch):
     Path("prompts.txt").write_text("a red circle\n")
     lines = [words for words in commands(page) if is_run(words)]
     if any("data.folder=encoded" in word for words in lines for word in words):
-        lines.insert(
-            0,
-            [
-                "nabla",
-                "encode",
-                "videos",
-                "--model",
-                "DIR",
-                "--sizes",
-                "32x48x5",
-                "--output",
-                "encoded",
-            ],
-        )
+        lines.insert(0, shlex.split(ENCODE))
     for words in lines:
         if words[1] == "encode":
             # Documents show ways to fill one folder, and only one of them fills it.

@@ -121,6 +121,8 @@ def test_bench_of_spaces():
 )
 def test_bad_input_is_one_line(args, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # No machine is measured for what is refused.
+    monkeypatch.setattr("isynet.latency.LatencyTable.fit_factor", None)
     result = run(*args)
     assert result.exit_code == 2, result.output
     lines = result.stderr.strip().splitlines()

@@ -1,12 +1,12 @@
 """Search and scaling: within the band, recorded, and the same after a kill."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+import os
+import signal
 
 import pytest
 from tests.isynet.test_space_and_latency import CountingTimer
+from tests.processes import exit_codes, start_process
 
 import isynet
 from isynet.data.catalogue import open_source
@@ -72,21 +72,20 @@ def test_a_search_stays_within_its_band_and_records_all(whole):
     assert load_best(folder) == found.best
 
 
+def search_and_die(folder, count):
+    """The process kills itself at that candidate."""
+
+    def die(_, done, __):
+        if done == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run_search(folder, die)
+
+
 def test_a_search_that_is_killed_gives_the_same_result(whole, tmp_path):
     folder, _ = whole
-    code = (
-        "import os, signal, sys; from pathlib import Path;"
-        "from tests.isynet.test_search_and_scale import run_search;"
-        "stop = int(sys.argv[2]);"
-        "run_search(Path(sys.argv[1]), lambda _, done, __:"
-        " os.kill(os.getpid(), signal.SIGKILL) if done == stop else None)"
-    )
-    ended = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), "7"],
-        cwd=Path(__file__).parents[2],
-        check=False,
-    )
-    assert ended.returncode == -9 and not (tmp_path / "search.json").exists()
+    (code,) = exit_codes([start_process(search_and_die, tmp_path, 7)])
+    assert code == -signal.SIGKILL and not (tmp_path / "search.json").exists()
     assert len(list((tmp_path / "trials").iterdir())) == 7
     run_search(tmp_path)
     assert results(tmp_path) == results(folder)

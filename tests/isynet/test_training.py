@@ -106,8 +106,7 @@ def test_training_lowers_the_loss(shapes):
     assert not result.net.training
 
 
-def test_weights_decay_and_the_rest_does_not(shapes):
-    # Without a learning signal only decay moves weights: by rate * decay a step.
+def test_weights_decay_and_the_rest_does_not():
     from isynet.training.loop import _groups
 
     groups = _groups([net()], SHORT)

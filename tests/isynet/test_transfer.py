@@ -64,7 +64,7 @@ def test_colour_weights_are_fine_tuned_on_grey_images(tmp_path, data):
     assert torch.allclose(first, second, atol=1e-6)
 
 
-def test_from_takes_weights_only(tmp_path):
+def test_from_takes_weights_only():
     result = CliRunner().invoke(app, ["train", "--from=isynet-n0", "--data=digits"])
     assert result.exit_code == 2
     assert "--from takes a .safetensors file, got isynet-n0" in result.output

@@ -277,7 +277,7 @@ def test_compiled_blocks_keep_one_graph(model):
     torch._dynamo.reset()
 
 
-def test_gradients_see_fresh_maps_and_a_warning_says_so(model, built):
+def test_gradients_see_fresh_maps_and_a_warning_says_so(model):
     model.enable_gradient_checkpointing()
     model.train()
     gradients = []

@@ -146,7 +146,7 @@ def test_processors_without_a_door_are_refused():
 
 
 @torch.no_grad()
-def test_models_inside_wrappers(tmp_path):
+def test_models_inside_wrappers():
     model, inputs = TINY["wan"].build(), TINY["wan"].inputs(2, 8, 9)
     expected = run(model, inputs)
     parallel = torch.nn.DataParallel(model)

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from tests.models import ulysses_worker
 from tests.models.tiny_models import TINY, randn, relative_error, run
+from tests.processes import exit_codes, start_process
 
 import nabla_attn as na
 from nabla_attn.core.grid import TokenGrid
@@ -29,7 +29,11 @@ QUICK = ("wan", "hunyuan", "cogvideox")
 
 
 def check(tmp_path, num_ranks, names):
-    mp.spawn(ulysses_worker.main, args=(str(tmp_path), num_ranks, names), nprocs=num_ranks)
+    ranks = [
+        start_process(ulysses_worker.main, rank, str(tmp_path), num_ranks, names)
+        for rank in range(num_ranks)
+    ]
+    assert exit_codes(ranks, timeout=600) == [0] * num_ranks
     results = torch.load(tmp_path / "results.pt")
     for before, after, error in results["balance"].values():
         assert 1 <= after < 1.1 < before

@@ -116,7 +116,6 @@ def unequal_heads(model):
 
 def main(rank: int, folder: str, num_ranks: int, names: tuple[str, ...]) -> None:
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     meet = f"file://{folder}/meet"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=num_ranks)
     results = {}

@@ -154,7 +154,7 @@ def test_the_transformer_learns_a_few_clips(tmp_path):
     assert record["losses"][-1] < 0.6 * record["losses"][0]
 
 
-def test_image_steps_have_their_own_images_and_noise(monkeypatch):
+def test_image_steps_have_their_own_images_and_noise():
     calls = []
 
     def model(latents, timestep, encoder_hidden_states, return_dict):

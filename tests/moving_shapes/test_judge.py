@@ -20,11 +20,17 @@ def wrong(video, scene):
 
 
 @pytest.mark.parametrize(
-    ("frames", "height", "width"), [(13, 64, 64), (5, 128, 128), (17, 96, 64), (9, 72, 120)]
+    ("frames", "height", "width", "seeds"),
+    [
+        (13, 64, 64, range(6)),
+        (5, 128, 128, range(6, 12)),
+        (17, 96, 64, range(6)),
+        (9, 72, 120, range(6, 12)),
+    ],
 )
 @pytest.mark.parametrize("num_shapes", [1, 2, 3])
-def test_rendered_truth_is_all_right(frames, height, width, num_shapes):
-    for seed in range(12):
+def test_rendered_truth_is_all_right(frames, height, width, seeds, num_shapes):
+    for seed in seeds:
         scene = sample_scene(seed, num_shapes)
         assert not wrong(render(scene, frames, height, width), scene), seed
 

@@ -1,7 +1,6 @@
 import os
 import re
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.processes import exit_codes, start_process
 
 from nabla_attn.config import parse
 from nabla_attn.generation.generate import generate
@@ -209,14 +209,14 @@ def test_nothing_can_be_uploaded(served):
     assert httpx.post(f"{served}gradio_api/upload", files=files).status_code == 413
 
 
-RUN = """
-import sys
-import nabla_attn.cli.options as options
-from nabla_attn.generation.pipeline import load_pipeline
-options.load_quietly = lambda name, device, dtype, lora: load_pipeline(name, device="cpu")
-from nabla_attn.cli import app
-app()
-"""
+def serve(model, said):
+    """`nabla studio` on the CPU; what it says goes to a file."""
+    import nabla_attn.cli.options as options
+    from nabla_attn.cli import app
+
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 1)
+    options.load_quietly = lambda name, device, dtype, lora: load_pipeline(name, device="cpu")
+    app(["studio", "--model", str(model), "--port", "0"])
 
 
 def test_sigterm_removes_the_videos_even_while_one_is_made(tiny_wan, tmp_path):
@@ -225,14 +225,13 @@ def test_sigterm_removes_the_videos_even_while_one_is_made(tiny_wan, tmp_path):
 
     place = tmp_path / "temporary"
     place.mkdir()
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-c", RUN, "studio", "--model", str(tiny_wan), "--port", "0"],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"TMPDIR": str(place)},
-    )
+    said = tmp_path / "said"
+    process = start_process(serve, tiny_wan, said, TMPDIR=str(place))
     try:
-        address = re.search(r"http://\S+", process.stdout.readline())[0]
+        while not (said.exists() and "\n" in said.read_text()):
+            assert process.is_alive()
+            time.sleep(0.05)
+        address = re.search(r"http://\S+", said.read_text())[0]
         client = Client(address, verbose=False, download_files=False)
         asked = ("x", str(tiny_wan), "none", "nabla-0.4", 64, 64, 5, 20, 0)
         job = client.submit(*asked, api_name="/run")
@@ -240,10 +239,9 @@ def test_sigterm_removes_the_videos_even_while_one_is_made(tiny_wan, tmp_path):
             assert not job.done()
             time.sleep(0.05)
         process.terminate()
-        assert process.wait(timeout=60) == 143
+        assert exit_codes([process]) == [143]
     finally:
         process.kill()
-        process.communicate()
     assert list(place.rglob("*.mp4")) == []
 
 

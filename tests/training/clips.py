@@ -1,6 +1,5 @@
 """A few random encoded clips in memory, and configurations small enough for any machine."""
 
-import multiprocessing
 import os
 from dataclasses import dataclass
 
@@ -59,9 +58,8 @@ def small_config(recipe="finetune", **values):
     return override(find_recipe(recipe), SMALL | named)
 
 
-def train_clips(model, folder, values, options, **environment):
+def train_clips(model, folder, values, options):
     """Train odd clips; in a process of its own when started by `start_process`."""
-    os.environ.update(environment)
     torch.set_num_threads(1)
     from nabla_attn.training.train import train
 
@@ -75,15 +73,6 @@ def train_clips(model, folder, values, options, **environment):
         options = options | {"sample": lambda step, transformer: {"right": 1.0}}
     dataset = make_clips(odd=values.pop("odd", True))
     return train(small_config(**values), model, folder, dataset=dataset, **options)
-
-
-def start_process(target, *arguments, **environment):
-    """A process that has the heavy imports behind it; several of them start in no time."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nabla_attn.training.train", "diffusers", "peft", "accelerate"])
-    process = context.Process(target=target, args=arguments, kwargs=environment)
-    process.start()
-    return process
 
 
 def shard_by_hand():

@@ -10,7 +10,8 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file
-from tests.training.clips import make_clips, small_config, start_process, train_clips
+from tests.processes import start_process
+from tests.training.clips import make_clips, small_config, train_clips
 
 from nabla_attn.training import checkpoint as checkpoint_module
 from nabla_attn.training.checkpoint import Checkpoints, SaveFailed, read_state

@@ -30,48 +30,48 @@ def parts_of(pipeline, folder):
     return Parts(folder, "transformer", model, scheduler, type(pipeline), pipeline.config)
 
 
-@pytest.mark.parametrize("recipe", ["finetune", "distill"])
-@pytest.mark.parametrize("kind", tiny.KINDS)
-def test_a_family_trains_and_its_weights_load(kind, recipe, tmp_path):
+def prepare_family(kind, folder, recipe="finetune", *, is_saved=False, **values):
+    """A run over two clips, one of them held out, and what it will log."""
     pipeline = getattr(tiny, kind)()
-    pipeline.save_pretrained(tmp_path / "model")
     frames, height, width = tiny.size_of(kind)
-    clips = WorldSet(pipeline, clips=3, frames=frames, height=height, width=width)
-    entries = []
-    config = small_config(
-        recipe, steps=2, sparsity__algorithm="nabla-0.5", data__validation=1, **shift_of(kind)
-    )
+    clips = WorldSet(pipeline, clips=2, frames=frames, height=height, width=width)
+    values = {"sparsity__algorithm": "nabla-0.5", "data__validation": 1, **shift_of(kind)} | values
     # Stand-ins for large text encoders cannot be loaded, so the parts are handed over.
-    parts = parts_of(pipeline, tmp_path / "model")
-    run = prepare(config, parts, clips)
+    if is_saved:
+        pipeline.save_pretrained(folder / "model")
+    run = prepare(small_config(recipe, **values), parts_of(pipeline, folder / "model"), clips)
     probe(run)
-    trainer = Trainer(run, tmp_path / "run", on_log=entries.append)
+    entries = []
+    return run, Trainer(run, folder / "run", on_log=entries.append), entries
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_a_family_trains_and_its_weights_load(kind, tmp_path):
+    run, trainer, entries = prepare_family(kind, tmp_path, is_saved=True, steps=2)
     trainer.fit()
     result = finish(run, trainer)
     assert len(entries) == 2 and entries[-1].numbers["skipped"] == 0
     assert entries[-1].layers and entries[-1].numbers["validation"] >= 0
-    loaded = type(pipeline.transformer).from_pretrained(result / "transformer")
-    trained = dict(pipeline.transformer.named_parameters())
+    loaded = type(run.bare).from_pretrained(result / "transformer")
+    trained = dict(run.bare.named_parameters())
     assert all(torch.equal(p, trained[name]) for name, p in loaded.named_parameters())
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_a_family_trains_in_bfloat16(kind, tmp_path):
-    pipeline = getattr(tiny, kind)()
-    frames, height, width = tiny.size_of(kind)
-    clips = WorldSet(pipeline, clips=2, frames=frames, height=height, width=width)
-    entries = []
-    config = small_config(
-        steps=1,
-        precision="bfloat16",
-        sparsity__algorithm="nabla-0.5",
-        data__validation=1,
-        **shift_of(kind),
-    )
-    run = prepare(config, parts_of(pipeline, tmp_path / "model"), clips)
-    probe(run)
+def test_a_family_is_distilled(kind, tmp_path):
+    run, trainer, entries = prepare_family(kind, tmp_path, "distill", steps=1)
     before = [p.detach().clone() for p in run.trained()]
-    Trainer(run, tmp_path / "run", on_log=entries.append).fit()
+    trainer.fit()
+    assert len(entries) == 1 and entries[0].numbers["skipped"] == 0
+    assert entries[0].layers and entries[0].numbers["validation"] >= 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, run.trained(), strict=True))
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_a_family_trains_in_bfloat16(kind, tmp_path):
+    run, trainer, entries = prepare_family(kind, tmp_path, steps=1, precision="bfloat16")
+    before = [p.detach().clone() for p in run.trained()]
+    trainer.fit()
     (numbers,) = (entry.numbers for entry in entries)
     assert numbers["skipped"] == 0 and math.isfinite(numbers["validation"])
     assert entries[0].layers

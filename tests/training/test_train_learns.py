@@ -12,6 +12,7 @@ from nabla_attn.moving_shapes.dataset import MovingShapes
 from nabla_attn.record import RunRecord
 from nabla_attn.schedule import Schedule
 from nabla_attn.training.job import check_job, run_job
+from nabla_attn.training.metrics import draw_losses
 from nabla_attn.training.model import load_parts
 from nabla_attn.training.recipes import read_config
 from nabla_attn.training.setup import prepare
@@ -20,7 +21,8 @@ from nabla_attn.training.train import train
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
-def test_fine_tuning_learns(tiny_wan, tmp_path):
+def test_fine_tuning_learns(tiny_wan, tmp_path, monkeypatch):
+    monkeypatch.setattr("nabla_attn.training.train.draw_losses", draw_losses)
     entries = []
     config = small_config(
         steps=80, optim__lr=1e-2, optim__warmup=10, data__batch=4, ema=0.9, watch__validate=50

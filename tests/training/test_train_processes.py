@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.training.clips import start_process, train_clips
+from tests.processes import exit_codes, start_process
+from tests.training.clips import train_clips
 
 VALUES = {"steps": 3, "ema": 0.9, "data__batch": 1, "data__validation": 3}
 
@@ -37,13 +38,7 @@ def start_ranks(processes, model, folder, values):
 
 
 def train_on(processes, model, folder, values):
-    ranks = start_ranks(processes, model, folder, values)
-    for rank in ranks:
-        rank.join(120)
-    codes = [rank.exitcode for rank in ranks]
-    for rank in ranks:
-        rank.kill()
-    assert codes == [0] * processes
+    assert exit_codes(start_ranks(processes, model, folder, values)) == [0] * processes
 
 
 def result(folder):
@@ -121,9 +116,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tiny_wan, tmp_pat
     ):
         time.sleep(0.05)
     ranks[1].terminate()
-    for rank in ranks:
-        rank.join(60)
-    assert all(rank.exitcode not in (0, None) for rank in ranks)
+    assert not {0, None} & set(exit_codes(ranks))
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
     assert 3 <= int(checkpoint.name[-8:]) < 400
     assert not (tmp_path / "pipeline").exists()

@@ -51,7 +51,7 @@ def vote_all(client, rater, answer="first"):
     return turns
 
 
-def test_a_rater_sees_each_pair_once_and_repeats_once_more(client, study, folder):
+def test_a_rater_sees_each_pair_once_and_repeats_once_more(client, study):
     for _ in range(4):
         turns = vote_all(client, join(client, study))
         assert len(turns) == 3 + 1 + 1 == turns[0]["total"]
@@ -366,7 +366,7 @@ def test_a_study_file_with_a_fault_is_refused_in_one_clear_line(folder):
         assert "\n" not in str(caught.value)
 
 
-def test_whole_numbers_and_missing_options_are_fine(folder, study):
+def test_whole_numbers_and_missing_options_are_fine(folder):
     path = folder / "study.json"
     values = json.loads(path.read_text()) | {"fps": 8}
     del values["notice"], values["pairs"][0]["is_control"]
@@ -424,7 +424,7 @@ def test_votes_of_another_study_are_refused(folder, study, tmp_path):
         create_app(tmp_path / "other" / "study")
 
 
-def test_the_study_file_is_private_and_checked(folder, study):
+def test_the_study_file_is_private_and_checked(folder):
     path = folder / "study.json"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     values = json.loads(path.read_text())

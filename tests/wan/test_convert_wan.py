@@ -49,7 +49,7 @@ def test_the_algorithm_comes_along(tmp_path):
     assert ModelDefaults.load(target).sparse_algo == "nabla-0.7"
 
 
-def test_resumes_where_it_was_stopped(tmp_path, monkeypatch):
+def test_resumes_where_it_was_stopped(tmp_path):
     source = tiny_wan.write_checkpoint(tmp_path / "src", "t2v", num_layers=2)
     target = tmp_path / "dst"
 

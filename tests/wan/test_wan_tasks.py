@@ -213,7 +213,7 @@ def test_no_word_about_the_task_s_own_negative_prompt(image, recwarn):
 
 
 @pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
-def test_half_characters_are_refused(image, name):
+def test_half_characters_are_refused(name):
     with pytest.raises(ValueError, match="half a character"):
         WanRequest(**{"ckpt_dir": Path("ckpt"), "prompt": "a", name: "cut \ud83d"}).resolved()
 

@@ -43,23 +43,25 @@ def scale(
     """
     from isynet.checkpoint import architecture_of
     from isynet.data.catalogue import open_source
-    from isynet.growth import ScalePlan, measure_gains, scale, scale_evenly
+    from isynet.growth import ScalePlan, check_gains, measure_gains, scale, scale_evenly
 
     architecture = architecture_of(model)
+    plan = ScalePlan(tuple(int(n) for n in added.split(",")), seeds, validation)
+    values = [float(part) for part in gains.split(",")] if gains else []
+    if gains:
+        check_gains(architecture, values)
     source = open_source(data, "train", size)
     table = opt.open_table(output, size, source.channels, len(source.classes), runtime)
     if table.factor is None:
         table.fit_factor([architecture])
-    if gains:
-        values = [float(part) for part in gains.split(",")]
-    else:
+    if not gains:
         with progress_bar("measuring gains") as on_progress:
             values = measure_gains(
                 architecture,
                 source,
                 folder=output,
                 recipe=opt.make_recipe(steps, batch, warmup, learning_rate, augment),
-                plan=ScalePlan(tuple(int(n) for n in added.split(",")), seeds, validation),
+                plan=plan,
                 seed=seed,
                 on_progress=on_progress,
             )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from nabla_attn.cost.memory import MemoryEstimate
 from nabla_attn.errors import first_line
 from nabla_attn.training.loader import to_device
 from nabla_attn.training.memory import estimate_training
@@ -41,13 +42,14 @@ def probe(run: TrainRun) -> float:
     return time.perf_counter() - started
 
 
-def foresee(run: TrainRun, steps: int, seconds: float) -> dict[str, str]:
+def foresee(run: TrainRun, steps: int, seconds: float, memory: MemoryEstimate) -> dict[str, str]:
     """What a run will take: its clips, steps, memory and time.
 
     Args:
         run: The run.
         steps: Number of steps that are left.
         seconds: Seconds of one batch of the largest grid, forward and backward.
+        memory: The memory of one process.
     """
     config, loader = run.config, run.loader
     clips = config.data.batch * config.accumulation * loader.replicas
@@ -58,7 +60,7 @@ def foresee(run: TrainRun, steps: int, seconds: float) -> dict[str, str]:
         "data": f"{_count(len(loader.trained_on), 'clip')} of {grids}, "
         f"{len(loader.held_out)} held out",
         "steps": f"{steps:,}, of {_count(clips, unit)} each",
-        "memory": str(estimate_training(run)),
+        "memory": str(memory),
         "time": f"about {describe_seconds(total)} at most, if all batches are like the largest",
     }
 
@@ -113,7 +115,7 @@ def check(run: TrainRun, folder: Path) -> dict[str, str]:
         "gradient": f"norm {norm:.4g}, clipped to {config.optim.max_norm or 'nothing'}",
         "writes": f"checkpoints every {config.checkpoint.every} steps, then {result}, to {folder}",
     }
-    shown |= foresee(run, config.steps, seconds)
+    shown |= foresee(run, config.steps, seconds, estimate_training(run))
     if run.accelerator.device.type == "cuda":
         shown["memory"] += (
             f"; {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB were used at most"

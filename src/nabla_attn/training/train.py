@@ -64,7 +64,8 @@ def train(
     refuse_begun(folder, resume)
     refuse_nested(config, model, folder)
     run = prepare(config, load_parts(model, config.part), dataset)
-    estimate_training(run).check(run.accelerator.device, "training", REMEDY)
+    memory = estimate_training(run)
+    memory.check(run.accelerator.device, "training", REMEDY)
     seconds = probe(run)
     trainer = Trainer(run, folder, on_log=on_log, sample=sample)
     with _alone(folder) if trainer.is_main else nullcontext():
@@ -72,7 +73,8 @@ def train(
             trainer.resume(allow_changes=allow_changes)
         if trainer.is_main:
             write_text(folder / "config.json", json.dumps(to_plain(config), indent=2) + "\n")
-            on_start(folder.name, foresee(run, config.steps - trainer.step, 3 * seconds))
+            left = config.steps - trainer.step
+            on_start(folder.name, foresee(run, left, 3 * seconds, memory))
         trainer.fit()
         return finish(run, trainer)
 

@@ -186,7 +186,7 @@ def test_a_tar_file_that_ends_early_costs_its_last_videos_alone(tars):
     assert found[1][2].startswith("unreadable: a{0}.tar: ")
 
 
-def test_bad_tar_files(tars, tmp_path):
+def test_bad_tar_files(tars):
     tars[1].write_bytes(b"no tar file at all")
     whole = listed(TarSource(tars[:1]))
     assert listed(TarSource(tars)) == [

@@ -1,14 +1,12 @@
 import json
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors
 import torch
+from tests.processes import exit_codes, start_process
+from tests.training.data.encode_worker import encode_and_die
 from typer.testing import CliRunner
 
 from nabla_attn.cli import app
@@ -22,8 +20,6 @@ from nabla_attn.training.data.encode import encode as encode_with
 from nabla_attn.training.data.folder import FolderSource
 from nabla_attn.training.data.resize import Size
 from nabla_attn.training.encoders import encode_caption, encode_first_frame, encode_video
-
-WORKER = Path(__file__).with_name("encode_worker.py")
 
 
 @pytest.fixture(scope="module")
@@ -125,25 +121,16 @@ def test_captions_are_stored_once(encoded):
     assert not list(encoded.rglob("*.tmp")) and not list(encoded.glob(".shard*"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def run_processes(tiny_wan, videos):
     """Encode to a folder in several processes at once; how each ended."""
-    server = subprocess.Popen(
-        [sys.executable, WORKER, tiny_wan, videos],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
 
     def run(folder, counts):
-        lines = "".join(f"{folder} {count}\n" for count in counts)
-        server.stdin.write(lines + "\n")
-        server.stdin.flush()
-        return [int(code) for code in server.stdout.readline().split()]
+        arguments = (tiny_wan, videos, folder)
+        started = [start_process(encode_and_die, *arguments, count) for count in counts]
+        return exit_codes(started)
 
-    yield run
-    server.communicate()
+    return run
 
 
 def test_killed_in_the_middle_of_a_file_and_resumed(
@@ -275,7 +262,7 @@ def test_empty_files_are_made_again(encoded, pipeline, videos, tmp_path):
         EncodedSet(folder)
 
 
-def test_captions_that_are_cut_are_counted_and_told_of_once(pipeline, tmp_path, monkeypatch):
+def test_captions_that_are_cut_are_counted_and_told_of_once(pipeline, tmp_path):
     folder = tmp_path / "in"
     long = "circle " * 600
     for name, text in {
