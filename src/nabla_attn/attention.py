@@ -5,7 +5,7 @@ tokens -> blocks -> scores -> block map (-> tail) -> backend -> output
 `nabla_attention` and the attention of every model (`models/operator.py`) are calls of `attend`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -116,6 +116,8 @@ def attend(
     measure: bool = False,
     dtype: torch.dtype | None = None,
     is_block_order: bool = False,
+    parts: Mapping[str, Mapping[str, Tensor]] | None = None,
+    hidden: Float[Tensor, "batch video_tokens width"] | None = None,
     select: Callable[..., BlockMap] = select_blocks,
 ) -> tuple[Float[Tensor, "batch heads tokens dim"], BlockMap | None]:
     """Attention of one call, and the map that it used; None where it was dense.
@@ -137,6 +139,8 @@ def attend(
         dtype: Type of the products and of the output; None is autocast's where it is on, or else
             that of q, k and v.
         is_block_order: Whether tokens come in block order and the output leaves in it.
+        parts: Parameters of methods' trained parts, by the method's name and their own.
+        hidden: Hidden states of the video's tokens, in the order of q, for methods with such parts.
         select: What chooses the blocks, called as `select_blocks` is; a cache of maps, for example.
 
     Raises:
@@ -172,6 +176,12 @@ def attend(
             options |= {"q_means": means[0], "k_means": means[1]}
     if "values" in config.needs:
         options["v"] = v
+    if parts:
+        options["parts"] = parts
+    if hidden is not None:
+        hidden = _cast(hidden, dtype)[:, None]
+        hidden = hidden if is_block_order else to_blocks(hidden, TokenLayout(layout.grid))
+        options["hidden"] = hidden[:, 0]
     block_map = select(*(uncast or (q, k)), layout, config, **options)
     tail = None
     if config.tail is not None:
@@ -204,8 +214,10 @@ def _attend_blocks(
         q, k, v = (to_raster(x, layout) for x in (q, k, v))
         q = _in_order(q, block_map.q_order)
         k, v = (_in_order(x, block_map.kv_order) for x in (k, v))
+    without_autocast = torch.autocast(q.device.type, enabled=False)
     if treatment.prepare is not None:
-        q, k, v = treatment.prepare(q, k, v)
+        with without_autocast:
+            q, k, v = treatment.prepare(q, k, v)
     if block_map.q_order is None:
         out = run(q, k, v, block_map, scale=scale, tail=tail)
     else:
@@ -213,7 +225,8 @@ def _attend_blocks(
         folded = (x.flatten(0, 1)[:, None] for x in (q, k, v))
         out = run(*folded, block_map.folded, scale=scale, tail=None).view_as(q)
     if treatment.finish is not None:
-        out = treatment.finish(out, q, k, v)
+        with without_autocast:
+            out = treatment.finish(out, q, k, v)
     if block_map.q_order is not None:
         slots = block_map.q_order.slots
         out = to_blocks(out.gather(2, slots[..., None].expand(-1, -1, -1, out.shape[-1])), layout)

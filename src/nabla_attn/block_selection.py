@@ -62,6 +62,8 @@ def select_blocks(
     moment: Moment | None = None,
     memory: dict[str, Any] | None = None,
     tables: Mapping[str, Mapping[str, Any]] | None = None,
+    parts: Mapping[str, Mapping[str, Tensor]] | None = None,
+    hidden: Float[Tensor, "batch slots width"] | None = None,
     q_means: Float[Tensor, "batch heads blocks dim"] | None = None,
     k_means: Float[Tensor, "batch heads blocks dim"] | None = None,
 ) -> BlockMap:
@@ -84,6 +86,8 @@ def select_blocks(
         moment: Step and layer, for methods that depend on them; None is not known.
         memory: What methods keep between steps, by their names; None keeps nothing.
         tables: What calibration found, by the method's name.
+        parts: Parameters of trained parts, by the method's name and their own.
+        hidden: Hidden states of the video's tokens in block order, for methods with such parts.
         q_means: Means of the video's blocks of q, where they are known (`reorder_and_pool`).
         k_means: The same of k.
 
@@ -112,7 +116,9 @@ def select_blocks(
         video = slice(grid.num_slots)
         valid = valid_slots(layout, q.shape[0], text_valid, q.device)
         state = replace(state, v=None if v is None else v[:, :, video], valid=valid)
-        chosen = _select_each(others, q[:, :, video], k[:, :, video], grid, state, memory, tables)
+        state = replace(state, hidden=hidden)
+        given = (memory, tables or {}, parts or {})
+        chosen = _select_each(others, q[:, :, video], k[:, :, video], grid, state, *given)
         if chosen.q_order is not None:
             return _map_in_head_orders(chosen, config, layout, text_valid, shape[:2])
         always = _joined(always, chosen.mask, shape)
@@ -169,7 +175,8 @@ def _select_each(
     grid: TokenGrid,
     state: State,
     memory: dict[str, Any] | None,
-    tables: Mapping[str, Mapping[str, Any]] | None,
+    tables: Mapping[str, Mapping[str, Any]],
+    parts: Mapping[str, Mapping[str, Tensor]],
 ) -> Selection:
     """What methods of their own kind select together."""
     found: Selection | None = None
@@ -179,7 +186,9 @@ def _select_each(
             state,
             v=state.v if "values" in method.needs else None,
             memory={} if memory is None else memory.setdefault(str(use), {}),
-            table=(tables or {}).get(use.name),
+            table=tables.get(use.name),
+            parts=parts.get(use.name),
+            hidden=state.hidden if "hidden" in method.needs else None,
         )
         with torch.autocast(q.device.type, enabled=False):
             selection = method.select(q, k, grid, method.params(use.values), mine)

@@ -71,7 +71,12 @@ def stop_signals() -> Iterator[threading.Event]:
 
 
 def make_accelerator(
-    transformer: Any, *, precision: str, sharding: str, context_parallel: int
+    transformer: Any,
+    *,
+    precision: str,
+    sharding: str,
+    context_parallel: int,
+    has_idle_weights: bool = False,
 ) -> Any:
     """The Accelerator of a training run, under python, `accelerate launch` or `torchrun`.
 
@@ -80,11 +85,12 @@ def make_accelerator(
         precision: "float32" or "bfloat16".
         sharding: "none" or "fsdp".
         context_parallel: Number of processes that share one sequence.
+        has_idle_weights: Whether some steps leave trained weights without gradients.
 
     Raises:
         ValueError: FSDP without GPUs, or processes that do not divide.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
     # Another run in this process may have had another precision.
@@ -97,6 +103,8 @@ def make_accelerator(
                 "process then holds the whole model."
             )
         options["fsdp_plugin"] = _fsdp_plugin(transformer)
+    if has_idle_weights:
+        options["kwargs_handlers"] = [DistributedDataParallelKwargs(find_unused_parameters=True)]
     mixed = "bf16" if precision == "bfloat16" else "no"
     # Without `cpu`, accelerate ignores several processes on a machine without GPUs.
     on_cpu = not torch.accelerator.is_available()

@@ -133,50 +133,6 @@ def test_cube_keeps_fewer_in_later_steps():
     assert Run(grid, "cube-0.1", num_steps=10).step(1, x).sum(-1).unique().tolist() == [2]
 
 
-@pytest.mark.parametrize("name", GRIDS)
-@pytest.mark.parametrize("num_text", [0, 5])
-def test_vsa_adds_pooled_attention_through_its_gate(name, num_text):
-    grid = GRIDS[name]
-    x = Blocks(grid)
-    text = torch.randn(3, 1, 2, num_text, 6, dtype=torch.float64)
-    tokens = [
-        torch.cat([na.to_raster(y, grid), t], dim=2)
-        for y, t in zip((x.q, x.k, x.v), text, strict=True)
-    ]
-    options = {"text_after": num_text}
-    plain = na.nabla_attention(*tokens, grid, "vsa-0.3", **options)
-    gated = na.nabla_attention(*tokens, grid, "vsa-0.3-0.7", **options)
-    means = [
-        torch.stack([t.mean(0) for h in range(2) for t in x.lists(y, 0, h)])
-        for y in (x.q, x.k, x.v)
-    ]
-    q, k, v = (m.view(1, 2, -1, 6) for m in means)
-    scores = q @ k.mT * x.scale
-    scores = scores if x.allowed is None else scores.masked_fill(~x.allowed, -torch.inf)
-    coarse = (scores.softmax(-1) @ v).repeat_interleave(x.size, dim=2)
-    expected = plain.clone()
-    expected[:, :, : grid.num_tokens] += 0.7 * na.to_raster(coarse, grid)
-    torch.testing.assert_close(gated, expected)
-
-
-@pytest.mark.parametrize("name", ["exact", "ragged"])
-def test_sla_adds_linear_attention_through_its_projection(name):
-    grid = GRIDS[name]
-    x = Blocks(grid)
-    projection = torch.randn(6, 6, dtype=torch.float64)
-    layout, config = TokenLayout(grid), na.parse("sla-0.4")
-    without = select_blocks(x.q, x.k, layout, config)
-    assert without.treatment is None
-    table = {"sla": {"projection": projection.tolist()}}
-    treatment = select_blocks(x.q, x.k, layout, config, tables=table).treatment
-    out = torch.randn_like(x.q)
-    found = na.to_raster(treatment.finish(out, x.q, x.k, x.v) - out, grid)
-    q, k, v = (na.to_raster(y, grid) for y in (x.q, x.k, x.v))
-    weights = q.softmax(-1) @ k.softmax(-1).mT
-    linear = weights / weights.sum(-1, keepdim=True) @ v
-    torch.testing.assert_close(found, linear @ projection.T)
-
-
 @pytest.mark.parametrize("share", [0.5, 0.3])
 @pytest.mark.parametrize("name", ["exact", "ragged"])
 def test_bsa_attends_half_of_the_queries_and_copies_the_rest(name, share):

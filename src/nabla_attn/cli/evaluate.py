@@ -120,9 +120,7 @@ def _load(video: opt.VideoOptions, request: Any, *, on_own_device: bool) -> Any:
     """The pipeline in this process, or on its own device where each worker has one."""
     memory = video.foresee(request)
     if on_own_device:
-        lora = video.lora or ()
-        load = partial(load_on_own_device, video.model, video.device, video.dtype, lora)
-        pipeline = load(**video.placement)
+        pipeline = load_on_own_device(video.model, video.device, video.dtype, **video.loading)
     else:
         pipeline = video.load()
     video.check(pipeline, request, memory)

@@ -13,20 +13,20 @@ MAX_MESSAGE = 400  # characters of a library's warning
 
 
 def load_quietly(
-    model: str, device: str, dtype: str, lora: Sequence[str] = (), **placement: Any
+    model: str, device: str, dtype: str, lora: Sequence[str] = (), **options: Any
 ) -> Any:
-    """Load a pipeline under a spinner, without the libraries' own bars."""
+    """Load a pipeline under a spinner, without the libraries' own bars; see `load_pipeline`."""
     from rich.console import Console
 
     with Console(stderr=True).status(f"loading {model}"):
         quiet_libraries()
         from nabla_attn.generation.pipeline import load_pipeline
 
-        return load_pipeline(model, device=device, dtype=dtype, lora=lora, **placement)
+        return load_pipeline(model, device=device, dtype=dtype, lora=lora, **options)
 
 
 def load_on_own_device(
-    model: str, device: str, dtype: str, lora: Sequence[str] = (), **placement: Any
+    model: str, device: str, dtype: str, lora: Sequence[str] = (), **options: Any
 ) -> Any:
     """Load a pipeline on the device of this process among several."""
     import torch
@@ -37,7 +37,7 @@ def load_on_own_device(
     place = local_device(resolve_device(device))
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    return load_quietly(model, str(place), dtype, lora, **placement)
+    return load_quietly(model, str(place), dtype, lora, **options)
 
 
 class LibraryWarnings(logging.Handler):

@@ -77,6 +77,14 @@ Lora = Annotated[
         show_default=False,
     ),
 ]
+Parts = Annotated[
+    Path | None,
+    typer.Option(
+        help="Trained parts of methods, such as VSA's gate: a file that nabla train wrote. Its "
+        "algorithm is then the default.",
+        show_default=False,
+    ),
+]
 Offload = Annotated[
     str, typer.Option(help="Keep on the GPU only what works: model, sequential or group.")
 ]
@@ -103,6 +111,7 @@ class VideoOptions:
 
     model: Model = "builtin"
     lora: Lora = None
+    parts: Parts = None
     height: Height = None
     width: Width = None
     frames: Frames = None
@@ -122,11 +131,16 @@ class VideoOptions:
 
     @cached_property
     def defaults(self) -> "ModelDefaults":
-        """The model directory's own defaults, after those of the adapters."""
+        """The model directory's own defaults, after those of parts and adapters."""
         from nabla_attn.generation.pipeline import model_directory
         from nabla_attn.generation.request import ModelDefaults
 
-        return ModelDefaults.load(model_directory(self.model), self.lora or ())
+        found = ModelDefaults.load(model_directory(self.model), self.lora or ())
+        if self.parts is None:
+            return found
+        from nabla_attn.models import algorithm_of
+
+        return replace(found, sparse_algo=str(algorithm_of(self.parts)), schedule=None)
 
     @property
     def rate(self) -> float:
@@ -172,10 +186,15 @@ class VideoOptions:
         names = ("offload", "vae_tiling", "vae_slicing", "quantize")
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def loading(self) -> dict[str, Any]:
+        """What else `load_pipeline` takes."""
+        return {"lora": self.lora or (), "parts": self.parts, **self.placement}
+
     def load(self, device: str = "") -> Any:
         """The pipeline, on `device` instead of the option's where one is given."""
         place = device or self.device
-        return load_quietly(self.model, place, self.dtype, self.lora or (), **self.placement)
+        return load_quietly(self.model, place, self.dtype, **self.loading)
 
     def load_for(self, request: "GenerationRequest") -> Any:
         """The pipeline, after a check that the machine can hold the video, and it can make it."""

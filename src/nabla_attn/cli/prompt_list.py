@@ -40,6 +40,7 @@ def make_list(
         workers: Number of Ray's workers.
     """
     from nabla_attn.distributed import num_processes
+    from nabla_attn.files import fingerprint_files
     from nabla_attn.generation import prompt_list
     from nabla_attn.generation.lora import lora_fingerprint_of
     from nabla_attn.generation.pipeline import model_directory
@@ -52,6 +53,8 @@ def make_list(
     given = {name: value for name, value in changes.items() if value}
     if options.lora:
         given["lora"] = [lora_fingerprint_of(each) for each in options.lora]
+    if options.parts:
+        given["parts"] = fingerprint_files(options.parts.parent, [options.parts])
     videos = prompt_list.name_videos(
         found.requests, directory, fps=fps, dtype=options.dtype, **given
     )
@@ -92,10 +95,7 @@ def _start(
     from nabla_attn.generation.generate import generate as make_video
 
     memory = options.foresee(request)
-    lora = options.lora or ()
-    pipeline = load_on_own_device(
-        options.model, options.device, options.dtype, lora, **options.placement
-    )
+    pipeline = load_on_own_device(options.model, options.device, options.dtype, **options.loading)
     # Sizes are the same in all: one line now, or as many failures.
     options.check(pipeline, request, memory)
 

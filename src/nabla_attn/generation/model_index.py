@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nabla_attn.files import read_json
+from nabla_attn.files import fingerprint_files, read_json
 
 # Only these and diffusers' own pipelines may be named: others could run code of the directory.
 LIBRARIES = ("diffusers", "transformers")
@@ -66,6 +66,11 @@ def _module_of(library: Any) -> str | None:
         return None
     path = f"diffusers.pipelines.{library}"
     return path if importlib.util.find_spec(path) is not None else None
+
+
+def fingerprint(model: Path) -> str:
+    """`fingerprint_files` of those that a pipeline is loaded from."""
+    return fingerprint_files(model, [model / "model_index.json", *sorted(model.glob("*/[!.]*"))])
 
 
 def _entries(index: Mapping[str, Any]) -> dict[str, list[Any]]:

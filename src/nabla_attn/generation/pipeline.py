@@ -9,10 +9,16 @@ from typing import Any
 import torch
 
 from nabla_attn.errors import first_line
-from nabla_attn.files import fingerprint_files, read_json
+from nabla_attn.files import read_json
 from nabla_attn.generation.lora import load_lora, lora_fingerprint, lora_place
-from nabla_attn.generation.model_index import find_class, named_parts, read_model_index
+from nabla_attn.generation.model_index import (
+    find_class,
+    fingerprint,
+    named_parts,
+    read_model_index,
+)
 from nabla_attn.generation.placement import Placement, resolve_device, resolve_dtype
+from nabla_attn.models import METHOD_PARTS, load_method_parts, method_parts_fingerprint
 from nabla_attn.sizes import denoisers
 
 BUILTIN = "builtin"
@@ -28,6 +34,7 @@ def load_pipeline(
     device: str = "auto",
     dtype: str = "auto",
     lora: Sequence[str] = (),
+    parts: str | Path | None = None,
     **placement: Any,
 ) -> Any:
     """Load a diffusers pipeline of videos; nothing is downloaded.
@@ -39,7 +46,9 @@ def load_pipeline(
         dtype: Dtype of transformer and text encoder: a name of `DTYPES`, its short form, or
             `"auto"`. The VAE stays in float32, where its decoder is exact, unless its pipeline
             wants one dtype.
-        lora: Adapters to put in, each as `load_lora` takes it.
+        lora: Adapters to put in, each as `load_lora` takes it, with the trained parts of methods
+            beside them, if there are any.
+        parts: File of trained parts of methods, in place of those that come with the model.
         placement: How memory is saved, as `Placement` takes it.
 
     Returns:
@@ -58,7 +67,7 @@ def load_pipeline(
     index = read_model_index(directory)
     pipeline_class = find_class("diffusers", index["_class_name"], directory)
     vae_kind = dtype_of_vae(index["_class_name"], kind)
-    parts = {
+    loaded = {
         name: _load_quantized(directory / name, entry, kind, saving)
         if saving.quantize and name.startswith("transformer")
         else _load_part(directory / name, entry, vae_kind if name == "vae" else kind)
@@ -67,12 +76,24 @@ def load_pipeline(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pipeline = pipeline_class.from_pretrained(directory, local_files_only=True, **parts)
+            pipeline = pipeline_class.from_pretrained(directory, local_files_only=True, **loaded)
     except Exception as error:
         raise ValueError(f"{directory}: not a whole pipeline ({first_line(error)}).") from error
     for each in lora:
         load_lora(pipeline, each)
+    for file in _files_of_parts(directory, lora, parts):
+        load_method_parts(pipeline, file)
     return saving.place(pipeline, place)
+
+
+def _files_of_parts(
+    directory: Path, lora: Sequence[str], parts: str | Path | None
+) -> list[str | Path]:
+    """Files of trained parts: the model's own, those of adapters, and the one asked for."""
+    beside = [lora_place(each)[1].with_name(METHOD_PARTS) for each in lora]
+    own = sorted(directory.glob(f"transformer*/{METHOD_PARTS}"))
+    asked = [] if parts is None else [parts]
+    return [*own, *(file for file in beside if file.is_file()), *asked]
 
 
 def dtype_of_vae(pipeline_class: str, dtype: torch.dtype) -> torch.dtype:
@@ -155,13 +176,14 @@ def model_identity(pipeline: Any) -> dict[str, str | None]:
     Returns:
         "model" as `model_name`, "model_files" as `fingerprint` (None if it was not loaded from a
         directory), "device", "dtype" of the transformer; and where they apply "lora" as
-        `lora_fingerprint`, "vae_tiling" and "quantized".
+        `lora_fingerprint`, "method_parts", "vae_tiling" and "quantized".
     """
     directory = Path(str(pipeline.config.get("_name_or_path", "")))
     is_saved = (directory / "model_index.json").is_file()
     # With offloading the pipeline rests on the CPU and works elsewhere.
     device = getattr(pipeline, "_execution_device", pipeline.device)
     lora = lora_fingerprint(pipeline)
+    parts = method_parts_fingerprint(denoisers(pipeline))
     identity = {
         "model": model_name(pipeline),
         "model_files": fingerprint(directory)[:16] if is_saved else None,
@@ -172,15 +194,11 @@ def model_identity(pipeline: Any) -> dict[str, str | None]:
     is_tiled = getattr(getattr(pipeline, "vae", None), "use_tiling", False)
     extra = {
         "lora": None if lora is None else lora[:16],
+        "method_parts": None if parts is None else parts[:16],
         "vae_tiling": "on" if is_tiled else None,
         "quantized": None if quantizer is None else type(quantizer).__name__,
     }
     return identity | {name: value for name, value in extra.items() if value is not None}
-
-
-def fingerprint(model: Path) -> str:
-    """`fingerprint_files` of those that a pipeline is loaded from."""
-    return fingerprint_files(model, [model / "model_index.json", *sorted(model.glob("*/[!.]*"))])
 
 
 def _load_part(folder: Path, entry: tuple[str, str], dtype: torch.dtype) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nabla_attn.files import check_writable, is_whole, parse_json, read_lines
-from nabla_attn.generation.pipeline import fingerprint
+from nabla_attn.generation.model_index import fingerprint
 from nabla_attn.generation.request import GenerationRequest, check_seed
 from nabla_attn.generation.video import write_video
 from nabla_attn.record import RunRecord

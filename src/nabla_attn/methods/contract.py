@@ -15,7 +15,8 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from nabla_attn.core.block_map import HeadOrder
 from nabla_attn.core.grid import TokenGrid
@@ -25,7 +26,7 @@ from nabla_attn.shapes import Bool, Float
 
 KINDS = ("static", "pooled", "calibrated", "trained")
 EXACTNESS = ("code", "paper", "reconstructed")
-NEEDS = ("values", "step", "layer", "memory", "table")
+NEEDS = ("values", "step", "layer", "memory", "table", "hidden")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,10 @@ class State(Moment):
         memory: What a method that needs "memory" kept in earlier steps of this generation, of this
             layer and guidance branch; it may write here.
         table: What calibration found for a method that needs a "table"; None without one.
+        parts: Parameters of the method's trained parts by name, those of all heads of the layer;
+            None without parts, as at their neutral element.
+        hidden: Hidden states of the video's tokens in block order, zero in empty slots, for a
+            method that needs "hidden" and has its parts; None otherwise.
     """
 
     scale: float
@@ -70,6 +75,8 @@ class State(Moment):
     v: Tensor | None = None
     memory: dict[str, Any] = field(default_factory=dict)
     table: Mapping[str, Any] | None = None
+    parts: Mapping[str, Tensor] | None = None
+    hidden: Float[Tensor, "batch slots width"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +92,8 @@ class Selection:
             text attends, which hold each token once; None is all.
         prepare: Called with q, k, v in the order in which they are attended, text behind the video;
             returns them as they shall be, for example quantised.
-        finish: Called with the output and with q, k, v in that order; returns the output.
+        finish: Called with the output and with q, k, v in that order; returns the output. Autocast
+            is off in both.
     """
 
     mask: Bool[Tensor, "#batch #heads q_blocks kv_blocks"]
@@ -113,6 +121,19 @@ class Calibrator(Protocol):
 
     def entry(self) -> Any:
         """What was found, in plain JSON values."""
+
+
+class BuildParts(Protocol):
+    """Builds a method's trained parts of one layer, at the element that changes nothing."""
+
+    def __call__(self, *, heads: int, dim: int, width: int) -> nn.Module:
+        """The parts of a layer.
+
+        Args:
+            heads: Number of the layer's heads.
+            dim: Numbers in a query of one head.
+            width: Numbers in the hidden state of one token.
+        """
 
 
 Select = Callable[
@@ -146,6 +167,7 @@ class Method:
         packs: Whether it takes several clips packed along time.
         calibrate: For methods that need a "table": from parameters and grid to what finds the
             entry of a layer.
+        parts: For methods with parts that are trained: what builds them for one layer.
         takes_order: Whether its blocks may be cut from an order of tokens (`_order-`): it neither
             asks where in the video a block lies nor orders tokens itself.
         choose: For pooled methods: kept blocks of rows of probabilities that reach their targets.
@@ -170,6 +192,7 @@ class Method:
     keeps_constants: bool = True
     packs: bool = True
     calibrate: Callable[[SimpleNamespace, TokenGrid], Calibrator] | None = None
+    parts: BuildParts | None = None
     takes_order: bool = True
     choose: Callable[[Tensor, Tensor], Tensor] | None = None
     target: Callable[[TokenGrid, SimpleNamespace], list[float]] | None = None
@@ -200,6 +223,20 @@ class Method:
         """The values of a rule by the names of their parameters."""
         names = (parameter.name for parameter in self.parameters)
         return SimpleNamespace(**dict(zip(names, values, strict=True)))
+
+
+def zero_linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer whose outputs are zero until it is trained."""
+    # Random numbers that nobody sees would move those of a training run.
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def apply_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer in the type of its input."""
+    return functional.linear(x, weight.to(x.dtype), bias.to(x.dtype))
 
 
 def table_of_size(name: str, grid: TokenGrid, state: State) -> Mapping[str, Any]:

@@ -3,38 +3,38 @@
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nabla_attn.core.estimates import filled_slots
 from nabla_attn.core.grid import TokenGrid
 from nabla_attn.core.select import select_top
-from nabla_attn.methods.contract import Method, Selection, State
+from nabla_attn.methods.contract import Method, Selection, State, apply_linear, zero_linear
 from nabla_attn.methods.parameters import share
 from nabla_attn.methods.scored import by_heads, clips_apart, num_kept, products
+
+EPSILON = 1e-5
+"""Number added to what linear attention divides by."""
 
 
 def select(
     q: Tensor, k: Tensor, grid: TokenGrid, params: SimpleNamespace, state: State
 ) -> Selection:
-    """Blocks by pooled score; the output gains linear attention where a projection was trained."""
+    """Blocks by pooled score; the output gains linear attention where there is a projection."""
 
     def keep(q: Tensor, k: Tensor, state: State) -> Tensor:
         scores = clips_apart(products(q, k, params, state), state)
         return select_top(scores, num_kept(scores, params.share, state, "down"))
 
-    projection = None
-    if state.table is not None:
-        projection = torch.as_tensor(state.table["projection"], device=q.device)
-
     def finish(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        assert projection is not None
+        assert state.parts is not None
         video = slice(grid.num_slots)
         q, k, v = (x[:, :, video] for x in (q, k, v))
         linear = linear_attention(q, k, v, state)
-        gained = out[:, :, video] + (linear @ projection.to(linear.dtype).T).to(out.dtype)
+        linear = apply_linear(linear, state.parts["weight"], state.parts["bias"])
+        gained = out[:, :, video] + linear.to(out.dtype)
         return torch.cat([gained, out[:, :, grid.num_slots :]], dim=2)
 
-    return Selection(by_heads(keep, q, k, state), finish=None if projection is None else finish)
+    return Selection(by_heads(keep, q, k, state), finish=finish if state.parts else None)
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, state: State) -> Tensor:
@@ -43,7 +43,12 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, state: State) -> Tensor:
     is_token = filled_slots(state.counts, q.shape[2] // state.counts.numel()).flatten()
     q, k = (x.to(dtype).softmax(dim=-1) for x in (q, k))
     k = k * is_token[:, None]
-    return (q @ (k.transpose(-1, -2) @ v.to(dtype))) / (q @ k.sum(dim=2)[..., None])
+    return (q @ (k.mT @ v.to(dtype))) / (EPSILON + q @ k.sum(dim=2)[..., None])
+
+
+def parts(*, heads: int, dim: int, width: int) -> nn.Linear:
+    """The projection of a head's linear attention, one for all heads."""
+    return zero_linear(dim, dim)
 
 
 METHOD = Method(
@@ -53,11 +58,11 @@ METHOD = Method(
     parameters=(share("share", "kept blocks / all blocks", example=0.05),),
     kind="trained",
     exactness="code",
-    ours="without a table the projection is the zero that training starts from",
     paper="arXiv:2509.24006",
     code="thu-ml/SLA@d973e55 sparse_linear_attention/core.py:24-103",
     licence="Apache-2.0",
     published="sla-0.05",
     keeps_constants=False,
     packs=False,
+    parts=parts,
 )

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from nabla_attn.models.checkpointing import unwrap_checkpoint, wrap_checkpoint
+from nabla_attn.models.method_parts import LayerParts, attach, detach
 from nabla_attn.models.modules import set_processor, unwrap
 from nabla_attn.models.planner import Planner
 from nabla_attn.models.processor import NablaProcessor, dispatched, make_processor
@@ -21,12 +22,17 @@ class AppliedModel:
 
     Args:
         planner: What plans the model's forwards.
+
+    Attributes:
+        parts: Trained parts of methods that are in the model for as long as this is applied.
     """
 
     def __init__(self, planner: Planner) -> None:
         self.planner = planner
         self.hook: Any = None
         self.has_own_cp_plan = False
+        self.parts: LayerParts = {}
+        self._parts_before: LayerParts = {}
         self._hooked: ref[nn.Module] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -47,6 +53,7 @@ class AppliedModel:
         except ValueError:
             self.uninstall(model)
             raise
+        self._parts_before = attach(model, self.parts)
         row = self.planner.row
         cp_plan = row.cp_plan(model) if row.cp_plan is not None else None
         if cp_plan is not None and "_cp_plan" not in vars(model):
@@ -54,13 +61,19 @@ class AppliedModel:
             cast(Any, model)._cp_plan = cp_plan
             self.has_own_cp_plan = True
 
+    def add_parts(self, model: nn.Module, parts: LayerParts) -> None:
+        """Put trained parts into the model it is applied to, until `uninstall`."""
+        for path, mine in parts.items():
+            self.parts.setdefault(path, {}).update(mine)
+        attach(model, parts)
+
     def install_again(self, model: nn.Module) -> None:
         """Install again what `uninstall` removed, on the same model or wrapper."""
         hooked = self._hooked() if self._hooked is not None else None
         self.install(model, model if hooked is None else hooked)
 
     def uninstall(self, model: nn.Module) -> None:
-        """Restore the model: processors, hook, checkpointing and context-parallel plan."""
+        """Restore the model: processors, hook, parts, checkpointing, context-parallel plan."""
         self.hook.remove()
         for layer, module in self.planner.pairs:
             layer.maps.forget()
@@ -69,6 +82,8 @@ class AppliedModel:
             if isinstance(module.processor, NablaProcessor):
                 set_processor(module, module.processor.original)
         unwrap_checkpoint(model)
+        detach(model, self.parts)
+        attach(model, self._parts_before)
         if self.has_own_cp_plan:
             delattr(model, "_cp_plan")
             self.has_own_cp_plan = False

@@ -101,20 +101,32 @@ def to_heads(x: Tensor, ranks: Ranks, before: int, after: int, order: Tensor | N
 def to_tokens(x: Tensor, ranks: Ranks, before: int, after: int, order: Tensor | None) -> Tensor:
     """Undo `to_heads`; every rank gets all heads of the text."""
     from diffusers.models.attention_dispatch import SeqAllToAllDim
+
+    parts = list(x.split([before, x.shape[1] - before - after, after], dim=1))
+    parts[1] = SeqAllToAllDim.apply(ranks.group, parts[1].contiguous(), 1, 2)
+    for text in (0, 2):
+        if parts[text].shape[1]:
+            parts[text] = _gather(parts[text], 2, ranks)
+        else:
+            parts[text] = parts[text].repeat(1, 1, ranks.count, 1)
+    x = torch.cat(parts, dim=1)
+    return x if order is None else x.index_select(2, order.argsort())
+
+
+def gather_tokens(x: Tensor, ranks: Ranks) -> Tensor:
+    """The video's tokens of all ranks [batch, tokens, width], from this rank's share of them."""
+    return _gather(x, 1, ranks)
+
+
+def _gather(x: Tensor, axis: int, ranks: Ranks) -> Tensor:
+    """The parts of all ranks along an axis; gradients are summed where they came from."""
     from torch.distributed import _functional_collectives as collectives
 
     # Renamed in torch 2.13.
     names = ("all_gather_single_autograd", "all_gather_tensor_autograd")
     gather = next(getattr(collectives, name) for name in names if hasattr(collectives, name))
-    parts = list(x.split([before, x.shape[1] - before - after, after], dim=1))
-    parts[1] = SeqAllToAllDim.apply(ranks.group, parts[1].contiguous(), 1, 2)
-    for text in (0, 2):
-        if parts[text].shape[1]:
-            parts[text] = gather(parts[text].contiguous(), 2, ranks.group)
-        else:
-            parts[text] = parts[text].repeat(1, 1, ranks.count, 1)
-    x = torch.cat(parts, dim=1)
-    return x if order is None else x.index_select(2, order.argsort())
+    found: Tensor = gather(x.contiguous(), axis, ranks.group)
+    return found
 
 
 def gather_stats(stats: Tensor, ranks: Ranks, order: Tensor | None) -> Tensor:

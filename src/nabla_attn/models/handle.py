@@ -12,6 +12,16 @@ from nabla_attn import backends
 from nabla_attn.config import SparseConfig, as_config
 from nabla_attn.machine import load_min_tokens
 from nabla_attn.models.applied import AppliedModel, applied_to
+from nabla_attn.models.method_parts import (
+    LayerParts,
+    algorithm_of,
+    attach,
+    is_method_part,
+    make_parts,
+    named_method_parts,
+    read_method_parts,
+    save_method_parts,
+)
 from nabla_attn.models.modules import trained_algorithm, unwrap
 from nabla_attn.models.plan import Layer, Observer
 from nabla_attn.models.planner import ApplySettings, Planner
@@ -30,6 +40,7 @@ def apply(
     telemetry: bool = True,
     min_tokens: int | str | Path | None = None,
     allow_mismatch: bool = False,
+    parts: str | Path | None = None,
 ) -> "Handle":
     """Run the video self-attention of a pipeline's transformers, or of one model, with NABLA.
 
@@ -38,7 +49,8 @@ def apply(
     Args:
         target: A diffusers pipeline or transformer; it may be compiled or wrapped.
         algorithm: An algorithm such as "nabla-0.7" or "nabla-0.6_sta-11-3-3"; None takes that of
-            the schedule, or without one what the checkpoint's config says it was trained with.
+            the schedule, or without one that of `parts`, or what the checkpoint's config says it
+            was trained with.
         schedule: The algorithm of every step and layer; None is the algorithm's default schedule.
         backend: "auto" or one of `nabla_attn.backends.NAMES`.
         telemetry: Whether to measure density and kept mass for `Handle.report`.
@@ -47,6 +59,8 @@ def apply(
             keeps the schedule's with a warning; any other string is the path of such a record.
         allow_mismatch: Whether a schedule that was calibrated for another model, size, number of
             steps or version is followed with a warning, instead of being refused.
+        parts: File of trained parts, such as VSA's gate, for the methods that have them. Without
+            it they are those that are in the model, or do nothing.
 
     Returns:
         A handle; also a context manager, at whose end the models are as they were before: with
@@ -54,13 +68,13 @@ def apply(
 
     Raises:
         ValueError: Unknown or refused model class, no algorithm or two different ones, a schedule
-            of another model, an unknown backend, or `min_tokens` that is not a number, "auto" or
-            a record.
+            of another model, an unknown backend, `min_tokens` that is not a number, "auto" or
+            a record, or `parts` of another model or of methods that the schedule does not have.
     """
     is_model = isinstance(target, nn.Module)
     models = {"transformer": target} if is_model else _transformers(target)
     if algorithm is None and schedule is None:
-        algorithm = _trained_algorithm(models)
+        algorithm = _trained_algorithm(models) if parts is None else algorithm_of(parts)
     rules = _schedule(algorithm, schedule)
     if allow_mismatch:
         rules = replace(rules, allow_mismatch=True)
@@ -74,11 +88,14 @@ def apply(
         telemetry=telemetry,
     )
     steps, collector = StepCounter(None if is_model else target), Telemetry()
+    found = {} if parts is None else _parts_for(models, parts, rules)
     pairs: Pairs = []
     for name, hooked in models.items():
         model = unwrap(hooked)
         planner = Planner(name, model, row_of(model), settings, steps, collector)
-        pairs.append((model, AppliedModel(planner)))
+        applied = AppliedModel(planner)
+        applied.parts = found.get(name, {})
+        pairs.append((model, applied))
     before = _applied(target)
     for (model, applied), hooked in zip(pairs, models.values(), strict=True):
         remove(model)
@@ -116,6 +133,25 @@ def replaced(
         yield None
     finally:
         _apply_again(before)
+
+
+def load_method_parts(target: Any, file: str | Path) -> None:
+    """Put the trained parts of a file into a pipeline's transformers, or one model, to stay there.
+
+    Whatever is applied later finds them, if its methods have such parts.
+
+    Args:
+        target: As in `apply`.
+        file: What `Handle.save_method_parts` or training wrote.
+
+    Raises:
+        ValueError: It is no such file, or one of other models.
+    """
+    is_model = isinstance(target, nn.Module)
+    found = {"transformer": target} if is_model else _transformers(target)
+    models = {name: unwrap(model) for name, model in found.items()}
+    for name, parts in read_method_parts(models, file).items():
+        attach(models[name], parts)
 
 
 def remove(model: nn.Module) -> None:
@@ -188,6 +224,34 @@ class Handle:
     def num_heads(self) -> int:
         """The largest number of heads that one of the layers has."""
         return max(layer.num_heads for layer in self.layers)
+
+    def method_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the trained parts of the schedule's methods, for an optimiser.
+
+        Parts that a model does not have yet are made here, at the element that changes nothing.
+        They are in the model, beside the attention modules' own weights, until `remove`.
+        """
+        found = []
+        for model, applied in self._models:
+            applied.add_parts(model, make_parts(model, self.schedule.method_names))
+            found += [p for name, p in model.named_parameters() if is_method_part(name)]
+        return found
+
+    def save_method_parts(self, path: str | Path) -> None:
+        """Write the trained parts that are in the models as one file, for `apply(parts=...)`.
+
+        Raises:
+            ValueError: There are none.
+        """
+        weights: dict[str, Any] = {}
+        for model, applied in self._models:
+            weights |= named_method_parts(applied.planner.name, dict(model.named_parameters()))
+        if not weights:
+            raise ValueError(
+                f"{self.schedule.algorithm} has no trained parts here. method_parameters() makes "
+                "those of methods that have some, such as vsa-0.1."
+            )
+        save_method_parts(Path(path), weights, self.schedule.algorithm)
 
     def observe(self, observer: Observer) -> Callable[[], None]:
         """Have a function called after every sparse attention call, from the next forward on.
@@ -288,6 +352,20 @@ def _checked_backend(backend: str) -> str:
     if backend not in known:
         raise ValueError(f"unknown backend {backend!r}; expected one of {known}.")
     return backend
+
+
+def _parts_for(
+    models: dict[str, nn.Module], file: str | Path, schedule: Schedule
+) -> dict[str, LayerParts]:
+    """The parts of a file, all of methods that the schedule has."""
+    found = read_method_parts({name: unwrap(model) for name, model in models.items()}, file)
+    have = {name for parts in found.values() for mine in parts.values() for name in mine}
+    if odd := sorted(have - schedule.method_names):
+        raise ValueError(
+            f"{file} has parts of {odd[0]}, trained with {algorithm_of(file)}: got the algorithm "
+            f"{schedule.algorithm}. Leave out the parts, or use that algorithm."
+        )
+    return found
 
 
 def _transformers(pipeline: Any) -> dict[str, nn.Module]:

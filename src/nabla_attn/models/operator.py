@@ -4,7 +4,7 @@ It is opaque to the compiler, so graphs never break on it. FlexAttention stays c
 package alone: uncompiled, it ignores the block map and silently computes dense attention.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial, wraps
@@ -17,7 +17,7 @@ from nabla_attn.attention import attend, autocast_dtype
 from nabla_attn.block_selection import select_blocks
 from nabla_attn.core.block_map import BlockMap
 from nabla_attn.core.order import TokenLayout
-from nabla_attn.models.context_parallel import gather_stats, to_heads, to_tokens
+from nabla_attn.models.context_parallel import gather_stats, gather_tokens, to_heads, to_tokens
 from nabla_attn.models.plan import Layer, Plan, plan_of
 
 
@@ -52,9 +52,12 @@ def attend_layer(
     current = layer.current
     assert current.key is not None
     run = _attend_op if torch.compiler.is_compiling() else _attend
+    # Trained parts are arguments: a compiler, and the backward, see nothing else.
+    weights: list[Tensor] = [p for name in current.methods for p in layer.parts[name].parameters()]
     # Asked for here: autocast is not seen from inside a compiled graph.
     dtype = autocast_dtype(q.device)
-    out, stats = run(q, k, v, text_valid, current.key, current.order, scale, dtype)
+    tensors = (q, k, v, text_valid, current.key, current.order, current.hidden, weights)
+    out, stats = run(*tensors, scale, dtype)
     if current.stats is not None:
         current.stats.copy_(stats)
     return out
@@ -67,11 +70,13 @@ def _attend(
     text_valid: Tensor | None,
     key: Tensor,
     order: Tensor | None,
+    hidden: Tensor | None,
+    weights: list[Tensor],
     scale: float | None,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """The output of a planned call, and what `_stats` says of its heads."""
-    return _follow(plan_of(key), q, k, v, text_valid, order, scale, dtype)
+    return _follow(plan_of(key), q, k, v, text_valid, order, hidden, weights, scale, dtype)
 
 
 def _follow(
@@ -81,6 +86,8 @@ def _follow(
     v: Tensor,
     text_valid: Tensor | None,
     order: Tensor | None,
+    hidden: Tensor | None,
+    weights: Sequence[Tensor],
     scale: float | None,
     dtype: torch.dtype | None,
     *,
@@ -88,14 +95,29 @@ def _follow(
 ) -> tuple[Tensor, Tensor]:
     layout = plan.layout(q.shape[1])
     text = (layout.text_before, layout.text_after)
+    if hidden is not None:
+        hidden = _video_of(hidden, plan, q.shape[1])
     if plan.ranks is not None:
         q, k, v = (to_heads(x, plan.ranks, *text, order) for x in (q, k, v))
+        hidden = None if hidden is None else gather_tokens(hidden, plan.ranks)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    run = partial(_run, text_valid=text_valid, scale=scale, dtype=dtype, is_replay=is_replay)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for (method, name), weight in zip(plan.weights, weights, strict=True):
+        parts.setdefault(method, {})[name] = weight
+    run = partial(
+        _run,
+        text_valid=text_valid,
+        hidden=hidden,
+        parts=parts,
+        scale=scale,
+        dtype=dtype,
+        is_replay=is_replay,
+    )
+    heads = _heads_of(plan, order, q.shape[1])
     if plan.parts:
-        out, stats = _run_parts(_places(plan, order, q.shape[1]), layout, run, q, k, v)
+        out, stats = _run_parts(_places(plan, heads), layout, run, q, k, v)
     else:
-        out, stats = run(plan, layout, q, k, v)
+        out, stats = run(_for_heads(plan, heads), layout, q, k, v)
     out = out.transpose(1, 2)
     if plan.ranks is not None:
         out = to_tokens(out, plan.ranks, *text, order)
@@ -103,21 +125,53 @@ def _follow(
     return out, stats
 
 
-def _places(plan: Plan, order: Tensor | None, count: int) -> list[tuple[Plan, list[int]]]:
-    """The plans of this rank's heads, and where these stand among its `count` heads."""
-    heads: Sequence[int] = range(count)
-    if plan.ranks is not None:
-        first = plan.ranks.rank * count
-        every = range(plan.ranks.count * count) if order is None else order.tolist()
-        heads = every[first : first + count]
+def _video_of(hidden: Tensor, plan: Plan, num_tokens: int) -> Tensor:
+    """The hidden states of the video's tokens, of a call with `num_tokens` tokens.
+
+    Raises:
+        ValueError: They are those of other tokens.
+    """
+    layout = plan.layout(num_tokens)
+    count = num_tokens - layout.text_before - layout.text_after
+    given = hidden.shape[1]
+    if given == count:
+        return hidden
+    before = {num_tokens: layout.text_before, count + plan.prefix: plan.prefix}.get(given)
+    if before is None:
+        raise ValueError(
+            f"trained parts that take hidden states need those of {count} video tokens: got "
+            f"{given}. Use another method in this model."
+        )
+    return hidden[:, before : before + count]
+
+
+def _heads_of(plan: Plan, order: Tensor | None, count: int) -> Sequence[int]:
+    """Which of the layer's heads the `count` heads of this rank are."""
+    if plan.ranks is None:
+        return range(count)
+    first = plan.ranks.rank * count
+    every = range(plan.ranks.count * count) if order is None else order.tolist()
+    return every[first : first + count]
+
+
+def _for_heads(plan: Plan, heads: Sequence[int]) -> Plan:
+    """The plan of a call that has these heads, which its methods are told where it matters."""
+    if plan.moment is None or (plan.ranks is None and not plan.heads):
+        return plan
+    return replace(plan, moment=replace(plan.moment, heads=tuple(heads)))
+
+
+def _places(plan: Plan, heads: Sequence[int]) -> list[tuple[Plan, list[int]]]:
+    """The plans of this rank's heads, and where these stand among them."""
     owner = {head: part for part in plan.parts for head in part.heads or ()}
     places: dict[Plan, list[int]] = {}
     for place, head in enumerate(heads):
         places.setdefault(owner[head], []).append(place)
-    return [
-        (replace(part, heads=tuple(heads[place] for place in found)), found)
-        for part, found in places.items()
-    ]
+    found = []
+    for part, mine in places.items():
+        named = tuple(heads[place] for place in mine)
+        found.append((_for_heads(replace(part, heads=named), named), mine))
+    return found
 
 
 def _run_parts(
@@ -151,6 +205,8 @@ def _run(
     v: Tensor,
     *,
     text_valid: Tensor | None,
+    hidden: Tensor | None,
+    parts: Mapping[str, Mapping[str, Tensor]],
     scale: float | None,
     dtype: torch.dtype | None,
     is_replay: bool,
@@ -169,6 +225,8 @@ def _run(
         measure=plan.telemetry,
         dtype=dtype,
         is_block_order=plan.is_block_order,
+        parts=parts,
+        hidden=hidden,
         select=_select(plan, layer, q.shape[0], is_replay=is_replay),
     )
     if layer is not None and block_map is not None and not is_replay:
@@ -247,33 +305,53 @@ def _attend_backward(
     text_valid: Tensor | None,
     key: Tensor,
     order: Tensor | None,
+    hidden: Tensor | None,
+    weights: list[Tensor],
     scale: float | None,
     dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
+    """Gradients of q, k, v, the hidden states where there are some, and the weights."""
     # The operator is opaque, so its inner graph is gone by now: run it again, with gradients.
     with torch.enable_grad(), _above_autograd():
-        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        inputs = [x.detach().requires_grad_() for x in _learning(q, k, v, hidden, weights)]
+        (q, k, v), weights = inputs[:3], inputs[len(inputs) - len(weights) :]
+        hidden = None if hidden is None else inputs[3]
         plan = plan_of(key)
-        out, _ = _follow(plan, q, k, v, text_valid, order, scale, dtype, is_replay=True)
-    dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+        tensors = (q, k, v, text_valid, order, hidden, weights)
+        out, _ = _follow(plan, *tensors, scale, dtype, is_replay=True)
+    found = torch.autograd.grad(out, inputs, grad, materialize_grads=True)
+    return [x.contiguous() for x in found]
 
 
 @_attend_backward.register_fake
-def _(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    # Of q, k and v.
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:3])
+def _(grad: Tensor, *inputs: Any) -> list[Tensor]:
+    q, k, v, _, _, _, hidden, weights, *_ = inputs
+    return [
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in _learning(q, k, v, hidden, weights)
+    ]
+
+
+def _learning(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, weights: Sequence[Tensor]
+) -> list[Tensor]:
+    """The arguments that have gradients."""
+    return [q, k, v, *([] if hidden is None else [hidden]), *weights]
 
 
 def _save_inputs(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    *tensors, scale, dtype = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.options = scale, dtype  # type: ignore[attr-defined]
+    *tensors, weights, scale, dtype = inputs
+    ctx.save_for_backward(*tensors, *weights)
+    ctx.options = len(tensors), scale, dtype  # type: ignore[attr-defined]
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple:
-    gradients = _attend_backward(grad, *ctx.saved_tensors, *ctx.options)  # type: ignore[attr-defined]
-    return *gradients, None, None, None, None, None
+    count, *options = ctx.options  # type: ignore[attr-defined]
+    saved = ctx.saved_tensors  # type: ignore[attr-defined]
+    tensors, weights = saved[:count], list(saved[count:])
+    found = _attend_backward(grad, *tensors, weights, *options)
+    hidden = None if tensors[-1] is None else found[3]
+    return *found[:3], None, None, None, hidden, found[len(found) - len(weights) :], None, None
 
 
 _attend_op.register_autograd(_backward, setup_context=_save_inputs)

@@ -8,7 +8,7 @@ from itertools import count
 from typing import Any, NamedTuple
 from weakref import ReferenceType
 
-from torch import Tensor, inference_mode, int64, tensor
+from torch import Tensor, inference_mode, int64, nn, tensor
 
 from nabla_attn.block_selection import select_blocks
 from nabla_attn.config import SparseConfig
@@ -43,6 +43,7 @@ class Plan:
         heads: The heads of the layer that the plan is for; None is all.
         parts: Plans of some heads each, all heads together, where they differ; the plan then says
             only what its parts share.
+        weights: Names of the trained parameters that a call brings, each behind its method's.
     """
 
     grid: TokenGrid
@@ -60,6 +61,7 @@ class Plan:
     is_guidance_batch: bool = False
     heads: tuple[int, ...] | None = None
     parts: "tuple[Plan, ...]" = ()
+    weights: tuple[tuple[str, str], ...] = ()
 
     @property
     def is_dense(self) -> bool:
@@ -220,13 +222,30 @@ class Snapshot(NamedTuple):
     key: Tensor | None = None
     stats: Tensor | None = None
     order: Tensor | None = None
+    methods: tuple[str, ...] = ()
+    takes_hidden: bool = False
 
 
 class _Current(threading.local):
     """What a layer does in the forward of each thread; attributes as in `Layer`."""
 
+    is_dense: bool
+    step: int | None
+    key: Tensor | None
+    stats: Tensor | None
+    order: Tensor | None
+    methods: tuple[str, ...]
+    takes_hidden: bool
+
     def __init__(self) -> None:
-        self.is_dense, self.step, self.key, self.stats, self.order = Snapshot()
+        self.hidden: Tensor | None = None
+        self.restore(Snapshot())
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(*(getattr(self, name) for name in Snapshot._fields))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        self.__dict__.update(snapshot._asdict())
 
 
 class Layer:
@@ -247,7 +266,10 @@ class Layer:
         current: What the layer does in the forward of this thread: `is_dense`, whether it stays
             dense; `step`, the denoising step; `key`, its plan; `stats`, fp32 [3, heads] for
             density, kept mass and the tail's density, None when not measured; `order`, the heads in
-            the order in which ranks take them, None as they are.
+            the order in which ranks take them, None as they are; `methods`, those whose trained
+            parts take part; `takes_hidden`, whether these take hidden states, and `hidden`, the
+            states of the call that runs.
+        parts: The trained parts of methods, by their names; they belong to the attention module.
     """
 
     def __init__(self, path: str, *, model: str = "", index: int = 0, num_heads: int = 0) -> None:
@@ -258,6 +280,7 @@ class Layer:
         self.maps = MapCache()
         self.observers: list[Observer] = []
         self.tables: Mapping[str, Any] = {}
+        self.parts: Mapping[str, nn.Module] = {}
         self._memory: dict[tuple[Any, ...], dict[str, Any]] = {}
         self.current = _Current()
 
@@ -270,6 +293,15 @@ class Layer:
 
     def __repr__(self) -> str:
         return f"Layer({self.path!r}, model={self.model!r}, index={self.index})"
+
+    def weights(self, config: SparseConfig) -> tuple[tuple[str, str], ...]:
+        """The trained parameters that an algorithm uses here: the method's name and their own."""
+        return tuple(
+            (use.name, name)
+            for use in config.uses
+            if use.name in self.parts
+            for name, _ in self.parts[use.name].named_parameters()
+        )
 
     def memory(self, generation: int, call: int, heads: tuple[int, ...] | None) -> dict[str, Any]:
         """What methods keep between the steps of a generation; earlier generations are dropped."""
@@ -311,10 +343,8 @@ class Layer:
 
     def snapshot(self) -> Snapshot:
         """What `restore` needs to come back to this forward."""
-        now = self.current
-        return Snapshot(now.is_dense, now.step, now.key, now.stats, now.order)
+        return self.current.snapshot()
 
     def restore(self, snapshot: Snapshot) -> None:
         """Return to the forward of a snapshot."""
-        now = self.current
-        now.is_dense, now.step, now.key, now.stats, now.order = snapshot
+        self.current.restore(snapshot)

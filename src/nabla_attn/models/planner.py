@@ -24,6 +24,7 @@ from nabla_attn.models.context_parallel import (
     shares_arguments,
 )
 from nabla_attn.models.map_cache import MapReuse
+from nabla_attn.models.method_parts import parts_of
 from nabla_attn.models.modules import attention_modules, num_heads
 from nabla_attn.models.plan import Layer, Plan, plan_key
 from nabla_attn.models.report import Forward, Telemetry
@@ -140,9 +141,10 @@ class Planner:
         if plan.ranks is not None:
             self._prepare_ranks(model, plan.ranks, device)
         schedule = self._schedule(step, device)
-        for layer in self.layers:
+        for layer, module in self.pairs:
             groups = self._groups(schedule, step, layer, plan.grid)
             layer.current.step = step
+            layer.parts = parts_of(module)
             self._plan_layer(layer, self._plan_of(layer, plan, groups, branch), device)
         if self.settings.telemetry:
             grid = (plan.grid.frames, plan.grid.height, plan.grid.width)
@@ -200,11 +202,12 @@ class Planner:
         """The plan of one layer, with a part for each group of heads where there are several."""
         if len(groups) == 1:
             return self._plan_heads(layer, plan, groups[0], branch)
-        parts = (
+        parts = tuple(
             replace(self._plan_heads(layer, plan, group, branch), heads=group.heads)
             for group in groups
         )
-        return replace(plan, parts=tuple(parts))
+        weights = dict.fromkeys(name for part in parts for name in part.weights)
+        return replace(plan, parts=parts, weights=tuple(weights))
 
     def _plan_heads(self, layer: Layer, plan: Plan, group: HeadGroup, branch: int | None) -> Plan:
         """The plan of heads that do the same.
@@ -212,7 +215,7 @@ class Planner:
         It refers to the layer only where maps are kept or observed.
         """
         rules = self.settings.schedule
-        plan = self._with_moment(plan.with_config(group.config), layer, group)
+        plan = self._with_moment(plan.with_config(group.config), layer)
         # A window's map is cached elsewhere, and what has a memory looks at every step itself.
         is_kept = group.config.is_adaptive and (group.reuse_steps > 1 or rules.reuse_guidance)
         is_kept = is_kept and plan.memory is None
@@ -229,10 +232,11 @@ class Planner:
             is_guidance_batch=in_batch and self.steps.is_guided is not False,
         )
 
-    def _with_moment(self, plan: Plan, layer: Layer, group: HeadGroup) -> Plan:
-        """The plan with what its methods need to know of step and layer."""
+    def _with_moment(self, plan: Plan, layer: Layer) -> Plan:
+        """The plan with what its methods need to know of step and layer, and their parts."""
         needs = plan.config.needs
-        if not needs & {"step", "layer", "memory", "table"}:
+        weights = layer.weights(plan.config)
+        if not weights and not needs & {"step", "layer", "memory", "table"}:
             return plan
         step = layer.current.step
         moment = Moment(
@@ -240,12 +244,11 @@ class Planner:
             num_steps=self.steps.num_steps,
             layer=layer.index,
             num_layers=len(self.layers),
-            heads=group.heads,
         )
         memory = None
         if "memory" in needs and step is not None:
             memory = (self.steps.generation, self.reuse.call)
-        return replace(plan, moment=moment, memory=memory, layer=ref(layer))
+        return replace(plan, moment=moment, memory=memory, layer=ref(layer), weights=weights)
 
     def _schedule(self, step: int | None, device: torch.device) -> Schedule:
         """The rules of a forward on this device."""
@@ -277,6 +280,8 @@ class Planner:
         if current.is_dense:
             return
         current.key = plan_key(plan)
+        current.methods = tuple(dict.fromkeys(method for method, _ in plan.weights))
+        current.takes_hidden = any("hidden" in methods.find(name).needs for name in current.methods)
         if plan.telemetry:
             current.stats = torch.full((3, layer.num_heads), float("nan"), device=device)
 

@@ -136,9 +136,15 @@ def _class_for(base: type) -> type:
     # Attention modules drop arguments that the processor's signature does not name.
     @functools.wraps(base.__call__)  # type: ignore[operator]
     def call(self: Any, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        is_original = self.layer.current.is_dense and not getattr(self.sparse, "runs_dense", False)
+        current = self.layer.current
+        is_original = current.is_dense and not getattr(self.sparse, "runs_dense", False)
         run = self.original if is_original else self.sparse
-        return run(attn, *args, **kwargs)
+        if is_original or not current.takes_hidden:
+            return run(attn, *args, **kwargs)
+        current.hidden = args[0] if args else kwargs["hidden_states"]
+        out = run(attn, *args, **kwargs)
+        current.hidden = None
+        return out
 
     return type(f"Nabla{base.__name__}", (NablaProcessor, base), {"__call__": call})
 

@@ -104,18 +104,21 @@ def copied_teacher(transformer: nn.Module, dtype: torch.dtype) -> tuple[nn.Modul
 
 
 def bare_teacher(transformer: Any, sparsity: Sparsity) -> Teacher:
-    """The student itself, with adapters and sparse attention switched off during a block."""
+    """The student itself, with sparse attention and adapters switched off during a block."""
+    has_adapters = bool(getattr(transformer, "peft_config", None))
 
     @contextmanager
     def teacher() -> Iterator[nn.Module]:
         was_training = transformer.training
-        transformer.disable_adapters()
+        if has_adapters:
+            transformer.disable_adapters()
         transformer.eval()
         try:
             with sparsity.dense():
                 yield transformer
         finally:
             transformer.train(was_training)
-            transformer.enable_adapters()
+            if has_adapters:
+                transformer.enable_adapters()
 
     return teacher

@@ -116,6 +116,11 @@ class TrainConfig:
     def _check(self) -> "TrainConfig":
         _check_objective(self)
         _check_packing(self)
+        if self.sparsity.parts_only and self.lora.rank:
+            raise ValueError(
+                "sparsity.parts_only leaves adapters without gradients. Use lora.rank=0, or train "
+                "adapters and parts together without it."
+            )
         if self.sharding == "fsdp" and self.context_parallel > 1:
             raise ValueError(
                 "sharding=fsdp with context_parallel is not supported. Use one of them."

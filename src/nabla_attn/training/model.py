@@ -14,6 +14,12 @@ from nabla_attn.errors import first_line
 from nabla_attn.files import read_json, write_text
 from nabla_attn.generation.lora import LORA_WEIGHTS
 from nabla_attn.generation.model_index import find_class, named_parts, read_model_index
+from nabla_attn.models import (
+    METHOD_PARTS,
+    is_method_part,
+    named_method_parts,
+    save_method_parts,
+)
 from nabla_attn.schedule import Schedule
 from nabla_attn.training.checkpoint import whole_folder
 
@@ -101,28 +107,47 @@ def save_pipeline(
 
     Args:
         parts: The parts of the pipeline that was trained.
-        weights: The trained transformer's weights, whole.
+        weights: The trained transformer's weights, whole, or none if these are those that it came
+            with; and trained parts of methods.
         folder: The directory to write; an earlier one is replaced.
         schedule: Schedule to keep in `defaults.json`, so that generation uses what was trained.
         is_guided: Whether the weights predict what guidance gave, so that generation must not guide
             again.
     """
-    with torch.device("meta"):
-        transformer = type(parts.transformer).from_config(parts.transformer.config)
-    transformer.load_state_dict(weights, assign=True)
-    transformer.register_to_config(_name_or_path="")
+    method_parts, weights = _split(parts, weights)
     source = parts.directory / DEFAULTS
     defaults = read_json(source) if source.is_file() else {}
     # Those of the source may be rules of another algorithm.
     defaults.pop("schedule", None)
     defaults |= _trained_defaults(schedule, is_guided=is_guided)
-    skipped = shutil.ignore_patterns(parts.name, DEFAULTS)
+    skipped = shutil.ignore_patterns(*([parts.name] if weights else []), DEFAULTS)
     with whole_folder(folder) as temporary:
         shutil.copytree(
             parts.directory, temporary, copy_function=_link, ignore=skipped, dirs_exist_ok=True
         )
-        transformer.save_pretrained(temporary / parts.name)
+        if weights:
+            _whole_transformer(parts, weights).save_pretrained(temporary / parts.name)
+        if method_parts:
+            save_method_parts(
+                temporary / parts.name / METHOD_PARTS, method_parts, schedule.algorithm
+            )
         _write_json(temporary / DEFAULTS, defaults)
+
+
+def _split(
+    parts: Parts, weights: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Trained parts of methods, named as in their file, and all other weights."""
+    others = {name: value for name, value in weights.items() if not is_method_part(name)}
+    return named_method_parts(parts.name, weights), others
+
+
+def _whole_transformer(parts: Parts, weights: dict[str, torch.Tensor]) -> Any:
+    with torch.device("meta"):
+        transformer = type(parts.transformer).from_config(parts.transformer.config)
+    transformer.load_state_dict(weights, assign=True)
+    transformer.register_to_config(_name_or_path="")
+    return transformer
 
 
 def _trained_defaults(schedule: Schedule, *, is_guided: bool) -> dict[str, Any]:
@@ -154,13 +179,14 @@ def save_lora(
     Args:
         parts: The trained parts; they name the pipeline class, whose format is written, and hold
             the adapters' settings.
-        weights: The adapters' weights, as PEFT names them.
+        weights: The adapters' weights, as PEFT names them, and trained parts of methods.
         folder: The directory to write; an earlier one is replaced.
         schedule: Schedule to keep in `defaults.json`.
         is_guided: Whether the weights predict what guidance gave.
     """
     from diffusers.loaders import WanLoraLoaderMixin
 
+    method_parts, weights = _split(parts, weights)
     (settings,) = parts.transformer.peft_config.values()
     # What all of them write for a transformer is the same.
     writer = getattr(
@@ -174,6 +200,8 @@ def save_lora(
             transformer_lora_adapter_metadata=settings.to_dict(),
             weight_name=LORA_WEIGHTS,
         )
+        if method_parts:
+            save_method_parts(temporary / METHOD_PARTS, method_parts, schedule.algorithm)
         _write_json(temporary / DEFAULTS, _trained_defaults(schedule, is_guided=is_guided))
 
 

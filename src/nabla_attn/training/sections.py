@@ -177,6 +177,8 @@ class SparsityConfig:
         ramp: Number of steps over which the threshold, or share, falls from 1 to its target.
         dense_share: Share of the steps that stay dense, spread evenly.
         backend: "auto" or one of `nabla_attn.backends.NAMES`.
+        parts_only: Whether only the trained parts of the algorithm's methods learn, such as VSA's
+            gate, and the weights stay as they are.
     """
 
     algorithm: Algorithm = "nabla-0.7"
@@ -186,6 +188,7 @@ class SparsityConfig:
     ramp: Natural = 0
     dense_share: Share = 0.0
     backend: Text = "auto"
+    parts_only: Switch = False
 
     @property
     def is_dense(self) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nabla_attn.distributed import make_accelerator, reshard, share_sequences
+from nabla_attn.models import METHOD_PARTS
 from nabla_attn.sizes import patch_size
 from nabla_attn.training.adapters import add_lora, bare_teacher, copied_teacher, freeze
 from nabla_attn.training.config import TrainConfig
@@ -25,7 +26,7 @@ from nabla_attn.training.loader import BatchLoader
 from nabla_attn.training.model import Parts
 from nabla_attn.training.noise import path_of, served_levels
 from nabla_attn.training.objective import Distillation, FlowMatching, Objective, Teacher
-from nabla_attn.training.sparsity import Sparsity
+from nabla_attn.training.sparsity import Sparsity, may_idle
 
 
 @dataclass
@@ -105,6 +106,7 @@ def prepare(config: TrainConfig, parts: Parts, dataset: Any = None) -> TrainRun:
         precision=config.precision,
         sharding=config.sharding,
         context_parallel=config.context_parallel,
+        has_idle_weights=may_idle(config.sparsity),
     )
     family = find_family(parts.pipeline_class, parts.index)
     served = served_levels(parts.index, parts.name)
@@ -132,6 +134,11 @@ def prepare(config: TrainConfig, parts: Parts, dataset: Any = None) -> TrainRun:
             parts=config.context_parallel,
         )
     trained = [p for p in bare.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError(
+            f"sparsity.parts_only trains parts of methods, and {sparsity.schedule.algorithm} has "
+            "none. Use sparsity.algorithm=vsa-0.1 or sla-0.05, or parts_only=false."
+        )
     module, optimizer = accelerator.prepare(bare, _make_optimizer(config, trained))
     run = TrainRun(
         config, parts, accelerator, module, sparsity, objective, optimizer, loader, None, family
@@ -165,13 +172,16 @@ def _prepare_module(
     sequences = [bare]
     if config.lora.rank:
         add_lora(bare, config.lora, config.seed, frozen=family.frozen)
+    elif config.sparsity.parts_only:
+        bare.requires_grad_(False)
     elif is_distilled:
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         copy, teacher = copied_teacher(bare, dtype)
         sequences.append(copy)
     freeze(bare, family.frozen)
-    sparsity = Sparsity(bare, config.sparsity)
-    if config.lora.rank and is_distilled:
+    file = parts.directory / parts.name / METHOD_PARTS
+    sparsity = Sparsity(bare, config.sparsity, file if file.is_file() else None)
+    if is_distilled and teacher is None:
         teacher = bare_teacher(bare, sparsity)
     share_sequences(sequences, config.context_parallel, device)
     if config.gradient_checkpointing:

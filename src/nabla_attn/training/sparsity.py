@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from torch import nn
 
 from nabla_attn.config import DENSE, SparseConfig, parse
 from nabla_attn.generation.schedules import load_schedule
 from nabla_attn.methods import MethodUse, find, make_use
-from nabla_attn.models import Handle, apply
+from nabla_attn.models import Handle, add_method_parts, apply, load_method_parts
 from nabla_attn.schedule import Schedule
 from nabla_attn.training.noise import GOLDEN
 from nabla_attn.training.sections import SparsityConfig
@@ -22,6 +23,8 @@ class Sparsity:
     Args:
         module: The transformer, not wrapped.
         config: The attention to train.
+        parts: File of trained parts that came with the weights; only methods that are trained use
+            it.
 
     Attributes:
         asked: The schedule with all its rules, as generation follows it.
@@ -31,7 +34,9 @@ class Sparsity:
         ValueError: The module cannot be made sparse, or the schedule file is not one.
     """
 
-    def __init__(self, module: nn.Module, config: SparsityConfig) -> None:
+    def __init__(
+        self, module: nn.Module, config: SparsityConfig, parts: Path | None = None
+    ) -> None:
         self.config = config
         self.asked = read_schedule(config)
         # Rules about denoising steps do not apply to training.
@@ -39,6 +44,10 @@ class Sparsity:
         own = tuple(replace(rule, reuse_steps=None) for rule in rules.rules)
         self.schedule = replace(rules, rules=own)
         self._handle: Handle | None = None
+        # To stay when it is taken out again: they belong to the weights.
+        if parts is not None and has_parts(self.schedule):
+            load_method_parts(module, parts)
+        add_method_parts(module, self.schedule.method_names)
         if not all(config.is_dense for config in self.schedule.algorithms):
             self._handle = apply(module, schedule=self.schedule, backend=config.backend)
 
@@ -107,6 +116,17 @@ def read_schedule(config: SparsityConfig) -> Schedule:
     except ValueError as error:
         raise ValueError(f"sparsity.{error}") from None
     return replace(schedule, allow_mismatch=config.allow_mismatch or schedule.allow_mismatch)
+
+
+def has_parts(schedule: Schedule) -> bool:
+    """Whether one of its methods has parts that are trained."""
+    return any(find(name).parts is not None for name in schedule.method_names)
+
+
+def may_idle(config: SparsityConfig) -> bool:
+    """Whether some steps or layers may leave trained parts without gradients."""
+    differs = config.schedule is not None or config.dense_share > 0
+    return differs and has_parts(read_schedule(config))
 
 
 def ramped(schedule: Schedule, progress: float) -> Schedule:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nabla_attn.distributed import reshard
+from nabla_attn.models import is_method_part
 from nabla_attn.training.checkpoint import read_state
 from nabla_attn.training.setup import TrainRun
 
@@ -105,17 +106,21 @@ def _restore_optimizer(run: TrainRun, state: dict[str, Any]) -> None:
 
 
 def whole_weights(run: TrainRun) -> dict[str, Tensor]:
-    """Weights on the CPU, gathered on process 0; of LoRA the adapters, as PEFT names them."""
+    """Weights on the CPU, gathered on process 0; trained parts of methods among them.
+
+    With LoRA the others are the adapters, as PEFT names them; with `parts_only` there are none.
+    """
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
     reshard(run.module)
     has_adapters = bool(run.config.lora.rank)
-    options = _options(ignore_frozen_params=has_adapters)
+    options = _options(ignore_frozen_params=has_adapters or run.config.sparsity.parts_only)
     weights: dict[str, Any] = get_model_state_dict(run.module, options=options)
     if has_adapters:
         from peft import get_peft_model_state_dict
 
-        weights = get_peft_model_state_dict(run.bare, state_dict=weights)
+        parts = {name: value for name, value in weights.items() if is_method_part(name)}
+        weights = get_peft_model_state_dict(run.bare, state_dict=weights) | parts
     return {name: _own(value) for name, value in weights.items()}
 
 
