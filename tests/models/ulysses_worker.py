@@ -65,8 +65,11 @@ def measure(name, degree, grid, algorithm, **rules):
     tiny = TINY[name]
     alone, shared = (tiny.build(**CHANGES[name]) for _ in range(2))
     inputs = tiny.inputs(*grid)
-    na.apply(alone, algorithm, **rules)
     handle = na.apply(shared, algorithm, **rules)
+    for each in (handle, na.apply(alone, algorithm, **rules)):
+        torch.manual_seed(0)
+        for weight in each.method_parameters():
+            torch.nn.init.normal_(weight, std=0.3)
     enable(shared, degree)
     expected = run(alone, inputs)
     errors = []
@@ -122,8 +125,9 @@ def main(rank: int, folder: str, num_ranks: int, names: tuple[str, ...]) -> None
     for name in names:
         for degree, grid in GRIDS.items():
             if degree <= num_ranks:
-                tail = ("topk-0.2_tail-first",) if (name, degree) == (names[0], 2) else ()
-                for algorithm in ("nabla-0.5", "dense", *tail):
+                is_first = (name, degree) == (names[0], 2)
+                others = ("topk-0.2_tail-first", "vsa-0.3", "sla-0.3") if is_first else ()
+                for algorithm in ("nabla-0.5", "dense", *others):
                     results[name, degree, algorithm] = measure(name, degree, grid, algorithm)
                 results[name, degree, "mixed"] = measure(name, degree, grid, None, schedule=MIXED)
     balance = {degree: measure_balance(degree) for degree in GRIDS if degree <= num_ranks}
