@@ -69,7 +69,7 @@ def test_heads_with_algorithms_of_their_own_run_as_if_alone():
 def test_the_operator_keeps_its_contract_and_compiles():
     (q, k, v), text = inputs()
     key = plan_key(mixed_plan())
-    torch.library.opcheck(_attend_op, (q, k, v, text, key, None, None, None))
+    torch.library.opcheck(_attend_op, (q, k, v, text, key, None, None, [], None, None))
     layer = layer_with(mixed_plan())
     expected = attend_layer(layer, q, k, v, text_valid=text)
     compiled = torch.compile(attend_layer, backend="aot_eager", fullgraph=True)

@@ -78,20 +78,25 @@ def test_a_group_of_one(group, name):
                 assert relative_error(run(model, inputs), out) < 3e-6
 
 
-@pytest.mark.parametrize("algorithm", ["nabla-0.5", "topk-0.2_tail-first", "dense"])
+@pytest.mark.parametrize("algorithm", ["nabla-0.5", "topk-0.2_tail-first", "vsa-0.5", "dense"])
 @pytest.mark.parametrize("ranks", [False, True])
 def test_the_operator_keeps_its_contract(group, ranks, algorithm):
     if algorithm == "dense" and not ranks:
         pytest.skip("dense layers run the model's own attention")
+    has_parts = algorithm == "vsa-0.5"
     plan = Plan(
         grid=TokenGrid(2, 8, 9),
         config=na.parse(algorithm),
         text="after",
         telemetry=True,
         ranks=Ranks(group) if ranks else None,
+        weights=(("vsa", "weight"), ("vsa", "bias")) if has_parts else (),
     )
     q, k, v = (randn(1, 150, 2, 16).requires_grad_() for _ in range(3))
-    torch.library.opcheck(_attend_op, (q, k, v, None, plan_key(plan), None, None, None))
+    hidden = randn(1, 144, 6).requires_grad_() if has_parts else None
+    weights = [randn(32, 6).requires_grad_(), randn(32).requires_grad_()] if has_parts else []
+    arguments = (q, k, v, None, plan_key(plan), None, hidden, weights, None, None)
+    torch.library.opcheck(_attend_op, arguments)
 
 
 def test_reordered_heads_come_back(group):
