@@ -1,5 +1,6 @@
 """Shape checks on every core call, and fixed seeds."""
 
+import gc
 import sys
 
 import pytest
@@ -27,6 +28,13 @@ fusion.MIN_ELEMENTS = sys.maxsize
 # Nothing is timed in tests: machines that run them are shared.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector the modules and tests, which stay, and most of its rounds."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(7000)
 
 
 @pytest.fixture(autouse=True)

@@ -95,8 +95,10 @@ def test_threshold_one_is_dense_and_removal_leaves_nothing(name):
     assert torch.equal(again, dense)
 
 
-@pytest.mark.parametrize(("name", "frames", "height", "width", "tokens"), FAMILIES[:2])
-def test_a_directory_in_bfloat16(name, frames, height, width, tokens, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "frames", "height", "width"), [family[:4] for family in FAMILIES[:2]]
+)
+def test_a_directory_in_bfloat16(name, frames, height, width, tmp_path):
     getattr(tiny_pipelines, name)().save_pretrained(tmp_path)
     pipeline = load_pipeline(tmp_path, device="cpu", dtype="bfloat16")
     video, _ = generate(pipeline, request(frames, height, width))
@@ -176,7 +178,7 @@ def test_a_pipeline_that_cannot_be_asked_is_named():
 def test_every_number_of_frames_that_is_taken_is_made(name):
     pipeline = getattr(tiny_pipelines, name)()
     first = next(entry for entry in FAMILIES if entry[0] == name)
-    fitting = [frames for frames in range(1, 26) if fits_frames(pipeline, frames)][1:5]
+    fitting = [frames for frames in range(1, 26) if fits_frames(pipeline, frames)][1:4]
     for frames in fitting:
         wanted = replace(request(frames, *first[2:4]), steps=1, guidance=1.0, sparse_algo="dense")
         if name == "mochi":

@@ -54,6 +54,12 @@ def write_run(folder, num_prompts=3, prompt="a red circle moving right {}"):
     return folder
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Drawing takes longer than all else of a report."""
+    monkeypatch.setattr(report, "_draw", lambda draw: b"a picture")
+
+
 def test_the_same_records_give_the_same_bytes(tmp_path):
     write_run(tmp_path / "run")
     for name in ("a", "b"):
@@ -85,7 +91,7 @@ def test_the_same_records_give_the_same_bytes(tmp_path):
 @pytest.mark.parametrize(
     ("version", "words"), [(None, "version 1 of the judge"), ("2", "version 2 of the judge")]
 )
-def test_the_judge_of_a_run_is_named(tmp_path, version, words):
+def test_the_judge_of_a_run_is_named(tmp_path, version, words, undrawn):
     run = write_run(tmp_path)
     for path in run.glob("*/*.json"):
         record = RunRecord.load(path)
@@ -165,7 +171,7 @@ def test_videos_play_side_by_side_in_step(tmp_path):
         assert errors == []
 
 
-def test_videos_beyond_the_limit_are_named(tmp_path, monkeypatch):
+def test_videos_beyond_the_limit_are_named(tmp_path, monkeypatch, undrawn):
     write_run(tmp_path / "run", 1)
     size = (tmp_path / "run/dense/p0000-s0.mp4").stat().st_size
     monkeypatch.setattr(report, "MAX_VIDEO_BYTES", int(size * 1.5))
@@ -174,7 +180,7 @@ def test_videos_beyond_the_limit_are_named(tmp_path, monkeypatch):
     assert "Not shown: nabla-0.7, sta-3-3-3." in videos.blocks[0].text
 
 
-def test_the_report_as_json(tmp_path):
+def test_the_report_as_json(tmp_path, undrawn):
     write_run(tmp_path / "run", 2)
     asked = ["report", str(tmp_path / "run"), "--output", str(tmp_path / "page"), "--json"]
     values = json.loads(CliRunner().invoke(app, asked).stdout)
@@ -184,7 +190,7 @@ def test_the_report_as_json(tmp_path):
     assert verdict in (tmp_path / "page.md").read_text().replace("\\", "")
 
 
-def test_a_number_in_the_name_is_no_ending(tmp_path):
+def test_a_number_in_the_name_is_no_ending(tmp_path, undrawn):
     write_run(tmp_path / "run", 2)
     for name in ("report-nabla-0.7", "report-nabla-0.5.md"):
         asked = ["report", str(tmp_path / "run"), "--output", str(tmp_path / "pages" / name)]
@@ -207,7 +213,7 @@ def test_each_run_has_its_own_pictures(tmp_path):
     assert files["two runs-images/curves.png"] != files["two runs-images/curves-2.png"]
 
 
-def test_prompts_stay_text(tmp_path):
+def test_prompts_stay_text(tmp_path, undrawn):
     write_run(tmp_path / "run", 1, "<script>alert(1)</script> | ![x](http://evil) {}")
     sections = build_report([tmp_path / "run"])
     write_html("t", sections, tmp_path / "a.html")
