@@ -90,7 +90,12 @@ def test_empty_is_not_whole(tmp_path):
         ('{"height": 480, "height": 16}', "'height' is there twice"),
         ('[{"a": {"b": 1, "b": 1}}]', "'b' is there twice"),
         ("[" * 100_000, "it is nested too deeply"),
-        ('{"a": ' + "9" * 5000 + "}", "4300 digits"),
+        ("[" * 500 + "]" * 500, "it is nested too deeply"),
+        ('{"height": NaN}', "NaN is not a number in JSON"),
+        ('{"scale": -Infinity}', "-Infinity is not a number in JSON"),
+        ('{"scale": 1e999}', "1e999 is too large a number"),
+        ('{"seed": 1' + "0" * 400 + "}", r"10000000000000000000\.\.\. is beyond 64 bits"),
+        ('{"seed": ' + "9" * 5000 + "}", r"\.\.\. is beyond 64 bits"),
     ],
 )
 def test_json_of_which_something_would_be_dropped_is_refused(tmp_path, text, words):

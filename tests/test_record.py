@@ -58,7 +58,19 @@ def test_hostile_json_is_refused(record, change, message, tmp_path):
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{", "{}", '{"a": NaN}', "[" * 100_000])
+def test_a_number_that_a_record_lacks_is_named(record, tmp_path):
+    record = replace(record, numbers={"rows": [{"seconds": 1.0}]})
+    record.save(tmp_path / "run.json")
+    numbers = RunRecord.load(tmp_path / "run.json").numbers
+    assert numbers == record.numbers
+    for asked in (lambda: numbers["fps"], lambda: numbers["rows"][0]["fps"]):
+        with pytest.raises(ValueError, match=r"run\.json: the record lacks 'fps'"):
+            asked()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[1]", "{", "{}", '{"a": NaN}', "[" * 100_000, "[" * 500 + "]" * 500, "1" * 5000]
+)
 def test_not_a_record(text):
     with pytest.raises(ValueError, match="run record"):
         RunRecord.from_json(text)

@@ -14,6 +14,12 @@ from typing import Any
 MAX_NAME_BYTES = 200
 """Bytes of a file's name that its temporary file keeps; file systems take 255 in all."""
 
+MAX_DEPTH = 100
+"""Objects and lists inside one another that are read; what handles them may recurse."""
+
+MAX_WHOLE = 2**64
+"""Whole numbers reach to below this in either direction; larger ones fit no tensor or float."""
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
@@ -122,16 +128,17 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: str | Path, *, max_bytes: int | None = None) -> Any:
+def read_json(path: str | Path, *, max_bytes: int | None = None, has_nan: bool = False) -> Any:
     """What a JSON file holds.
 
     Args:
         path: The file.
         max_bytes: The largest size that is read; None reads any.
+        has_nan: Whether NaN and Infinity, which are not JSON, are read too.
 
     Raises:
-        ValueError: It is missing, too large or not JSON, or an object has a name twice; the file
-            is named.
+        ValueError: It is missing, too large or not JSON, or `parse_json` refuses it; the file is
+            named.
     """
     path = Path(path)
     try:
@@ -142,31 +149,94 @@ def read_json(path: str | Path, *, max_bytes: int | None = None) -> Any:
         reason = (error.strerror or str(error)).lower()
         raise ValueError(f"cannot read {path}: {reason}.") from error
     try:
-        return parse_json(content.decode("utf-8-sig"))
+        return parse_json(content.decode("utf-8-sig"), has_nan=has_nan)
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error}).") from error
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, *, has_nan: bool = False) -> Any:
     """What a JSON text holds.
 
+    Args:
+        text: The text.
+        has_nan: Whether NaN and Infinity, which are not JSON, are read too.
+
     Raises:
-        ValueError: It is not JSON, is nested too deeply, or an object has a name twice, one of
-            which would be dropped.
+        ValueError: It is not JSON, is nested too deeply, a number is none or beyond 64 bits, or an
+            object has a name twice, one of which would be dropped.
     """
+    constant = {} if has_nan else {"parse_constant": _refuse_constant}
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        values = json.loads(
+            text,
+            object_pairs_hook=read_object,
+            parse_int=_whole,
+            parse_float=_finite,
+            **constant,
+        )
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    check_depth(values)
+    return values
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def check_depth(values: Any, *, max_values: int | None = None) -> None:
+    """Check that plain values are not nested too deeply.
+
+    Args:
+        values: Objects, lists and what they hold.
+        max_values: The most values that may be there; None is any number.
+
+    Raises:
+        ValueError: They are, or are too many.
+    """
+    level, count = [values], 0
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for each in level
+            if isinstance(each, dict | list)
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+        count += len(level)
+        if max_values is not None and count > max_values:
+            raise ValueError(f"it has more than {max_values} values")
+        if not level:
+            return
+    raise ValueError("it is nested too deeply")
+
+
+def read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of names and values.
+
+    Raises:
+        ValueError: A name is there twice.
+    """
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{twice!r} is there twice")
     return values
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number in JSON; a missing one is null")
+
+
+def _whole(text: str) -> int:
+    # Texts of more than 20 digits are beyond it whatever they are.
+    value = int(text) if len(text) <= 21 else MAX_WHOLE
+    if not -MAX_WHOLE < value < MAX_WHOLE:
+        raise ValueError(f"{text:.20}... is beyond 64 bits")
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if abs(value) == float("inf"):
+        raise ValueError(f"{text:.20} is too large a number")
+    return value
 
 
 def read_lines(path: Path, max_bytes: int) -> Iterator[tuple[int, str | ValueError]]:

@@ -3,13 +3,13 @@
 import json
 import math
 import platform
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from nabla_attn.files import write_text
+from nabla_attn.files import parse_json, write_text
 
 SCHEMA = 1
 PACKAGES = ("nabla-attn", "torch", "diffusers", "transformers")
@@ -69,10 +69,8 @@ class RunRecord:
             ValueError: The text is not JSON, or a field is missing, unknown or of the wrong type.
         """
         try:
-            data = json.loads(text, parse_constant=_refuse_constant)
-        except RecursionError as error:
-            raise ValueError("run record: nested too deeply.") from error
-        except json.JSONDecodeError as error:
+            data = parse_json(text)
+        except ValueError as error:
             raise ValueError(f"run record: not valid JSON ({error}).") from error
         if not isinstance(data, dict):
             raise ValueError(f"run record: expected an object, got {type(data).__name__}.")
@@ -94,13 +92,36 @@ class RunRecord:
     def load(cls, path: str | Path) -> "RunRecord":
         """Read the record at `path`.
 
+        Its config and numbers raise ValueError for a name that they lack.
+
         Raises:
             ValueError: The file is no record; its path and the reason are named.
         """
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            record = cls.from_json(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        config, numbers = (_known(each, str(path)) for each in (record.config, record.numbers))
+        return replace(record, config=config, numbers=numbers)
+
+
+class _Known(dict[str, Any]):
+    """Values of a file, which is named where one is asked for that it lacks."""
+
+    path = ""
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"{self.path}: the record lacks {name!r}. Make it again.")
+
+
+def _known(value: Any, path: str) -> Any:
+    if isinstance(value, list):
+        return [_known(each, path) for each in value]
+    if not isinstance(value, dict):
+        return value
+    known = _Known({name: _known(inner, path) for name, inner in value.items()})
+    known.path = path
+    return known
 
 
 def check_settings(path: Path, asked: dict[str, Any]) -> RunRecord:
@@ -148,10 +169,6 @@ def describe_device(device: Any = "cpu") -> str:
     name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
     threads = torch.get_num_threads()
     return f"{name} ({threads} thread{'s' if threads > 1 else ''})"
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"run record: {name} is not a JSON number; missing numbers are null.")
 
 
 def _check_plain(value: Any, where: str) -> None:

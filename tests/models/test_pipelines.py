@@ -9,11 +9,14 @@ from tests.models.tiny_models import TINY, relative_error
 from tests.models.tiny_pipelines import (
     STEPS,
     cogvideox,
+    framepack,
     generate,
+    helios,
     hunyuan,
     kandinsky5,
     ltx,
     ltx2,
+    skyreels_forcing,
     wan,
     wan_flf2v,
     wan_i2v,
@@ -87,6 +90,42 @@ def test_steps_are_the_users_with_any_scheduler(build, name, calls):
             assert [steps.count(step) for step in range(4)] == calls
             dense = [bool(row.mean() == 1) for row in handle.report().density]
             assert dense == [True, False, False, True]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize(("build", "calls"), [(skyreels_forcing, 2), (framepack, 1), (helios, 2)])
+def test_each_window_of_a_long_video_starts_at_its_first_step(build, calls, steps):
+    pipeline, arguments = build()
+    schedule = na.Schedule(
+        algorithm=na.parse("nabla-0.4_block-2-2-2"),
+        dense_first_steps=1,
+        dense_last_steps=1,
+        reuse_steps=2,
+        reuse_guidance=True,
+    )
+    forwards = []
+    with na.apply(pipeline, schedule=schedule) as handle:
+        record = handle._telemetry.record
+        handle._telemetry.record = lambda *args: (forwards.append(args), record(*args))
+        generate(pipeline, arguments, num_inference_steps=steps)
+    one_window = [step for step in range(steps) for _ in range(calls)]
+    assert [forward.step for forward, _ in forwards] == 3 * one_window
+    generations = [generation for _, generation in forwards]
+    assert generations == [number for number in (1, 2, 3) for _ in one_window]
+    for forward, _ in forwards:
+        is_dense = all(layer is None or bool((layer[0] == 1).all()) for layer in forward.stats)
+        assert is_dense == (forward.step in (0, steps - 1))
+
+
+def test_frames_that_are_denoised_one_after_another_take_one_generation():
+    pipeline, arguments = skyreels_forcing()
+    pipeline.transformer._set_ar_attention(1)
+    arguments |= dict(num_frames=17, overlap_history=None, ar_step=2, causal_block_size=1)
+    schedule = na.Schedule(algorithm=na.parse("nabla-0.4"), dense_layers=(0, 1))
+    with na.apply(pipeline, schedule=schedule) as handle:
+        generate(pipeline, arguments, num_inference_steps=4)
+        steps = [forward.step for forward in handle._telemetry.forwards]
+    assert steps == [step for step in range(12) for _ in range(2)]
 
 
 def test_two_pipelines_with_different_settings():

@@ -8,6 +8,8 @@ from tests.training.tiny_pipelines import ltx2 as whole_ltx2
 STEPS = 3
 VIDEO = dict(num_inference_steps=STEPS, output_type="latent", num_frames=9, height=176, width=208)
 
+LONG = VIDEO | dict(prompt=None, height=64, width=64)
+
 
 def generator():
     return torch.Generator().manual_seed(0)
@@ -132,6 +134,73 @@ def ltx2():
     """Video and sound, with all the guidance it has: four calls a step."""
     return whole_ltx2(), VIDEO | dict(
         prompt="a", height=192, width=224, num_frames=17, spatio_temporal_guidance_blocks=[1]
+    )
+
+
+def skyreels_forcing():
+    """Three windows; each starts with the end of the one before, already denoised."""
+    from diffusers import SkyReelsV2DiffusionForcingPipeline, UniPCMultistepScheduler
+
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
+    )
+    pipeline = SkyReelsV2DiffusionForcingPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=tiny_wan_vae(base_dim=4),
+        scheduler=scheduler,
+        transformer=TINY["skyreels"].build(),
+    )
+    return pipeline, LONG | dict(
+        num_frames=33,
+        base_num_frames=17,
+        overlap_history=9,
+        prompt_embeds=randn(1, MAX_TEXT, 16),
+        negative_prompt_embeds=randn(1, MAX_TEXT, 16),
+    )
+
+
+def framepack():
+    """Three sections."""
+    from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoFramepackPipeline
+
+    texts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    parts = dict.fromkeys((*texts, "image_encoder", "feature_extractor"))
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4
+    )
+    scheduler = flow_scheduler(use_dynamic_shifting=True)
+    pipeline = HunyuanVideoFramepackPipeline(
+        **parts, vae=vae.eval(), scheduler=scheduler, transformer=TINY["framepack"].build()
+    )
+    pipeline.encode_image = lambda image, device: randn(len(image), 3, 12)
+    return pipeline, LONG | dict(
+        image=torch.rand(1, 3, 64, 64, generator=generator()),
+        num_frames=27,
+        latent_window_size=3,
+        prompt_embeds=randn(1, MAX_TEXT, 16),
+        pooled_prompt_embeds=randn(1, 8),
+        prompt_attention_mask=torch.ones(1, MAX_TEXT, dtype=torch.long),
+    )
+
+
+def helios():
+    """Three chunks."""
+    from diffusers import HeliosPipeline, HeliosScheduler
+
+    pipeline = HeliosPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=tiny_wan_vae(base_dim=4),
+        scheduler=HeliosScheduler(stages=1, stage_range=[0, 1]),
+        transformer=TINY["helios"].build(),
+    )
+    return pipeline, LONG | dict(
+        num_frames=27,
+        num_latent_frames_per_chunk=3,
+        history_sizes=[4, 2, 1],
+        prompt_embeds=randn(1, MAX_TEXT, 16),
+        negative_prompt_embeds=randn(1, MAX_TEXT, 16),
     )
 
 

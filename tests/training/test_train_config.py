@@ -22,6 +22,26 @@ def test_recipes_are_valid_and_survive_json(name):
     assert override(TrainConfig(), json.loads(json.dumps(to_plain(config)))) == config
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("steps: 1\nsteps: 2", r"'steps' is there twice \(line 2, column 1\)"),
+        ("a: &a [*a]", "nested too deeply"),
+        (
+            "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+            + "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)),
+            "more than 100000 values",
+        ),
+        ("- 1\n" * 100, "expected keys with values"),
+    ],
+)
+def test_files_of_which_something_would_be_dropped_or_grow_are_refused(tmp_path, text, words):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"a\.yaml: .*{words}") as error:
+        read_yaml(tmp_path / "a.yaml")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
 def test_distilling_starts_with_the_papers_numbers():
     optim = distill().optim
     assert (optim.lr, optim.betas, optim.eps) == (1e-6, (0.9, 0.95), 1e-8)
@@ -82,6 +102,10 @@ def test_values_take_the_type_of_their_key(text, expected):
         ("optim.lr", "expected key=value"),
         ("=3", "expected key=value"),
         ("optim.lr=[1", "not a value in YAML"),
+        ("optim.lr=" + "[" * 5000, "not a value in YAML: it is nested too deeply"),
+        ("steps=1" + "0" * 400, r"not a value in YAML: 10+\.\.\. is beyond 64 bits"),
+        ("name=2024-13-45", "not a value in YAML: month must be in 1"),
+        ("optim={lr: 1, lr: 2}", "not a value in YAML: 'lr' is there twice"),
         ("steps=0", "steps must be 1 or more: got 0"),
         ("data.drop=1.5", "data.drop must be from 0 to 1: got 1.5"),
         ("precision=fp8", "precision must be one of float32, bfloat16: got 'fp8'"),

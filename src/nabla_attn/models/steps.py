@@ -4,7 +4,13 @@ import threading
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
+
+# The highest time of a forward's tokens, then their mean. A long video's next window starts with
+# some frames done, so its mean may be below all of the window's before; frames that wait for their
+# turn leave the highest as it is.
+_Time = tuple[float, float]
 
 # Calls of one step: with and without the prompt. Pipelines with more kinds of guidance make more.
 BRANCHES = 2
@@ -16,7 +22,8 @@ class StepCounter:
 
     While the pipeline's scheduler has an index, that is the truth: classifier-free guidance's
     second call is the same step, and Wan 2.2's two transformers share the count. Before its first
-    index, while it rests, and without a pipeline, distinct timesteps are counted.
+    index, while it rests, and without a pipeline, distinct timesteps are counted. Each window,
+    section or chunk of a long video is a generation of its own.
 
     Args:
         pipeline: A diffusers pipeline; held weakly, and not by copies of the counter.
@@ -44,7 +51,7 @@ class StepCounter:
     @property
     def num_steps(self) -> int | None:
         """Steps of the running generation, where a pipeline or its scheduler says so."""
-        count = getattr(self._scheduler.caller, "_num_timesteps", None)
+        count = self._scheduler.told
         if not count:
             if self._scheduler.length is None:
                 return None
@@ -90,7 +97,7 @@ class StepCounter:
         self.generation = max(self.generation + (step < self._step), 1)
         return step
 
-    def _count(self, time: float) -> int:
+    def _count(self, time: _Time) -> int:
         times = self._times
         if times is None or self._scheduler.has_new_timesteps:
             return self._begin(time)
@@ -98,9 +105,11 @@ class StepCounter:
             return self._begin(time, turned_after=times.step + 1)
         if self._scheduler.running is None and times.begin_again_at(time):
             return self._begin(time)
+        if self._scheduler.has_moved_on and times.step + 1 == self._scheduler.told:
+            return self._begin(time)
         return times.add(time)
 
-    def _begin(self, time: float, turned_after: int = 0) -> int:
+    def _begin(self, time: _Time, turned_after: int = 0) -> int:
         self._times, self.turned_after = _Times(time), turned_after
         self.generation += 1
         return 0
@@ -120,7 +129,9 @@ class _Scheduler:
         self._calls = 0
         self._left_at: int | None = None
         self._timesteps: Any = None
+        self._time: Any = None
         self.has_new_timesteps = False
+        self.has_moved_on = False
 
     @property
     def _pipeline(self) -> Any:
@@ -146,6 +157,11 @@ class _Scheduler:
         has_time = hasattr(type(pipeline), "current_timestep")
         is_idle = has_time and getattr(pipeline, "current_timestep", None) is None
         return None if is_idle else pipeline
+
+    @property
+    def told(self) -> int | None:
+        """Number of timesteps of the run, as the caller says it."""
+        return getattr(self.caller, "_num_timesteps", None)
 
     @property
     def timesteps(self) -> Any:
@@ -182,6 +198,9 @@ class _Scheduler:
             self._left_at, index = index, None
         before, self._timesteps = self._timesteps, self.timesteps
         self.has_new_timesteps = self._timesteps is not before
+        # Pipelines take a new object for each step, which both calls of guidance see.
+        before, self._time = self._time, getattr(self.caller, "current_timestep", None)
+        self.has_moved_on = self._time is not None and self._time is not before
         return index
 
     def _is_left_by(self, timestep: Tensor | float | None) -> bool:
@@ -199,25 +218,25 @@ class _Times:
     third call with the only timestep so far.
     """
 
-    def __init__(self, time: float) -> None:
+    def __init__(self, time: _Time) -> None:
         self.step = 0
         self._time, self._direction, self._calls = time, 0, 1
 
-    def turn_back_at(self, time: float) -> bool:
+    def turn_back_at(self, time: _Time) -> bool:
         return time != self._time and self._direction == -self._direction_to(time)
 
-    def begin_again_at(self, time: float) -> bool:
+    def begin_again_at(self, time: _Time) -> bool:
         # One-step models give every video the same timestep.
         return time == self._time and self.step == 0 and self._calls >= BRANCHES
 
-    def add(self, time: float) -> int:
+    def add(self, time: _Time) -> int:
         self._calls += 1
         if time != self._time:
             self._direction, self._time = self._direction_to(time), time
             self.step += 1
         return self.step
 
-    def _direction_to(self, time: float) -> int:
+    def _direction_to(self, time: _Time) -> int:
         return 1 if time > self._time else -1
 
 
@@ -225,7 +244,10 @@ def _ask(pipeline: Any, name: str, default: Any = None) -> Any:
     return getattr(getattr(pipeline, "scheduler", None), name, default)
 
 
-def _value(timestep: Tensor | float | None) -> float:
+def _value(timestep: Tensor | float | None) -> _Time:
     if isinstance(timestep, Tensor):
-        return float(timestep.detach().float().mean())
-    return 0.0 if timestep is None else float(timestep)
+        times = timestep.detach().float()
+        # One wait for the device.
+        top, mean = torch.stack([times.max(), times.mean()]).tolist()
+        return top, mean
+    return (0.0, 0.0) if timestep is None else (float(timestep), float(timestep))

@@ -133,7 +133,8 @@ def read_state(path: Path) -> dict[str, Any]:
         ValueError: The folder is not a checkpoint, or `state.json` is not what was written.
     """
     try:
-        state = read_json(path / _STATE)
+        # The loss of a run that diverges is NaN.
+        state = read_json(path / _STATE, has_nan=True)
     except ValueError as error:
         raise ValueError(f"{path} is not a checkpoint: {error}") from error
     if fault := _find_fault(state, path):

@@ -5,7 +5,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from nabla_attn.training.config import ADAPTER, StageConfig, TrainConfig, flatten, to_plain
@@ -15,6 +14,7 @@ from nabla_attn.training.sections import (
     OptimConfig,
     SparsityConfig,
 )
+from nabla_attn.training.yaml_text import parse_yaml
 
 _KINDS = {
     "int_type": "a whole number",
@@ -57,9 +57,9 @@ def read_override(text: str) -> dict[str, Any]:
     if not equals or not key.strip():
         raise ValueError(f"expected key=value such as optim.lr=1e-5: got {text!r}.")
     try:
-        return {key.strip(): yaml.safe_load(value)}
-    except yaml.YAMLError:
-        raise ValueError(f"{key}: {value!r} is not a value in YAML.") from None
+        return {key.strip(): parse_yaml(value)}
+    except ValueError as error:
+        raise ValueError(f"{key}: {value!r:.80} is not a value in YAML: {error}.") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -69,12 +69,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ValueError: It cannot be read, or is not a mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ValueError(f"config {path}: {reason}.") from None
     if not isinstance(values or {}, dict):
-        raise ValueError(f"config {path}: expected keys with values, got {values!r}.")
+        raise ValueError(f"config {path}: expected keys with values, got {values!r:.80}.")
     return values or {}
 
 

@@ -6,12 +6,12 @@ exclude each other.
 
 from typing import Annotated, Any, Literal
 
-import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Strict, model_validator
 from pydantic.dataclasses import dataclass
 
 from nabla_attn.config import parse
+from nabla_attn.training.yaml_text import parse_yaml
 
 CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -39,8 +39,8 @@ def _as_numbers(value: Any) -> Any:
 
     def read(part: str) -> Any:
         try:
-            return yaml.safe_load(part)
-        except yaml.YAMLError:
+            return parse_yaml(part)
+        except ValueError:
             return part
 
     return [read(part) for part in _as_texts(value)] if isinstance(value, str) else value
