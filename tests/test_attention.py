@@ -1,5 +1,6 @@
 """Laws of the composed attention."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -311,3 +312,24 @@ def test_dense_behind_padded_text_is_dense_on_every_backend(backend, num_valid):
     mask = torch.cat([valid.new_ones(2, grid.num_tokens), valid], dim=1)[:, None, None]
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("algorithm", ["nabla-0.5", "dense"])
+def test_dtypes_that_differ_work_or_raise_as_in_pytorchs_attention(autocast, algorithm):
+    def outcome(attend, *args):
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+            try:
+                return attend(*args).dtype
+            except (RuntimeError, ValueError):
+                return "raises"
+
+    x = torch.randn(1, 1, 128, 8, generator=torch.Generator().manual_seed(0))
+    grid = na.TokenGrid(2, 8, 8)
+    for dtypes in itertools.product(DTYPES, repeat=3):
+        qkv = [x.to(dtype) for dtype in dtypes]
+        expected = outcome(torch.nn.functional.scaled_dot_product_attention, *qkv)
+        assert outcome(na.nabla_attention, *qkv, grid, algorithm) == expected, dtypes

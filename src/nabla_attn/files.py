@@ -165,14 +165,13 @@ def parse_json(text: str, *, has_nan: bool = False) -> Any:
         ValueError: It is not JSON, is nested too deeply, a number is none or beyond 64 bits, or an
             object has a name twice, one of which would be dropped.
     """
-    constant = {} if has_nan else {"parse_constant": _refuse_constant}
     try:
         values = json.loads(
             text,
-            object_pairs_hook=read_object,
+            object_pairs_hook=_object,
             parse_int=_whole,
             parse_float=_finite,
-            **constant,
+            parse_constant=float if has_nan else _refuse_constant,
         )
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
@@ -206,7 +205,7 @@ def check_depth(values: Any, *, max_values: int | None = None) -> None:
     raise ValueError("it is nested too deeply")
 
 
-def read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object of names and values.
 
     Raises:
