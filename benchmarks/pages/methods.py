@@ -1,149 +1,82 @@
-"""The parts of docs/methods.md that are generated: the list of methods, and the leaderboard."""
+"""The parts of docs/methods.md that are generated: the list of methods, and what was measured."""
 
 from pathlib import Path
-from typing import Any
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-
-from nabla_attn.evaluation.leaderboard import DENSITIES, rows_of
-from nabla_attn.files import whole_file, write_text
+from benchmarks.pages import board_figure
+from benchmarks.pages.board import build_board
+from benchmarks.pages.judged import build_judged
+from benchmarks.pages.matrix import build_matrix
+from nabla_attn.bench.report import table
+from nabla_attn.evaluation.leaderboard import read_records, rows_of
+from nabla_attn.files import write_text
 from nabla_attn.methods import NAMES, find
 from nabla_attn.methods.contract import Method
 from nabla_attn.record import RunRecord
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; black and yellow left out.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
-# Ratio of densities from which on they do not compare.
-FAR = 1.4
-LINES = ("-", "--", ":", "-.")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 EXACT = {"code": "the code", "paper": "the paper", "reconstructed": "reconstructed"}
 
 
 def write_parts(page: Path, records: Path) -> None:
-    """Write the list anew between its marks, and the leaderboard where it has records."""
-    text = _between(page.read_text(encoding="utf-8"), "list", build_list())
-    found = read_records(records / "methods")
-    if found:
-        rows = rows_of(found)
-        for is_dark in (False, True):
-            _draw(page.parent / "images" / _picture(is_dark), rows, is_dark=is_dark)
-        text = _between(text, "board", build_board(found))
+    """Write the list anew between its marks, and every other part that has records."""
+    parts = {"list": build_list()}
+    images = page.parent / "images"
+    for name, folder in (("board", "methods"), ("synthetic", "methods_synthetic")):
+        if found := read_records(records / folder):
+            lines = build_board(found) + _draw(images, folder, found)
+            parts[name] = "\n\n".join([*_locality(records / folder), *lines])
+    for name in ("matrix", "matrix_synthetic"):
+        if found := read_records(records / name):
+            parts[name] = "\n\n".join(build_matrix(found))
+    if (records / "judged.json").is_file():
+        judged = RunRecord.load(records / "judged.json")
+        parts["judged"] = "\n\n".join(build_judged(judged, read_records(records / "methods")))
+    text = page.read_text(encoding="utf-8")
+    for name, part in parts.items():
+        text = _between(text, name, part)
     write_text(page, text)
 
 
 def _between(text: str, name: str, part: str) -> str:
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, _, rest = text.partition(begin)
-    return f"{before}{begin}\n{part}\n{end}{rest.partition(end)[2]}"
+    before, mark, rest = text.partition(begin)
+    if not mark:
+        raise ValueError(f"the page has no {begin!r}. Put it and {end!r} where the part belongs.")
+    return f"{before}{begin}\n{part.strip()}\n{end}{rest.partition(end)[2]}"
 
 
-def read_records(folder: Path) -> list[RunRecord]:
-    """Read the records of prompts that the leaderboard left in a folder."""
-    return [RunRecord.load(path) for path in sorted(folder.glob("p????.json"))]
+def _draw(images: Path, name: str, records: list[RunRecord]) -> list[str]:
+    """Draw the figure for light and dark pages, and return what shows it."""
+    title, lines = "Error of the output against milliseconds, a line for each method", []
+    for shade in ("light", "dark"):
+        file = f"{name}-{shade}.svg"
+        board_figure.draw(images / file, rows_of(records), is_dark=shade == "dark")
+        lines.append(f"![{title}](images/{file}#only-{shade})")
+    return lines
 
 
-def build_board(records: list[RunRecord]) -> str:
-    """Return the leaderboard: for every density the methods near it, the least error first."""
-    rows = rows_of(records)
-    frames, steps = records[0].config["frames"], records[0].config["steps"]
-    parts = [
-        f"{len(records)} prompts of {frames} frames and {steps} steps; in each, two layers and "
-        f"guidance branches through all steps. Device: {records[0].device}."
+def _locality(folder: Path) -> list[str]:
+    """Return how local the synthetic set is, where that was recorded."""
+    path = folder / "locality.json"
+    if not path.is_file():
+        return []
+    record = RunRecord.load(path)
+    near = "x".join(str(2 * side + 1) for side in record.config["near"])
+    head = [
+        "step",
+        "head",
+        "entropy, bits",
+        "of even attention",
+        f"mass in {near} tokens",
+        "mass at the same place",
+        *(f"mass in top {n} %" for n in (1, 5, 10, 20)),
     ]
-    for density in DENSITIES:
-        near = [row for row in rows if _nearest(row["density"]) == density]
-        near.sort(key=lambda row: row["error"])
-        if not near:
-            continue
-        parts += [
-            f"### About {density:.0%} of the token pairs",
-            _board_table(near),
-            f"Least error: `{near[0]['algorithm']}`. Most mass: "
-            f"`{max(near, key=lambda row: row['recall'])['algorithm']}`.",
-        ]
-    others = [row for row in rows if _nearest(row["density"]) is None]
-    if others:
-        parts += ["### At densities of their own", _board_table(others)]
-    parts += [
-        "![Error of the output against milliseconds, a line for each method]"
-        f"(images/{_picture(False)}#only-light)",
-        "![Error of the output against milliseconds, a line for each method]"
-        f"(images/{_picture(True)}#only-dark)",
+    names = ("entropy", "uniform", "near", "same_place", "top_1", "top_5", "top_10", "top_20")
+    rows = [
+        [step, kind, *(f"{numbers[name]:.2f}" for name in names)]
+        for step, kinds in record.numbers["steps"].items()
+        for kind, numbers in kinds.items()
     ]
-    return "\n\n".join(parts)
-
-
-def _nearest(density: float) -> float | None:
-    """Return the density of `DENSITIES` that is nearest in ratio; None where none is near."""
-
-    def ratio(each: float) -> float:
-        return max(each / density, density / each)
-
-    nearest = min(DENSITIES, key=ratio)
-    return nearest if ratio(nearest) < FAR else None
-
-
-def _board_table(rows: list[dict[str, Any]]) -> str:
-    head = ("algorithm", "pairs kept", "exact mass", "error of the output", "choosing, ms")
-    lines = [f"| {' | '.join([*head, 'whole, ms'])} |", "|---|---|---|---|---|---|"]
-    return "\n".join([*lines, *map(_board_row, rows)])
-
-
-def _board_row(row: dict[str, Any]) -> str:
-    spread = row["error_spread"]
-    error = f"{row['error']:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
-    cells = [
-        f"`{row['algorithm']}`",
-        f"{row['density']:.1%}",
-        f"{row['recall']:.3f}",
-        error,
-        f"{row['select_seconds'] * 1e3:.0f}",
-        f"{row['seconds'] * 1e3:.0f}",
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
-def _picture(is_dark: bool) -> str:
-    return f"methods-{'dark' if is_dark else 'light'}.svg"
-
-
-def _draw(path: Path, rows: list[dict[str, Any]], *, is_dark: bool) -> None:
-    """Draw error against milliseconds, a line for each method."""
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        name = row["algorithm"].partition("-")[0]
-        lines.setdefault(name, []).append((row["seconds"] * 1e3, row["error"]))
-    ink = "#e6e6e6" if is_dark else "#222222"
-    figure = Figure(figsize=(8, 5.2), layout="constrained", facecolor="none")
-    axes = figure.subplots()
-    axes.set_facecolor("none")
-    for index, name in enumerate(sorted(lines, key=lambda name: min(y for _, y in lines[name]))):
-        axes.plot(
-            *zip(*sorted(lines[name]), strict=True),
-            color=COLOURS[index % len(COLOURS)],
-            linestyle=LINES[index // len(COLOURS) % len(LINES)],
-            marker=MARKERS[index % len(MARKERS)],
-            markersize=4,
-            label=name,
-        )
-    axes.set(xlabel="milliseconds of a call", ylabel="error of the output", xscale="log")
-    axes.set_yscale("log")
-    axes.tick_params(colors=ink, which="both")
-    axes.xaxis.label.set_color(ink)
-    axes.yaxis.label.set_color(ink)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(ink)
-    axes.grid(alpha=0.2)
-    axes.legend(
-        frameon=False, fontsize=8, labelcolor=ink, loc="center left", bbox_to_anchor=(1, 0.5)
-    )
-    path.parent.mkdir(exist_ok=True)
-    with whole_file(path) as temporary, rc_context({"svg.hashsalt": "methods"}):
-        # Fixed metadata: the same records give the same bytes.
-        figure.savefig(temporary, format="svg", metadata={"Date": None})
+    return ["\n".join(table(head, rows))]
 
 
 def build_list() -> str:

@@ -1,13 +1,10 @@
 """The table of rules that choose blocks, with every tail, at equal densities."""
 
 from collections import defaultdict
-from itertools import pairwise
-from math import log, sqrt
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from scipy.stats import t as student
-
+from benchmarks.pages.paired import interval, read_at
 from nabla_attn.bench.report import table
 from nabla_attn.record import RunRecord
 
@@ -70,19 +67,10 @@ def _at(
     found: list[Points], name: str, tail: str | None, density: float, number: str
 ) -> list[float] | None:
     """Return what each prompt has at a density; None where its settings do not reach there."""
-    values = []
-    for points in found:
-        line = [(log(row["density"]), row[number]) for row in points[name, tail]]
-        place = log(density)
-        # A setting may miss a density by rounding.
-        if not line[0][0] - 0.05 <= place <= line[-1][0] + 0.05:
-            return None
-        for (left, low), (right, high) in pairwise(line):
-            if place <= right or right == line[-1][0]:
-                share = (place - left) / (right - left) if right > left else 0.0
-                values.append(low + min(max(share, 0.0), 1.0) * (high - low))
-                break
-    return values
+    # A setting may miss a density by rounding.
+    lines = ([(row["density"], row[number]) for row in points[name, tail]] for points in found)
+    values = [read_at(line, density, slack=0.05) for line in lines]
+    return None if None in values else [value for value in values if value is not None]
 
 
 def _row(
@@ -103,7 +91,5 @@ def _best(errors: dict[str, list[list[float] | None]], head: str, column: int) -
         return f"- {head}: `topk` errs least."
     less = [b - a for a, b in zip(known[best], known["topk"], strict=True)]
     text = f"- {head}: `{best}` errs least, {fmean(less):.4f} less than `topk`"
-    if len(less) < 2:
-        return f"{text}."
-    half = student.ppf(0.975, len(less) - 1) * stdev(less) / sqrt(len(less))
-    return f"{text} (95 % interval {fmean(less) - half:.4f} to {fmean(less) + half:.4f})."
+    ends = interval(less)
+    return f"{text}." if ends is None else f"{text} (95 % interval {ends[0]:.4f} to {ends[1]:.4f})."

@@ -23,6 +23,8 @@ from nabla_attn.attention import attend
 from nabla_attn.block_selection import select_blocks
 from nabla_attn.config import SparseConfig, as_config, parse
 from nabla_attn.core.block_map import BlockMap
+from nabla_attn.core.order import to_blocks
+from nabla_attn.core.tail import build_tail, tail_density
 from nabla_attn.evaluation.calls import Call, CallSource, Series, Tables
 from nabla_attn.evaluation.knobs import Knob, Setting
 from nabla_attn.record import RunRecord, check_settings, collect_versions
@@ -78,12 +80,20 @@ class Runner:
         if block_map is None:
             ones = torch.ones(call.q.shape[1])
             return Measured(1.0, ones, 0 * ones, 0 * ones, 0.0, seconds)
-        tail = block_map.tail_density
-        density = block_map.density + (0.0 if tail is None else tail.mean().item())
+        density = block_map.density + self._tail_density(call, block_map)
         recall = call.mass_of(block_map, call.laid_out(self._config))
         away = (call.video(out) - call.dense).norm(dim=1)
         error = away / call.dense.norm(dim=1)
         return Measured(density, recall, error, away / call.dense.shape[1] ** 0.5, chosen, seconds)
+
+    def _tail_density(self, call: Call, block_map: BlockMap) -> float:
+        """What the summaries of a tail count as, apart from the run that is timed."""
+        if self._config.tail is None:
+            return 0.0
+        layout = call.laid_out(self._config)
+        k, v = (to_blocks(x, layout) for x in (call.k, call.v))
+        tail = build_tail(k, v, block_map, layout, self._config.tail)
+        return tail_density(tail, block_map).mean().item()
 
     def seconds(self, call: Call) -> float:
         """Seconds of one call."""
@@ -103,7 +113,6 @@ class Runner:
             return found
 
         options: dict[str, Any] = {"scale": call.scale, "text_valid": call.text_valid}
-        options["measure"] = self._config.tail is not None
         if not self._config.is_dense:
             options["backend"] = "gather"
         start = time.perf_counter()
