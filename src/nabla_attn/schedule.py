@@ -1,7 +1,7 @@
 """Schedules: (step, layer, head) -> SparseConfig, readable as JSON."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -297,27 +297,25 @@ class Schedule:
         return "; ".join(rules)
 
     def to_json(self) -> str:
-        """JSON with algorithms as strings, a rule a line; `from_json` reads it back."""
-        values: dict[str, Any] = {}
+        """JSON with algorithms as strings, a rule or table a line; `from_json` reads it back."""
+        lines = [f'  "{name}": {text}' for name, text in self._json_fields()]
+        return "{\n" + ",\n".join(lines) + "\n}"
+
+    def _json_fields(self) -> Iterator[tuple[str, str]]:
+        """Every field that says something, by name, as JSON."""
         for entry in fields(self):
-            value = getattr(self, entry.name)
-            if entry.name in ("layer_overrides", "step_overrides"):
-                value = {str(key): str(config) for key, config in value.items()}
+            name, value = entry.name, getattr(self, entry.name)
             # What records of older versions do not have is written where it says something.
-            if value or entry.name not in ("rules", "calibrated_for", "allow_mismatch", "tables"):
-                values[entry.name] = value
-        values["algorithm"] = str(self.algorithm)
-        tables = values.pop("tables", None)
-        if self.calibrated_for:
-            values["calibrated_for"] = self.calibrated_for.to_dict()
-        # `indent` would give every value of a rule a line of its own.
-        text = json.dumps(values | ({"rules": []} if self.rules else {}), indent=2)
-        lines = ",\n    ".join(json.dumps(rule.to_dict()) for rule in self.rules)
-        text = text.replace('"rules": []', f'"rules": [\n    {lines}\n  ]')
-        if tables:
-            lines = ",\n    ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in tables.items())
-            text = text.removesuffix("\n}") + f',\n  "tables": {{\n    {lines}\n  }}\n}}'
-        return text
+            if not value and name in ("rules", "calibrated_for", "allow_mismatch", "tables"):
+                continue
+            if name == "rules":
+                rules = ",\n    ".join(json.dumps(rule.to_dict()) for rule in value)
+                yield name, f"[\n    {rules}\n  ]"
+            elif name == "tables":
+                tables = (f"{json.dumps(key)}: {json.dumps(table)}" for key, table in value.items())
+                yield name, "{\n    " + ",\n    ".join(tables) + "\n  }"
+            else:
+                yield name, json.dumps(_plain(name, value), indent=2).replace("\n", "\n  ")
 
     @classmethod
     def from_json(cls, text: str) -> "Schedule":
@@ -352,6 +350,15 @@ class Schedule:
         if (given := values.get("calibrated_for")) is not None:
             values["calibrated_for"] = CalibratedFor.from_dict(given)
         return cls(**values)
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A field as JSON has it: algorithms are strings."""
+    if name in ("layer_overrides", "step_overrides"):
+        return {str(key): str(config) for key, config in value.items()}
+    if name == "calibrated_for":
+        return value.to_dict()
+    return str(value) if name == "algorithm" else value
 
 
 def _need(value: int | None, name: str, rule: str) -> int:
