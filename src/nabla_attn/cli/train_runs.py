@@ -74,17 +74,18 @@ def check_training(config: "TrainConfig", folder: Path, *, as_json: bool) -> Non
 
 
 def run_builtin(folder: Path, *, as_json: bool) -> None:
-    """Train the built-in model from nothing, or continue."""
+    """Train the built-in model from nothing, or continue; on a GPU where there is one."""
     import torch
 
     from nabla_attn.cli.progress import show_progress
+    from nabla_attn.generation.placement import resolve_device
     from nabla_attn.moving_shapes.recipe import builtin
     from nabla_attn.moving_shapes.train import train_builtin
 
     # Products in bfloat16 where the processor has them: twice as fast, and enough for training.
     torch.set_float32_matmul_precision("medium")
     with show_progress() as on_log:
-        pipeline = train_builtin(builtin(), folder, on_log)
+        pipeline = train_builtin(builtin(), folder, on_log, resolve_device("auto"))
     if as_json:
         _print_result(pipeline, folder / "training.json", f"--model {pipeline}")
     else:

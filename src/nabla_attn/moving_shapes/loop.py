@@ -139,10 +139,12 @@ class _StageRun:
         self.checkpoint = stage.folder / f"{stage.name}.checkpoint"
 
     def load(self) -> None:
-        state = torch.load(self.checkpoint, weights_only=True)
+        state = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
         self.stage.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.average, self.step = state["average"], state["step"]
+        for name, value in self.average.items():
+            value.copy_(state["average"][name])
+        self.step = state["step"]
         self.seconds = state["seconds"]
 
     def save(self) -> None:

@@ -58,16 +58,19 @@ def _measure_latents(vae: Any, size: int, frames: int) -> None:
     """Write the mean and deviation of every latent channel to the VAE's config."""
     scenes = [sample_scene(index) for index in range(48)]
     videos = torch.stack([to_model_range(render(s, frames, size, size)) for s in scenes])
-    latents = encode_mean(vae, videos).transpose(0, 1).flatten(1)
+    device = next(vae.parameters()).device
+    latents = encode_mean(vae, videos.to(device)).transpose(0, 1).flatten(1)
     vae.register_to_config(
         latents_mean=[round(x, 4) for x in latents.mean(1).tolist()],
         latents_std=[round(x, 4) for x in latents.std(1).tolist()],
     )
 
 
-def train_vae(config: BuiltinConfig, folder: Path, on_log: OnLog) -> dict[str, Any]:
+def train_vae(
+    config: BuiltinConfig, folder: Path, on_log: OnLog, device: torch.device
+) -> dict[str, Any]:
     """Train the VAE to `folder`/vae and return the stage's record."""
-    vae = build_vae(config.seed)
+    vae = build_vae(config.seed).to(device)
     record = run_stage(
         Stage(
             name="vae",
@@ -97,7 +100,12 @@ def _sparse_step(model: WanTransformer3DModel, phase: TransformerPhase, step: Re
 
 
 def train_phase(
-    config: BuiltinConfig, phase: TransformerPhase, start: Path | None, folder: Path, on_log: OnLog
+    config: BuiltinConfig,
+    phase: TransformerPhase,
+    start: Path | None,
+    folder: Path,
+    on_log: OnLog,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Train one phase of the transformer to `folder`/<phase> and return the stage's record.
 
@@ -107,11 +115,12 @@ def train_phase(
         start: The phase before, or None to start untrained.
         folder: The run folder.
         on_log: Called with the metrics of every step.
+        device: Where it is trained.
     """
     text = CaptionEncoder(
         build_tokenizer(), build_text_encoder(config.seed), num_tokens=config.text_tokens
     )
-    vae = AutoencoderKLWan.from_pretrained(folder / "vae")
+    vae = AutoencoderKLWan.from_pretrained(folder / "vae").to(device)
 
     def encode(clips: int, frames: int) -> LatentSet:
         name = f"encode-{frames}x{phase.size}"
@@ -130,6 +139,7 @@ def train_phase(
     model = (
         WanTransformer3DModel.from_pretrained(start) if start else build_transformer(config.seed)
     )
+    model = model.to(device)
     padding = PadWeight(config.text_tokens)
 
     def loss_at(step: RecipeStep) -> torch.Tensor:
@@ -181,7 +191,8 @@ def build_pipeline(config: BuiltinConfig, folder: Path, transformer: Path) -> Wa
 class _Log:
     """`training.json` of a run folder: the recipe and a record of every finished stage."""
 
-    def __init__(self, config: BuiltinConfig, folder: Path) -> None:
+    def __init__(self, config: BuiltinConfig, folder: Path, device: torch.device) -> None:
+        self._device = describe_device(device)
         self._path = folder / "training.json"
         self._config = json.loads(json.dumps(asdict(config)))
         self._seed = config.seed
@@ -207,13 +218,16 @@ class _Log:
             config=self._config,
             seed=self._seed,
             versions=collect_versions(),
-            device=describe_device(),
+            device=self._device,
             numbers={"stages": self._stages},
         ).save(self._path)
 
 
 def train_builtin(
-    config: BuiltinConfig, folder: Path, on_log: OnLog = lambda metrics: None
+    config: BuiltinConfig,
+    folder: Path,
+    on_log: OnLog = lambda metrics: None,
+    device: str | torch.device = "cpu",
 ) -> Path:
     """Run every stage that is not done yet and save the pipeline.
 
@@ -221,6 +235,8 @@ def train_builtin(
         config: The recipe.
         folder: The run folder: checkpoints, encoded clips, logs, `training.json`, `pipeline`.
         on_log: Called with the metrics of every step.
+        device: Where models are trained. Batches and noise are drawn on the CPU, so that they are
+            the same everywhere.
 
     Returns:
         The pipeline's directory.
@@ -230,13 +246,14 @@ def train_builtin(
         KeyboardInterrupt: Ctrl-C; the same call continues from there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    log = _Log(config, folder)
+    place = torch.device(device)
+    log = _Log(config, folder, place)
     if not (folder / "vae").exists():
-        log.add(train_vae(config, folder, on_log))
+        log.add(train_vae(config, folder, on_log, place))
     start = None
     for phase in config.phases:
         if not (folder / phase.name).exists():
-            log.add(train_phase(config, phase, start, folder, on_log))
+            log.add(train_phase(config, phase, start, folder, on_log, place))
         start = folder / phase.name
     if not (folder / "pipeline").exists():
         assert start is not None, "a recipe has at least one phase"

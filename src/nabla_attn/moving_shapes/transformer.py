@@ -147,7 +147,7 @@ class PadWeight:
 
     def _add_bias(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden_states, text, _, *rest = args
-        return (hidden_states, text, self._bias, *rest)
+        return (hidden_states, text, self._bias.to(text.device), *rest)
 
     @contextmanager
     def applied(self, model: WanTransformer3DModel) -> Iterator[None]:
@@ -207,11 +207,13 @@ def flow_loss(
     latents, captions, shift = _draw(clips, images or clips, phase, step, drop)
     noise = torch.randn(latents.shape, generator=step.generator)
     sigma = spread_times(step.number, len(latents), shift)
-    with torch.autocast("cpu", torch.bfloat16):
+    device = next(model.parameters()).device
+    latents, noise, sigma = (x.to(device) for x in (latents, noise, sigma))
+    with torch.autocast(device.type, torch.bfloat16):
         predicted = model(
             add_noise(latents, noise, sigma),
             timestep=sigma * NUM_TRAIN_TIMESTEPS,
-            encoder_hidden_states=text(captions),
+            encoder_hidden_states=text(captions).to(device),
             return_dict=False,
         )[0]
     return (predicted.float() - flow_target(latents, noise)).square().mean()

@@ -127,12 +127,13 @@ def phase_at(config: VaeConfig, step: int) -> VaePhase:
 
 def vae_loss(vae: AutoencoderKLWan, config: VaeConfig, step: RecipeStep) -> Tensor:
     """Reconstruction error, counted more around shapes, plus a weak pull of latents to zero."""
-    video, background = draw_crops(phase_at(config, step.number), step.rng)
+    device = next(vae.parameters()).device
+    video, background = (x.to(device) for x in draw_crops(phase_at(config, step.number), step.rng))
     distance = (video - background[:, :, None, None, None]).abs().amax(1, keepdim=True)
     near_shape = F.max_pool3d((distance > 0.1).float(), (1, 5, 5), stride=1, padding=(0, 2, 2))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         mean = encode_mean(vae, video)
-        noise = torch.randn(mean.shape, generator=step.generator)
+        noise = torch.randn(mean.shape, generator=step.generator).to(device)
         rebuilt = decode_open(vae, mean + config.latent_noise * noise)
     error = rebuilt.float() - video
     weight = 1 + config.foreground_weight * near_shape
@@ -170,9 +171,10 @@ def latent_scale(vae: Any) -> tuple[Tensor, Tensor]:
 def _encode(vae: Any, scenes: list[Scene], frames: int, size: int) -> Tensor:
     videos = torch.stack([to_model_range(render(scene, frames, size, size)) for scene in scenes])
     mean, deviation = latent_scale(vae)
-    with torch.autocast("cpu", torch.bfloat16):
-        latents = encode_mean(vae, videos)
-    return ((latents.float() - mean) / deviation).half()
+    device = next(vae.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16):
+        latents = encode_mean(vae, videos.to(device))
+    return ((latents.float().cpu() - mean) / deviation).half()
 
 
 def encode_scenes(
