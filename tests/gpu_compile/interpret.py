@@ -1,7 +1,7 @@
 """Run FlexAttention's kernels, as Inductor wrote them for CUDA, in Triton's interpreter on a CPU.
 
 A process of its own: Triton reads TRITON_INTERPRET when it is imported. Reads modules and a case
-as JSON, and prints the largest errors against float64.
+as a line of JSON, and writes the largest errors against float64, until the input ends.
 """
 
 import json
@@ -56,9 +56,15 @@ def launch(codes: list[str], name: str, tensors: dict[str, Tensor], out: Tensor)
 
 
 def main() -> None:
+    """Answer requests until the input ends."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        sys.stdout.write(json.dumps(errors(request["codes"], request["case"])) + "\n")
+        sys.stdout.flush()
+
+
+def errors(codes: list[str], case: dict[str, Any]) -> dict[str, float]:
     """Forward and backward of one case."""
-    request = json.load(sys.stdin)
-    case: dict[str, Any] = request["case"]
     grid = na.TokenGrid(*case["grids"][0])
     layout = TokenLayout(grid, 0, case["num_text"])
     rows = (case.get("options") or {}).get("tile_rows", 1)
@@ -98,9 +104,8 @@ def main() -> None:
     ):
         tensors |= {f"{name}_NUM_BLKS": kept.counts, f"{name}_IDX": kept.columns}
     out = torch.full_like(q, float("nan"))
-    launch(request["codes"], "flex_attention", tensors, out)
-    errors = compare(request["codes"], tensors, out, bmap, layout, case["needs_backward"])
-    sys.stdout.write(json.dumps(errors))
+    launch(codes, "flex_attention", tensors, out)
+    return compare(codes, tensors, out, bmap, layout, case["needs_backward"])
 
 
 def compare(

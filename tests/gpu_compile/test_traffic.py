@@ -32,7 +32,7 @@ def test_a_layer_keeps_its_budget(lab, batch):
 
 
 def test_a_forward_reads_each_token_once_into_blocks(lab):
-    operations = lab.attention("sm_90", **LAYER)["operations"]
+    operations = lab.attention("sm_90", batch=1, **LAYER)["operations"]
     tokens = 40 * 128 * 2 * 75_600
     heavy = [o["name"] for o in operations if o["written"] >= tokens]
     # Queries and keys with their means, values, attention, and the output: nothing is copied.

@@ -157,9 +157,14 @@ def test_the_transformer_learns_a_few_clips(tmp_path):
 def test_image_steps_have_their_own_images_and_noise():
     calls = []
 
-    def model(latents, timestep, encoder_hidden_states, return_dict):
-        calls.append((list(latents.shape), float(timestep.mean())))
-        return (torch.zeros_like(latents),)
+    class Listener(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, latents, timestep, encoder_hidden_states, return_dict):
+            calls.append((list(latents.shape), float(timestep.mean())))
+            return (self.weight * latents,)
 
     clips, images = (
         LatentSet(torch.zeros(2, 16, frames, 4, 4).half(), [sample_scene(0), sample_scene(1)])
@@ -170,7 +175,7 @@ def test_image_steps_have_their_own_images_and_noise():
         phase("mixed", image_share=0.5, images=2, image_shift=0.01), batch=3, shift=100.0
     )
     for number in (0, 1):
-        flow_loss(model, clips, text, mixed, step_at(0, "mixed", number, 2), images=images)
+        flow_loss(Listener(), clips, text, mixed, step_at(0, "mixed", number, 2), images=images)
     assert [shape for shape, _ in calls] == [[3, 16, 2, 4, 4], [6, 16, 1, 4, 4]]
     assert calls[0][1] > 900 and calls[1][1] < 100
 
