@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from nabla_attn import work_sharing
+from nabla_attn.cost.memory import force_memory, memory_is_forced
 from nabla_attn.files import is_whole, write_text
 from nabla_attn.work_sharing import Failure, SharedWork, share_work
 
@@ -146,3 +148,11 @@ def test_rays_workers_hand_on_what_ends_the_work(ray, tmp_path):
     work = SharedWork(work.folder, work.items, work.start, work.is_done)
     with pytest.raises(ValueError, match="a bad"):
         share_work(work, "ray")
+
+
+@pytest.mark.parametrize("is_forced", [True, False])
+def test_workers_force_memory_where_the_command_does(tmp_path, is_forced):
+    with force_memory(is_forced):
+        work = SharedWork(tmp_path, ["a"], lambda: lambda _: memory_is_forced(), lambda _: False)
+    # Ray's workers are other processes.
+    assert work_sharing._Worker(work).take("a") == ("made", is_forced)

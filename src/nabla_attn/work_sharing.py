@@ -18,6 +18,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from nabla_attn.cost.memory import force_memory, memory_is_forced
+
 ENGINES = ("locks", "ray")
 WAIT_SECONDS = 2.0
 MAX_CRASHES = 3
@@ -38,6 +40,8 @@ class SharedWork:
             process, when its first item is due.
         is_done: Whether the item of a name is finished.
         failures: Errors that are an item's own and stop no other item; all others end the work.
+        is_forced: Whether memory is forced, as where the work was described: Ray's workers are
+            other processes.
     """
 
     folder: Path
@@ -45,6 +49,7 @@ class SharedWork:
     start: Callable[[], Make]
     is_done: Callable[[str], bool]
     failures: tuple[type[Exception], ...] = ()
+    is_forced: bool = field(default_factory=memory_is_forced)
 
 
 @dataclass
@@ -148,6 +153,10 @@ class _Worker:
         Returns:
             "made" with what `Make` returned, "there", "busy", or "failed" with the reason.
         """
+        with force_memory(self._work.is_forced):
+            return self._take(name)
+
+    def _take(self, name: str) -> tuple[str, Any]:
         work = self._work
         if work.is_done(name):
             return "there", None

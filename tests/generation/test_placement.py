@@ -39,6 +39,33 @@ def test_a_missing_package_is_named(name, monkeypatch):
         Placement(quantize=name).check(torch.device("cuda"))
 
 
+class Config(dict):
+    """Takes the place of a configuration of diffusers, which asks for its package."""
+
+
+@pytest.mark.parametrize(
+    ("asked", "name", "values"),
+    [
+        ("int8", "BitsAndBytesConfig", {"load_in_8bit": True}),
+        (
+            "nf4",
+            "BitsAndBytesConfig",
+            {
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_compute_dtype": torch.bfloat16,
+            },
+        ),
+        ("w.gguf", "GGUFQuantizationConfig", {"compute_dtype": torch.bfloat16}),
+    ],
+)
+def test_quantization_is_what_diffusers_has(asked, name, values, monkeypatch):
+    import diffusers
+
+    monkeypatch.setattr(diffusers, name, Config)
+    assert Placement(quantize=asked).quantization(torch.bfloat16) == values
+
+
 def test_dtypes_have_short_names():
     pairs = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     assert {name: resolve_dtype(name, CPU) for name in pairs} == pairs

@@ -37,6 +37,11 @@ def force_memory(is_forced: bool = True) -> Iterator[None]:
         _is_forced.reset(token)
 
 
+def memory_is_forced() -> bool:
+    """Whether work starts even where it needs more memory than is free."""
+    return _is_forced.get()
+
+
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes of tensors, arrays and scratch memory that a run holds at once.
@@ -84,7 +89,7 @@ class MemoryEstimate:
         """
         free = free_bytes(device)
         reserve = RESERVE if device.type == "cpu" else 0
-        if self.peak + reserve > free and not _is_forced.get():
+        if self.peak + reserve > free and not memory_is_forced():
             raise ValueError(
                 f"{what} takes {self}, and {in_gib(free)} are free on the {device.type}. {remedy}, "
                 "or pass --force to try (in Python, enter force_memory())."
