@@ -259,7 +259,7 @@ class TableMaker:
 
 
 class _LiveTable:
-    """Feeds a `TableMaker` while a video is made, so that no call is kept."""
+    """Shows a `TableMaker` the calls of a video as it is made, so that none is kept."""
 
     def __init__(self, maker: TableMaker, num_steps: int) -> None:
         self._maker, self._num_steps = maker, num_steps

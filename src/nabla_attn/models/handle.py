@@ -141,7 +141,7 @@ def load_method_parts(target: Any, file: str | Path) -> None:
     Whatever is applied later finds them, if its methods have such parts.
 
     Args:
-        target: As in `apply`.
+        target: A pipeline, or a model that a row of the list supports.
         file: What `Handle.save_method_parts` or training wrote.
 
     Raises:
