@@ -91,7 +91,7 @@ def test_empty_is_not_whole(tmp_path):
         ('[{"a": {"b": 1, "b": 1}}]', "'b' is there twice"),
         ("[" * 100_000, "it is nested too deeply"),
         ("[" * 500 + "]" * 500, "it is nested too deeply"),
-        ('{"height": NaN}', "NaN is not a number in JSON"),
+        ('{"height": NaN}', "height: NaN is not a number in JSON"),
         ('{"scale": -Infinity}', "-Infinity is not a number in JSON"),
         ('{"scale": 1e999}', "1e999 is too large a number"),
         ('{"seed": 1' + "0" * 400 + "}", r"10000000000000000000\.\.\. is beyond 64 bits"),

@@ -8,6 +8,7 @@ import re
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -173,8 +174,11 @@ def parse_json(text: str, *, has_nan: bool = False) -> Any:
             parse_float=_finite,
             parse_constant=float if has_nan else _refuse_constant,
         )
+        odd = _find_odd(values)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    if odd is not None:
+        raise ValueError(odd.reason)
     check_depth(values)
     return values
 
@@ -209,32 +213,49 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object of names and values.
 
     Raises:
-        ValueError: A name is there twice.
+        ValueError: A name is there twice, or stands for an odd number.
     """
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{twice!r} is there twice")
+    for name, value in pairs:
+        if (odd := _find_odd(value)) is not None:
+            raise ValueError(f"{name}: {odd.reason}")
     return values
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number in JSON; a missing one is null")
+@dataclass(frozen=True)
+class _Odd:
+    """A number that is refused as soon as it is known what it is the value of."""
+
+    reason: str
 
 
-def _whole(text: str) -> int:
+def _find_odd(value: Any) -> _Odd | None:
+    """The first odd number in a value; objects have been looked at already."""
+    if isinstance(value, list):
+        return next((odd for each in value if (odd := _find_odd(each)) is not None), None)
+    return value if isinstance(value, _Odd) else None
+
+
+def _refuse_constant(name: str) -> _Odd:
+    return _Odd(f"{name} is not a number in JSON; a missing one is null")
+
+
+def _whole(text: str) -> int | _Odd:
     # Texts of more than 20 digits are beyond it whatever they are.
     value = int(text) if len(text) <= 21 else MAX_WHOLE
     if not -MAX_WHOLE < value < MAX_WHOLE:
-        raise ValueError(f"{text:.20}... is beyond 64 bits")
+        return _Odd(f"{text:.20}... is beyond 64 bits")
     return value
 
 
-def _finite(text: str) -> float:
+def _finite(text: str) -> float | _Odd:
     value = float(text)
     if abs(value) == float("inf"):
-        raise ValueError(f"{text:.20} is too large a number")
+        return _Odd(f"{text:.20} is too large a number")
     return value
 
 

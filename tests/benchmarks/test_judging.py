@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -11,11 +9,15 @@ from nabla_attn.record import RunRecord
 REQUEST = GenerationRequest("", height=64, width=64, frames=9, sparse_algo="nabla-0.7")
 
 
+class Model(torch.nn.Linear):
+    dtype = torch.float32
+
+
 class Pipeline:
     def __init__(self):
         self.config = {"_name_or_path": "somewhere"}
         self.device = torch.device("cpu")
-        self.transformer = SimpleNamespace(dtype=torch.float32)
+        self.transformer = Model(1, 1)
 
 
 @pytest.fixture

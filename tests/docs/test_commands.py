@@ -58,6 +58,7 @@ NOT_RUN = {
         "is for the built-in model; tests/generation"
     ),
     "nabla bench": "takes minutes; tests/bench",
+    "nabla generate --model builtin --parts": "needs trained parts; tests/training",
 }
 
 ENCODE = "nabla encode videos --model DIR --sizes 32x48x5 --output encoded"

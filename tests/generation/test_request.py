@@ -149,5 +149,5 @@ def test_broken_defaults_are_named(tmp_path, text):
 def test_a_guider_that_guides_by_no_number_is_named(tmp_path):
     (tmp_path / "guider").mkdir()
     (tmp_path / "guider" / "guider_config.json").write_text('{"guidance_scale": NaN}')
-    with pytest.raises(ValueError, match=r"guider_config\.json: guidance must be a finite number"):
+    with pytest.raises(ValueError, match=r"guider_config\.json: .*guidance_scale: NaN is not"):
         ModelDefaults.load(tmp_path)

@@ -1,6 +1,7 @@
 """The loop knows no family: the same few lines train all of them."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def test_what_ltx2_has_for_sound_stays_and_is_not_heard(kind, rank):
     frames, height, width = tiny.size_of(kind)
     clips = WorldSet(pipeline, clips=2, frames=frames, height=height, width=width)
     config = small_config(steps=1, lora__rank=rank, objective__shift=2, data__validation=0)
-    run = prepare(config, parts_of(pipeline, "model"), clips)
+    run = prepare(config, parts_of(pipeline, Path("model")), clips)
     batch, generator = run.loader.largest()
     run.objective(run.module, batch, generator)["loss"].backward()
     trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}

@@ -148,7 +148,7 @@ BAD_CONFIGS += [{"sparse_algo": value} for value in (7, ["nabla-0.7"], float("na
 def test_impossible_values_in_config_json(tmp_path, config):
     tiny_wan.write_transformer(tmp_path, "vace", **config)
     name = next(iter(config))
-    with pytest.raises(ValueError, match=rf"config\.json: {name}[^\n]*$"):
+    with pytest.raises(ValueError, match=rf"config\.json: (not valid JSON \()?{name}[^\n]*$"):
         load_wan_transformer(tmp_path)
 
 
