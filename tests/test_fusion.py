@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from nabla_attn import fusion
 from nabla_attn.backends import flex
@@ -105,6 +108,24 @@ def test_maps_are_compiled_where_that_pays_within_the_block(monkeypatch):
             assert fusion.fused(triple, 1, CPU)(torch.ones(1)) == 2
         assert fusion.fused(triple, 1, CPU) is triple
     assert fusion.fused(triple, 1, CPU)(torch.ones(1)) == 2
+
+
+def test_counts_of_two_threads_that_overlap_leave_nothing_behind(monkeypatch):
+    monkeypatch.setattr(fusion, "compiled", lambda *_: double)
+    monkeypatch.setattr(fusion, "why_not_compile", lambda device: None)
+    both, first_left = threading.Barrier(2), threading.Event()
+
+    def count(is_first):
+        with FlopCounterMode(display=False):
+            assert fusion.fused(triple, 1, torch.device("cuda")) is triple
+            both.wait()
+            if not is_first:
+                first_left.wait()
+        first_left.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(count, (True, False)))
+    assert fusion.fused(triple, 1, torch.device("cuda"))(torch.ones(1)) == 2
 
 
 def test_a_gpu_compiles_always(monkeypatch):

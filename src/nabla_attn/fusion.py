@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._triton import has_triton
 
 from nabla_attn.errors import Note, first_line
@@ -67,10 +67,8 @@ def fused(
         dynamic: As in `compiled`.
     """
     is_small = num_elements < MIN_ELEMENTS
-    # What watches every operation, such as a count of FLOPs, must see them one by one.
-    is_watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
     is_left_out = device.type == "cpu" and not _fuses.get()
-    if is_small or is_watched or is_left_out:
+    if is_small or is_left_out or _is_watched():
         return function
     if why_not_compile(device) is not None:
         fault = _fault_of_compiler(device)
@@ -90,6 +88,13 @@ def fused(
             return function(*args)
 
     return try_compiled
+
+
+def _is_watched() -> bool:
+    """Whether something, such as a count of FLOPs, must see the operations one by one."""
+    # Not `is_in_torch_dispatch_mode`, one flag for all threads, which may stay set for ever where
+    # the modes of two threads overlap.
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
 # Why compiling failed, by type of device: it is tried once.

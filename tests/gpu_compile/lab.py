@@ -132,7 +132,7 @@ def lowering(architecture: str) -> Iterator[Lowering]:
             mock.patch.object(templates, "autotune_select_algorithm", seen.choose),
             mock.patch.object(templates, "_use_flex_flash_attention", seen.use_flash),
             # The package looks for modes that watch operations; fake tensors are one.
-            mock.patch.object(fusion, "is_in_torch_dispatch_mode", lambda: False),
+            mock.patch.object(fusion, "_is_watched", lambda: False),
             MODE,
         ):
             stack.enter_context(context)
