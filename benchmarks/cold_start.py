@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def measure(frames: int, side: int, *, steps: int | None, rounds: int) -> dict[s
             output = Path(folder) / "video.mp4"
             pairs.append([_seconds(arguments, output, fresh) for _ in range(2)])
             tokens = RunRecord.load(output.with_suffix(".json")).numbers["tokens"]
-    first, second = (sorted(runs)[len(runs) // 2] for runs in zip(*pairs, strict=True))
+    first, second = map(median, zip(*pairs, strict=True))
     return {
         "frames": frames,
         "side": side,

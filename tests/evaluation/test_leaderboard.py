@@ -9,7 +9,7 @@ from tests.oracle import random_qkv
 import nabla_attn as na
 from nabla_attn.core.order import TokenLayout
 from nabla_attn.evaluation import calls as calls_module
-from nabla_attn.evaluation.calls import Call, ModelCalls, TableMaker, pick_layers
+from nabla_attn.evaluation.calls import Call, ModelCalls, add_call, pick_layers
 from nabla_attn.evaluation.knobs import Knob
 from nabla_attn.evaluation.leaderboard import (
     REFERENCE,
@@ -23,6 +23,8 @@ from nabla_attn.evaluation.leaderboard import (
 from nabla_attn.generation.pipeline import load_pipeline
 from nabla_attn.generation.request import GenerationRequest
 from nabla_attn.methods import Moment
+from nabla_attn.methods.calibration import TableMaker
+from nabla_attn.methods.contract import TooManyTokensError
 from nabla_attn.record import RunRecord
 
 GRID = na.TokenGrid(4, 16, 24, block=na.BlockShape(1, 4, 4))
@@ -205,10 +207,11 @@ def test_layers_and_branches_come_in_turn():
 def test_a_table_is_made_of_calls_that_are_not_measured():
     grid = na.TokenGrid(2, 8, 12, block=na.BlockShape(1, 4, 4))
     config = na.parse("vdit-0.3")
-    maker = TableMaker(config)
+    maker = TableMaker(config.uses)
     for call in series(3, grid):
-        maker.add(call)
-    (found,) = measure_together([config], [series(3, grid)], tables=[maker.tables()])
+        add_call(maker, call, config)
+    tables = {"vdit": maker.entries()}
+    (found,) = measure_together([config], [series(3, grid)], tables=[tables])
     assert 0 < found["density"] < 1 and 0 < found["error"] < 2
 
 
@@ -272,7 +275,7 @@ def test_a_method_that_calibrates_on_short_videos_gets_one(monkeypatch):
     def run(self, frames, prompt, observer):
         tried.append((frames, prompt))
         if frames > 9:
-            raise ValueError("too long. Calibrate on fewer frames.")
+            raise TooManyTokensError("too long")
 
     source = ModelCalls.__new__(ModelCalls)
     source._request, source._table_prompt = replace(REQUEST, frames=33), "blue"

@@ -29,7 +29,7 @@ def mixed_plan(**changes):
     parts = (
         replace(plan.with_config(na.parse(text)), heads=heads) for heads, text in ALGORITHMS.items()
     )
-    return replace(plan, parts=tuple(parts))
+    return replace(plan, groups=tuple(parts))
 
 
 def layer_with(plan):
@@ -88,8 +88,8 @@ def test_observers_see_a_call_for_each_group_with_its_heads():
     layer, seen = Layer("blocks.0.attn1", num_heads=NUM_HEADS), []
     layer.observers.append(seen.append)
     plan = mixed_plan()
-    parts = tuple(replace(part, layer=ref(layer)) for part in plan.parts)
-    layer.current.key = plan_key(replace(plan, parts=parts))
+    groups = tuple(replace(group, layer=ref(layer)) for group in plan.groups)
+    layer.current.key = plan_key(replace(plan, groups=groups))
     attend_layer(layer, q, k, v, text_valid=text)
     found = {call.heads: str(call.config) for call in seen}
     assert found == {heads: text for heads, text in ALGORITHMS.items() if text != "dense"}

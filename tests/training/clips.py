@@ -34,6 +34,25 @@ class Clips:
         }
 
 
+class Stopped(Exception):
+    """Ends a run where a test wants it to."""
+
+
+def stop_after(step):
+    """A callback of training that ends it after a step."""
+
+    def report(entry):
+        if entry.step == step:
+            raise Stopped
+
+    return report
+
+
+def equal(a, b):
+    """Whether two sets of weights are the same, bit by bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def make_clips(count=8, shape=(4, 3, 16, 16), odd=False):
     shapes = [shape] * count
     if odd:

@@ -11,7 +11,14 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 from tests.processes import start_process
-from tests.training.clips import make_clips, small_config, train_clips
+from tests.training.clips import (
+    Stopped,
+    equal,
+    make_clips,
+    small_config,
+    stop_after,
+    train_clips,
+)
 
 from nabla_attn.training import checkpoint as checkpoint_module
 from nabla_attn.training.checkpoint import Checkpoints, SaveFailed, read_state
@@ -35,28 +42,12 @@ def weights(folder):
     return load_file(path)
 
 
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 def same(first, second):
     return equal(weights(first), weights(second))
 
 
 def run(config, model, folder, **options):
     return train(config, model, folder, dataset=make_clips(odd=True), **options)
-
-
-class Stopped(Exception):
-    pass
-
-
-def stop_after(step):
-    def report(entry):
-        if entry.step == step:
-            raise Stopped
-
-    return report
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tests.training.clips import make_clips, small_config
+from tests.training.clips import Stopped, equal, make_clips, small_config, stop_after
 
 import nabla_attn as na
 from nabla_attn.generation.pipeline import load_pipeline, model_identity
@@ -19,27 +19,14 @@ from nabla_attn.training.train import train
 VSA = {"sparsity__algorithm": "vsa-0.3_block-1-4-4", "steps": 2}
 
 
-class Stopped(Exception):
-    pass
-
-
-def stop_after(step):
-    def report(entry):
-        if entry.step == step:
-            raise Stopped
-
-    return report
-
-
 def run(model, folder, *, recipe="finetune", **values):
     options = {name: values.pop(name) for name in ("resume", "on_log") if name in values}
     config = small_config(recipe, **VSA | values)
     return train(config, model, folder, dataset=make_clips(6, odd=True), **options)
 
 
-def equal(first, second):
-    a, b = load_file(first), load_file(second)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+def same(first, second):
+    return equal(load_file(first), load_file(second))
 
 
 def test_parts_learn_beside_all_weights_and_resume_bit_for_bit(tiny_wan, tmp_path):
@@ -50,9 +37,9 @@ def test_parts_learn_beside_all_weights_and_resume_bit_for_bit(tiny_wan, tmp_pat
         run(tiny_wan, tmp_path / "cut", on_log=stop_after(3), **values)
     cut = run(tiny_wan, tmp_path / "cut", resume=True, **values)
     file = f"transformer/{METHOD_PARTS}"
-    assert equal(whole / file, cut / file)
+    assert same(whole / file, cut / file)
     weights = "transformer/diffusion_pytorch_model.safetensors"
-    assert equal(whole / weights, cut / weights) and not equal(whole / weights, tiny_wan / weights)
+    assert same(whole / weights, cut / weights) and not same(whole / weights, tiny_wan / weights)
     assert all(value.any() for value in load_file(whole / file).values())
     with safe_open(whole / file, framework="pt") as tensors:
         assert tensors.metadata()["algorithm"] == VSA["sparsity__algorithm"]

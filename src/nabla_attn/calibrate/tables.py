@@ -4,21 +4,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from nabla_attn import methods
 from nabla_attn.calibrate.run import EVERYTHING
 from nabla_attn.calibrated_for import CalibratedFor
 from nabla_attn.config import SparseConfig, parse
-from nabla_attn.core.order import block_order
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.request import GenerationRequest
-from nabla_attn.methods.contract import Calibrator, State
+from nabla_attn.methods import Moment
+from nabla_attn.methods.calibration import TableMaker
 from nabla_attn.models import AttentionCall
 from nabla_attn.progress import ProgressCallback
 from nabla_attn.schedule import Schedule
 
 
 class TableProbe:
-    """Gives the calls of a dense run to the calibrators of a method, one for each layer.
+    """Makes a method's table from the calls of dense runs, and says what it is calibrated for.
 
     Args:
         config: An algorithm with one method that needs a table.
@@ -29,12 +28,8 @@ class TableProbe:
     """
 
     def __init__(self, config: SparseConfig, num_steps: int) -> None:
-        uses = [use for use in config.uses if "table" in methods.find(use.name).needs]
-        if len(uses) != 1:
-            raise ValueError(f"a table is made for one method that needs one: got {config}.")
-        self.config, self.use = config, uses[0]
-        self._num_steps = num_steps
-        self._calibrators: dict[int, Calibrator] = {}
+        self._config, self._num_steps = config, num_steps
+        self._maker = TableMaker(config.uses)
         self.calibrated_for: CalibratedFor | None = None
 
     def attach(self, handle: Any) -> None:
@@ -42,33 +37,22 @@ class TableProbe:
         self._handle = handle
         handle.observe(self._observe)
 
-    def table(self) -> list[Any]:
-        """The entry of each layer."""
-        return [self._calibrators[layer].entry() for layer in sorted(self._calibrators)]
+    def tables(self) -> dict[str, list[Any]]:
+        """The method's name -> the entry of each layer."""
+        return {self._maker.use.name: list(self._maker.entries().values())}
 
     def _observe(self, seen: AttentionCall) -> None:
-        call = seen.last_sample(replace(parse(EVERYTHING), block=self.config.block))
-        layout, method = call.layout, methods.find(self.use.name)
-        assert method.calibrate is not None
-        if seen.layer not in self._calibrators:
-            params = method.params(self.use.values)
-            self._calibrators[seen.layer] = method.calibrate(params, layout.grid)
-        state = State(
-            scale=call.scale,
-            counts=block_order(layout, call.q.device).counts[: layout.grid.num_blocks],
-            step=seen.step,
-            num_steps=self._num_steps,
-            layer=seen.layer,
-            num_layers=self._handle.num_layers,
+        q, k, v, layout = seen.last_in_blocks(self._config)
+        num_layers = self._handle.num_layers
+        moment = Moment(
+            step=seen.step, num_steps=self._num_steps, layer=seen.layer, num_layers=num_layers
         )
-        video = slice(layout.grid.num_slots)
-        q, k, v = (x[:, :, video].float() for x in (call.q, call.k, call.v))
-        self._calibrators[seen.layer].observe(q, k, v, state)
+        self._maker.add(q, k, v, layout, moment, seen.factor)
         if self.calibrated_for is None:
             self.calibrated_for = CalibratedFor(
                 model=self._handle.model_class,
-                layers=self._handle.num_layers,
-                heads=call.q.shape[1],
+                layers=num_layers,
+                heads=q.shape[1],
                 tokens=(layout.grid.frames, layout.grid.height, layout.grid.width),
                 steps=self._num_steps,
             )
@@ -102,6 +86,6 @@ def calibrate_method(
     return replace(
         request.schedule or Schedule(algorithm=config),
         algorithm=config,
-        tables={probe.use.name: probe.table()},
+        tables=probe.tables(),
         calibrated_for=probe.calibrated_for,
     )

@@ -4,6 +4,7 @@ Every command goes on where its records end.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,15 +30,69 @@ Density = Annotated[
     list[float] | None, typer.Option(help="A density; repeat.", show_default="0.05 0.1 0.2 0.3")
 ]
 NumPrompts = Annotated[int, typer.Option(min=1, help="Prompts or samples, a record each.")]
-Data = Annotated[
-    str, typer.Option(help="Where q, k and v are from: model, or synthetic, a fixed large set.")
-]
-Frames = Annotated[int, typer.Option(min=1, help="Frames of the videos.")]
-Steps = Annotated[int, typer.Option(min=1, help="Denoising steps of the videos.")]
-Output = Annotated[Path, typer.Option(help="Folder of the records.")]
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """The videos of a study and the folder of its records."""
+
+    model: opt.Model = "builtin"
+    height: opt.Height = None
+    width: opt.Width = None
+    frames: Annotated[int, typer.Option(min=1, help="Frames of the videos.")] = 33
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of the videos.")] = 6
+    output: Annotated[Path, typer.Option(help="Folder of the records.")] = RESULTS
+
+    def load(self) -> Any:
+        """The pipeline."""
+        return opt.VideoOptions(model=self.model, dtype="float32").load()
+
+    @property
+    def request(self) -> "GenerationRequest":
+        """The runs, in the model's own size and guidance where nothing else is asked for."""
+        names = ("model", "height", "width", "frames", "steps")
+        video = opt.VideoOptions(**{name: getattr(self, name) for name in names})
+        return video.base_request(prompt="", seed=0)
+
+
+@dataclass(frozen=True)
+class CallOptions(RunOptions):
+    """The calls that methods are measured on."""
+
+    data: Annotated[
+        str, typer.Option(help="Where q, k and v are from: model, or synthetic, a fixed large set.")
+    ] = "model"
+    prompts: opt.Prompts = None
+
+    def folder(self, name: str) -> Path:
+        """The folder of a study's records."""
+        return self.output / (f"{name}_{SYNTHETIC}" if self.data == SYNTHETIC else name)
+
+    def source(self, num_prompts: int) -> "CallSource":
+        """Where the calls come from."""
+        from nabla_attn.evaluation.calls import ModelCalls
+        from nabla_attn.evaluation.prompts import take_prompts
+        from nabla_attn.evaluation.synthetic import SyntheticCalls
+        from nabla_attn.moving_shapes.judge import MovingShapesScorer
+        from nabla_attn.moving_shapes.scene import describe, sample_scene
+
+        if self.data == SYNTHETIC:
+            return SyntheticCalls()
+        if self.data != "model":
+            raise ValueError(f"--data is model or {SYNTHETIC}: got {self.data!r}.")
+        texts = take_prompts(self.prompts, num_prompts, MovingShapesScorer())
+        if len(texts) < num_prompts:
+            raise ValueError(
+                f"{self.prompts} has {len(texts)} prompts: got --num-prompts {num_prompts}."
+            )
+        # One that is not measured, whatever the number of prompts.
+        calibrates = describe(sample_scene(0))
+        return ModelCalls(self.load(), self.request, texts, table_prompt=calibrates)
+
+
+@opt.with_options(CallOptions, "calls")
 def methods(
+    calls: CallOptions,
     method: Method = None,
     density: Density = None,
     suffix: Annotated[
@@ -47,27 +102,18 @@ def methods(
         ),
     ] = None,
     num_prompts: NumPrompts = 16,
-    data: Data = "model",
-    model: opt.Model = "builtin",
-    prompts: opt.Prompts = None,
-    height: opt.Height = None,
-    width: opt.Width = None,
-    frames: Frames = 33,
-    steps: Steps = 6,
-    output: Output = RESULTS,
 ) -> None:
     """Measure mass, error and seconds of methods at equal densities.
 
     Methods that need a table are measured where they are named, after a calibration each.
     """
-    request = _request(model, height, width, frames, steps)
-    source = _source(data, model, request, prompts, num_prompts)
-    folder = output / ("methods_synthetic" if data == SYNTHETIC else "methods")
     options = {"names": method, "suffixes": suffix or ("",)}
-    _measure(source, folder, num_prompts, density, options)
+    _measure(calls, "methods", num_prompts, density, options)
 
 
+@opt.with_options(CallOptions, "calls")
 def matrix(
+    calls: CallOptions,
     method: Annotated[
         list[str] | None, typer.Option(help="A rule; repeat.", show_default=" ".join(RULES))
     ] = None,
@@ -75,25 +121,16 @@ def matrix(
         list[float] | None, typer.Option(help="A density; repeat.", show_default="0.1 0.2")
     ] = None,
     num_prompts: NumPrompts = 8,
-    data: Data = "model",
-    model: opt.Model = "builtin",
-    prompts: opt.Prompts = None,
-    height: opt.Height = None,
-    width: opt.Width = None,
-    frames: Frames = 33,
-    steps: Steps = 6,
-    output: Output = RESULTS,
 ) -> None:
     """Measure every rule in every order of tokens with every tail: what is each part worth?"""
-    request = _request(model, height, width, frames, steps)
-    source = _source(data, model, request, prompts, num_prompts)
-    folder = output / ("matrix_synthetic" if data == SYNTHETIC else "matrix")
     suffixes = [f"{order}{tail}" for order in ORDERS for tail in TAILS]
     options = {"names": method or RULES, "suffixes": suffixes}
-    _measure(source, folder, num_prompts, density or (0.1, 0.2), options)
+    _measure(calls, "matrix", num_prompts, density or (0.1, 0.2), options)
 
 
+@opt.with_options(RunOptions, "run")
 def judged(
+    run: RunOptions,
     method: Annotated[
         list[str] | None, typer.Option(help="A method; repeat.", show_default=" ".join(JUDGED))
     ] = None,
@@ -101,74 +138,36 @@ def judged(
         list[float] | None, typer.Option(help="A density; repeat.", show_default="0.05 0.1 0.2")
     ] = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 32,
-    model: opt.Model = "builtin",
-    height: opt.Height = None,
-    width: opt.Width = None,
-    frames: Frames = 33,
-    steps: Steps = 6,
     videos: Annotated[Path, typer.Option(help="Folder of the videos.")] = Path("out/judged"),
-    output: Output = RESULTS,
 ) -> None:
     """Make and judge videos of methods at the settings that `nabla bench methods` found."""
     from nabla_attn.cli.progress import generation_bars
     from nabla_attn.evaluation.judged import judge_methods, read_algorithms
     from nabla_attn.moving_shapes.judge import MovingShapesScorer
 
-    settings = output / "methods" / "settings.json"
+    settings = run.output / "methods" / "settings.json"
     chosen = read_algorithms(settings, method or JUDGED, density or JUDGED_DENSITIES)
-    video = opt.VideoOptions(model=model, dtype="float32")
     scorer = MovingShapesScorer()
     with generation_bars(in_logs=True) as start:
         record = judge_methods(
-            video.load(),
-            _request(model, height, width, frames, steps),
+            run.load(),
+            run.request,
             [algorithm for mine in chosen.values() for algorithm in mine],
             scorer.prompts(num_prompts),
             scorer,
             videos=videos,
-            record=output / "judged.json",
-            fps=video.rate,
+            record=run.output / "judged.json",
+            fps=opt.VideoOptions(model=run.model).rate,
             on_video=lambda label, done, total: start(f"{done + 1}/{total} {label}"),
             on_failed=lambda item, reason: out.notice("failed", f"{item}: {reason}"),
         )
     count = len(record.numbers["algorithms"]["dense"])
-    typer.echo(f"{count} prompts that all algorithms have; record: {output / 'judged.json'}")
-
-
-def _request(
-    model: str, height: int | None, width: int | None, frames: int, steps: int
-) -> "GenerationRequest":
-    """The runs, in the model's own size and guidance where nothing else is asked for."""
-    video = opt.VideoOptions(model=model, height=height, width=width, frames=frames, steps=steps)
-    return video.base_request(prompt="", seed=0)
-
-
-def _source(
-    data: str, model: str, request: "GenerationRequest", prompts: Path | None, num_prompts: int
-) -> "CallSource":
-    """Where the calls come from."""
-    from nabla_attn.evaluation.calls import ModelCalls
-    from nabla_attn.evaluation.prompts import take_prompts
-    from nabla_attn.evaluation.synthetic import SyntheticCalls
-    from nabla_attn.moving_shapes.judge import MovingShapesScorer
-    from nabla_attn.moving_shapes.scene import describe, sample_scene
-
-    if data == SYNTHETIC:
-        return SyntheticCalls()
-    if data != "model":
-        raise ValueError(f"--data is model or {SYNTHETIC}: got {data!r}.")
-    texts = take_prompts(prompts, num_prompts, MovingShapesScorer())
-    if len(texts) < num_prompts:
-        raise ValueError(f"{prompts} has {len(texts)} prompts: got --num-prompts {num_prompts}.")
-    pipeline = opt.VideoOptions(model=model, dtype="float32").load()
-    # One that is not measured, whatever the number of prompts.
-    calibrates = describe(sample_scene(0))
-    return ModelCalls(pipeline, request, texts, table_prompt=calibrates)
+    typer.echo(f"{count} prompts that all algorithms have; record: {run.output / 'judged.json'}")
 
 
 def _measure(
-    source: "CallSource",
-    folder: Path,
+    calls: CallOptions,
+    study: str,
     num_prompts: int,
     densities: Sequence[float] | None,
     options: dict[str, Any],
@@ -178,6 +177,7 @@ def _measure(
     from nabla_attn.evaluation.leaderboard import DENSITIES, Leaderboard, rows_of
     from nabla_attn.evaluation.synthetic import SyntheticCalls, record_locality
 
+    source, folder = calls.source(num_prompts), calls.folder(study)
     if isinstance(source, SyntheticCalls):
         record_locality(source, folder / "locality.json")
     board = Leaderboard(source, folder, densities=densities or DENSITIES, **options)

@@ -236,17 +236,42 @@ class VideoOptions:
         notice("note", f"memory: {memory}.")
 
 
-def with_video_options(verb: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb an option for each field of `VideoOptions`, which comes to it as `video`."""
+Verb = Callable[..., None]
+
+
+def with_options(
+    kind: type[Any], name: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a verb an option for each field of a dataclass, which come to it as one argument.
+
+    Args:
+        kind: The dataclass; the types of its fields are those of options.
+        name: The verb's argument.
+    """
     shared = [
         Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-        for field in fields(VideoOptions)
+        for field in fields(kind)
     ]
-    own = [entry for entry in signature(verb).parameters.values() if entry.name != "video"]
+
+    def with_shared(verb: Verb) -> Verb:
+        own = [entry for entry in signature(verb).parameters.values() if entry.name != name]
+
+        @wraps(verb)
+        def run(**values: Any) -> None:
+            given = kind(**{entry.name: values.pop(entry.name) for entry in shared})
+            verb(**{name: given}, **values)
+
+        run.__signature__ = Signature([*own, *shared])  # type: ignore[attr-defined]
+        return run
+
+    return with_shared
+
+
+def with_video_options(verb: Verb) -> Verb:
+    """Give a verb the options of `VideoOptions`, which come to it as `video`."""
 
     @wraps(verb)
-    def run(**values: Any) -> None:
-        video = VideoOptions(**{entry.name: values.pop(entry.name) for entry in shared})
+    def run(*, video: VideoOptions, **values: Any) -> None:
         if not video.force:
             return verb(video=video, **values)
         from nabla_attn.cost.memory import force_memory
@@ -254,8 +279,7 @@ def with_video_options(verb: Callable[..., None]) -> Callable[..., None]:
         with force_memory():
             verb(video=video, **values)
 
-    run.__signature__ = Signature([*own, *shared])  # type: ignore[attr-defined]
-    return run
+    return with_options(VideoOptions, "video")(run)
 
 
 def read_indices(text: str) -> tuple[int, ...] | None:

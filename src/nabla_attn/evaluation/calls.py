@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nabla_attn import methods
 from nabla_attn.attention import attend
 from nabla_attn.config import SparseConfig, parse
 from nabla_attn.core.block_map import BlockMap
@@ -20,8 +19,9 @@ from nabla_attn.core.order import TokenLayout, block_order, text_entries, to_blo
 from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import model_identity
 from nabla_attn.generation.request import GenerationRequest
-from nabla_attn.methods import Moment, State
-from nabla_attn.methods.contract import Calibrator
+from nabla_attn.methods import Moment
+from nabla_attn.methods.calibration import TableMaker
+from nabla_attn.methods.contract import TooManyTokensError
 from nabla_attn.models import AttentionCall
 from nabla_attn.record import describe_device
 from nabla_attn.schedule import Schedule
@@ -59,6 +59,11 @@ class Call:
     scale: float | None = None
     text_valid: Tensor | None = None
 
+    @property
+    def factor(self) -> float:
+        """The factor on q.k, as a number."""
+        return self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
+
     def laid_out(self, config: SparseConfig) -> TokenLayout:
         """The layout in the blocks of an algorithm."""
         return replace(self.layout, grid=self.layout.grid.with_block(config.block, config.order))
@@ -85,10 +90,9 @@ class Call:
 
     def panels(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Head, query tokens, and their exact attention [tokens, tokens], panel by panel."""
-        scale = self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
         for head, (q, k) in enumerate(zip(self.q[0], self.k[0], strict=True)):
             for rows in self.rows.split(max(1, PANEL_VALUES // len(k))):
-                scores = (q[rows] * scale) @ k.T
+                scores = (q[rows] * self.factor) @ k.T
                 if self._hidden is not None:
                     scores[:, self._hidden] = float("-inf")
                 yield head, rows, scores.softmax(dim=-1)
@@ -227,48 +231,31 @@ def call_of(seen: AttentionCall, num_steps: int, num_layers: int) -> Call:
     return Call(q, k, v, seen.layout, moment, seen.scale, valid)
 
 
-class TableMaker:
-    """Gives calls to the calibrators of a method that needs a table, one for each layer.
-
-    Args:
-        config: An algorithm with one method that needs a table.
-    """
-
-    def __init__(self, config: SparseConfig) -> None:
-        self._config = config
-        (self._use,) = (use for use in config.uses if "table" in methods.find(use.name).needs)
-        self._calibrators: dict[int, Calibrator] = {}
-
-    def add(self, call: Call) -> None:
-        """Show a call to its layer's calibrator."""
-        layout, layer = call.laid_out(self._config), call.moment.layer
-        method, video = methods.find(self._use.name), slice(layout.grid.num_slots)
-        if layer not in self._calibrators:
-            assert method.calibrate is not None
-            params = method.params(self._use.values)
-            self._calibrators[layer] = method.calibrate(params, layout.grid)
-        scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
-        counts = block_order(layout, call.q.device).counts[: layout.grid.num_blocks]
-        state = State(**vars(call.moment), scale=scale, counts=counts)
-        q, k, v = (to_blocks(x, layout)[:, :, video] for x in (call.q, call.k, call.v))
-        self._calibrators[layer].observe(q, k, v, state)
-
-    def tables(self) -> Tables:
-        """The method's name -> layer -> its entry."""
-        return {self._use.name: {n: each.entry() for n, each in self._calibrators.items()}}
-
-
 class _LiveTable:
-    """Shows a `TableMaker` the calls of a video as it is made, so that none is kept."""
+    """Makes a table from the calls of a video as it is made, so that none is kept."""
 
-    def __init__(self, maker: TableMaker, num_steps: int) -> None:
-        self._maker, self._num_steps = maker, num_steps
+    def __init__(self, config: SparseConfig, num_steps: int) -> None:
+        self._config, self._num_steps = config, num_steps
+        self._maker = TableMaker(config.uses)
 
     def attach(self, handle: Any) -> None:
         """Observe all layers of a handle."""
-        handle.observe(
-            lambda seen: self._maker.add(call_of(seen, self._num_steps, handle.num_layers))
-        )
+
+        def show(seen: AttentionCall) -> None:
+            add_call(self._maker, call_of(seen, self._num_steps, handle.num_layers), self._config)
+
+        handle.observe(show)
+
+    def tables(self) -> Tables:
+        """The method's name -> layer -> its entry."""
+        return {self._maker.use.name: self._maker.entries()}
+
+
+def add_call(maker: TableMaker, call: Call, config: SparseConfig) -> None:
+    """Show a call to what makes the table of an algorithm."""
+    layout = call.laid_out(config)
+    q, k, v = (to_blocks(x, layout) for x in (call.q, call.k, call.v))
+    maker.add(q, k, v, layout, call.moment, call.factor)
 
 
 def pick_layers(number: int, depth: int) -> list[tuple[int, int]]:
@@ -320,12 +307,12 @@ class ModelCalls:
         """Calibrate on one dense video, a shorter one where the method asks for it."""
         frames = self._request.frames
         for _ in range(MAX_HALVINGS):
-            maker = TableMaker(config)
+            live = _LiveTable(config, self._request.steps)
             try:
-                self._run(frames, self._table_prompt, _LiveTable(maker, self._request.steps))
-                return maker.tables()
-            except ValueError as error:
-                if frames == 1 or "fewer frames" not in str(error):
+                self._run(frames, self._table_prompt, live)
+                return live.tables()
+            except TooManyTokensError:
+                if frames == 1:
                     raise
             # Frames of a video are one more than a multiple of four.
             frames = (frames - 1) // 8 * 4 + 1

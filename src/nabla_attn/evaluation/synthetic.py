@@ -24,8 +24,9 @@ from torch import Tensor
 from nabla_attn.config import SparseConfig
 from nabla_attn.core.grid import TokenGrid
 from nabla_attn.core.order import TokenLayout
-from nabla_attn.evaluation.calls import Call, Series, TableMaker, Tables
+from nabla_attn.evaluation.calls import Call, Series, Tables, add_call
 from nabla_attn.methods import Moment
+from nabla_attn.methods.calibration import TableMaker
 from nabla_attn.record import RunRecord, check_settings, collect_versions, describe_device
 
 GRID = TokenGrid(frames=20, height=30, width=52)
@@ -97,11 +98,11 @@ class SyntheticCalls:
 
     def make_tables(self, config: SparseConfig) -> Tables:
         """Calibrate each layer on a sample that is not measured."""
-        maker = TableMaker(config)
+        maker = TableMaker(config.uses)
         for layer in LAYERS:
             for call in self._series(TABLE_SAMPLE, layer):
-                maker.add(call)
-        return maker.tables()
+                add_call(maker, call, config)
+        return {maker.use.name: maker.entries()}
 
     def _series(self, number: int, layer: int) -> Series:
         generator = torch.Generator().manual_seed(number)

@@ -104,6 +104,10 @@ class Selection:
     finish: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
 
 
+class TooManyTokensError(ValueError):
+    """A video has more tokens than a method can be calibrated on."""
+
+
 class Calibrator(Protocol):
     """Finds the table entry of one layer from the calls of dense runs.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nabla_attn.core.grid import TokenGrid
 from nabla_attn.core.order import TokenLayout, block_order, to_raster
-from nabla_attn.methods.contract import Method, State
+from nabla_attn.methods.contract import Method, State, TooManyTokensError
 from nabla_attn.methods.parameters import number, share
 
 # Mean attention of all pairs of tokens is held for every head: 16 MB.
@@ -56,7 +56,7 @@ class _MeanAttention:
 
     def __init__(self, params: SimpleNamespace, grid: TokenGrid) -> None:
         if grid.num_tokens > MAX_TOKENS:
-            raise ValueError(
+            raise TooManyTokensError(
                 f"dam holds all pairs of tokens, and is calibrated on at most {MAX_TOKENS:,}: got "
                 f"{grid.num_tokens:,}. Calibrate on fewer frames of the same height and width."
             )

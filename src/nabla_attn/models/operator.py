@@ -114,8 +114,8 @@ def _follow(
         is_replay=is_replay,
     )
     heads = _heads_of(plan, order, q.shape[1])
-    if plan.parts:
-        out, stats = _run_parts(_places(plan, heads), layout, run, q, k, v)
+    if plan.groups:
+        out, stats = _run_groups(_places(plan, heads), layout, run, q, k, v)
     else:
         out, stats = run(_for_heads(plan, heads), layout, q, k, v)
     out = out.transpose(1, 2)
@@ -163,18 +163,18 @@ def _for_heads(plan: Plan, heads: Sequence[int]) -> Plan:
 
 def _places(plan: Plan, heads: Sequence[int]) -> list[tuple[Plan, list[int]]]:
     """The plans of this rank's heads, and where these stand among them."""
-    owner = {head: part for part in plan.parts for head in part.heads or ()}
+    owner = {head: group for group in plan.groups for head in group.heads or ()}
     places: dict[Plan, list[int]] = {}
     for place, head in enumerate(heads):
         places.setdefault(owner[head], []).append(place)
     found = []
-    for part, mine in places.items():
+    for group, mine in places.items():
         named = tuple(heads[place] for place in mine)
-        found.append((_for_heads(replace(part, heads=named), named), mine))
+        found.append((_for_heads(replace(group, heads=named), named), mine))
     return found
 
 
-def _run_parts(
+def _run_groups(
     places: list[tuple[Plan, list[int]]],
     layout: TokenLayout,
     run: Callable[..., tuple[Tensor, Tensor]],
@@ -184,11 +184,11 @@ def _run_parts(
 ) -> tuple[Tensor, Tensor]:
     """Heads that share an algorithm as one call each; the output in the order of the heads."""
     found = []
-    for part, heads in places:
+    for group, heads in places:
         is_run = heads[-1] - heads[0] == len(heads) - 1
         index = slice(heads[0], heads[-1] + 1) if is_run else torch.tensor(heads, device=q.device)
         some = (x[:, index] for x in (q, k, v))
-        found.append(run(part, replace(layout, grid=part.grid), *some))
+        found.append(run(group, replace(layout, grid=group.grid), *some))
     outs, stats = zip(*found, strict=True)
     if len(found) == 1:
         return outs[0], stats[0]

@@ -41,8 +41,8 @@ class Plan:
         is_guidance_batch: Whether the batch is the two halves of classifier-free guidance, the
             conditional last, and one map serves both.
         heads: The heads of the layer that the plan is for; None is all.
-        parts: Plans of some heads each, all heads together, where they differ; the plan then says
-            only what its parts share.
+        groups: Plans of some heads each, all heads together, where they differ; the plan then says
+            only what these share.
         weights: Names of the trained parameters that a call brings, each behind its method's.
     """
 
@@ -60,13 +60,13 @@ class Plan:
     memory: tuple[int, int] | None = None
     is_guidance_batch: bool = False
     heads: tuple[int, ...] | None = None
-    parts: "tuple[Plan, ...]" = ()
+    groups: "tuple[Plan, ...]" = ()
     weights: tuple[tuple[str, str], ...] = ()
 
     @property
     def is_dense(self) -> bool:
         """Whether no head drops anything."""
-        return self.config.is_dense and not self.parts
+        return self.config.is_dense and not self.groups
 
     def with_config(self, config: SparseConfig) -> "Plan":
         """The same call with another algorithm, in the blocks that it asks for.
@@ -175,6 +175,11 @@ class AttentionCall:
     is_block_order: bool
 
     @property
+    def factor(self) -> float:
+        """The factor on q.k, as a number."""
+        return self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+    @property
     def head_index(self) -> "slice | Tensor":
         """What picks the call's heads among all of the layer's, on the CPU."""
         return slice(None) if self.heads is None else tensor(self.heads)
@@ -191,6 +196,28 @@ class AttentionCall:
         Raises:
             ValueError: The model brings its tokens in other blocks than the algorithm asks for.
         """
+        q, k, v, layout = self.last_in_blocks(config)
+        if config is None:
+            block_map = self.block_map.sample(-1)
+        else:
+            valid = None if self.text_valid is None else text_entries(self.text_valid[-1:], layout)
+            moment = Moment(step=self.step, layer=self.layer)
+            options = {"scale": self.scale, "text_valid": valid, "v": v, "moment": moment}
+            block_map = select_blocks(q, k, layout, config, **options)  # type: ignore[arg-type]
+        tail = (self.config if config is None else config).tail
+        return BlockCall(q, k, v, layout, block_map, self.factor, tail)
+
+    def last_in_blocks(
+        self, config: SparseConfig | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, TokenLayout]:
+        """Queries, keys and values of the last sample in block order, and that order's layout.
+
+        Args:
+            config: The algorithm whose blocks are meant; None is the call's own.
+
+        Raises:
+            ValueError: The model brings its tokens in other blocks than the algorithm asks for.
+        """
         layout = self.layout
         if config is not None:
             layout = replace(layout, grid=layout.grid.with_block(config.block, config.order))
@@ -199,16 +226,7 @@ class AttentionCall:
         q, k, v = (x[-1:] for x in (self.q, self.k, self.v))
         if not self.is_block_order:
             q, k, v = (to_blocks(x, layout) for x in (q, k, v))
-        if config is None:
-            block_map = self.block_map.sample(-1)
-        else:
-            valid = None if self.text_valid is None else text_entries(self.text_valid[-1:], layout)
-            moment = Moment(step=self.step, layer=self.layer)
-            options = {"scale": self.scale, "text_valid": valid, "v": v, "moment": moment}
-            block_map = select_blocks(q, k, layout, config, **options)  # type: ignore[arg-type]
-        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
-        tail = (self.config if config is None else config).tail
-        return BlockCall(q, k, v, layout, block_map, scale, tail)
+        return q, k, v, layout
 
 
 Observer = Callable[[AttentionCall], None]

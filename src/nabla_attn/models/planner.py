@@ -199,15 +199,15 @@ class Planner:
     def _plan_of(
         self, layer: Layer, plan: Plan, groups: list[HeadGroup], branch: int | None
     ) -> Plan:
-        """The plan of one layer, with a part for each group of heads where there are several."""
+        """The plan of one layer, with one for each group of heads where there are several."""
         if len(groups) == 1:
             return self._plan_heads(layer, plan, groups[0], branch)
-        parts = tuple(
+        plans = tuple(
             replace(self._plan_heads(layer, plan, group, branch), heads=group.heads)
             for group in groups
         )
-        weights = dict.fromkeys(name for part in parts for name in part.weights)
-        return replace(plan, parts=parts, weights=tuple(weights))
+        weights = dict.fromkeys(name for each in plans for name in each.weights)
+        return replace(plan, groups=plans, weights=tuple(weights))
 
     def _plan_heads(self, layer: Layer, plan: Plan, group: HeadGroup, branch: int | None) -> Plan:
         """The plan of heads that do the same.

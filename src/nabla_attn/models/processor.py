@@ -142,9 +142,10 @@ def _class_for(base: type) -> type:
         if is_original or not current.takes_hidden:
             return run(attn, *args, **kwargs)
         current.hidden = args[0] if args else kwargs["hidden_states"]
-        out = run(attn, *args, **kwargs)
-        current.hidden = None
-        return out
+        try:
+            return run(attn, *args, **kwargs)
+        finally:
+            current.hidden = None
 
     return type(f"Nabla{base.__name__}", (NablaProcessor, base), {"__call__": call})
 
