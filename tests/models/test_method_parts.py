@@ -45,6 +45,23 @@ def test_new_parts_change_no_bit_and_go_with_the_handle(name):
     assert model.state_dict().keys() == before.keys() and torch.equal(run(model, inputs), dense)
 
 
+@torch.no_grad()
+def test_a_call_that_fails_leaves_no_hidden_states_behind():
+    model, inputs = tiny()
+    handle = na.apply(model, "vsa-0.3")
+    trained(handle)
+
+    def fail(call):
+        raise OSError("the disk is full")
+
+    stop = handle.observe(fail)
+    with pytest.raises(OSError):
+        run(model, inputs)
+    assert all(layer.current.hidden is None for layer in handle.layers)
+    stop()
+    assert run(model, inputs).isfinite().all()
+
+
 @pytest.mark.parametrize("algorithm", ["vsa-0.3", "sla-0.3"])
 def test_gradients_pass_the_opaque_operator_and_checkpointing(algorithm):
     model, inputs = tiny()
