@@ -1,6 +1,6 @@
-"""A method's first number, set so that it keeps a given share of the token pairs."""
+"""A method's required numbers, set so that it keeps a given share of the token pairs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import exp
@@ -8,7 +8,6 @@ from typing import Any
 
 from nabla_attn import methods
 from nabla_attn.config import SparseConfig, parse
-from nabla_attn.methods import Parameter
 
 BRACKET = (-24.0, -12.0, -6.0, -3.0, -1.5, 0.0, 0.5, 1.5, 3.0, 6.0, 12.0)
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -39,7 +38,7 @@ class Setting:
 
 
 class Knob:
-    """The first parameter of a method, and the density at every value that was tried.
+    """The required parameters of a method, and the density at every value that was tried.
 
     Args:
         name: The method.
@@ -93,9 +92,10 @@ class Knob:
             yield from map(_share, self._bisect(_share, wanted, LOW_ODDS, HIGH_ODDS))
         elif type(knob.read("1")) is int:
             yield from COUNTS
+            yield from map(int, self._refine(wanted, COUNTS))
         else:
             yield from BRACKET
-            yield from self._refine(wanted)
+            yield from self._refine(wanted, BRACKET)
 
     def _at(self, value: Any) -> float | None:
         """The density at a value; None where the method does not take it."""
@@ -111,7 +111,8 @@ class Knob:
         parameters = self._method.parameters
         if not parameters:
             return parse(f"{self._method.name}{self._suffix}")
-        rest = map(_default, parameters[1:])
+        # Numbers that must be given go together: minference's columns and diagonals.
+        rest = [value if each.default is None else each.default for each in parameters[1:]]
         return parse(f"{methods.make_use(self._method.name, value, *rest)}{self._suffix}")
 
     def _bisect(
@@ -132,17 +133,14 @@ class Knob:
             is_over = density is not None and (density > wanted) == rises
             low, high = (low, middle) if is_over else (middle, high)
 
-    def _refine(self, wanted: float) -> Iterator[float]:
+    def _refine(self, wanted: float, bracket: Sequence[float]) -> Iterator[float]:
         """Bisect between the two neighbours of a bracket that have the density between them."""
-        ends = [(value, density) for value in BRACKET if (density := self._at(value)) is not None]
+        read = type(bracket[0])
+        ends = [(value, density) for value in bracket if (density := self._at(value)) is not None]
         for (low, below), (high, above) in pairwise(ends):
             if min(below, above) <= wanted <= max(below, above):
-                yield from self._bisect(lambda value: value, wanted, low, high, rises=below < above)
+                yield from self._bisect(read, wanted, low, high, rises=below < above)
                 return
-
-
-def _default(parameter: Parameter) -> Any:
-    return parameter.read(parameter.example) if parameter.default is None else parameter.default
 
 
 def _share(odds: float) -> float:

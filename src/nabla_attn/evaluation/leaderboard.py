@@ -69,6 +69,10 @@ class Runner:
 
     def density(self, call: Call) -> float:
         """The density of the map alone."""
+        if any("memory" in methods.find(use.name).needs for use in self._config.uses):
+            # What it remembers of a call may come from the call's output.
+            block_map = self._run(call)[1]
+            return 1.0 if block_map is None else block_map.density
         layout = call.laid_out(self._config)
         options: dict[str, Any] = {"v": call.v, "is_raster": True, "text_valid": call.text_valid}
         options |= {"scale": call.scale} | self._options(call)
