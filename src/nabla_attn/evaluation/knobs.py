@@ -89,10 +89,10 @@ class Knob:
         elif knob.num_parts == 3:
             yield from WINDOWS
         elif knob.is_share:
-            yield from map(_share, self._bisect(_share, wanted, LOW_ODDS, HIGH_ODDS))
+            yield from self._bisect(_share, wanted, LOW_ODDS, HIGH_ODDS)
         elif type(knob.read("1")) is int:
             yield from COUNTS
-            yield from map(int, self._refine(wanted, COUNTS))
+            yield from self._refine(wanted, COUNTS)
         else:
             yield from BRACKET
             yield from self._refine(wanted, BRACKET)
@@ -123,10 +123,10 @@ class Knob:
         high: float,
         *,
         rises: bool = True,
-    ) -> Iterator[float]:
+    ) -> Iterator[Any]:
         for _ in range(self._num_tries):
             middle = float(f"{(low + high) / 2:.4g}")
-            yield middle
+            yield value_at(middle)
             density = self._at(value_at(middle))
             if density is not None and abs(density - wanted) <= CLOSE * wanted:
                 return
@@ -134,7 +134,7 @@ class Knob:
             low, high = (low, middle) if is_over else (middle, high)
 
     def _refine(self, wanted: float, bracket: Sequence[float]) -> Iterator[float]:
-        """Bisect between the two neighbours of a bracket that have the density between them."""
+        """Bisect between the two neighbours that have the density between them, to their type."""
         read = type(bracket[0])
         ends = [(value, density) for value in bracket if (density := self._at(value)) is not None]
         for (low, below), (high, above) in pairwise(ends):

@@ -69,7 +69,7 @@ class Runner:
 
     def density(self, call: Call) -> float:
         """The density of the map alone."""
-        if any("memory" in methods.find(use.name).needs for use in self._config.uses):
+        if _needs(self._config, "memory"):
             # What it remembers of a call may come from the call's output.
             block_map = self._run(call)[1]
             return 1.0 if block_map is None else block_map.density
@@ -315,7 +315,7 @@ class Leaderboard:
 
     def _tables_of(self, config: SparseConfig) -> Tables | None:
         """The table of an algorithm, made once in this process; None where it needs none."""
-        if not any("table" in methods.find(use.name).needs for use in config.uses):
+        if not _needs(config, "table"):
             return None
         key = str(config)
         if key not in self._tables:
@@ -325,6 +325,11 @@ class Leaderboard:
     def _save(self, path: Path, config: dict[str, Any], numbers: dict[str, Any]) -> None:
         source, versions = self.source, collect_versions()
         RunRecord("leaderboard", config, source.seed, versions, source.device, numbers).save(path)
+
+
+def _needs(config: SparseConfig, what: str) -> bool:
+    """Whether a method of an algorithm needs something beside queries and keys."""
+    return any(what in methods.find(use.name).needs for use in config.uses)
 
 
 def _known(path: Path, asked: dict[str, Any], name: str) -> dict[str, Any]:
