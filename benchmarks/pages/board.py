@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.pages.paired import as_good_as, read_at
 from nabla_attn.bench.report import table
 from nabla_attn.config import parse
-from nabla_attn.evaluation.leaderboard import DENSITIES, rows_of
+from nabla_attn.evaluation.leaderboard import DENSITIES, left_out, rows_of
 from nabla_attn.record import RunRecord
 
 # Ratio of densities from which on they do not compare.
@@ -29,12 +29,17 @@ def build_board(records: list[RunRecord]) -> list[str]:
     """Return the paragraphs of a leaderboard: at every density, at every time, and the leaders."""
     rows = rows_of(records)
     sparse = [row for row in rows if row["algorithm"] != "dense"]
-    lines = [_of_what(records)]
-    lines += _at_densities(sparse)
+    lines = [_of_what(records), *say_left_out(records), *_at_densities(sparse)]
     dense = next((row for row in rows if row["algorithm"] == "dense"), None)
     if dense is not None:
         lines += _at_seconds(sparse, dense["seconds"])
     return lines
+
+
+def say_left_out(records: list[RunRecord]) -> list[str]:
+    """Return a paragraph that names the algorithms which not all records have, if there are any."""
+    missing = ", ".join(f"`{algorithm}`" for algorithm in left_out(records))
+    return [f"Not below, because some prompts lack them: {missing}."] if missing else []
 
 
 def _of_what(records: list[RunRecord]) -> str:

@@ -1,12 +1,13 @@
 """The generated parts of docs/methods.md: tables, leaders, correlations, the figure."""
 
+from math import log
 from pathlib import Path
 
 import pytest
 from benchmarks.pages import board_figure, methods
 from benchmarks.pages.board import build_board, errors_in_time, method_of
 from benchmarks.pages.judged import build_judged
-from benchmarks.pages.matrix import build_matrix, parts_of, worth_of_parts
+from benchmarks.pages.matrix import build_matrix, parts_of, shared_density, worth_of_parts
 from benchmarks.pages.paired import as_good_as, interval, read_at
 
 from nabla_attn.evaluation.leaderboard import read_records, rows_of
@@ -95,30 +96,37 @@ def test_heads_of_a_synthetic_set_have_columns():
 
 
 def test_the_worth_of_a_part_is_the_mean_change_of_pairs_that_differ_in_it_alone():
-    errors = {
-        "topk-0.1": 0.4,
-        "topk-0.1_tail-mean": 0.2,
-        "topk-0.1_order-hilbert": 0.44,
-        "topk-0.1_order-hilbert_tail-mean": 0.22,
-        "nabla-0.3": 0.8,
-    }
-    prompts = [
-        {name: entry(0.1, error * scale, 0.01) for name, error in errors.items()}
-        for scale in (1, 2)
-    ]
+    def line(rule, suffix, worth, kept=1.0):
+        densities = (0.1, 0.2)
+        return {
+            f"{rule}-{d}{suffix}": entry(d * kept, worth * (1 - log(d * kept / 0.12)), 0.01)
+            for d in densities
+        }
+
+    lines = line("topk", "", 0.4) | line("topk", "_tail-mean", 0.2)
+    lines |= line("topk", "_order-hilbert", 0.44) | line("topk", "_order-hilbert_tail-mean", 0.22)
+    # It keeps more pairs, which its lower errors must not be praised for.
+    lines |= line("nabla", "", 0.8, kept=1.2)
+    twice = {name: each | {"error": 2 * each["error"]} for name, each in lines.items()}
+    prompts = [lines, twice]
     assert parts_of("topk-0.1_order-hilbert_tail-mean") == {
         "rule": "topk",
         "order": "hilbert",
         "tail": "mean",
     }
-    found = worth_of_parts(rows_of(records(*prompts)))
-    assert found == [
+    rows = rows_of(records(*prompts))
+    assert shared_density(rows) == pytest.approx((0.12 * 0.2) ** 0.5)
+    assert worth_of_parts(rows, 0.15) == [
         ["rule `nabla`", "`topk`", "+100.0%", "+100.0% to +100.0%", "1"],
         ["order `hilbert`", "`tiles`", "+10.0%", "+10.0% to +10.0%", "2"],
         ["tail `mean`", "`none`", "-50.0%", "-50.0% to -50.0%", "2"],
     ]
     text = "\n".join(build_matrix(records(*prompts)))
-    assert "| `topk` | 0.600 | 0.300 | 0.660 | 0.330 |" in text
+    assert "worth at 15.5% of the token pairs" in text and "Not below" not in text
+    del prompts[1]["nabla-0.2"]
+    assert "some prompts lack them: `nabla-0.2`" in "\n".join(build_matrix(records(*prompts)))
+    assert shared_density(rows_of(records(prompts[0]))[:1]) is not None
+    assert shared_density([]) is None
 
 
 def judged(errors, measure):

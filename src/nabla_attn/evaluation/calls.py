@@ -29,6 +29,7 @@ from nabla_attn.schedule import Schedule
 DENSE = parse("dense")
 EVERYTHING = "nabla-1"
 LAYERS_PER_PROMPT = 2
+KNOB_PROMPTS = 6
 # Query tokens of which the kept probability is measured; all where there are fewer.
 MASS_ROWS = 2048
 # Probabilities held at once: 64 MB in fp32.
@@ -168,6 +169,10 @@ class CallSource(Protocol):
     def head_names(self) -> Sequence[str]:
         """Names of the heads, where each has a kind of its own; or none."""
 
+    @property
+    def knob_prompts(self) -> int:
+        """Prompts, from the first, on whose calls the knobs of methods are set."""
+
     def describe(self, number: int) -> dict[str, Any]:
         """The settings of a prompt's calls, as its record holds them."""
 
@@ -291,6 +296,11 @@ class ModelCalls:
         self._table_prompt = table_prompt
         self.device, self.seed = describe_device(pipeline.device), request.seed
         self._identity = model_identity(pipeline)
+
+    @property
+    def knob_prompts(self) -> int:
+        """At most six, which show each layer and guidance branch of the built-in model once."""
+        return min(len(self._prompts), KNOB_PROMPTS)
 
     def describe(self, number: int) -> dict[str, Any]:
         """The request with its prompt, and the model."""

@@ -1,7 +1,7 @@
 """The leaderboard of methods: mass, error and seconds of each at equal densities.
 
-A method's knob is set once, on the first prompt, for the density that is asked for in the mean
-over its calls; then all prompts are measured. All densities of a method are timed in one process,
+A method's knob is set once, on the first prompts, for the density that is asked for in the mean
+over their calls; then all prompts are measured. All densities of a method are timed in one process,
 call by call in turn, and a reference beside them: what the machine did meanwhile cancels in the
 ratio of the two.
 """
@@ -9,7 +9,7 @@ ratio of the two.
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
@@ -229,9 +229,10 @@ class Leaderboard:
             methods.find(name)
         self.densities, self.suffixes = list(densities), list(suffixes)
         self._tables: dict[str, Tables] = {}
+        self._densities: dict[SparseConfig, float] = {}
 
     def settings(self) -> list[Setting]:
-        """The knobs, from their record or set anew on the calls of the first prompt."""
+        """The knobs, from their record or set anew on the calls of the first prompts."""
         path = self.folder / "settings.json"
         asked = self.source.describe(0)
         known = _known(path, asked, "settings")
@@ -242,7 +243,8 @@ class Leaderboard:
                 lacking = [wanted for wanted in self.densities if wanted not in set_for]
                 if lacking and None not in set_for:
                     missing.append((name, suffix, lacking))
-        series = self.source.collect(0) if missing else []
+        prompts = range(self.source.knob_prompts if missing else 0)
+        series = [calls for number in prompts for calls in self.source.collect(number)]
         for name, suffix, lacking in missing:
             try:
                 found = [vars(each) for each in self._set(name, suffix, lacking, series)]
@@ -263,7 +265,11 @@ class Leaderboard:
         self, name: str, suffix: str, densities: list[float], series: list[Series]
     ) -> list[Setting]:
         def density(config: SparseConfig) -> float:
-            return density_of(config, series, self._tables_of(config))
+            # What is dropped is the same with any tail.
+            plain = replace(config, tail=None)
+            if plain not in self._densities:
+                self._densities[plain] = density_of(plain, series, self._tables_of(plain))
+            return self._densities[plain]
 
         knob = Knob(name, density, suffix=suffix)
         wanted = densities if methods.find(name).parameters else densities[:1]
@@ -275,7 +281,7 @@ class Leaderboard:
         """Measure all settings on all prompts.
 
         Args:
-            num_prompts: Prompts of the source, from the first, which also sets the knobs.
+            num_prompts: Prompts of the source, from the first.
             on_progress: Told of methods that are done, over all prompts.
         """
         groups: dict[str, list[str]] = {"dense": ["dense"]}
@@ -367,6 +373,13 @@ def rows_of(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
     for row in rows:
         row["ideal"] = None if dense is None else dense * row["density"] / row["seconds"]
     return rows
+
+
+def left_out(records: Sequence[RunRecord]) -> list[str]:
+    """The algorithms that some of the records have and others lack, of which there is no row."""
+    tables = [record.numbers["algorithms"] for record in records]
+    every = dict.fromkeys(algorithm for table in tables for algorithm in table)
+    return [each for each in every if not all(each in table for table in tables)]
 
 
 def _row(found: Sequence[dict[str, Any]], usual: float) -> dict[str, Any]:

@@ -79,6 +79,11 @@ class SyntheticCalls:
         """The kinds of the heads."""
         return self.heads
 
+    @property
+    def knob_prompts(self) -> int:
+        """One: samples differ by chance alone."""
+        return 1
+
     def describe(self, number: int) -> dict[str, Any]:
         """The shape and the sample."""
         return {
