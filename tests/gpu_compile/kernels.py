@@ -37,8 +37,8 @@ def load_source(source: str) -> ModuleType:
     return sys.modules[name]
 
 
-def compile_kernel(name: str, source: str, architecture: str, most: int = 1) -> dict[str, Any]:
-    """Compile the first configurations of a kernel; what the best of them takes.
+def compile_kernel(name: str, source: str, architecture: str) -> dict[str, Any]:
+    """Compile the first configuration of a kernel.
 
     Returns:
         The kernel's name and kind, registers and bytes of stack of a thread, bytes of shared
@@ -50,29 +50,25 @@ def compile_kernel(name: str, source: str, architecture: str, most: int = 1) -> 
 
     tuner = getattr(load_source(source), name)
     (major, minor), _, has_shared, *_ = ARCHITECTURES[architecture]
-    found = []
-    for config in tuner.configs[:most]:
-        meta = tuner._create_compile_meta(config) | {"cc": 10 * major + minor}
-        program = ASTSource(tuner.fn, meta["signature"], meta["constants"], meta["configs"][0])
-        options = tuner._create_compile_options(config, meta)
-        target = GPUTarget("cuda", 10 * major + minor, 32)
-        built = triton.compile(program, target=target, options=options)
-        registers, stack = resources(built.asm["cubin"])
-        found.append(
-            {
-                "name": name,
-                "is_template": "@triton_heuristics.template" in source,
-                "registers": registers,
-                "stack": stack,
-                "shared": built.metadata.shared,
-                "has_shared": has_shared,
-                "warps": built.metadata.num_warps,
-                "stages": config.num_stages,
-                "tensor_core": len(TENSOR_CORES.findall(built.asm["ptx"])),
-                "is_divisible": "IS_DIVISIBLE : tl.constexpr = True" in source,
-            }
-        )
-    return min(found, key=lambda row: row["stack"])
+    config = tuner.configs[0]
+    meta = tuner._create_compile_meta(config) | {"cc": 10 * major + minor}
+    program = ASTSource(tuner.fn, meta["signature"], meta["constants"], meta["configs"][0])
+    options = tuner._create_compile_options(config, meta)
+    target = GPUTarget("cuda", 10 * major + minor, 32)
+    built = triton.compile(program, target=target, options=options)
+    registers, stack = resources(built.asm["cubin"])
+    return {
+        "name": name,
+        "is_template": "@triton_heuristics.template" in source,
+        "registers": registers,
+        "stack": stack,
+        "shared": built.metadata.shared,
+        "has_shared": has_shared,
+        "warps": built.metadata.num_warps,
+        "stages": config.num_stages,
+        "tensor_core": len(TENSOR_CORES.findall(built.asm["ptx"])),
+        "is_divisible": "IS_DIVISIBLE : tl.constexpr = True" in source,
+    }
 
 
 def resources(cubin: bytes) -> tuple[int, int]:

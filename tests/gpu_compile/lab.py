@@ -176,7 +176,7 @@ def attention(
     needs_backward: bool = False,
     backend: str = "flex",
     repeat: int = 1,
-    most: int = 1,
+    compiles: bool = True,
     only_templates: bool = True,
 ) -> dict[str, Any]:
     """Lower `nabla_attention` for each grid in turn, and compile its kernels.
@@ -195,7 +195,7 @@ def attention(
         needs_backward: the inputs need gradients.
         backend: as for `nabla_attention`.
         repeat: calls per grid, of which the last is watched.
-        most: candidates of every template that are compiled; 0 compiles nothing.
+        compiles: compile the kernels too, of a template the first candidate.
         only_templates: compile FlexAttention's kernels and leave the others.
 
     Returns:
@@ -224,36 +224,33 @@ def attention(
                     # The next layer joins the heads of a token.
                     out.transpose(1, 2).flatten(2)
                     del out
-        kernels = compile_all(seen, architecture, most, only_templates)
+        kernels = compile_all(seen, architecture, only_templates) if compiles else []
     candidates = {name: len(found) for name, found in seen.candidates.items()}
+    # torch compiles those with the same key once.
+    distinct = {
+        name: len({choice.kernel_hash_key() for choice in found})
+        for name, found in seen.candidates.items()
+    }
     return {
         "kernels": kernels,
         "candidates": candidates,
+        "distinct": distinct,
         "trivial_masks": seen.trivial_masks,
         "operations": operations,
         "codes": seen.codes,
     }
 
 
-def compile_all(
-    seen: Lowering, architecture: str, most: int, only_templates: bool
-) -> list[dict[str, Any]]:
-    """Compile the kernels of the modules, and further candidates of the templates."""
+def compile_all(seen: Lowering, architecture: str, only_templates: bool) -> list[dict[str, Any]]:
+    """Compile the kernels of the modules."""
     programs = {}
     for code in seen.codes:
         programs |= {source: name for name, source in sources(code)}
-    rows = [
+    return [
         compile_kernel(name, source, architecture)
         for source, name in programs.items()
-        if most and ("@triton_heuristics.template" in source or not only_templates)
+        if "@triton_heuristics.template" in source or not only_templates
     ]
-    for choices in seen.candidates.values():
-        for choice in choices[1:most]:
-            source = Path(choice.bmreq.module_path).read_text()
-            if source not in programs:
-                programs[source] = choice.bmreq.kernel_name
-                rows.append(compile_kernel(choice.bmreq.kernel_name, source, architecture))
-    return rows
 
 
 def main() -> None:

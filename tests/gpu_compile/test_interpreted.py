@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 CASE = {"grids": [[1, 9, 12]], "heads": 1, "dim": 16, "batch": 2, "num_text": 5}
+CASE |= {"algorithm": "nabla-0.4", "needs_backward": False}
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +23,8 @@ def errors(lab):
     ) as process:
 
         def run(**case):
-            case = CASE | {"needs_backward": False} | case
-            codes = lab.attention("sm_90", most=0, **case)["codes"]
+            case = CASE | case
+            codes = lab.attention("sm_90", compiles=False, **case)["codes"]
             process.stdin.write(json.dumps({"codes": codes, "case": case}) + "\n")
             process.stdin.flush()
             answer = process.stdout.readline()
@@ -46,6 +47,20 @@ def test_backwards_and_tiles_that_reach_beyond_the_last_block_equal_float64(erro
     found = errors(dtype="float16", needs_backward=True, options=options)
     assert found.keys() == {"out", "DQ", "DK", "DV"}
     assert max(found.values()) < 0.01, found
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most"), [("float16", 0.01), pytest.param("float32", 1e-4, marks=pytest.mark.slow)]
+)
+def test_summaries_and_their_gradients_equal_float64(errors, dtype, most):
+    found = errors(dtype=dtype, needs_backward=True, algorithm="nabla-0.4_tail-mean")
+    assert found.keys() == {"out", "DQ", "DK", "DV"}
+    assert max(found.values()) < most, found
+
+
+def test_the_first_order_equals_float64(errors):
+    # Two kernels: the difference of their log-sum-exps is the probability of the summaries.
+    assert errors(dtype="float32", algorithm="nabla-0.4_tail-first")["out"] < 1e-5
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ A kernel counts as reading and writing each of its tensors once, an operation li
 import pytest
 
 # 75,600 tokens, 40 heads, bf16.
-LAYER = {"grids": [[21, 45, 80]], "heads": 40, "most": 0, "repeat": 2}
+LAYER = {"grids": [[21, 45, 80]], "heads": 40, "compiles": False, "repeat": 2}
 MOST_MOVED, MOST_TABLES, MOST_HELD = 9.0e9, 0.3e9, 4.0e9
 
 
