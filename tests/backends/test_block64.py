@@ -106,6 +106,17 @@ def test_kernels_are_handed_the_map(packages, name, grid):
     torch.testing.assert_close(tokens_of(out, layout), tokens_of(expected, layout))
 
 
+def test_gradients_reach_queries_keys_and_values(packages):
+    qkv, bmap, _ = inputs(na.TokenGrid(1, 16, 16), batch=1)
+    leaves = [x.requires_grad_() for x in qkv]
+    grad = torch.randn_like(leaves[0])
+    found, expected = (
+        torch.autograd.grad(attend(*leaves, bmap), leaves, grad)
+        for attend in (block64.KERNELS["fastvideo"].attend, reference.attend)
+    )
+    torch.testing.assert_close(found, expected)
+
+
 def test_the_older_name_of_the_kernel_is_found(packages, monkeypatch):
     monkeypatch.delitem(sys.modules, "flashinfer.cute_dsl.sparse.bsa_attn_sm100_blk64")
     packages("flashinfer.cute_dsl.sparse", bsa_attn_blk64_fwd=blk64)

@@ -1,5 +1,6 @@
 """The commands for a GPU machine: refused without one, and run whole at tiny size on a CPU."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, suite
 from nabla_attn.backends import flex
 from nabla_attn.bench import scaling, tune
 from nabla_attn.core.grid import TokenGrid
@@ -42,10 +43,32 @@ def test_the_searches_and_benchmarks_say_so_too(capsys, monkeypatch):
     assert REFUSAL in capsys.readouterr().err
     tune.main(["--device", "cuda", "--dry-run", "wan14b-720p"])
     assert "wan14b-720p: FlexOptions" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["suite", "--device", "cuda", "--dry-run"])
+    suite.main()
+    listed = capsys.readouterr().out
+    for workload in ("paper-768p", "wan14b-720p", "wan1.3b-480p", "kandinsky5-10s"):
+        assert f"| {workload} | ours (flex, tiles of 128) |" in listed
+    assert "fastvideo-kernel is not installed" in listed
     if not torch.cuda.is_available():
         command = [sys.executable, "-m", "benchmarks.suite", "--device", "cuda"]
         process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert process.returncode and REFUSAL in process.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not here")
+@pytest.mark.parametrize(
+    ("target", "command"),
+    {
+        "check-gpu": "-m benchmarks.gpu correctness",
+        "bench-gpu": "-m benchmarks.suite --device cuda --budget 400",
+        "tune-gpu": "-m nabla_attn.bench.tune --device cuda --budget 400",
+        "layer-gpu": "-m benchmarks.gpu layer",
+        "model-gpu": "-m benchmarks.gpu model",
+    }.items(),
+)
+def test_make_knows_the_five(target, command):
+    lines = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+    assert lines.stdout.strip() == f"PYTHONPATH=src python3 {command}"
 
 
 def test_correctness_holds_outputs_and_gradients(tmp_path, capsys, monkeypatch):
