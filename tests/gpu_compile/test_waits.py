@@ -14,7 +14,8 @@ CASES = {
     "padded-text": {"num_text": 9, "batch": 2},
     "pairs": {"algorithm": "nabla-0.7_pair-union", "options": {"tile_rows": 2}},
     "training": {"needs_backward": True},
-    "tail": {"algorithm": "nabla-0.7_tail-first", "needs_backward": True},
+    "tail": {"algorithm": "nabla-0.7_tail-mean"},
+    "tail-training": {"algorithm": "nabla-0.7_tail-first", "needs_backward": True},
 }
 
 
