@@ -145,12 +145,12 @@ class Variants(Baselines):
         if reason is None and (grid.is_ragged or grid.num_blocks % 2):
             reason = "it takes an even number of whole blocks"
         for name, attend in WAYS.items():
-            patch = mock.patch.object(gather, "attend", attend)
-            found.append(_contender(name, patch, grid, inputs, reason))
+            own = mock.patch.object(gather, "attend", attend)
+            found.append(_contender(name, own, grid, inputs, reason))
         for name, factor in BUCKETS.items():
             size = int(gather.CPU_BYTES_PER_THREAD * factor)
-            patch = mock.patch.object(gather, "CPU_BYTES_PER_THREAD", size)
-            found.append(_contender(f"buckets of {name} the size", patch, grid, inputs, None))
+            sized = mock.patch.object(gather, "CPU_BYTES_PER_THREAD", size)
+            found.append(_contender(f"buckets of {name} the size", sized, grid, inputs, None))
         return found
 
 
