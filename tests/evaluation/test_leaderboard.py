@@ -64,6 +64,23 @@ def test_a_knob_tries_no_value_twice():
     assert len(tried) == len(set(tried)) > 1
 
 
+def test_numbers_behind_a_method_stay_and_the_first_is_the_knob():
+    shares = {}
+
+    def density(config):
+        (use,) = config.uses
+        return shares.setdefault(str(config), use.values[0])
+
+    found = Knob("svg2-queries=4-keys=6", density).set(0.3)
+    assert found.method == "svg2-queries=4-keys=6"
+    assert na.parse(found.algorithm).uses[0].values[1:3] == (4, 6)
+    assert found.density == pytest.approx(0.3, rel=0.02)
+    with pytest.raises(ValueError, match="'cluster'"):
+        Knob("svg2-cluster=4", density).set(0.3)
+    with pytest.raises(ValueError, match="no method 'svg9'"):
+        Knob("svg9-keys=4", density)
+
+
 def test_a_knob_says_why_no_value_is_taken():
     def refuse(config):
         raise ValueError("frames must be even")

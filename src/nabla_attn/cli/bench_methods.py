@@ -25,7 +25,12 @@ JUDGED = ("topk", "nabla", "sol", "pisa", "xattn", "sta")
 JUDGED_DENSITIES = (0.05, 0.1, 0.2)
 RESULTS = Path("benchmarks/results")
 
-Method = Annotated[list[str] | None, typer.Option(help="A method; repeat. Default: all.")]
+Method = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A method, also with numbers: svg2-queries=24-keys=72; repeat. Default: all."
+    ),
+]
 Density = Annotated[
     list[float] | None, typer.Option(help="A density; repeat.", show_default="0.05 0.1 0.2 0.3")
 ]

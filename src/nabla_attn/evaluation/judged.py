@@ -35,7 +35,7 @@ def read_algorithms(
     known = RunRecord.load(settings).numbers["settings"]
     found: dict[str, list[str]] = {}
     for name in names:
-        if "table" in methods.find(name).needs:
+        if "table" in methods.find(name.partition("-")[0]).needs:
             raise ValueError(f"{name} needs a table for each setting: judge it with a schedule.")
         mine = [
             each["algorithm"]

@@ -25,7 +25,7 @@ class Setting:
     """A method at a density: what its knob was set to, and the density that gave.
 
     Attributes:
-        method: Its name.
+        method: Its name, with the numbers that were given.
         wanted: The density asked for; None where the method has no knob.
         algorithm: The string.
         density: What it came to on the calls that set it.
@@ -41,7 +41,7 @@ class Knob:
     """The required parameters of a method, and the density at every value that was tried.
 
     Args:
-        name: The method.
+        name: The method; numbers behind its name are kept, each named: "svg2-queries=24-keys=72".
         density_of: Measures the density of an algorithm.
         suffix: What stands behind the method, such as "_block-4-4-4".
         num_tries: Bisections for one density.
@@ -55,7 +55,8 @@ class Knob:
         suffix: str = "",
         num_tries: int = 9,
     ) -> None:
-        self._method, self._suffix, self._num_tries = methods.find(name), suffix, num_tries
+        self._name, (word, _, self._given) = name, name.partition("-")
+        self._method, self._suffix, self._num_tries = methods.find(word), suffix, num_tries
         self._density_of = density_of
         self._tried: dict[Any, float | None] = {}
         self._refused = ValueError(f"no value of {name} was tried.")
@@ -79,7 +80,7 @@ class Knob:
         density = self._at(value)
         if density is None:
             raise self._refused
-        return Setting(self._method.name, wanted, str(self._config(value)), density)
+        return Setting(self._name, wanted, str(self._config(value)), density)
 
     def _values(self, wanted: float) -> Iterator[Any]:
         knob = self._method.parameters[0]
@@ -111,9 +112,12 @@ class Knob:
         parameters = self._method.parameters
         if not parameters:
             return parse(f"{self._method.name}{self._suffix}")
+        first, *others = parameters
         # Numbers that must be given go together: minference's columns and diagonals.
-        rest = [value if each.default is None else each.default for each in parameters[1:]]
-        return parse(f"{methods.make_use(self._method.name, value, *rest)}{self._suffix}")
+        required = [p for p in others if p.default is None and f"{p.name}=" not in self._given]
+        values = [first.show(value), *(f"{each.name}={each.show(value)}" for each in required)]
+        text = "-".join(filter(None, (self._method.name, *values, self._given)))
+        return parse(f"{text}{self._suffix}")
 
     def _bisect(
         self,

@@ -27,6 +27,7 @@ from nabla_attn.core.order import to_blocks
 from nabla_attn.core.tail import build_tail, tail_density
 from nabla_attn.evaluation.calls import Call, CallSource, Series, Tables
 from nabla_attn.evaluation.knobs import Knob, Setting
+from nabla_attn.methods.contract import Method
 from nabla_attn.record import RunRecord, check_settings, collect_versions
 
 DENSITIES = (0.05, 0.1, 0.2, 0.3)
@@ -208,7 +209,7 @@ class Leaderboard:
     Args:
         source: Where calls come from.
         folder: Where the records are.
-        names: Methods; None is all that need no table.
+        names: Methods, with numbers as `Knob` takes them; None is all that need no table.
         densities: Densities asked for.
         suffixes: What is put behind methods in turn; each is a column of its own.
     """
@@ -226,7 +227,7 @@ class Leaderboard:
         every = [name for name in methods.names() if "table" not in methods.find(name).needs]
         self.names = list(every if names is None else names)
         for name in self.names:
-            methods.find(name)
+            _row_of(name)
         self.densities, self.suffixes = list(densities), list(suffixes)
         self._tables: dict[str, Tables] = {}
         self._densities: dict[SparseConfig, float] = {}
@@ -272,7 +273,7 @@ class Leaderboard:
             return self._densities[plain]
 
         knob = Knob(name, density, suffix=suffix)
-        wanted = densities if methods.find(name).parameters else densities[:1]
+        wanted = densities if _row_of(name).parameters else densities[:1]
         return [knob.set(each) for each in wanted]
 
     def measure(
@@ -331,6 +332,11 @@ class Leaderboard:
     def _save(self, path: Path, config: dict[str, Any], numbers: dict[str, Any]) -> None:
         source, versions = self.source, collect_versions()
         RunRecord("leaderboard", config, source.seed, versions, source.device, numbers).save(path)
+
+
+def _row_of(name: str) -> Method:
+    """The row of a method that may have numbers behind its name."""
+    return methods.find(name.partition("-")[0])
 
 
 def _needs(config: SparseConfig, what: str) -> bool:
