@@ -70,14 +70,15 @@ class Runner:
 
     def density(self, call: Call) -> float:
         """The density of the map alone."""
-        if _needs(self._config, "memory"):
-            # What it remembers of a call may come from the call's output.
-            block_map = self._run(call)[1]
-            return 1.0 if block_map is None else block_map.density
         layout = call.laid_out(self._config)
         options: dict[str, Any] = {"v": call.v, "is_raster": True, "text_valid": call.text_valid}
         options |= {"scale": call.scale} | self._options(call)
-        return select_blocks(call.q, call.k, layout, self._config, **options).density
+        found = select_blocks(call.q, call.k, layout, self._config, **options)
+        has_finish = found.treatment is not None and found.treatment.finish is not None
+        if has_finish and _needs(self._config, "memory"):
+            # What it remembers of a call may come from the call's output.
+            self._attend(call, lambda *args, **options: found)
+        return found.density
 
     def measure(self, call: Call) -> Measured:
         """Mass, error and seconds of one call."""
@@ -117,15 +118,21 @@ class Runner:
             spent = time.perf_counter() - start
             return found
 
+        start = time.perf_counter()
+        out, block_map = self._attend(call, select)
+        return out, block_map, spent, time.perf_counter() - start
+
+    def _attend(
+        self, call: Call, select: Callable[..., BlockMap]
+    ) -> tuple[Tensor, BlockMap | None]:
+        """The output with the map that `select` gives, and that map."""
         options: dict[str, Any] = {"scale": call.scale, "text_valid": call.text_valid}
         if not self._config.is_dense:
             options["backend"] = "gather"
-        start = time.perf_counter()
         with torch.no_grad():
-            out, block_map = attend(
+            return attend(
                 call.q, call.k, call.v, call.layout, self._config, select=select, **options
             )
-        return out, block_map, spent, time.perf_counter() - start
 
     def _options(self, call: Call) -> dict[str, Any]:
         tables = {name: entries[call.moment.layer] for name, entries in self._tables.items()}
