@@ -70,12 +70,15 @@ def _grid(rows: Rows) -> str:
 
 
 def _errors_of(rows: Rows) -> dict[Parts, list[tuple[float, list[float]]]]:
-    """Return the points of each combination of parts: density, and errors of the prompts."""
+    """Return the points of each combination of parts: density, and errors of the prompts.
+
+    One that was measured at one density alone is left out: nothing can be read between.
+    """
     lines: dict[Parts, list[tuple[float, list[float]]]] = {}
     for row in sorted(rows, key=lambda row: float(row["density"])):
         rule, order, tail = parts_of(row["algorithm"]).values()
         lines.setdefault((rule, order, tail), []).append((float(row["density"]), row["errors"]))
-    return lines
+    return {key: line for key, line in lines.items() if len(line) > 1}
 
 
 def shared_density(rows: Rows) -> float | None:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from nabla_attn.generation.request import GenerationRequest
 
 SYNTHETIC = "synthetic"
-RULES = ("topk", "nabla", "sol", "subblock")
+# Its usual multiple of 8 blocks would be coarse on few blocks.
+RULES = ("topk", "nabla", "sol", "subblock-multiple=1")
 ORDERS = ("", "_order-raster", "_order-morton", "_order-hilbert", "_order-gilbert")
 TAILS = ("", "_tail-mean", "_tail-first")
 JUDGED = ("topk", "nabla", "sol", "pisa", "xattn", "sta")
