@@ -9,17 +9,17 @@ from tests.oracle import random_qkv
 import nabla_attn as na
 from nabla_attn.core.order import TokenLayout
 from nabla_attn.evaluation import calls as calls_module
-from nabla_attn.evaluation.calls import Call, ModelCalls, add_call, pick_layers
+from nabla_attn.evaluation.calls import Call, add_call
 from nabla_attn.evaluation.knobs import Knob
-from nabla_attn.evaluation.leaderboard import (
+from nabla_attn.evaluation.leaderboard import Leaderboard, rows_of
+from nabla_attn.evaluation.measuring import (
     REFERENCE,
-    Leaderboard,
     Runner,
     density_of,
     measure_together,
-    rows_of,
     summarise,
 )
+from nabla_attn.evaluation.model_calls import ModelCalls, pick_layers
 from nabla_attn.generation.pipeline import load_pipeline
 from nabla_attn.generation.request import GenerationRequest
 from nabla_attn.methods import Moment

@@ -76,7 +76,7 @@ class CallOptions(RunOptions):
 
     def source(self, num_prompts: int) -> "CallSource":
         """Where the calls come from."""
-        from nabla_attn.evaluation.calls import ModelCalls
+        from nabla_attn.evaluation.model_calls import ModelCalls
         from nabla_attn.evaluation.prompts import take_prompts
         from nabla_attn.evaluation.synthetic import SyntheticCalls
         from nabla_attn.moving_shapes.judge import MovingShapesScorer
