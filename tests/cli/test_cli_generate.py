@@ -104,13 +104,57 @@ def test_a_first_frame_is_gone_on_from(tiny_wan, tmp_path):
         ((*model, "--image", tmp_path / "large.png"), "64x32 pixels and the video 48x32"),
         ((*model, "--image", tmp_path / "list.txt"), "is no readable image"),
         (model, "makes videos from a first frame, and got none. Add --image FIRST_FRAME.png"),
-        (("--model", tiny_wan, "--image", tmp_path / "red.png"), "WanPipeline takes no image"),
+        (("--model", tiny_wan, "--image", tmp_path / "red.png"), "takes no image: it makes videos"),
     ]:
         result = make("no", *options)
         assert result.exit_code == 2 and words in " ".join(result.output.split())
     asked[1:3] = ["--prompts", tmp_path / "list.txt"]
     result = make("no", *model, "--image", tmp_path / "red.png")
     assert result.exit_code == 2 and "--image is for one video" in result.output
+
+
+def test_a_last_frame_is_led_to(tmp_path, monkeypatch):
+    from PIL import Image
+    from tests.training.tiny_pipelines import wan22_i2v, wan_i2v
+
+    both, first, five = (tmp_path / name for name in ("both", "first", "five"))
+    wan_i2v(pos_embed_seq_len=10).save_pretrained(both)
+    wan_i2v().save_pretrained(first)
+    wan22_i2v().save_pretrained(five)
+    asked = ["generate", *PROMPT, "--frames", 5, "--height", 32, "--width", 48, "--steps", 2]
+    image = Image.new("RGB", (32, 48), "red")
+    image.paste("white", (0, 0, 32, 24))
+    exif = image.getexif()
+    exif[0x0112] = 6  # turn by 90 degrees to show
+    image.save(tmp_path / "phone.png", exif=exif)
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "red.png")
+    Image.new("RGB", (32, 48), "red").save(tmp_path / "tall.png")
+
+    def make(name, model, **images):
+        frames = [(f"--{key.replace('_', '-')}", tmp_path / file) for key, file in images.items()]
+        options = [part for pair in frames for part in pair]
+        return nabla(*asked, *options, "--model", model, "--output", tmp_path / f"{name}.mp4")
+
+    for name in ("red", "phone"):
+        result = make(name, both, image="red.png", last_image=f"{name}.png")
+        assert result.exit_code == 0, result.output
+    records = [RunRecord.load(tmp_path / f"{name}.json") for name in ("red", "phone")]
+    assert len({record.config["last_image_sha256"] for record in records}) == 2
+    assert len({record.numbers["frames_sha256"] for record in records}) == 2
+
+    # Before any weights are read.
+    monkeypatch.setattr("nabla_attn.cli.options.load_quietly", None)
+    pair = {"image": "red.png", "last_image": "red.png"}
+    for model, images, words in [
+        (both, {"image": "red.png"}, "between a first and a last frame, and got the first only"),
+        (first, pair, "was trained for a first frame only. Drop --last-image"),
+        (five, pair, "reads a first frame only. Drop --last-image"),
+        (both, {"last_image": "red.png"}, "--last-image needs the first frame too"),
+        (both, pair | {"last_image": "tall.png"}, "tall.png has 32x48 pixels and the video 48x32"),
+        (both, {}, "makes videos from a first frame, and got none. Add --image"),
+    ]:
+        result = make("no", model, **images)
+        assert result.exit_code == 2 and words in " ".join(result.output.split()), result.output
 
 
 def test_python_dash_m_warns_in_one_line(tiny_wan, tmp_path):

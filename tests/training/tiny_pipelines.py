@@ -205,7 +205,7 @@ def clip_vision():
     return {"image_processor": processor, "image_encoder": CLIPVisionModel(vision).eval()}
 
 
-def wan_i2v():
+def wan_i2v(**options):
     """With an image encoder, as Wan 2.1 has one."""
     from diffusers import WanImageToVideoPipeline
 
@@ -214,7 +214,9 @@ def wan_i2v():
         **clip_vision(),
         vae=tiny_wan_vae(),
         scheduler=unipc(5.0),
-        transformer=TINY["wan"].build(in_channels=12, image_dim=12, added_kv_proj_dim=48),
+        transformer=TINY["wan"].build(
+            in_channels=12, image_dim=12, added_kv_proj_dim=48, **options
+        ),
     )
 
 

@@ -30,6 +30,10 @@ def generate(
         Path | None,
         typer.Option(help="The first frame, for image-to-video pipelines; of the video's size."),
     ] = None,
+    last_image: Annotated[
+        Path | None,
+        typer.Option(help="The last frame, for models of first and last frames."),
+    ] = None,
     sparse_algo: Annotated[
         str | None,
         typer.Option(
@@ -73,7 +77,8 @@ def generate(
         raise ValueError(
             "--map-steps, --map-layers and --map-heads choose maps: add --record-maps."
         )
-    one_only = {"--record-maps": record_maps, "--image": image is not None, "--json": as_json}
+    one_only = {"--record-maps": record_maps, "--image": image is not None}
+    one_only |= {"--last-image": last_image is not None, "--json": as_json}
     if prompts is not None and (given := [name for name, is_on in one_only.items() if is_on]):
         raise ValueError(f"{given[0]} is for one video. Pass --prompt.")
     if prompts is None and (engine, workers) != ("locks", None):
@@ -90,9 +95,10 @@ def generate(
         output=out.free_path(output or VIDEO, overwrite=overwrite),
         fps=video.rate,
         image=image,
+        last_image=last_image,
         maps=maps if record_maps else None,
     )
-    memory = video.foresee(request)
+    memory = video.foresee(request, job.given_frames)
     with (
         shared_pipeline(video.load, video.device, has_maps=record_maps) as pipeline,
         first_bars() as start,

@@ -1,6 +1,6 @@
 """Options that several verbs share, and what follows from them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, wraps
 from inspect import Parameter, Signature, signature
@@ -203,11 +203,18 @@ class VideoOptions:
         self.check(pipeline, request, memory)
         return pipeline
 
-    def foresee(self, request: "GenerationRequest") -> "MemoryEstimate":
+    def foresee(
+        self, request: "GenerationRequest", given: Collection[str] = ()
+    ) -> "MemoryEstimate":
         """The memory that a video takes, before anything is loaded.
 
+        Args:
+            request: The video.
+            given: Frames that are given, as arguments of the pipeline's call.
+
         Raises:
-            ValueError: The machine has less, and --force is not given.
+            ValueError: The machine has less, and --force is not given; or the model does not read
+                the given frames or needs others.
         """
         from nabla_attn.cost.memory import force_memory
         from nabla_attn.generation.memory import estimate_memory, refuse_too_large
@@ -223,6 +230,7 @@ class VideoOptions:
             device=device,
             dtype=resolve_dtype(self.dtype, device),
             placement=placement,
+            given=given,
         )
         with force_memory(self.force):
             refuse_too_large(estimate, request, device)

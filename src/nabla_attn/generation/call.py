@@ -4,9 +4,10 @@ The wall seconds of its stages are read from hooks on its own modules.
 """
 
 import inspect
+import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from inspect import Parameter
 from typing import Any
@@ -20,6 +21,9 @@ from nabla_attn.sizes import denoisers
 
 StepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 """diffusers' `callback_on_step_end`: pipeline, step, timestep and tensors to tensors."""
+
+FRAMES = {"image": "--image", "last_image": "--last-image"}
+"""Arguments of pipelines for given frames, with the options of `nabla generate`."""
 
 
 def sample(
@@ -61,6 +65,7 @@ def sample(
         elif on_step_end is not None:
             stack.enter_context(_watched(pipeline, on_step_end))
         call |= options
+        check_frames(pipeline, call)
         _check_call(pipeline, call, known)
         warn_of_unread(pipeline, call)
         made = pipeline(**call)
@@ -114,6 +119,58 @@ def _watched(pipeline: Any, on_step_end: StepEnd) -> Iterator[None]:
         del scheduler.step
 
 
+def check_frames(pipeline: Any, given: Collection[str]) -> None:
+    """Refuse given frames that a pipeline does not read, and ask for those that it needs.
+
+    Args:
+        pipeline: The pipeline; its parts need no data.
+        given: Names of arguments of its call that are given.
+
+    Raises:
+        ValueError: A first or last frame is given that the model does not read, or one is missing.
+    """
+    name = type(pipeline).__name__
+    known = inspect.signature(pipeline.__call__).parameters
+    for argument, option in FRAMES.items():
+        if argument in given and argument not in known:
+            raise ValueError(
+                f"{name} takes no {argument}: it makes videos without that frame. Drop {option}, "
+                "or pass --model with one that reads it."
+            )
+    if "image" not in known:
+        return
+    makes_from_image = re.search("I(mage)?(To|2)V(ideo)?", name) is not None
+    if "image" not in given and (_is_needed(known["image"]) or makes_from_image):
+        raise ValueError(
+            f"{name} makes videos from a first frame, and got none. Add --image FIRST_FRAME.png to "
+            '`nabla generate`, or inputs={"image": image} to `generate`.'
+        )
+    _check_last_frame(pipeline, has_last="last_image" in given)
+
+
+def _check_last_frame(pipeline: Any, *, has_last: bool) -> None:
+    """Hold a last frame against what the model was made for; diffusers ignores it or breaks."""
+    config = denoisers(pipeline)[0].config
+    if has_last and pipeline.config.get("expand_timesteps"):
+        raise ValueError(
+            f"this {type(pipeline).__name__} reads a first frame only. Drop --last-image."
+        )
+    if config.get("image_dim") is None:
+        return
+    needs_last = config.get("pos_embed_seq_len") is not None
+    if needs_last and not has_last:
+        raise ValueError(
+            "this model makes videos between a first and a last frame, and got the first only. Add "
+            '--last-image LAST_FRAME.png to `nabla generate`, or "last_image" to the inputs of '
+            "`generate`."
+        )
+    if has_last and not needs_last:
+        raise ValueError(
+            "this model was trained for a first frame only. Drop --last-image, or pass --model "
+            "with one for first and last frames."
+        )
+
+
 def _check_call(pipeline: Any, call: Mapping[str, Any], known: Mapping[str, Parameter]) -> None:
     name = type(pipeline).__name__
     remedy = "Use nabla_attn.apply(pipeline, ...) and call it in your own code."
@@ -122,11 +179,6 @@ def _check_call(pipeline: Any, call: Mapping[str, Any], known: Mapping[str, Para
             f"{name} takes no {', '.join(sorted(unknown))}, so it cannot be run from here. {remedy}"
         )
     missing = [key for key, value in known.items() if _is_needed(value) and key not in call]
-    if missing == ["image"]:
-        raise ValueError(
-            f"{name} makes videos from a first frame, and got none. Add --image FIRST_FRAME.png, "
-            'or inputs={"image": image} to `generate`.'
-        )
     if missing:
         raise ValueError(
             f"{name} needs {', '.join(missing)}, which cannot be asked for here. {remedy}"

@@ -42,18 +42,20 @@ class VideoJob:
         output: The mp4; the record and the maps have the same name with other endings.
         fps: Frames per second.
         image: The first frame, for image-to-video pipelines; of the video's size.
+        last_image: The last frame, for models of both; of the video's size.
         maps: "steps", "layers" and "heads" to record, each a tuple or None for what fits; None
             records nothing.
 
     Raises:
-        ValueError: The output is no mp4 or cannot be written, the image cannot be read or has
-            another size, or dense attention is to be recorded.
+        ValueError: The output is no mp4 or cannot be written, an image cannot be read or has
+            another size, there is a last one alone, or dense attention is to be recorded.
     """
 
     request: GenerationRequest
     output: Path
     fps: float
     image: Path | None = None
+    last_image: Path | None = None
     maps: Mapping[str, tuple[int, ...] | None] | None = None
 
     def __post_init__(self) -> None:
@@ -62,12 +64,13 @@ class VideoJob:
         if self.maps is not None and self.request.is_dense:
             raise ValueError("dense attention has no maps to record. Pass --sparse-algo nabla-0.7.")
         check_writable(self.output)
-        self._check_first_frame()
+        self._check_frames()
 
     @cached_property
-    def first_frame(self) -> "Image | None":
-        """The image as it is seen."""
-        return None if self.image is None else read_image(self.image)
+    def given_frames(self) -> "dict[str, Image]":
+        """The given frames as they are seen, by the argument of the pipeline's call."""
+        paths = {"image": self.image, "last_image": self.last_image}
+        return {name: read_image(path) for name, path in paths.items() if path is not None}
 
     def run(
         self, pipeline: Any, *, on_progress: ProgressCallback = ignore_progress
@@ -89,14 +92,16 @@ class VideoJob:
             pipeline,
             self.request,
             on_progress=on_progress,
-            inputs={} if self.first_frame is None else {"image": self.first_frame},
+            inputs=dict(self.given_frames),
             on_apply=recorder.attach if recorder else None,
         )
         if not is_first_process():
             return None
-        if self.first_frame is not None:
-            digest = hashlib.sha256(self.first_frame.tobytes()).hexdigest()
-            record = replace(record, config=record.config | {"image_sha256": digest})
+        digests = {
+            f"{name}_sha256": hashlib.sha256(frame.tobytes()).hexdigest()
+            for name, frame in self.given_frames.items()
+        }
+        record = replace(record, config=record.config | digests)
         write_video(frames, self.output, self.fps)
         maps_file = self.output.with_suffix(MAPS)
         # Those of an earlier run under this name would pass for this one's.
@@ -107,14 +112,17 @@ class VideoJob:
         record.save(self.output.with_suffix(".json"))
         return record
 
-    def _check_first_frame(self) -> None:
-        image, request = self.first_frame, self.request
-        if image is not None and image.size != (request.width, request.height):
-            raise ValueError(
-                f"{self.image} has {image.width}x{image.height} pixels and the video "
-                f"{request.width}x{request.height}. Scale or crop it, or pass --width "
-                f"{image.width} --height {image.height}."
-            )
+    def _check_frames(self) -> None:
+        request = self.request
+        if self.last_image is not None and self.image is None:
+            raise ValueError("--last-image needs the first frame too. Add --image FIRST_FRAME.png.")
+        for name, image in self.given_frames.items():
+            if image.size != (request.width, request.height):
+                raise ValueError(
+                    f"{getattr(self, name)} has {image.width}x{image.height} pixels and the video "
+                    f"{request.width}x{request.height}. Scale or crop it, or pass --width "
+                    f"{image.width} --height {image.height}."
+                )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from collections.abc import Collection
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -18,6 +19,7 @@ from nabla_attn.cost.memory import (
     traced_peak,
 )
 from nabla_attn.errors import first_line
+from nabla_attn.generation.call import check_frames
 from nabla_attn.generation.model_index import find_class, named_parts, read_model_index
 from nabla_attn.generation.pipeline import dtype_of_vae
 from nabla_attn.generation.placement import Placement
@@ -45,6 +47,7 @@ def estimate_memory(
     device: torch.device,
     dtype: torch.dtype,
     placement: Placement | None = None,
+    given: Collection[str] = (),
 ) -> MemoryEstimate:
     """Estimate the memory of one video from the files of its model; no weights are read.
 
@@ -58,15 +61,18 @@ def estimate_memory(
         device: The device of the pipeline.
         dtype: Dtype of transformer and text encoder.
         placement: How memory is saved; None is nothing.
+        given: Frames that are given, as arguments of the pipeline's call, such as "image".
 
     Returns:
         The bytes on `device`; those of the CPU beside a GPU are much fewer.
 
     Raises:
-        ValueError: The directory has a part that cannot be read.
+        ValueError: The directory has a part that cannot be read, or the model does not read the
+            given frames or needs others.
     """
     placement = placement or Placement()
     pipeline = hollow_pipeline(directory)
+    check_frames(pipeline, given)
     parts = part_bytes(directory, dtype, placement.quantize)
     is_cpu = device.type == "cpu"
     stages = {
