@@ -3,7 +3,14 @@ import resource
 
 import pytest
 
-from nabla_attn.files import is_whole, read_json, read_lines, whole_file, write_text
+from nabla_attn.files import (
+    is_whole,
+    read_json,
+    read_lines,
+    read_object,
+    whole_file,
+    write_text,
+)
 
 
 def test_json_is_read_or_refused_by_name(tmp_path):
@@ -102,6 +109,13 @@ def test_json_of_which_something_would_be_dropped_is_refused(tmp_path, text, wor
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=rf"a\.json: not valid JSON \(.*{words}"):
         read_json(tmp_path / "a.json")
+
+
+def test_what_is_no_object_is_refused_by_name(tmp_path):
+    for text in ("[]", "3", '"text"', "null"):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(ValueError, match=r"a\.json: expected an object"):
+            read_object(tmp_path / "a.json")
 
 
 def test_json_of_editors_that_mark_utf8(tmp_path):

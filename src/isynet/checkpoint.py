@@ -11,7 +11,7 @@ from isynet.architecture import Architecture, parse
 from isynet.family import find_architecture
 from isynet.mindspore import load_mindspore
 from isynet.network import FeatureMaps, ISyNet
-from nabla_attn.files import whole_file
+from nabla_attn.files import parse_json, whole_file
 
 FORMAT = "isynet-1"
 
@@ -229,5 +229,5 @@ def _net_of(about: dict[str, str]) -> ISyNet:
             has_last_norm=about["has_last_norm"] == "1",
         )
     for name in ("mean", "std"):
-        net.default_cfg[name] = tuple(float(value) for value in json.loads(about[name]))
+        net.default_cfg[name] = tuple(float(value) for value in parse_json(about[name]))
     return net

@@ -228,9 +228,9 @@ class LatencyTable:
         try:
             if data["format"] != FORMAT:
                 raise ValueError(f"format {data['format']} is not known here")
-            found, factor = data["conditions"], data["factor"]
-            self.factor = None if factor is None else float(factor)
-            self.entries = {str(key): float(value) for key, value in data["entries"].items()}
+            found, factor = dict(data["conditions"]), data["factor"]
+            self.factor = None if factor is None else _seconds(factor)
+            self.entries = {key: _seconds(value) for key, value in data["entries"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"{path} is no table of latencies ({error}). Remove it to measure anew."
@@ -240,6 +240,12 @@ class LatencyTable:
             raise ValueError(
                 f"{path} was measured with another {' and '.join(changed)}. Choose another folder."
             )
+
+
+def _seconds(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        raise ValueError(f"a time must be a number from 0, got {value!r:.40}")
+    return float(value)
 
 
 def _key(stage: Stage) -> str:

@@ -155,6 +155,18 @@ def read_json(path: str | Path, *, max_bytes: int | None = None, has_nan: bool =
         raise ValueError(f"{path}: not valid JSON ({error}).") from error
 
 
+def read_object(path: str | Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        ValueError: As `read_json`, or it is no object; the file is named.
+    """
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected an object, got {type(values).__name__}.")
+    return values
+
+
 def parse_json(text: str, *, has_nan: bool = False) -> Any:
     """What a JSON text holds.
 

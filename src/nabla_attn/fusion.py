@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._triton import has_triton
 
 from nabla_attn.errors import Note, first_line
-from nabla_attn.files import write_text
+from nabla_attn.files import parse_json, write_text
 from nabla_attn.machine import machine_file
 
 # Below this many elements a chain takes well under a millisecond, and compiling takes seconds.
@@ -224,7 +224,7 @@ def _timed(name: str, device: torch.device) -> Iterator[None]:
 def _compile_seconds(path: Path) -> dict[str, dict[str, float]]:
     """Function -> folder of the compiler's cache -> seconds that compiling took."""
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = parse_json(path.read_text(encoding="utf-8"))
         return {name: {str(x): float(s) for x, s in found.items()} for name, found in known.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}

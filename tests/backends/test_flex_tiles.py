@@ -366,10 +366,11 @@ def test_what_does_not_fit_is_refused():
         choose_options(q, 128, needs_backward=False)
     with pytest.raises(ValueError, match="tile_rows must be a positive integer: got 0"):
         FlexOptions(0)
-    flex_options.tuned_file(CPU).write_text('{"rows": [{}]}')
-    flex_options.forget_tables()
-    with pytest.raises(ValueError, match="is no table of flex options"):
-        choose_options(q, 64, needs_backward=False)
+    for text in ('{"rows": [{}]}', '{"rows": 1}', "[]", "[" * 10**5, '{"rows": [[1]]}'):
+        flex_options.tuned_file(CPU).write_text(text)
+        flex_options.forget_tables()
+        with pytest.raises(ValueError, match="is no table of flex options"):
+            choose_options(q, 64, needs_backward=False)
 
 
 def test_the_packages_table_is_readable_and_claims_nothing_unmeasured():

@@ -121,6 +121,21 @@ def test_clip_score(clip_directory, monkeypatch):
         ClipScore(clip_directory / "nothing")
 
 
+@pytest.mark.parametrize(
+    "text", ["[]", '{"image_mean": 3}', '{"image_std": ["a", "b", "c"]}', '{"image_mean": [1, 2]}']
+)
+def test_means_that_are_none_are_refused(clip_directory, tmp_path, monkeypatch, text):
+    import shutil
+
+    import transformers
+
+    monkeypatch.setattr(transformers, "CLIPTokenizerFast", transformers.PreTrainedTokenizerFast)
+    folder = shutil.copytree(clip_directory, tmp_path / "clip")
+    (folder / "preprocessor_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json: expected"):
+        ClipScore(folder)
+
+
 def test_clip_computes_in_fp32_whatever_its_weights_are_stored_in(
     clip_directory, tmp_path, monkeypatch
 ):

@@ -151,9 +151,21 @@ def test_damaged_recordings_are_named(recorded, tmp_path):
     with safe_open(path, "pt") as file:
         meta = json.loads(file.metadata()["maps"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for change in ({"schema": 9}, {"blocks": [9, 9, 9]}, {"selection": {"steps": [99]}}, {"x": 1}):
-        save_file(tensors, path, metadata={"maps": json.dumps(meta | change)})
+    chosen = meta["selection"]
+    changes = [{"schema": 9}, {"blocks": [9, 9, 9]}, {"selection": {"steps": [99]}}, {"x": 1}]
+    changes += [{"selection": chosen | {"has_scores": "no"}}, {"selection": [1]}, {"blocks": [1]}]
+    changes += [{"grid": [10**30, 1, 1]}, {"grid": [1.5, 8, 8]}, {"block": [0, 8, 8]}]
+    changes += [{"block": [float("nan")] * 3}, {"algorithm": 7}, {"schema": [[]]}]
+    texts = [json.dumps(meta | change) for change in changes]
+    texts += ["[" * 10**5, "{" + 10**4 * '"a": {' + 10**4 * "}" + "}", "1" * 5000, "null", "[]"]
+    for text in texts:
+        save_file(tensors, path, metadata={"maps": text})
         with pytest.raises(ValueError, match=r"bad\.maps"):
+            RecordedMaps.load(path)
+    odd = {"masks": tensors["masks"].float(), "density": tensors["density"].double()}
+    for name, value in odd.items():
+        save_file(tensors | {name: value}, path, metadata={"maps": json.dumps(meta)})
+        with pytest.raises(ValueError, match=r"bad\.maps.* must be"):
             RecordedMaps.load(path)
 
 

@@ -1,5 +1,7 @@
 """Detection: boxes, targets, losses, precision, and a detector that learns."""
 
+import json
+
 import pytest
 import torch
 
@@ -144,6 +146,28 @@ def test_what_cannot_be_a_detector_is_refused(tmp_path):
     for name in ("n", "x", "missing"):
         with pytest.raises(ValueError, match=f"{name}.safetensors"):
             load_detector(tmp_path / f"{name}.safetensors")
+
+
+def test_detectors_that_claim_what_they_do_not_hold_are_refused(tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    file = tmp_path / "d.safetensors"
+    save_detector(Detector(isynet.create(TINY, 0), ("a", "b"), channels=8), file)
+    with safe_open(file, "pt") as opened:
+        about = opened.metadata()
+        state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    for change in (
+        {"channels": "100000000"},
+        {"channels": "-1"},
+        {"classes": json.dumps(["a"] * 10)},
+        {"classes": '"ab"'},
+        {"classes": "[" * 100_000},
+        {"in_chans": "x"},
+    ):
+        save_file(state, file, metadata=about | change)
+        with pytest.raises(ValueError, match=r"d\.safetensors"):
+            load_detector(file)
 
 
 def test_the_command(tmp_path):

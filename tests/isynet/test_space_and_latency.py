@@ -111,6 +111,9 @@ def test_tables_of_other_conditions_and_damaged_ones_are_refused(tmp_path):
         {"factor": "x"},
         {"factor": []},
         {"entries": {"a": None}},
+        {"entries": {"a": "1"}},
+        {"entries": {"a": -1}},
+        {"conditions": [1]},
     ):
         data = json.loads(file.read_text())
         broken = tmp_path / "broken.json"

@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from isynet.architecture import parse
 from isynet.data.source import Objects
 from isynet.detection.network import Detector
 from isynet.network import ISyNet
-from nabla_attn.files import whole_file
+from nabla_attn.files import parse_json, whole_file
 
 FORMAT = "isynet-detector-1"
 COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#46f0f0")
@@ -48,17 +49,33 @@ def load_detector(path: str | Path) -> Detector:
         with safe_open(str(path), framework="pt") as file:
             about = file.metadata() or {}
             if about.get("format") != FORMAT:
-                raise ValueError(f"{path} holds no detector of ISyNet.")
-            net = ISyNet(parse(about["architecture"]), 0, int(about["in_chans"]))
-            classes = tuple(json.loads(about["classes"]))
-            detector = Detector(net, classes, channels=int(about["channels"]))
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
+                raise ValueError("it has another format")
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            # What a hostile file claims is compared with what it holds before it is allocated.
+            with torch.device("meta"):
+                outline = _detector_of(about).state_dict()
+            own = {name: value for name, value in outline.items() if not name.startswith("net.")}
+            if {name: tuple(value.shape) for name, value in own.items()} != found:
+                raise ValueError("its tensors do not fit its own architecture")
+            state = {name: file.get_tensor(name) for name in found}
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or no detector of ISyNet: {error}") from error
-    missing, unexpected = detector.load_state_dict(state, strict=False)
-    if unexpected or any(not name.startswith("net.") for name in missing):
-        raise ValueError(f"{path} does not fit its own architecture; it is damaged.")
+    detector = _detector_of(about)
+    detector.load_state_dict(state, strict=False)
     return detector.eval()
+
+
+def _detector_of(about: dict[str, str]) -> Detector:
+    """The detector that a file's description asks for.
+
+    Raises:
+        ValueError, KeyError, TypeError, RuntimeError: The description is damaged.
+    """
+    classes = parse_json(about["classes"])
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"the classes must be names, got {classes!r:.60}.")
+    net = ISyNet(parse(about["architecture"]), 0, int(about["in_chans"]))
+    return Detector(net, tuple(classes), channels=int(about["channels"]))
 
 
 def save_picture(

@@ -4,7 +4,6 @@ An override wins, then what `nabla_attn.bench.tune` measured on this machine, th
 table, then a default that runs everywhere.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import FlexKernelOptions
 
+from nabla_attn.files import parse_json
 from nabla_attn.machine import machine_file
 
 TABLE = Path(__file__).with_suffix(".json")
@@ -264,7 +264,7 @@ def table_rows(path: Path) -> list[dict[str, Any]]:
         ValueError: The file is no table.
     """
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        rows = parse_json(path.read_text(encoding="utf-8"))["rows"]
         for row in rows:
             FlexOptions(row["tile_rows"], dict(row["kernel_options"]))
         return list(rows)

@@ -5,12 +5,13 @@ Save the weights of LPIPS once, where the `lpips` package is installed:
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nabla_attn.files import read_json
+from nabla_attn.files import read_object
 from nabla_attn.generation.video import check_frames
 
 # (name in the state dict, in, out, kernel, stride, padding), a pooling before the 2nd and 3rd
@@ -150,9 +151,9 @@ class ClipScore:
         except Exception as error:
             raise ValueError(f"{directory}: cannot load a CLIP model ({error}).") from error
         config = Path(directory) / "preprocessor_config.json"
-        values = read_json(config) if config.is_file() else {}
-        self._mean = torch.tensor(values.get("image_mean", CLIP_MEAN))[:, None, None]
-        self._std = torch.tensor(values.get("image_std", CLIP_STD))[:, None, None]
+        values = read_object(config) if config.is_file() else {}
+        self._mean = _channels(values.get("image_mean", CLIP_MEAN), config)
+        self._std = _channels(values.get("image_std", CLIP_STD), config)
         self._size = int(self._model.config.vision_config.image_size)
 
     @torch.no_grad()
@@ -181,6 +182,18 @@ class ClipScore:
         top, left = ((side - self._size) // 2 for side in target)
         pixels = pixels[:, :, top : top + self._size, left : left + self._size]
         return (pixels - self._mean) / self._std
+
+
+def _channels(values: Any, path: Path) -> Tensor:
+    """A number for each colour, fp32 [3, 1, 1].
+
+    Raises:
+        ValueError: The file at `path` has something else.
+    """
+    is_triple = isinstance(values, list | tuple) and len(values) == 3
+    if not is_triple or not all(type(value) in (int, float) for value in values):
+        raise ValueError(f"{path}: expected three numbers, got {values!r:.60}.")
+    return torch.tensor(values, dtype=torch.float32)[:, None, None]
 
 
 def _normalise(x: Tensor) -> Tensor:

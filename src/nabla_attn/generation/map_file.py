@@ -13,7 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from nabla_attn.files import whole_file
+from nabla_attn.core.grid import BlockShape, TokenGrid
+from nabla_attn.files import parse_json, whole_file
+from nabla_attn.validation import check_values
 
 SCHEMA = 1
 MAX_BYTES = 3_300_000
@@ -156,15 +158,17 @@ class RecordedMaps:
         """
         try:
             with safe_open(str(path), framework="pt") as file:
-                plain = json.loads((file.metadata() or {})["maps"])
+                plain = parse_json((file.metadata() or {})["maps"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if plain.pop("schema") != SCHEMA:
                 raise ValueError("it is of another version of nabla-attn")
             chosen = plain.pop("selection")
             steps, layers, heads = (tuple(chosen[name]) for name in ("steps", "layers", "heads"))
-            plain["selection"] = Selection(steps, layers, heads, bool(chosen["has_scores"]))
+            plain["selection"] = Selection(steps, layers, heads, chosen["has_scores"])
             plain |= {name: tuple(plain[name]) for name in ("blocks", "block", "grid")}
             maps = cls(**plain, **tensors)
+            check_values(maps.selection)
+            check_values(maps)
             _check(maps)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = getattr(error, "strerror", None) or str(error)
@@ -173,6 +177,14 @@ class RecordedMaps:
 
 
 def _check(maps: RecordedMaps) -> None:
+    """Hold sizes, dtypes and indices of a recording against one another."""
+    grid = TokenGrid(*maps.grid, block=BlockShape(*maps.block))
+    if grid.blocks != maps.blocks:
+        raise ValueError(f"{grid} has {grid.blocks} blocks, not {maps.blocks}")
+    if {maps.masks.dtype, maps.scores.dtype} != {torch.uint8}:
+        raise ValueError("masks and scores must be bytes")
+    if {maps.density.dtype, maps.true_mass.dtype, maps.best_mass.dtype} != {torch.float32}:
+        raise ValueError("densities and masses must be fp32")
     chosen, count = maps.selection, maps.num_blocks
     shape = (len(chosen.steps), len(chosen.layers), len(chosen.heads), count)
     wanted = {

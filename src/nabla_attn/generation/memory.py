@@ -1,7 +1,6 @@
 """The memory that a video takes, against what the machine has, before anything is loaded."""
 
 import inspect
-import json
 from collections.abc import Collection
 from functools import partial
 from math import prod
@@ -19,6 +18,7 @@ from nabla_attn.cost.memory import (
     traced_peak,
 )
 from nabla_attn.errors import first_line
+from nabla_attn.files import read_object
 from nabla_attn.generation.call import check_frames
 from nabla_attn.generation.model_index import find_class, named_parts, read_model_index
 from nabla_attn.generation.pipeline import dtype_of_vae
@@ -37,6 +37,8 @@ FRAME_BYTES = 4 * 4 + 1
 ENCODER_WIDTH = 64
 GPU_SCRATCH = 2**29  # workspace of the kernels that make and use maps
 CHUNKS = (5, 9)  # latent frames traced of a VAE that decodes them one after another
+MAX_SIZE = 2**24
+"""Widths and numbers of heads are below this."""
 QUANTIZED_SHARE = {"int8": 0.5, "torchao": 0.5, "nf4": 0.28}  # of the bytes of 16-bit weights
 
 
@@ -207,26 +209,38 @@ def part_bytes(directory: Path, dtype: torch.dtype, quantize: str = "") -> dict[
 
 def _numbers_in(file: Path) -> int:
     """Numbers of all tensors that the header of a safetensors file names."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if length > file.stat().st_size:
-            return 0  # loading says what is wrong with it
-        try:
-            header = json.loads(opened.read(length))
-        except ValueError:
-            return 0
-    shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
-    return sum(prod(shape) for shape in shapes)
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            return sum(prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return 0  # loading says what is wrong with it
 
 
 def _text_bytes(directory: Path, dtype: torch.dtype) -> int:
     """A layer of the text encoder at 512 tokens, twice for guidance."""
     path = directory / "text_encoder" / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    width = config.get("d_model") or config.get("hidden_size") or 0
-    inner = config.get("d_ff") or config.get("intermediate_size") or 4 * width
-    heads = config.get("num_heads") or config.get("num_attention_heads") or 0
+    config = read_object(path) if path.is_file() else {}
+    width = _size_in(config, path, "d_model", "hidden_size") or 0
+    inner = _size_in(config, path, "d_ff", "intermediate_size") or 4 * width
+    heads = _size_in(config, path, "num_heads", "num_attention_heads") or 0
     return 2 * 512 * (6 * width + 3 * inner + 2 * 512 * heads) * dtype.itemsize
+
+
+def _size_in(config: dict[str, Any], path: Path, *names: str) -> int | None:
+    """The size that a configuration gives under the first of the names that it has.
+
+    Raises:
+        ValueError: It is no whole number that a size can be.
+    """
+    for name in names:
+        value = config.get(name)
+        if value is not None:
+            if type(value) is not int or not 0 <= value < MAX_SIZE:
+                raise ValueError(f"{path}: {name} must be a whole number, got {value!r:.40}.")
+            return value
+    return None
 
 
 def _denoising_bytes(

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nabla_attn.files import read_json
+from nabla_attn.files import read_object
 from nabla_attn.moving_shapes.judge import MovingShapesScorer
 from nabla_attn.moving_shapes.scene import Scene, describe, render, sample_scene
 from nabla_attn.training.data.clip import Clip
@@ -158,7 +158,7 @@ class MovingShapes:
             ValueError: It is not a finished folder of encoded clips.
         """
         videos = read_index(folder)
-        source = read_json(folder / ENCODING).get("source", "")
+        source = read_object(folder / ENCODING).get("source", "")
         if not str(source).startswith("world, "):
             return None
         return max((video.size for video in videos), key=prod)

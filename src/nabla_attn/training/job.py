@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from nabla_attn.distributed import is_first_process
-from nabla_attn.files import check_writable, read_json
+from nabla_attn.files import check_writable, read_object
 from nabla_attn.generation.lora import LORA_WEIGHTS
 from nabla_attn.generation.model_index import find_class, read_model_index
 from nabla_attn.generation.pipeline import load_pipeline, model_directory
@@ -175,7 +175,7 @@ def _finished(folder: Path, config: TrainConfig, *, allow_changes: bool) -> Path
     result = folder / "pipeline"
     if not (result.is_dir() and (folder / "training.json").is_file()):
         return None
-    changes = differences(read_json(folder / "config.json"), to_plain(config))
+    changes = differences(read_object(folder / "config.json"), to_plain(config))
     if changes and not allow_changes:
         raise ValueError(
             f"{folder} was trained differently: {'; '.join(changes)}. Pass --allow-changes to keep "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nabla_attn.errors import first_line
-from nabla_attn.files import read_json, write_text
+from nabla_attn.files import read_object, write_text
 from nabla_attn.generation.lora import LORA_WEIGHTS
 from nabla_attn.generation.model_index import find_class, named_parts, read_model_index
 from nabla_attn.models import (
@@ -116,7 +116,7 @@ def save_pipeline(
     """
     method_parts, weights = _split(parts, weights)
     source = parts.directory / DEFAULTS
-    defaults = read_json(source) if source.is_file() else {}
+    defaults = read_object(source) if source.is_file() else {}
     # Those of the source may be rules of another algorithm.
     defaults.pop("schedule", None)
     defaults |= _trained_defaults(schedule, is_guided=is_guided)

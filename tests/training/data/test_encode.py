@@ -318,10 +318,18 @@ def test_broken_folders_are_named(encoded, tmp_path):
     store.caption_path(broken, "").unlink()
     with pytest.raises(ValueError, match="is missing"):
         EncodedSet(broken)
-    for text in ("{", "[]", '{"videos": [{"name": 1}]}', '{"videos": []}'):
+    index = json.loads((broken / "index.json").read_text())
+    texts = ["{", "[]", '{"videos": [{"name": 1}]}', '{"videos": []}', '{"videos": [[]]}']
+    for change in ({"shape": [16, -1, 4, 4]}, {"size": [0, 32, 32]}, {"shard": -1}):
+        texts.append(json.dumps(index | {"videos": [index["videos"][0] | change]}))
+    for text in texts:
         (broken / "index.json").write_text(text)
         with pytest.raises(ValueError, match=r"index|JSON|skipped"):
             EncodedSet(broken)
+    for text in ("[]", '{"videos": 1, "skipped": []}', '{"videos": [], "skipped": [{}]}'):
+        (broken / "shard-00000.json").write_text(text)
+        with pytest.raises(ValueError, match=r"shard-00000\.json: (damaged|expected)"):
+            store.read_shard(broken, "shard-00000")
 
 
 def run(*arguments):

@@ -15,7 +15,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from nabla_attn.errors import first_line
-from nabla_attn.files import is_whole, read_json, write_text
+from nabla_attn.files import is_whole, read_object, write_text
 from nabla_attn.generation.memory import check_encoding
 from nabla_attn.generation.request import GenerationRequest
 from nabla_attn.generation.text import watch_texts
@@ -132,7 +132,7 @@ def encode(
         shards=len(spans), made=len(shared.made), elsewhere=len(shared.elsewhere)
     )
     for name in filter(is_done, spans):
-        found = read_json(folder / f"{name}.json")
+        found = encoded.read_shard(folder, name)
         summary.encoded += len(found["videos"])
         summary.cut += found.get("num_cut", 0)
         summary.skipped.update(line["kind"] for line in found["skipped"])
@@ -331,8 +331,7 @@ def _agree(source: ClipSource, pipeline: Any, folder: Path, request: EncodeReque
             if others:
                 raise ValueError(f"{folder} is not empty: it has {others[0]}. Choose a new folder.")
             encoded.write_json(path, wanted)
-    found = read_json(path)
-    found = found if isinstance(found, dict) else {}
+    found = read_object(path)
     differing = [name for name, value in wanted.items() if found.get(name) != value]
     if differing:
         raise ValueError(
@@ -357,7 +356,7 @@ def _finish(folder: Path, names: list[str]) -> None:
         # What killed processes were writing.
         for leftover in folder.rglob(".*.tmp"):
             leftover.unlink(missing_ok=True)
-        lists = [read_json(folder / f"{name}.json") for name in names]
+        lists = [encoded.read_shard(folder, name) for name in names]
         skipped = [line for entry in lists for line in entry["skipped"]]
         write_text(folder / encoded.SKIPPED, encoded.to_lines(skipped))
         videos = [video for entry in lists for video in entry["videos"]]

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nabla_attn.errors import first_line
-from nabla_attn.files import is_whole, read_json, whole_file, write_text
+from nabla_attn.files import is_whole, read_json, read_object, whole_file, write_text
 
 INDEX, SKIPPED, ENCODING = "index.json", "skipped.jsonl", "encoding.json"
 
@@ -53,6 +53,8 @@ class EncodedVideo:
         frames, height, width = (int(n) for n in values["size"])
         name, caption = str(values["name"]), str(values["caption"])
         place = int(values["shard"]), int(values["place"])
+        if min(place) < 0 or min(*shape, frames, height, width) < 1:
+            raise ValueError(f"the places and sizes of {name} must be positive")
         return cls(name, caption, *place, shape, (frames, height, width))
 
 
@@ -141,6 +143,27 @@ def to_lines(values: list[Any]) -> str:
     return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
 
 
+def read_shard(folder: Path, name: str) -> dict[str, Any]:
+    """The list of a shard: "videos", "skipped" with the kind of each, and "num_cut".
+
+    Raises:
+        ValueError: It is missing or damaged; it is named.
+    """
+    path = folder / f"{name}.json"
+    values = read_object(path)
+    lists = [values.get(key) for key in ("videos", "skipped")]
+    are_lists = all(
+        isinstance(each, list) and all(isinstance(line, dict) for line in each) for each in lists
+    )
+    has_kinds = are_lists and all(isinstance(line.get("kind"), str) for line in values["skipped"])
+    if not has_kinds or type(values.get("num_cut", 0)) is not int:
+        raise ValueError(
+            f"{path}: damaged. Remove it and its .safetensors and run the same `nabla encode` "
+            "again."
+        )
+    return values
+
+
 def read_index(folder: Path) -> list[EncodedVideo]:
     """All encoded videos of a finished folder.
 
@@ -175,8 +198,8 @@ def read_family(folder: Path) -> str:
     Raises:
         ValueError: The folder does not name one.
     """
-    values = read_json(folder / ENCODING)
-    if not isinstance(values, dict) or not isinstance(values.get("pipeline"), str):
+    values = read_object(folder / ENCODING)
+    if not isinstance(values.get("pipeline"), str):
         raise ValueError(f"{folder / ENCODING}: it does not name a pipeline.")
     return str(values["pipeline"])
 
