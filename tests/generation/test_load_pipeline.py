@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nabla_attn.generation.memory import hollow_pipeline
 from nabla_attn.generation.pipeline import (
     load_pipeline,
     model_directory,
@@ -117,6 +118,24 @@ def test_truncated_weights(broken):
 def test_config_that_does_not_match(broken, part, changes, words):
     change_json(broken / part / "config.json", **changes)
     fails(broken, str(broken / part), words)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("transformer", {"num_layers": 10**9}),
+        ("vae", {"num_res_blocks": 10**9}),
+        ("vae", {"dim_mult": [1] * 5000}),
+        ("text_encoder", {"num_layers": 10**9}),
+        ("text_encoder", {"text_config": {"num_hidden_layers": 1e18}}),
+    ],
+)
+def test_layers_without_number_are_refused_before_they_are_built(broken, part, changes):
+    change_json(broken / part / "config.json", **changes)
+    fails(broken, str(broken / part / "config.json"), "the weights have fewer")
+    if part != "text_encoder":
+        with pytest.raises(ValueError, match="the weights have fewer"):
+            hollow_pipeline(broken)
 
 
 def test_a_swapped_tensor(broken):

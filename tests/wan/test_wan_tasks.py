@@ -155,6 +155,20 @@ def test_converted_directory_gives_the_same_video(tmp_path):
         assert (set(first) == {1.0}) is is_dense and max(second) < 1
 
 
+@pytest.mark.parametrize(
+    ("task", "family"), [("i2v-14B", "i2v"), ("flf2v-14B", "flf2v"), ("i2v-A14B", "i2v-2.2")]
+)
+def test_converted_directories_see_images_as_their_checkpoints(tmp_path, image, task, family):
+    from nabla_attn.wan.convert import convert_wan
+
+    source = tiny_wan.write_checkpoint(tmp_path / "src", family)
+    target = convert_wan(source, tmp_path / "dst")
+    options = {"size": "128*128", "frames": 5, "steps": 1, "seed": 4}
+    options["inputs"] = dict.fromkeys(TASKS[task].flags, image)
+    videos = [generate_wan(WanRequest(at, "a", task, **options))[0] for at in (source, target)]
+    assert np.array_equal(*videos)
+
+
 def test_prompt_extension_by_a_local_model(tmp_path):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 

@@ -20,7 +20,12 @@ from nabla_attn.cost.memory import (
 from nabla_attn.errors import first_line
 from nabla_attn.files import read_object
 from nabla_attn.generation.call import check_frames
-from nabla_attn.generation.model_index import find_class, named_parts, read_model_index
+from nabla_attn.generation.model_index import (
+    check_layers,
+    find_class,
+    named_parts,
+    read_model_index,
+)
 from nabla_attn.generation.pipeline import dtype_of_vae
 from nabla_attn.generation.placement import Placement
 from nabla_attn.generation.request import GenerationRequest
@@ -166,12 +171,11 @@ def hollow_pipeline(directory: Path) -> Any:
     index = read_model_index(directory)
     pipeline_class = find_class("diffusers", index["_class_name"], directory)
     made: dict[str, Any] = dict.fromkeys(named_parts(index))
+    with FakeTensorMode():
+        for name, entry in named_parts(index).items():
+            if name == "vae" or name.startswith("transformer"):
+                made[name] = _hollow_part(directory / name, entry)
     try:
-        with FakeTensorMode():
-            for name, entry in named_parts(index).items():
-                if name == "vae" or name.startswith("transformer"):
-                    kind = find_class(*entry, directory)
-                    made[name] = kind.from_config(kind.load_config(directory / name)).eval()
         known = inspect.signature(pipeline_class.__init__).parameters
         plain = {name: index[name] for name in known if name in index and name not in made}
         plain = {name: value for name, value in plain.items() if not isinstance(value, list)}
@@ -183,6 +187,17 @@ def hollow_pipeline(directory: Path) -> Any:
         return pipeline_class(**{n: v for n, v in made.items() if n in known}, **plain, **missing)
     except Exception as error:
         raise ValueError(f"{directory}: not a whole pipeline ({first_line(error)}).") from error
+
+
+def _hollow_part(folder: Path, entry: tuple[str, str]) -> Any:
+    check_layers(folder)
+    kind = find_class(*entry, folder)
+    try:
+        return kind.from_config(kind.load_config(folder)).eval()
+    except Exception as error:
+        raise ValueError(
+            f"{folder}: its config does not make a {entry[1]} ({first_line(error)})."
+        ) from error
 
 
 def part_bytes(directory: Path, dtype: torch.dtype, quantize: str = "") -> dict[str, int]:

@@ -2,14 +2,67 @@
 
 import importlib
 import importlib.util
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nabla_attn.files import fingerprint_files, read_json
+from nabla_attn.files import fingerprint_files, read_json, read_object
 
 # Only these and diffusers' own pipelines may be named: others could run code of the directory.
 LIBRARIES = ("diffusers", "transformers")
+
+
+# Settings of a configuration that say how many modules are built one after another.
+COUNTS = re.compile(r"(.*_)?(n_layer|depth|layers|blocks)(_per_block)?")
+MOST_LAYERS = 1000
+"""What a configuration may always ask for; more of them need as many tensors."""
+
+
+def check_layers(folder: Path) -> None:
+    """Refuse a part of a model whose configuration asks for more layers than its files can have.
+
+    Building hundreds of millions takes hours before anything is compared with the weights.
+
+    Args:
+        folder: The part's folder.
+
+    Raises:
+        ValueError: It does, or its configuration is no JSON object; the file is named.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    limit = max(MOST_LAYERS, _num_tensors(folder))
+    for name, count in _counts(read_object(path)):
+        if count > limit:
+            raise ValueError(f"{path}: {name} asks for {count} layers, and the weights have fewer.")
+
+
+def _counts(values: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of modules in a configuration: counts, and lengths of lists."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _counts(value, key)
+    elif isinstance(values, list):
+        yield name, len(values)
+        for value in values:
+            yield from _counts(value, name)
+    elif isinstance(values, int | float) and COUNTS.fullmatch(name):
+        yield name, values
+
+
+def _num_tensors(folder: Path) -> int:
+    from safetensors import SafetensorError, safe_open
+
+    count = 0
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(str(file), framework="pt") as opened:
+                count += len(opened.keys())
+        except (SafetensorError, OSError):
+            continue  # loading says what is wrong with it
+    return count
 
 
 def read_model_index(directory: Path) -> dict[str, Any]:

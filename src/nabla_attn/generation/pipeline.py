@@ -12,6 +12,7 @@ from nabla_attn.errors import first_line
 from nabla_attn.files import read_json
 from nabla_attn.generation.lora import load_lora, lora_fingerprint, lora_place
 from nabla_attn.generation.model_index import (
+    check_layers,
     find_class,
     fingerprint,
     named_parts,
@@ -105,6 +106,7 @@ def _load_quantized(
     folder: Path, entry: tuple[str, str], dtype: torch.dtype, placement: Placement
 ) -> Any:
     part_class = find_class(*entry, folder)
+    check_layers(folder)
     options: dict[str, Any] = {
         "quantization_config": placement.quantization(dtype),
         "torch_dtype": dtype,
@@ -210,6 +212,7 @@ def _load_part(folder: Path, entry: tuple[str, str], dtype: torch.dtype) -> Any:
     options: dict[str, Any] = {}
     if is_model:
         _check_weights(folder)
+        check_layers(folder)
         options = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True}
     try:
         loaded = part_class.from_pretrained(folder, local_files_only=True, **options)

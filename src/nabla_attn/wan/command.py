@@ -190,7 +190,7 @@ def _load(
         pipe = load_pipeline(request.ckpt_dir, device="cpu", dtype=placement.dtype)
         _check_pipeline(request, type(pipe).__name__)
         pipe.scheduler = build_solver(request.solver, request.shift)
-        return pipe, WanConfig.text_len
+        return resize_as_reference(pipe), WanConfig.text_len
     dtype = resolve_dtype(placement.dtype, device)
     pipe = load_wan_pipeline(
         request.ckpt_dir,

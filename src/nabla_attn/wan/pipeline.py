@@ -79,7 +79,7 @@ def load_wan_pipeline(
     Raises:
         ValueError: A part is missing or damaged, or the checkpoint is not for `task`.
     """
-    from nabla_attn.wan.reference import WanImageProcessor, build_solver
+    from nabla_attn.wan.reference import build_solver
 
     layout = read_layout(path)
     if task is not None:
@@ -103,8 +103,7 @@ def load_wan_pipeline(
         tower = load_part(
             "image encoder", layout.image_encoder, dtype=dtype, on_progress=on_progress
         )
-        parts |= {"image_encoder": tower}
-        parts |= {"image_processor": WanImageProcessor(tower.config.image_size)}
+        parts |= {"image_encoder": tower, "image_processor": None}
     pipe = _assemble(family, parts)
     _apply_sparsity(pipe, sparse_algo if sparse_algo is not None else layout.config.sparse_algo)
     return pipe
@@ -117,10 +116,12 @@ def _assemble(family: WanFamily, parts: dict[str, Any]) -> Any:
 
 def resize_as_reference(pipe: Any) -> Any:
     """Give an image-to-video pipeline the reference's way to resize images; others stay."""
-    from nabla_attn.wan.reference import WanVideoProcessor
+    from nabla_attn.wan.reference import WanImageProcessor, WanVideoProcessor
 
     if type(pipe).__name__ == "WanImageToVideoPipeline":
         pipe.video_processor = WanVideoProcessor(vae_scale_factor=pipe.vae_scale_factor_spatial)
+        if pipe.image_encoder is not None:
+            pipe.image_processor = WanImageProcessor(pipe.image_encoder.config.image_size)
     return pipe
 
 
