@@ -159,7 +159,7 @@ def read_object(path: str | Path) -> dict[str, Any]:
     """The object that a JSON file holds.
 
     Raises:
-        ValueError: As `read_json`, or it is no object; the file is named.
+        ValueError: `read_json` refuses it, or it is no object; the file is named.
     """
     values = read_json(path)
     if not isinstance(values, dict):

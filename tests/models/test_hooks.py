@@ -162,3 +162,39 @@ def test_wrapped_linears(model):
         for block in model.blocks:
             block.attn1.to_q = Wrapped(block.attn1.to_q)
         assert torch.equal(run(model, inputs), expected)
+
+
+@torch.no_grad()
+def test_faster_cache_leaves_out_half_of_the_batch_and_each_prompt_keeps_its_map():
+    from diffusers import FasterCacheConfig
+
+    tiny = TINY["cogvideox"]
+    time = [900]
+    model = tiny.build()
+    rules = na.Schedule(algorithm=na.parse("nabla-0.5"), reuse_guidance=True, reuse_steps=2)
+    handle = na.apply(model, schedule=rules)
+    model.enable_cache(
+        FasterCacheConfig(
+            spatial_attention_block_skip_range=1,
+            spatial_attention_timestep_skip_range=(-1, 1001),
+            unconditional_batch_skip_range=2,
+            unconditional_batch_timestep_skip_range=(-1, 1001),
+            spatial_attention_block_identifiers=("transformer_blocks.*attn1",),
+            attention_weight_callback=lambda module: 0.3,
+            current_timestep_callback=lambda: time[0],
+            tensor_format="BFCHW",
+        )
+    )
+    maps = []
+    handle.observe(lambda call: maps.append(call.block_map.mask) if call.layer == 0 else None)
+    # Two prompts, each with and without guidance.
+    inputs = {key: torch.cat([value] * 2) if isinstance(value, torch.Tensor) and value.shape[0] == 2
+              else value for key, value in tiny.inputs(*GRID).items()}  # fmt: skip
+    noise = torch.randn(inputs["hidden_states"].shape)
+    for time[0] in (900, 800, 700):
+        out = run(model, inputs | {"hidden_states": noise, "timestep": torch.full((4,), time[0])})
+        assert out.isfinite().all() and len(out) == 4
+    whole, half, again = maps
+    assert len(whole) == len(again) == 4 and len(half) == 2
+    assert torch.equal(whole[:2], whole[2:]) and not torch.equal(whole[0], whole[1])
+    assert not torch.equal(half[0], half[1])

@@ -241,7 +241,7 @@ def _select(
     if layer is None:
         return partial(select_blocks, moment=plan.moment)
     if plan.branch is not None:
-        copies = 2 if plan.is_guidance_batch and batch % 2 == 0 else 1
+        copies = 2 if batch == plan.guidance_batch and batch % 2 == 0 else 1
         kept_for = (plan.branch, plan.heads)
         return partial(layer.maps.select, kept_for=kept_for, copies=copies, moment=plan.moment)
     memory = None if plan.memory is None or is_replay else layer.memory(*plan.memory, plan.heads)

@@ -38,8 +38,9 @@ class Plan:
         branch: Which of the kept maps belongs to this call; None builds every map anew.
         moment: Step and layer, where a method depends on them.
         memory: Generation and call of the step, where a method keeps something between steps.
-        is_guidance_batch: Whether the batch is the two halves of classifier-free guidance, the
-            conditional last, and one map serves both.
+        guidance_batch: Samples of a batch that is the two halves of classifier-free guidance, the
+            conditional last, where one map serves both; 0 where none does. A cache of diffusers
+            may leave out the first half, and then each sample has its own.
         heads: The heads of the layer that the plan is for; None is all.
         groups: Plans of some heads each, all heads together, where they differ; the plan then says
             only what these share.
@@ -58,7 +59,7 @@ class Plan:
     branch: int | None = None
     moment: Moment | None = None
     memory: tuple[int, int] | None = None
-    is_guidance_batch: bool = False
+    guidance_batch: int = 0
     heads: tuple[int, ...] | None = None
     groups: "tuple[Plan, ...]" = ()
     weights: tuple[tuple[str, str], ...] = ()

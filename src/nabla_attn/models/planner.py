@@ -194,7 +194,15 @@ class Planner:
             # Ranks share heads by their densities.
             telemetry=settings.telemetry or ranks is not None,
             ranks=ranks,
+            guidance_batch=self._guidance_batch(arguments),
         )
+
+    def _guidance_batch(self, arguments: Mapping[str, Any]) -> int:
+        """Samples of this forward, where they are the two halves of guidance that share a map."""
+        is_shared = self.settings.schedule.reuse_guidance and self.row.guidance_in_batch
+        if not is_shared or self.steps.is_guided is False:
+            return 0
+        return len(arguments["hidden_states"])
 
     def _plan_of(
         self, layer: Layer, plan: Plan, groups: list[HeadGroup], branch: int | None
@@ -224,13 +232,7 @@ class Planner:
             return plan
         if branch is not None and self.reuse.is_new(group.reuse_steps):
             layer.maps.forget(group.heads if len(group.heads) < layer.num_heads else None)
-        in_batch = rules.reuse_guidance and self.row.guidance_in_batch
-        return replace(
-            plan,
-            layer=ref(layer),
-            branch=branch,
-            is_guidance_batch=in_batch and self.steps.is_guided is not False,
-        )
+        return replace(plan, layer=ref(layer), branch=branch)
 
     def _with_moment(self, plan: Plan, layer: Layer) -> Plan:
         """The plan with what its methods need to know of step and layer, and their parts."""
