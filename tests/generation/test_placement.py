@@ -2,7 +2,9 @@
 
 import shutil
 import sys
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,6 +66,70 @@ def test_quantization_is_what_diffusers_has(asked, name, values, monkeypatch):
 
     monkeypatch.setattr(diffusers, name, Config)
     assert Placement(quantize=asked).quantization(torch.bfloat16) == values
+
+
+def test_a_file_that_is_no_gguf_is_named(tiny_wan, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", sys.modules.get("gguf", ModuleType("gguf")))
+    file = tmp_path / "w.gguf"
+    file.write_bytes(b"words" * 9)
+    with pytest.raises(ValueError, match=r"w\.gguf does not make the WanTransformer3DModel of "):
+        load_pipeline(tiny_wan, device="cpu", dtype="float32", quantize=str(file))
+
+
+def write_gguf(tensors, path):
+    """Weights in the model's own names, matrices as Q8_0."""
+    gguf = pytest.importorskip("gguf")
+    kind = gguf.GGMLQuantizationType.Q8_0
+    writer = gguf.GGUFWriter(path, "wan")
+    for name, tensor in tensors.items():
+        values = tensor.float().numpy()
+        if values.ndim == 2 and values.shape[-1] % 32 == 0:
+            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_files_make_nearly_the_same_video(tiny_wan, tmp_path):
+    from safetensors.torch import load_file
+
+    tensors = load_file(next((tiny_wan / "transformer").glob("*.safetensors")))
+    file = tmp_path / "w.gguf"
+    write_gguf(tensors, file)
+    request = GenerationRequest(
+        "red", height=32, width=32, frames=5, steps=2, sparse_algo="nabla-0.5"
+    )
+    videos = []
+    for quantize in ("", str(file)):
+        pipeline = load_pipeline(tiny_wan, device="cpu", dtype="float32", quantize=quantize)
+        video, record = generate(pipeline, request)
+        videos.append(video.astype(int))
+    assert record.config["quantized"] == "GGUFQuantizer"
+    assert 0 < np.abs(videos[1] - videos[0]).mean() < 0.5
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-500])
+    names = sorted(tensors)
+    for change in (None, {names[3]: None}, {names[0]: torch.zeros(7)}):
+        if change is not None:
+            changed = tensors | change
+            write_gguf({name: x for name, x in changed.items() if x is not None}, file)
+        with pytest.raises(ValueError, match=r"w\.gguf does not make the Wan[^\n]*, or none\.$"):
+            load_pipeline(tiny_wan, device="cpu", dtype="float32", quantize=str(file))
+
+
+def test_torchao_makes_nearly_the_same_video(tiny_wan):
+    pytest.importorskip("torchao")
+    request = GenerationRequest("red", height=32, width=32, frames=5, steps=2)
+    videos = []
+    for quantize in ("", "torchao"):
+        pipeline = load_pipeline(tiny_wan, device="cpu", dtype="float32", quantize=quantize)
+        video, record = generate(pipeline, request)
+        videos.append(video.astype(int))
+    assert record.config["quantized"] == "TorchAoHfQuantizer"
+    assert 0 < np.abs(videos[1] - videos[0]).mean() < 0.5
 
 
 def test_dtypes_have_short_names():

@@ -118,6 +118,11 @@ def _load_quantized(
             return part_class.from_single_file(file, config=str(folder), **options).eval()
         return part_class.from_pretrained(folder, **options).eval()
     except Exception as error:
+        if placement.is_gguf:
+            raise ValueError(
+                f"{placement.quantize} does not make the {entry[1]} of {folder} "
+                f"({first_line(error)}). Pass a GGUF file of that model, whole, or none."
+            ) from error
         raise ValueError(
             f"{entry[1]} cannot be quantized by {placement.quantize} ({first_line(error)}). Leave "
             "out --quantize, or pass another."

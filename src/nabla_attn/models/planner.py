@@ -202,7 +202,8 @@ class Planner:
         is_shared = self.settings.schedule.reuse_guidance and self.row.guidance_in_batch
         if not is_shared or self.steps.is_guided is False:
             return 0
-        return len(arguments["hidden_states"])
+        tensors = (value for value in arguments.values() if isinstance(value, torch.Tensor))
+        return next((len(value) for value in tensors if value.ndim), 0)
 
     def _plan_of(
         self, layer: Layer, plan: Plan, groups: list[HeadGroup], branch: int | None
