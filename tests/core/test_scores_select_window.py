@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from tests.oracle import ODD_GRIDS
 
 import nabla_attn as na
+from nabla_attn.core import select
 from nabla_attn.core.order import TokenLayout, block_order, to_blocks
 from nabla_attn.core.scores import pool_blocks, pool_raster, score_blocks, split_raster
 from nabla_attn.core.select import select_by_mass, select_top_share
@@ -43,6 +44,34 @@ def test_a_higher_threshold_keeps_a_superset(seed, low, high):
     assert fewer.any(-1).all()
     mass = (probs * fewer).sum(-1)
     assert (mass >= low - 1e-5).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [1, 2, 7, 32])
+def test_short_rows_keep_what_long_ones_would(columns, dtype, monkeypatch):
+    scores = 3 * torch.randn(2, 17, columns, dtype=dtype)
+    scores[1, :9] = scores[1, :9].round()
+    scores[1, 0, 0], scores[1, 1, 0] = float("nan"), -0.0
+    scores[0, :5, 1:] = float("-inf")
+    probs = scores.softmax(dim=-1)
+
+    def kept():
+        masses, shares = (1e-6, 0.3, 0.7, 1.0), (0.1, 0.5, 1.0)
+        yield from (select_by_mass(probs, mass) for mass in masses)
+        yield from (select.select_within_mass(probs, mass) for mass in masses)
+        yield from (select_top_share(scores, share) for share in shares)
+
+    short = list(kept())
+    monkeypatch.setattr(select, "FEW", 0)
+    assert all(map(torch.equal, short, kept()))
+
+
+@pytest.mark.parametrize("few", [0, 32])
+def test_a_row_that_falls_short_crosses_at_minus_infinity(few, monkeypatch):
+    monkeypatch.setattr(select, "FEW", few)
+    probs = torch.tensor([[0.25, 0.5], [0.25, 0.75]])
+    crossing = select._crossing_value(probs, select._mass_of(probs), torch.tensor(0.8))
+    assert crossing.tolist() == [[float("-inf")], [0.25]]
 
 
 def test_threshold_one_keeps_all_and_a_tiny_one_keeps_the_peak():

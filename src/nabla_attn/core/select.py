@@ -1,7 +1,8 @@
 """Which key blocks each query block keeps: scores -> bool, without sorting.
 
 A row keeps its blocks above a crossing value and, among those equal to it, the first few. The
-crossing value is found by bisection over the bit patterns of floats, which ascend as they do.
+crossing value is found by bisection over the bit patterns of floats, which ascend as they do, and
+in short rows, where many operations on little cost the most, by trying every value.
 
 A score of minus infinity marks a pair that must not be kept, of two packed clips for example. A row
 in which something is not a number keeps all, so that the output tells.
@@ -17,6 +18,9 @@ from nabla_attn.shapes import Bool, Float
 
 NUM_PASSES = 32
 """How often a selection reads every probability, about."""
+
+FEW = 32
+"""Blocks of a row that are compared in pairs instead."""
 
 ROUNDINGS: dict[str, Callable[[float], int]] = {
     # 0.1 * 30 is 3.0000000000000004 in binary: shave rounding off before going up.
@@ -319,12 +323,21 @@ def _crossing_value(values: Tensor, weigh: Callable[[Tensor], Tensor], target: T
     bits = _turn_negative(values.view(integer), num_bits)
     high = bits.amax(dim=-1, keepdim=True)
     lowest = -infinity - 1
-    low = torch.full_like(high, lowest - 1)
-    for _ in range(num_bits + 1):
-        # Their mean, without a sum that would not fit.
-        middle = (low & high) + ((low ^ high) >> 1)
-        is_light = weigh(bits > middle).sum(dim=-1, keepdim=True) < target
-        low, high = torch.where(is_light, low, middle), torch.where(is_light, middle, high)
+    # What is compiled serves rows of any length, and pays little for an operation.
+    if not torch.compiler.is_compiling() and values.shape[-1] <= FEW:
+        # It is one of few: all are tried at once.
+        each = bits.movedim(-1, 0)[..., None]
+        is_light = weigh(bits > each).sum(dim=-1, keepdim=True) < target
+        crossing = torch.where(is_light, each, high).amin(dim=0)
+        falls_short = weigh(bits >= lowest).sum(dim=-1, keepdim=True) < target
+        high = torch.where(falls_short, lowest, crossing)
+    else:
+        low = torch.full_like(high, lowest - 1)
+        for _ in range(num_bits + 1):
+            # Their mean, without a sum that would not fit.
+            middle = (low & high) + ((low ^ high) >> 1)
+            is_light = weigh(bits > middle).sum(dim=-1, keepdim=True) < target
+            low, high = torch.where(is_light, low, middle), torch.where(is_light, middle, high)
     # A row that never reaches the target crosses at minus infinity.
     return _turn_negative(high.clamp_min(lowest), num_bits).view(values.dtype)
 
