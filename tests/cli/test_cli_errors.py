@@ -78,7 +78,7 @@ def test_a_benchmark_ignores_nothing(flags, words, tmp_path):
 def test_a_missing_prompt_and_an_unknown_verb(good):
     del good["--prompt"]
     one_line(run("generate", **good), "--prompt")
-    one_line(run("genarate"), "genarate")
+    one_line(run("genarate"), "there is no command 'genarate'. Did you mean generate?")
 
 
 def test_output_under_a_file(good, tmp_path):

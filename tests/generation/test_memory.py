@@ -129,3 +129,11 @@ def test_the_record_holds_estimates_within_a_quarter_of_what_was_measured():
     assert {case["work"] for case in cases} == {"generate", "train"}
     for case in cases:
         assert 0.75 < case["estimate"]["peak"] / case["measured"] < 1.25, case
+
+
+def test_a_size_that_no_model_takes_is_refused_before_loading(tmp_path, monkeypatch):
+    monkeypatch.setattr("nabla_attn.generation.pipeline.load_pipeline", None)
+    command = ["generate", "--prompt", "red", "--height", "33", "--output", str(tmp_path / "a.mp4")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code
+    assert "height 33 does not fit this model" in str(result.exception) + result.output

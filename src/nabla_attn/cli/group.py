@@ -1,5 +1,6 @@
 """How every verb behaves: found lazily, dashes or underscores, one line per error, exit codes."""
 
+import difflib
 import sys
 import warnings
 from collections.abc import Iterable
@@ -65,10 +66,18 @@ class VerbGroup(TyperGroup):
         return list(self.verbs)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the verb; `generate --task` is the reference command, which `wan` runs."""
+        """Find the verb; `generate --task` is the reference command, which `wan` runs.
+
+        Raises:
+            ValueError: There is none of that name; the nearest is named.
+        """
         has_task = any(arg.partition("=")[0] == "--task" for arg in args)
         if args[:1] == ["generate"] and has_task:
             args = ["wan", *args[1:]]
+        if args and args[0] not in self.verbs and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], self.verbs, n=1)
+            guess = f"Did you mean {near[0]}? " if near else ""
+            raise ValueError(f"there is no command {args[0]!r}. {guess}--help lists them.")
         return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:

@@ -28,7 +28,7 @@ from nabla_attn.generation.model_index import (
 )
 from nabla_attn.generation.pipeline import dtype_of_vae
 from nabla_attn.generation.placement import Placement
-from nabla_attn.generation.request import GenerationRequest
+from nabla_attn.generation.request import GenerationRequest, check_size
 from nabla_attn.models import find_row
 from nabla_attn.sizes import denoisers, token_grid, vae_strides
 
@@ -74,12 +74,13 @@ def estimate_memory(
         The bytes on `device`; those of the CPU beside a GPU are much fewer.
 
     Raises:
-        ValueError: The directory has a part that cannot be read, or the model does not read the
-            given frames or needs others.
+        ValueError: The directory has a part that cannot be read, or the model cannot take the size
+            or does not read the given frames or needs others.
     """
     placement = placement or Placement()
     pipeline = hollow_pipeline(directory)
     check_frames(pipeline, given)
+    check_size(pipeline, request)
     parts = part_bytes(directory, dtype, placement.quantize)
     is_cpu = device.type == "cpu"
     stages = {

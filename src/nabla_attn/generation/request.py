@@ -242,7 +242,7 @@ def check_request(pipeline: Any, request: GenerationRequest) -> None:
         ValueError: Height, width, frames or steps the model cannot take, of which the nearest valid
             are named; or a schedule that was calibrated for another size or number of steps.
     """
-    _check_size(pipeline, request)
+    check_size(pipeline, request)
     if request.schedule is not None:
         size = video_tokens(pipeline, request)
         request.schedule.check_match(tokens=size, steps=request.steps)
@@ -277,7 +277,12 @@ def _read_if_there(path: Path) -> Any:
     return read_json(path) if path.is_file() else {}
 
 
-def _check_size(pipeline: Any, request: GenerationRequest) -> None:
+def check_size(pipeline: Any, request: GenerationRequest) -> None:
+    """Check the size and the steps of a request against the pipeline, whose parts need no data.
+
+    Raises:
+        ValueError: The model cannot take them; the nearest valid are named.
+    """
     for name, step in zip(("height", "width"), side_multiple(pipeline), strict=True):
         value = getattr(request, name)
         if value % step:
