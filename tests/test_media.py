@@ -383,6 +383,22 @@ def test_what_is_no_video_is_one_line(tmp_path, content):
         read_video(tmp_path / "a.mp4")
 
 
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp", "tiff", "bmp"])
+def test_a_picture_where_a_video_is_needed_and_the_other_way_round(tmp_path, kind):
+    from PIL import Image
+
+    Image.fromarray(corner()).save(tmp_path / f"a.{kind}")
+    picture = (tmp_path / f"a.{kind}").rename(tmp_path / "a.mp4")
+    with pytest.raises(ValueError, match=r"a\.mp4: it is a picture \(\w+\), and a video is needed"):
+        read_video(picture)
+    with pytest.raises(UnreadableMedia, match="a video is needed"):
+        next(iterate_video(io.BytesIO(picture.read_bytes())))
+    write_video(np.stack([corner()] * 3), tmp_path / "v.mp4", 8)
+    video = (tmp_path / "v.mp4").rename(tmp_path / "v.png")
+    with pytest.raises(ValueError, match=r"v\.png is no .* it is a video, and a picture is"):
+        read_image(video)
+
+
 def test_sound_alone_and_too_many_frames(tmp_path, monkeypatch):
     import av
 

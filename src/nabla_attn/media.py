@@ -55,8 +55,7 @@ def read_image(path: str | Path) -> "Image":
     """
     from PIL import Image, ImageOps
 
-    Image.init()
-    known = [name for name in IMAGE_FORMATS if name in Image.OPEN]
+    known = _known_formats()
     try:
         with Image.open(path, formats=known) as image:
             if (count := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
@@ -70,6 +69,11 @@ def read_image(path: str | Path) -> "Image":
             picture.info, picture._exif = {}, image.getexif()  # type: ignore[attr-defined]
             return ImageOps.exif_transpose(picture)
     except OSError as error:
+        if not error.strerror and _is_video(path):
+            raise ValueError(
+                f"{path} is no readable image: it is a video, and a picture is needed. Pass one of "
+                "its frames."
+            ) from error
         reason = error.strerror or "it is damaged, or no image of a known format"
         raise ValueError(
             f"{path} is no readable image: {reason.lower()}. Known: {', '.join(known)}."
@@ -149,7 +153,39 @@ def iterate_video(source: str | Path | BinaryIO) -> Iterator[tuple[float | None,
         if isinstance(error, UnreadableMedia):
             raise
         reason = getattr(error, "strerror", None) or first_line(error)
+        if kind := _picture_kind(source):
+            reason = f"it is a picture ({kind}), and a video is needed"
         raise UnreadableMedia(reason[:1].lower() + reason[1:]) from error
+
+
+def _known_formats() -> list[str]:
+    """Those of `IMAGE_FORMATS` that the installed Pillow reads."""
+    from PIL import Image
+
+    Image.init()
+    return [name for name in IMAGE_FORMATS if name in Image.OPEN]
+
+
+def _picture_kind(source: str | Path | BinaryIO) -> str | None:
+    """Format of a file that is a picture; None where it is none."""
+    from PIL import Image
+
+    try:
+        if not isinstance(source, str | Path):
+            source.seek(0)
+        with Image.open(source, formats=_known_formats()) as image:
+            # One of several pictures is a video too, and something else is wrong with it.
+            return image.format if getattr(image, "n_frames", 1) == 1 else None
+    except Exception:  # of every kind, where the bytes are hostile
+        return None
+
+
+def _is_video(path: str | Path) -> bool:
+    """Whether the first frame of a video can be read."""
+    try:
+        return next(iterate_video(path), None) is not None
+    except UnreadableMedia:
+        return False
 
 
 def stack_frames(pictures: Iterable[np.ndarray]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Damaged, hostile and oddly named data: each costs itself alone, and all of it is counted."""
 
+import csv
 import gzip
 import io
 import json
@@ -144,6 +145,64 @@ def test_odd_names_with_captions_beside_them(tmp_path, mp4):
     json.dumps(list(found), ensure_ascii=False).encode()
 
 
+def test_twins_keep_to_their_own_captions(tmp_path, mp4):
+    nfc, nfd = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    videos = [f"{name}.mp4" for name in (nfc, nfd, "A", "a", "b", "b.mp4", "sp", "sp ", "[a]", "x")]
+    for name in videos:
+        put(tmp_path / name, mp4)
+    names = (f"{nfc}.txt", "A.txt", "b.mp4.txt", "sp .txt", "[a].txt", "*.txt")
+    for name in names:
+        put(tmp_path / name, name.encode())
+    expected = dict.fromkeys(videos, "<no caption>")
+    owners = (f"{nfc}.mp4", "A.mp4", "b.mp4.mp4", "sp .mp4", "[a].mp4")
+    expected |= dict(zip(owners, names, strict=False))
+    assert listed(FolderSource(tmp_path)) == expected
+    # A line for each twin, and only one of them is there.
+    (tmp_path / f"{nfd}.mp4").unlink()
+    jsonl(tmp_path, row(f"{nfc}.mp4", "nfc"), row(f"{nfd}.mp4", "nfd"), row("A.mp4"))
+    found = listed(FolderSource(tmp_path))
+    assert (found[f"{nfc}.mp4"], found[f"{nfd}.mp4"]) == ("nfc", "<no video>")
+    assert (found["A.mp4"], found["a.mp4"]) == ("a circle", "<no caption>")
+
+
+ODD = (
+    "two\nlines",
+    "-dash",
+    "--help",
+    "a" * 251,
+    " sp ",
+    "dot..",
+    "%s",
+    "*",
+    "?",
+    "[ab]",
+    "#1",
+    "~",
+)
+
+
+@pytest.mark.parametrize("place", ["beside", "jsonl", "csv", "tar"])
+def test_names_that_shells_and_patterns_would_change(tmp_path, mp4, place):
+    expected = {f"{stem}.mp4": f"caption {number}" for number, stem in enumerate(ODD)}
+    if place == "tar":
+        files = {name.replace(".mp4", ".txt"): text.encode() for name, text in expected.items()}
+        members = {name: mp4 for name in expected} | files
+        write_tar(tmp_path / "x.tar", dict(sorted(members.items())))
+        found = listed(open_source([tmp_path]))
+        assert {name.removeprefix("x.tar/"): text for name, text in found.items()} == expected
+        return
+    for name, text in expected.items():
+        put(tmp_path / name, mp4)
+        if place == "beside":
+            put((tmp_path / name).with_suffix(".txt"), text.encode())
+    if place == "jsonl":
+        jsonl(tmp_path, *(row(name, text) for name, text in expected.items()))
+    elif place == "csv":
+        with (tmp_path / "metadata.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("file_name", "text"), *expected.items()])
+    assert listed(open_source([tmp_path])) == expected
+
+
 def test_links_are_followed_and_what_leads_nowhere_is_counted(tmp_path, mp4):
     data = tmp_path / "data"
     put(tmp_path / "blobs" / "1", mp4)
@@ -235,6 +294,36 @@ def test_members_with_any_name_are_counted(tmp_path, mp4):
         "long.mp4": "<caption too long>",
         "latin.mp4": "<no caption>",
         "link.mp4": "<unreadable>",
+    }
+
+
+def test_no_member_takes_the_caption_of_another(tmp_path, mp4):
+    write_tar(
+        tmp_path / "a.tar",
+        {
+            "clip.001.mp4": mp4,
+            "clip.001.txt": b"one",
+            "clip.002.mp4": mp4,
+            "c.mov": mp4,
+            "c.mov.txt": b"mov",
+            "c.mp4": mp4,
+            "c.mp4.txt": b"mp4",
+            "d.mp4": mp4,
+            "d.mp4.mp4": mp4,
+            "d.mp4.txt": b"twice",
+            "e.left.mp4": mp4,
+            "e.caption.txt": b"shared",
+        },
+    )
+    found = listed(TarSource([tmp_path / "a.tar"]))
+    assert {name.removeprefix("a.tar/"): caption for name, caption in found.items()} == {
+        "clip.001.mp4": "one",
+        "clip.002.mp4": "<no caption>",
+        "c.mov": "mov",
+        "c.mp4": "mp4",
+        "d.mp4": "<no caption>",
+        "d.mp4.mp4": "twice",
+        "e.left.mp4": "shared",
     }
 
 

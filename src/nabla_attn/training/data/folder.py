@@ -8,9 +8,9 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from nabla_attn.files import parse_json, read_ends, read_lines
 from nabla_attn.training.data.clip import (
@@ -29,6 +29,8 @@ from nabla_attn.training.data.tars import TarSource
 METADATA = ("metadata.jsonl", "metadata.csv")
 # Files keep their tables at one end, so a video that was replaced differs there.
 _END_BYTES = 4096
+
+_Form = Literal["NFC", "NFD"]
 
 Found = tuple[Clip, Path | None]
 """A clip, and its file where there is one."""
@@ -152,9 +154,12 @@ def _check_file(path: Path, name: str) -> None:
 
 
 def _find_sidecar(video: Path) -> Path | None:
-    """The .txt beside a video: a.txt, or a.mp4.txt."""
-    names = (video.with_suffix(".txt").name, f"{video.name}.txt")
-    found = (_find_file(video.parent, name) for name in names)
+    """The .txt beside a video: a.txt, or a.mp4.txt where that is not the one of a.mp4.mp4."""
+    names = [video.with_suffix(".txt").name]
+    if not any(os.path.lexists(f"{video}{suffix}") for suffix in VIDEO_SUFFIXES):
+        names.append(f"{video.name}.txt")
+    forms = _free_forms(video.name, lambda name: os.path.lexists(video.with_name(name)))
+    found = (_find_file(video.parent, name, forms) for name in names)
     return next((path for path in found if path is not None and path.is_file()), None)
 
 
@@ -176,10 +181,16 @@ def _read_sidecar(video: Path) -> str:
     return caption
 
 
-def _find_file(folder: Path, name: str) -> Path | None:
-    """A file by name, whichever of Unicode's forms the file system has it in."""
-    forms = (name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))
-    for path in (folder / form for form in forms):
+def _free_forms(name: str, is_taken: Callable[[str], bool]) -> list[_Form]:
+    """Unicode's forms in which a name is not the name of something else."""
+    forms = ((form, unicodedata.normalize(form, name)) for form in get_args(_Form))
+    return [form for form, other in forms if other == name or not is_taken(other)]
+
+
+def _find_file(folder: Path, name: str, forms: list[_Form]) -> Path | None:
+    """A file by name, or by its name in one of some forms of Unicode."""
+    names = (name, *(unicodedata.normalize(form, name) for form in forms))
+    for path in (folder / each for each in names):
         try:
             if path.exists() or path.is_symlink():
                 return path
@@ -190,7 +201,8 @@ def _find_file(folder: Path, name: str) -> Path | None:
 
 def _from_metadata(path: Path) -> list[Found]:
     rows = list(_read_jsonl(path) if path.suffix == ".jsonl" else _read_csv(path))
-    found = [_to_named_clip(path, line, row) for line, row in rows]
+    named = {row.get("file_name") for _, row in rows if isinstance(row, dict)}
+    found = [_to_named_clip(path, line, row, named) for line, row in rows]
     videos = {os.path.normpath(video) for _, video in found if video is not None}
     if not videos:
         raise ValueError(_explain_nothing(path, [clip for clip, _ in found]))
@@ -202,7 +214,9 @@ def _from_metadata(path: Path) -> list[Found]:
     return found + [(clip, None) for clip in unreadable]
 
 
-def _to_named_clip(path: Path, line: int, row: dict[str, Any] | Skipped) -> Found:
+def _to_named_clip(
+    path: Path, line: int, row: dict[str, Any] | Skipped, named: Container[Any]
+) -> Found:
     """A clip that a line of metadata names; its file only where it is there."""
     if isinstance(row, Skipped):
         return skipped_clip(f"{path.name}, line {line}", row), None
@@ -214,7 +228,7 @@ def _to_named_clip(path: Path, line: int, row: dict[str, Any] | Skipped) -> Foun
     plain = os.path.normpath(name)
     if Path(plain).is_absolute() or Path(plain).parts[:1] == (os.pardir,):
         return skipped_clip(name, Skipped("outside the folder", f"line {line}: {name}")), None
-    video = _find_file(path.parent, plain)
+    video = _find_file(path.parent, plain, _free_forms(plain, named.__contains__))
     if video is None:
         return skipped_clip(name, Skipped("no video", f"{name} is missing")), None
 

@@ -38,8 +38,9 @@ class TarSource:
     """The videos of tar files, each with the caption among the members next to it.
 
     Members are those of one sample while their names agree up to the first dot, as webdataset has
-    it. In a sample with several videos, each takes the caption of its own full name first. What is
-    damaged costs the videos behind it in the same tar file, and counts as one that is skipped.
+    it. In a sample with several videos, each takes the caption of its own full name, and otherwise
+    one that is not named after another video. What is damaged costs the videos behind it in the
+    same tar file, and counts as one that is skipped.
 
     Args:
         paths: The tar files, plain or gzipped.
@@ -191,19 +192,38 @@ def _sample_key(name: str) -> tuple[str, str]:
 
 def _to_samples(path: Path, members: list[tarfile.TarInfo]) -> Iterator[_Sample]:
     texts = [m for m in members if m.isreg() and m.name.lower().endswith((".txt", ".json"))]
-    for member in members:
-        if member.isdir() or not is_video(member.name):
-            continue
+    texts.sort(key=lambda text: text.name.lower().endswith(".json"))
+    videos = [m for m in members if not m.isdir() and is_video(m.name)]
+    names = [PurePosixPath(video.name).name for video in videos]
+    for member in videos:
         name = f"{path.name}/{member.name}"
-        stem = PurePosixPath(member.name).stem
-        own = [text for text in texts if PurePosixPath(text.name).stem == stem]
-        captions = sorted(own or texts, key=lambda text: text.name.lower().endswith(".json"))
+        captions = _captions_of(member, texts, names)
         problem = ""
         if not member.isreg() or member.issparse():
             problem = "it is a link or a sparse file"
         elif member.size > MAX_VIDEO_BYTES:
             problem = f"{member.size} bytes, at most {MAX_VIDEO_BYTES} are taken"
         yield _Sample(path, name, _place(member), tuple(map(_place, captions)), problem)
+
+
+def _captions_of(
+    video: tarfile.TarInfo, texts: list[tarfile.TarInfo], names: list[str]
+) -> list[tarfile.TarInfo]:
+    """The captions of a video: a.txt, else a.mp4.txt, else those that are of no other video.
+
+    Args:
+        video: The video.
+        texts: All captions of its sample.
+        names: Names of all videos of its sample.
+    """
+    name, stems = PurePosixPath(video.name), {PurePosixPath(other).stem for other in names}
+    found: dict[str, list[tarfile.TarInfo]] = {}
+    for text in texts:
+        stem = PurePosixPath(text.name).stem
+        owner = stem if stem in stems or stem in names else ""
+        found.setdefault(owner, []).append(text)
+    by_name = [] if name.name in stems else found.get(name.name, [])
+    return found.get(name.stem) or by_name or found.get("", [])
 
 
 def _place(member: tarfile.TarInfo) -> _Member:
