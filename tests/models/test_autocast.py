@@ -46,3 +46,19 @@ def test_compiled_blocks_under_autocast(name):
     for compiled, eager in zip(outputs(), expected, strict=True):
         assert relative_error(compiled, eager) < 0.03
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("is_autocast", [False, True])
+@pytest.mark.parametrize("name", ["wan", "cogvideox"])
+def test_models_in_float64(name, is_autocast):
+    model, inputs = TINY[name].build().double(), TINY[name].inputs(2, 8, 16)
+    inputs = {
+        key: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+        for key, value in inputs.items()
+    }
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_autocast), torch.no_grad():
+        dense = run(model, inputs)
+        with na.apply(model, "nabla-1"):
+            ours = run(model, inputs)
+    assert ours.dtype == dense.dtype
+    assert relative_error(ours.double(), dense.double()) < (0.03 if is_autocast else 1e-9)
