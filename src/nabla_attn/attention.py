@@ -28,10 +28,13 @@ from nabla_attn.core.order import (
     write_raster,
 )
 from nabla_attn.core.tail import Tail, build_tail, tail_density
+from nabla_attn.cost.memory import free_bytes, in_gib, memory_is_forced
 from nabla_attn.shapes import Bool, Float
 
 # Index tables of the pairs of blocks of all samples, four bytes each, that a GPU holds at once.
 MAX_TABLE_BYTES = 300_000_000
+# From so many copies of keys and values on, the memory that they take is looked at beforehand.
+FEW_REPEATS = 4
 
 
 def nabla_attention(
@@ -212,6 +215,7 @@ def _attend_blocks(
     treatment = block_map.treatment or Treatment()
     if block_map.q_order is not None:
         q, k, v = (to_raster(x, layout) for x in (q, k, v))
+        _check_copies(k, block_map.kv_order)
         q = _in_order(q, block_map.q_order)
         k, v = (_in_order(x, block_map.kv_order) for x in (k, v))
     without_autocast = torch.autocast(q.device.type, enabled=False)
@@ -266,7 +270,22 @@ def _in_order(x: Tensor, order: HeadOrder | None) -> Tensor:
     assert order is not None
     tokens = order.tokens[..., None]
     taken = x.gather(2, tokens.clamp_min(0).expand(-1, -1, -1, x.shape[-1]))
-    return taken.masked_fill(tokens < 0, 0)
+    return taken.masked_fill_(tokens < 0, 0)
+
+
+def _check_copies(k: Tensor, order: HeadOrder | None) -> None:
+    """Raise ValueError where an order repeats keys and values beyond the memory that is free."""
+    assert order is not None
+    repeats = order.tokens.shape[-1] / k.shape[2]
+    needed = 2 * k.shape[0] * k.shape[1] * order.tokens.shape[-1] * k.shape[3] * k.element_size()
+    if repeats < FEW_REPEATS or memory_is_forced():
+        return
+    if needed > (free := free_bytes(k.device)):
+        raise ValueError(
+            f"the method lays each key and value out {repeats:.0f} times, which takes "
+            f"{in_gib(needed)} where {in_gib(free)} are free. Keep less, take fewer "
+            "clusters, or whole blocks (chipmunk-unit=blocks)."
+        )
 
 
 def _check_gradients(config: SparseConfig, *inputs: Tensor) -> None:

@@ -8,6 +8,7 @@ import nabla_attn as na
 from nabla_attn.attention import attend
 from nabla_attn.block_selection import select_blocks
 from nabla_attn.core.order import TokenLayout
+from nabla_attn.cost.memory import force_memory
 from nabla_attn.methods import Moment
 
 GRIDS = {
@@ -100,6 +101,22 @@ def test_unchanged_tokens_come_out_dense(unit, backend):
         out, found = run(step, *call)
         torch.testing.assert_close(out, dense)
         assert (found.density < 1) == (step > 1)
+
+
+def test_copies_beyond_the_free_memory_are_refused_with_the_remedy(monkeypatch):
+    monkeypatch.setattr("nabla_attn.attention.free_bytes", lambda device: 1000)
+    grid = GRIDS["ragged"]
+    call = random_qkv(grid)
+    for unit in ("columns", "blocks"):
+        run = Run(grid, f"chipmunk-0.9-0.05-1-10-0-{unit}", backend="gather")
+        run(0, *call), run(1, *call)
+        if unit == "blocks":
+            run(2, *call)
+            continue
+        with pytest.raises(ValueError, match=r"MiB where 0 MiB are free.*chipmunk-unit=blocks"):
+            run(2, *call)
+        with force_memory():
+            run(2, *call)
 
 
 def test_ties_go_to_the_first_column():
