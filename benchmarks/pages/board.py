@@ -46,7 +46,8 @@ def _of_what(records: list[RunRecord]) -> str:
     config, count = records[0].config, len(records)
     if config.get("data") == "synthetic":
         size = "x".join(map(str, config["tokens"]))
-        what = f"{count} samples of {size} tokens and {config['steps']} steps, heads "
+        samples = "1 sample" if count == 1 else f"{count} samples"
+        what = f"{samples} of {size} tokens and {config['steps']} steps, heads "
         what += f"{', '.join(config['heads'])} of {config['dim']} dimensions."
     else:
         what = (
@@ -76,7 +77,7 @@ def _at_densities(rows: Rows) -> list[str]:
                 f"{density:.0%}",
                 f"`{leader['algorithm']}`",
                 f"{leader['error']:.3f}",
-                _names(equal, leader),
+                _names(equal, leader["errors"]),
                 f"`{max(near, key=_recall)['algorithm']}`",
             ]
         )
@@ -112,9 +113,10 @@ def _recall(row: dict[str, Any]) -> float:
     return float(row["recall"])
 
 
-def _names(algorithms: list[str], leader: dict[str, Any]) -> str:
-    if leader["prompts"] < 2:
-        return "one prompt has no interval"
+def _names(algorithms: list[str], errors: list[float]) -> str:
+    """Return the algorithms that are not told apart from one with these errors, in words."""
+    if len(errors) < 2:
+        return "a single one has no interval"
     return ", ".join(f"`{name}`" for name in algorithms) or "none"
 
 
@@ -191,9 +193,8 @@ def _at_seconds(rows: Rows, dense: float) -> list[str]:
     leaders = []
     for share, found in times.items():
         best = min(found, key=lambda method: fmean(found[method]))
-        equal = as_good_as(best, found) if len(found[best]) > 1 else []
-        shown = ", ".join(f"`{name}`" for name in equal) or "none"
-        leaders.append([f"{share:.0%} of dense", f"`{best}`", f"{fmean(found[best]):.3f}", shown])
+        equal = _names(as_good_as(best, found), found[best])
+        leaders.append([f"{share:.0%} of dense", f"`{best}`", f"{fmean(found[best]):.3f}", equal])
     return [
         "### At equal seconds",
         f"Error that a method reaches in a share of dense attention's {dense * 1e3:.0f} ms a call, "

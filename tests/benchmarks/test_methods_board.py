@@ -81,7 +81,7 @@ def test_one_prompt_has_no_interval_and_old_records_have_no_reference():
         del each["reference_seconds"]
     del one.numbers["algorithms"]["dense"], one.numbers["reference"]
     text = "\n".join(build_board([one]))
-    assert "one prompt has no interval" in text and "share of ideal" not in text
+    assert "a single one has no interval" in text and "share of ideal" not in text
     assert "At equal seconds" not in text and "Milliseconds are" not in text
     assert build_board(read_records(RESULTS / "methods"))
 
