@@ -76,6 +76,9 @@ def test_every_video_is_kept_in_few_numbers_and_a_run_goes_on(tiny_wan, tmp_path
     assert "prompt" not in first.config and first.config["model_files"]
     run(["topk-0.3"], prompts[:1])
     assert len(made) == 2
+    # Generation alone would begin a window with twelve dense steps.
+    both = run(["sta-1-1-1", "topk-0.3"], prompts[:1]).numbers["algorithms"]
+    assert both["sta-1-1-1"][prompts[0]]["density"] < 1
     assert json.loads((tmp_path / "judged.json").read_text())["kind"] == "judged"
     with pytest.raises(ValueError, match="made with other settings"):
         judge_methods(

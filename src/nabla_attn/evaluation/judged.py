@@ -1,10 +1,12 @@
 """Videos of methods at the leaderboard's settings, judged beside dense ones of the same noise."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nabla_attn import methods
+from nabla_attn.config import parse
 from nabla_attn.evaluation.prompts import make_items
 from nabla_attn.evaluation.records import METRICS, Records, read_records
 from nabla_attn.evaluation.run import Evaluation, Measures, VideoCallback
@@ -12,6 +14,7 @@ from nabla_attn.generation.request import GenerationRequest
 from nabla_attn.generation.video import Scorer
 from nabla_attn.progress import ignore_progress
 from nabla_attn.record import RunRecord, collect_versions
+from nabla_attn.schedule import Schedule
 
 KEPT = ("psnr", "ssim", "motion_ssim", "judge_all", "judge_outline", "density", "seconds")
 """Metrics of `evaluation.records` that are kept of every video; PSNR as squared error."""
@@ -79,6 +82,9 @@ def judge_methods(
         on_video: Called before every video.
         on_failed: Called with a prompt that failed, and the reason.
     """
+    # As on the leaderboard, in every step: a window alone would begin with twelve dense ones.
+    everywhere = Schedule(algorithm=parse(algorithms[0]))
+    request = replace(request, sparse_algo=algorithms[0], schedule=everywhere)
     evaluation = Evaluation(
         pipeline, request, videos, fps=fps, measures=Measures(scorer=scorer, num_probed=0)
     )
