@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from math import log10
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from benchmarks.pages.board import method_of, nearest
+from benchmarks.pages.paired import interval
 from nabla_attn.bench.report import table
 from nabla_attn.record import RunRecord
 
@@ -56,6 +58,9 @@ def build_judged(judged: RunRecord, board: Sequence[RunRecord]) -> list[str]:
         f"{judged.config['steps']} steps; dense and sparse videos of one noise. "
         f"Device: {judged.device}.",
         "\n".join(table(*_videos(videos))),
+        "\n".join(table(*_leaders(videos))),
+        "*Ahead by* is the mean difference to the second over the same prompts and noises, with "
+        "its 95 % interval.",
     ]
     known = [a for a in videos if all(a in each.numbers["algorithms"] for each in board)]
     points = [a for a in known if a != "dense"]
@@ -86,16 +91,35 @@ def _mean(board: Sequence[RunRecord], algorithm: str, name: str) -> float:
 
 def _videos(videos: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of means, sparsest last."""
-    head = ["algorithm", "pairs kept", "seconds", *(name for name, _ in VERDICTS.values())]
+    head = ["algorithm", "pairs kept", *(name for name, _ in VERDICTS.values())]
     rows = []
     for algorithm, mine in sorted(videos.items(), key=lambda each: -_of(each[1], "density")):
         psnr = _of(mine, "psnr")
         cells = ["-" if psnr == 0 else f"{-10 * log10(psnr):.1f}", f"{_of(mine, 'ssim'):.4f}"]
         cells += [f"{_of(mine, 'judge_all'):.0%}", f"{_of(mine, 'judge_outline'):.3f}"]
-        spent = [each["seconds"] for each in mine.values()]
-        first = [f"`{algorithm}`", f"{_of(mine, 'density'):.1%}", f"{np.median(spent):.1f}"]
-        rows.append([*first, *cells])
+        rows.append([f"`{algorithm}`", f"{_of(mine, 'density'):.1%}", *cells])
     return head, rows
+
+
+def _leaders(videos: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of the best two about each density, paired by prompt."""
+    groups: dict[float, list[str]] = {}
+    for algorithm, mine in videos.items():
+        if (density := nearest(_of(mine, "density"))) is not None:
+            groups.setdefault(density, []).append(algorithm)
+    rows = []
+    for density, mine in sorted(groups.items()):
+        for metric in ("ssim", "judge_outline") if len(mine) > 1 else ():
+            values = {a: [float(each[metric]) for each in videos[a].values()] for a in mine}
+            best, second = sorted(values, key=lambda a: -fmean(values[a]))[:2]
+            apart = [a - b for a, b in zip(values[best], values[second], strict=True)]
+            ends = interval(apart)
+            ahead = f"{fmean(apart):.3f}" + (
+                "" if ends is None else f" ({ends[0]:+.3f} to {ends[1]:+.3f})"
+            )
+            name = VERDICTS[metric][0]
+            rows.append([f"{density:.0%}", name, f"`{best}`", f"`{second}`", ahead])
+    return ["about", "by", "best", "second", "ahead by"], rows
 
 
 def _of(mine: dict[str, Any], name: str) -> float:
@@ -133,11 +157,18 @@ def rank_correlations(
     }
     parts = _parts(points, groups)
     return {
-        (measure, verdict): np.nanmean([_spearman(x[:, p], y[:, p]) for p in parts], axis=0)
+        (measure, verdict): _mean_of_known([_spearman(x[:, p], y[:, p]) for p in parts])
         for measure, x in measures.items()
         for verdict, y in verdicts.items()
         if parts and not all(np.isnan(_spearman(x[:1, p], y[:1, p])[0]) for p in parts)
     }
+
+
+def _mean_of_known(rows: list[Values]) -> Values:
+    """The mean of the rows where they are numbers; NaN where none of them is."""
+    values = np.array(rows)
+    counts = (~np.isnan(values)).sum(axis=0)
+    return np.where(counts > 0, np.nansum(values, axis=0) / np.maximum(counts, 1), np.nan)
 
 
 def _number(record: RunRecord, algorithm: str, name: str) -> float:

@@ -176,7 +176,8 @@ def test_what_ranks_as_the_videos_do_is_said_in_words():
     assert "Relative error ranks better than exact mass" in text
     # Every video is right, so that this verdict has no ranks.
     assert "all right:" not in text and "| - |" not in text.split("#### Over all")[1]
-    assert "| `dense` | 100.0% | 1.0 | - | 1.0000 | 100% | 1.000 |" in text
+    assert "| `dense` | 100.0% | - | 1.0000 | 100% | 1.000 |" in text
+    assert "| 10% | SSIM to dense | `topk-0.1` | `nabla-0.1` | 0." in text
 
 
 def test_density_foretells_nothing_where_all_have_the_same():
