@@ -27,6 +27,9 @@ order, so reordering and the map are included. Where maps alone are timed, ours 
 order and the others do not.
 """
 
+VARIANTS = "gather_variants"
+"""The record of `benchmarks.gather_variants`, whose contenders no chart would hold."""
+
 REUSE_COLUMNS = {
     "density": "density",
     "recall": "recall",
@@ -63,17 +66,18 @@ def build_page(records: Path, docs: Path) -> str:
             are found by the start of their names.
         docs: The folder of the page; charts go to its `images/`.
     """
-    names = ("bench", *STUDIES)
+    names = ("bench", VARIANTS, *STUDIES)
     found = [path for name in names for path in sorted(records.glob(f"{name}*.json"))]
     loaded = [RunRecord.load(path) for path in found]
+    charted = [each for path, each in zip(found, loaded, strict=True) if path.stem != VARIANTS]
     # Attention and maps come first.
     loaded.sort(key=lambda record: record.kind != "bench")
     sections = [HEADER]
     for record in loaded:
         study = STUDIES.get(record.kind)
         sections.append(section(record, study(record) if study else None))
-    if any(attention_results(record) for record in loaded):
-        charts = draw_charts(loaded, docs / "images")
+    if any(attention_results(record) for record in charted):
+        charts = draw_charts(charted, docs / "images")
         sections += [f"![{title}](images/{name})\n" for title, name in charts]
     return "\n".join(sections)
 
