@@ -6,11 +6,11 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import optimize
 
-from nabla_attn.cost.choose import choose
+from nabla_attn.cost.choose import SLACK, choose
 
 
 def by_trying(loss, seconds, budget):
@@ -26,6 +26,7 @@ def by_trying(loss, seconds, budget):
 @given(
     st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 4), st.floats(0, 1), st.booleans()
 )
+@example(1, 2, 2, 0.9999999999999999, False)
 def test_no_choice_loses_less(seed, units, options, share, is_whole):
     rng = np.random.default_rng(seed)
     loss, seconds = rng.normal(size=(2, units, options)) * 10.0 ** rng.integers(-6, 6)
@@ -36,8 +37,13 @@ def test_no_choice_loses_less(seed, units, options, share, is_whole):
     budget = float(least + share * (most - least))
     picked = choose(loss, seconds, budget)
     rows = np.arange(units), picked
-    assert seconds[rows].sum() <= budget * (1 + 1e-9)
-    assert loss[rows].sum() == pytest.approx(by_trying(loss, seconds, budget), rel=1e-6, abs=1e-12)
+    assert seconds[rows].sum() <= budget * (1 + SLACK)
+    # What exceeds the budget by rounding may be taken, and need not be.
+    most_loss, least_loss = (by_trying(loss, seconds, b) for b in (budget, budget * (1 + SLACK)))
+    near = {"rel": 1e-6, "abs": 1e-12}
+    found = loss[rows].sum()
+    assert found <= most_loss or found == pytest.approx(most_loss, **near)
+    assert found >= least_loss or found == pytest.approx(least_loss, **near)
 
 
 def test_greedy_would_be_wrong():
