@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -137,3 +138,9 @@ def test_a_size_that_no_model_takes_is_refused_before_loading(tmp_path, monkeypa
     result = CliRunner().invoke(app, command)
     assert result.exit_code
     assert "height 33 does not fit this model" in str(result.exception) + result.output
+
+
+def test_without_psutil_only_the_limits_of_the_group_are_known(monkeypatch):
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    monkeypatch.setattr(cost, "_group_limits", lambda: [2**63, 5000])
+    assert cost.free_bytes(torch.device("cpu")) == 5000

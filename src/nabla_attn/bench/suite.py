@@ -12,6 +12,7 @@ from nabla_attn.bench.attention import measure_attention, measure_map_share, mea
 from nabla_attn.bench.contenders import Baselines
 from nabla_attn.bench.scaling import measure_crossover, measure_model, measure_scaling
 from nabla_attn.bench.workloads import Workload, workload
+from nabla_attn.cost.memory import free_bytes
 from nabla_attn.machine import CROSSOVER, crossover_file, device_slug
 from nabla_attn.progress import ProgressCallback, ignore_progress
 from nabla_attn.record import RunRecord, collect_versions, describe_device
@@ -194,15 +195,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _check_memory(work: Workload, device: torch.device) -> None:
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        try:
-            import psutil
-        except ModuleNotFoundError:
-            # Without psutil nothing says how much is free.
-            return
-        free = psutil.virtual_memory().available
+    free = free_bytes(device)
     # On a CPU, float32 is measured too.
     widening = 4 // work.dtype.itemsize if device.type == "cpu" else 1
     wanted = MEMORY_FACTOR * work.input_bytes() * widening

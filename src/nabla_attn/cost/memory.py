@@ -207,12 +207,18 @@ def sparse_bytes(tokens: int, width: int, heads: int, block_tokens: int, item: i
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that are free on a device; on the CPU at most what the process's cgroup allows."""
+    """Bytes that are free on a device; on the CPU at most what the process's cgroup allows.
+
+    Without psutil, which attention alone does not need, only the latter is known.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    return min(int(psutil.virtual_memory().available), *_group_limits())
+    limits = _group_limits()
+    try:
+        import psutil
+    except ModuleNotFoundError:
+        return min(limits)
+    return min(int(psutil.virtual_memory().available), *limits)
 
 
 def _group_limits(root: Path = Path("/sys/fs/cgroup")) -> list[int]:

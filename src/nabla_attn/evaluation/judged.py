@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nabla_attn import methods
 from nabla_attn.config import parse
+from nabla_attn.evaluation.knobs import row_of
 from nabla_attn.evaluation.prompts import make_items
 from nabla_attn.evaluation.records import METRICS, Records, read_records
 from nabla_attn.evaluation.run import Evaluation, Measures, VideoCallback
@@ -38,7 +38,7 @@ def read_algorithms(
     known = RunRecord.load(settings).numbers["settings"]
     found: dict[str, list[str]] = {}
     for name in names:
-        if "table" in methods.find(name.partition("-")[0]).needs:
+        if "table" in row_of(name).needs:
             raise ValueError(f"{name} needs a table for each setting: judge it with a schedule.")
         mine = [
             each["algorithm"]

@@ -8,6 +8,7 @@ from typing import Any
 
 from nabla_attn import methods
 from nabla_attn.config import SparseConfig, parse
+from nabla_attn.methods.contract import Method
 
 BRACKET = (-24.0, -12.0, -6.0, -3.0, -1.5, 0.0, 0.5, 1.5, 3.0, 6.0, 12.0)
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -37,6 +38,11 @@ class Setting:
     density: float
 
 
+def row_of(name: str) -> Method:
+    """The row of a method that may have numbers behind its name, as `Knob` takes them."""
+    return methods.find(name.partition("-")[0])
+
+
 class Knob:
     """The required parameters of a method, and the density at every value that was tried.
 
@@ -55,8 +61,8 @@ class Knob:
         suffix: str = "",
         num_tries: int = 9,
     ) -> None:
-        self._name, (word, _, self._given) = name, name.partition("-")
-        self._method, self._suffix, self._num_tries = methods.find(word), suffix, num_tries
+        self._name, self._given = name, name.partition("-")[2]
+        self._method, self._suffix, self._num_tries = row_of(name), suffix, num_tries
         self._density_of = density_of
         self._tried: dict[Any, float | None] = {}
         self._refused = ValueError(f"no value of {name} was tried.")

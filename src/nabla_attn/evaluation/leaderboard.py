@@ -17,9 +17,8 @@ import torch
 from nabla_attn import methods
 from nabla_attn.config import SparseConfig, as_config
 from nabla_attn.evaluation.calls import CallSource, Series, Tables
-from nabla_attn.evaluation.knobs import Knob, Setting
+from nabla_attn.evaluation.knobs import Knob, Setting, row_of
 from nabla_attn.evaluation.measuring import REFERENCE, density_of, measure_together
-from nabla_attn.methods.contract import Method
 from nabla_attn.record import RunRecord, check_settings, collect_versions
 
 DENSITIES = (0.05, 0.1, 0.2, 0.3)
@@ -49,7 +48,7 @@ class Leaderboard:
         every = [name for name in methods.names() if "table" not in methods.find(name).needs]
         self.names = list(every if names is None else names)
         for name in self.names:
-            _row_of(name)
+            row_of(name)
         self.densities, self.suffixes = list(densities), list(suffixes)
         self._tables: dict[str, Tables] = {}
         self._densities: dict[SparseConfig, float] = {}
@@ -95,7 +94,7 @@ class Leaderboard:
             return self._densities[plain]
 
         knob = Knob(name, density, suffix=suffix)
-        wanted = densities if _row_of(name).parameters else densities[:1]
+        wanted = densities if row_of(name).parameters else densities[:1]
         return [knob.set(each) for each in wanted]
 
     def measure(
@@ -154,11 +153,6 @@ class Leaderboard:
     def _save(self, path: Path, config: dict[str, Any], numbers: dict[str, Any]) -> None:
         source, versions = self.source, collect_versions()
         RunRecord("leaderboard", config, source.seed, versions, source.device, numbers).save(path)
-
-
-def _row_of(name: str) -> Method:
-    """The row of a method that may have numbers behind its name."""
-    return methods.find(name.partition("-")[0])
 
 
 def _known(path: Path, asked: dict[str, Any], name: str) -> dict[str, Any]:
