@@ -12,6 +12,7 @@ from tests.models.tiny_pipelines import (
     framepack,
     generate,
     helios,
+    helios_pyramid,
     hunyuan,
     kandinsky5,
     ltx,
@@ -115,6 +116,48 @@ def test_each_window_of_a_long_video_starts_at_its_first_step(build, calls, step
     for forward, _ in forwards:
         is_dense = all(layer is None or bool((layer[0] == 1).all()) for layer in forward.stats)
         assert is_dense == (forward.step in (0, steps - 1))
+
+
+@pytest.mark.parametrize("stages", [[2, 3, 2], [1, 1, 1], [1, 4, 3]])
+def test_the_stages_of_a_pyramid_are_one_generation(stages):
+    pipeline, arguments = helios_pyramid()
+    schedule = na.Schedule(
+        algorithm=na.parse("nabla-0.4_block-2-2-2"),
+        dense_first_steps=1,
+        dense_last_steps=1,
+        reuse_steps=2,
+    )
+    forwards = []
+    with na.apply(pipeline, schedule=schedule) as handle:
+        record = handle._telemetry.record
+        handle._telemetry.record = lambda *args: (forwards.append(args), record(*args))
+        generate(pipeline, arguments, pyramid_num_inference_steps_list=stages)
+    steps = [step for step in range(sum(stages)) for _ in range(2)]
+    assert [forward.step for forward, _ in forwards] == 2 * steps
+    assert [number for _, number in forwards] == [number for number in (1, 2) for _ in steps]
+    for forward, _ in forwards:
+        is_dense = all(layer is None or bool((layer[0] == 1).all()) for layer in forward.stats)
+        assert is_dense == (forward.step in (0, sum(stages) - 1))
+
+
+@pytest.mark.parametrize("method", ["losa", "chipmunk"])
+def test_what_a_method_remembers_ends_with_a_stage(method):
+    pipeline, arguments = helios_pyramid()
+    with na.apply(pipeline, f"{method}-0.3_block-1-2-2") as handle:
+        generate(pipeline, arguments)
+        steps = [forward.step for forward in handle._telemetry.forwards]
+    assert steps == [step for step in range(7) for _ in range(2)]
+
+
+def test_last_steps_before_the_last_stage_of_a_pyramid_are_refused():
+    pipeline, arguments = helios_pyramid()
+    schedule = na.Schedule(algorithm=na.parse("nabla-0.4_block-2-2-2"), dense_last_steps=3)
+    with na.apply(pipeline, schedule=schedule), pytest.raises(ValueError, match="2 steps: got 3"):
+        generate(pipeline, arguments)
+    with na.apply(pipeline, schedule=schedule) as handle:
+        generate(pipeline, arguments, pyramid_num_inference_steps_list=[1, 1, 3])
+        dense = [bool(row.mean() == 1) for row in handle.report().density]
+    assert dense == [False, False, True, True, True]
 
 
 def test_frames_that_are_denoised_one_after_another_take_one_generation():

@@ -157,6 +157,56 @@ def test_new_timesteps_are_a_new_generation_of_one_step(has_index):
         assert counter.generation == generation
 
 
+def run_scheduler(counter, scheduler, timesteps):
+    """Two calls a step; for each step its number and the steps that the counter knows."""
+    seen = []
+    for time in timesteps:
+        seen.append((*{counter.observe(time) for _ in range(2)}, counter.num_steps))
+        scheduler.step(torch.zeros(1), time, torch.zeros(1))
+    return seen
+
+
+def test_the_last_noise_level_is_no_step():
+    from diffusers import LTXEulerAncestralRFScheduler
+
+    pipeline = Pipeline()
+    pipeline.scheduler = scheduler = LTXEulerAncestralRFScheduler()
+    counter = StepCounter(pipeline)
+    for _ in range(2):
+        scheduler.set_timesteps(sigmas=[1.0, 0.7, 0.3, 0.0])
+        seen = run_scheduler(counter, scheduler, scheduler.timesteps[:-1])
+        assert seen == [(0, 3), (1, 3), (2, 3)]
+
+
+class LTXI2VLongMultiPromptPipeline(Pipeline):
+    """diffusers' pipeline of this name runs all timesteps but the last, and tells them all."""
+
+
+def test_a_pipeline_that_leaves_out_the_last_timestep():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    pipeline = LTXI2VLongMultiPromptPipeline()
+    pipeline.scheduler = scheduler = FlowMatchEulerDiscreteScheduler()
+    pipeline._num_timesteps = 4
+    counter = StepCounter(pipeline)
+    scheduler.set_timesteps(4)
+    seen = run_scheduler(counter, scheduler, scheduler.timesteps[:-1])
+    assert seen[1:] == [(1, 3), (2, 3)]
+
+
+def test_steps_that_are_told_for_all_tiles_together():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    pipeline = Pipeline()
+    pipeline.scheduler = scheduler = FlowMatchEulerDiscreteScheduler()
+    pipeline._num_timesteps = 9
+    counter = StepCounter(pipeline)
+    for tile in (1, 2, 3):
+        scheduler.set_timesteps(3)
+        seen = run_scheduler(counter, scheduler, scheduler.timesteps)
+        assert seen[1:] == [(1, 3), (2, 3)] and counter.generation == tile
+
+
 def test_without_a_pipeline_the_third_call_of_one_step_is_a_new_generation():
     counter = StepCounter()
     seen = [(counter.observe(1000.0), counter.generation) for _ in range(6)]

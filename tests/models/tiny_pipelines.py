@@ -204,6 +204,18 @@ def helios():
     )
 
 
+def helios_pyramid():
+    """Two chunks of three stages, each at twice the size of the one before."""
+    from diffusers import HeliosPyramidPipeline, HeliosScheduler
+
+    pipeline, arguments = helios()
+    pipeline = HeliosPyramidPipeline(**pipeline.components | {"scheduler": HeliosScheduler()})
+    del arguments["num_inference_steps"]
+    return pipeline, arguments | dict(
+        num_frames=18, height=128, width=128, pyramid_num_inference_steps_list=[2, 3, 2]
+    )
+
+
 def kandinsky5(**changes):
     from diffusers import Kandinsky5T2VPipeline
 

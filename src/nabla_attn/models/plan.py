@@ -37,7 +37,8 @@ class Plan:
         layer: The layer, where it keeps its maps or somebody observes it.
         branch: Which of the kept maps belongs to this call; None builds every map anew.
         moment: Step and layer, where a method depends on them.
-        memory: Generation and call of the step, where a method keeps something between steps.
+        memory: Generation, stage and call of the step, where a method keeps something between
+            steps.
         guidance_batch: Samples of a batch that is the two halves of classifier-free guidance, the
             conditional last, where one map serves both; 0 where none does. A cache of diffusers
             may leave out the first half, and then each sample has its own.
@@ -58,7 +59,7 @@ class Plan:
     layer: "ReferenceType[Layer] | None" = None
     branch: int | None = None
     moment: Moment | None = None
-    memory: tuple[int, int] | None = None
+    memory: tuple[int, int, int] | None = None
     guidance_batch: int = 0
     heads: tuple[int, ...] | None = None
     groups: "tuple[Plan, ...]" = ()
@@ -322,11 +323,13 @@ class Layer:
             for name, _ in self.parts[use.name].named_parameters()
         )
 
-    def memory(self, generation: int, call: int, heads: tuple[int, ...] | None) -> dict[str, Any]:
-        """What methods keep between the steps of a generation; earlier generations are dropped."""
-        for key in [key for key in self._memory if key[0] != generation]:
+    def memory(
+        self, generation: int, stage: int, call: int, heads: tuple[int, ...] | None
+    ) -> dict[str, Any]:
+        """What methods keep between the steps of a stage; that of earlier stages is dropped."""
+        for key in [key for key in self._memory if key[:2] != (generation, stage)]:
             del self._memory[key]
-        return self._memory.setdefault((generation, call, heads), {})
+        return self._memory.setdefault((generation, stage, call, heads), {})
 
     def show(
         self,

@@ -250,7 +250,7 @@ class Planner:
         )
         memory = None
         if "memory" in needs and step is not None:
-            memory = (self.steps.generation, self.reuse.call)
+            memory = (self.steps.generation, self.steps.stage, self.reuse.call)
         return replace(plan, moment=moment, memory=memory, layer=ref(layer), weights=weights)
 
     def _schedule(self, step: int | None, device: torch.device) -> Schedule:
@@ -259,7 +259,18 @@ class Planner:
         if self.settings.has_auto_min_tokens:
             least = min_tokens_here(device, schedule.min_tokens)
             schedule = replace(schedule, min_tokens=least)
-        return schedule.without_steps() if step is None else schedule
+        if step is None:
+            return schedule.without_steps()
+        if self.steps.has_later_stages:
+            # Last steps are looked for in the last stage, where their number is known.
+            return replace(schedule, dense_last_steps=0)
+        last, steps = schedule.dense_last_steps, self.steps.num_stage_steps
+        if self.steps.stage and steps is not None and last > steps:
+            raise ValueError(
+                f"dense_last_steps must lie within the pyramid's last stage, of {steps} steps: got "
+                f"{last}. Stages before it do not say how many steps follow."
+            )
+        return schedule
 
     def _groups(
         self, schedule: Schedule, step: int | None, layer: Layer, grid: TokenGrid

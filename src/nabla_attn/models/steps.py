@@ -16,6 +16,9 @@ _Time = tuple[float, float]
 BRANCHES = 2
 MAX_BRANCHES = 4
 
+# Pipelines that take the scheduler's last timestep for the end and never run it.
+WITHOUT_LAST = frozenset({"LTXI2VLongMultiPromptPipeline"})
+
 
 class StepCounter:
     """Counts the steps of generations over all transformers of a pipeline.
@@ -23,13 +26,15 @@ class StepCounter:
     While the pipeline's scheduler has an index, that is the truth: classifier-free guidance's
     second call is the same step, and Wan 2.2's two transformers share the count. Before its first
     index, while it rests, and without a pipeline, distinct timesteps are counted. Each window,
-    section or chunk of a long video is a generation of its own.
+    section or chunk of a long video is a generation of its own. The stages of a pyramid, whose
+    timesteps go on where those of the stage before ended, are one.
 
     Args:
         pipeline: A diffusers pipeline; held weakly, and not by copies of the counter.
 
     Attributes:
         generation: Number of the generation, from 1.
+        stage: Number of the stage in a pyramid's generation, from 0.
         turned_after: Steps of the generation before, where timesteps turned back after it; else 0.
         is_foreign: Whether the last forward went on with a generation of another thread.
     """
@@ -39,7 +44,9 @@ class StepCounter:
         self._times: _Times | None = None
         self._offset = 0
         self._step = 0
+        self._stage_start = 0
         self.generation = 0
+        self.stage = 0
         self.turned_after = 0
         self.is_foreign = False
         self._thread = 0
@@ -50,15 +57,31 @@ class StepCounter:
 
     @property
     def num_steps(self) -> int | None:
-        """Steps of the running generation, where a pipeline or its scheduler says so."""
-        count = self._scheduler.told
-        if not count:
-            if self._scheduler.length is None:
-                return None
-            # Not all pipelines tell the scheduler where they begin; its second index does.
-            begin = self._offset if self._times is None else self._scheduler.begin
-            count = self._scheduler.length - begin
-        return -(-count // self._scheduler.order)
+        """Steps of the running generation, where a pipeline or its scheduler says so.
+
+        Pyramids say it in their last stage only.
+        """
+        steps = self.num_stage_steps
+        return None if steps is None or self.has_later_stages else self._stage_start + steps
+
+    @property
+    def num_stage_steps(self) -> int | None:
+        """Steps of the running stage, like `num_steps`; all of them without a pyramid."""
+        # Not all pipelines tell the scheduler where they begin; its second index does.
+        is_followed = self._times is None
+        length, told = self._scheduler.length, self._scheduler.told
+        if length is not None:
+            length -= self._offset if is_followed else self._scheduler.begin
+        if told and length is not None and is_followed:
+            # Some tell the steps of all tiles together.
+            told = min(told, length)
+        count = told or length
+        return None if count is None else -(-count // self._scheduler.order)
+
+    @property
+    def has_later_stages(self) -> bool:
+        """Whether a pyramid's generation goes on after this stage."""
+        return self.stage + 1 < self._scheduler.num_stages
 
     @property
     def is_guided(self) -> bool | None:
@@ -92,27 +115,36 @@ class StepCounter:
         if self._times is not None:
             # Runs that begin inside the schedule (image to video with a strength) are at their
             # second index too when the scheduler first knows it.
-            self._offset, self._times = index - 1 - self._step * order, None
-        step = (index - self._offset) // order
+            steps = self._step - self._stage_start
+            self._offset, self._times = index - 1 - steps * order, None
+        step = self._stage_start + (index - self._offset) // order
         self.generation = max(self.generation + (step < self._step), 1)
         return step
 
     def _count(self, time: _Time) -> int:
         times = self._times
+        if self._scheduler.has_next_stage:
+            return self._begin_stage(time)
         if times is None or self._scheduler.has_new_timesteps:
             return self._begin(time)
         if times.turn_back_at(time):
-            return self._begin(time, turned_after=times.step + 1)
+            return self._begin(time, turned_after=self._stage_start + times.step + 1)
         if self._scheduler.running is None and times.begin_again_at(time):
             return self._begin(time)
         if self._scheduler.has_moved_on and times.step + 1 == self._scheduler.told:
             return self._begin(time)
-        return times.add(time)
+        return self._stage_start + times.add(time)
 
     def _begin(self, time: _Time, turned_after: int = 0) -> int:
         self._times, self.turned_after = _Times(time), turned_after
+        self._stage_start = self.stage = 0
         self.generation += 1
         return 0
+
+    def _begin_stage(self, time: _Time) -> int:
+        self._times, self._stage_start = _Times(time), self._step + 1
+        self.stage += 1
+        return self._stage_start
 
 
 class _Scheduler:
@@ -131,6 +163,7 @@ class _Scheduler:
         self._timesteps: Any = None
         self._time: Any = None
         self.has_new_timesteps = False
+        self.has_next_stage = False
         self.has_moved_on = False
 
     @property
@@ -173,7 +206,16 @@ class _Scheduler:
         """Number of timesteps; None while it rests, and before it was ever started."""
         if self.timesteps is None or _ask(self.running, "num_inference_steps") is None:
             return None
-        return len(self.timesteps)
+        if type(self.running).__name__ in WITHOUT_LAST:
+            return len(self.timesteps) - 1
+        # The last noise level is where the run ends; some schedulers count it as a timestep.
+        sigmas = _ask(self.running, "sigmas")
+        return len(self.timesteps) if sigmas is None else min(len(self.timesteps), len(sigmas) - 1)
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of a pyramid (Helios), each with timesteps of its own; 1 without."""
+        return getattr(_ask(self.running, "config"), "stages", 1)
 
     @property
     def begin(self) -> int:
@@ -198,10 +240,16 @@ class _Scheduler:
             self._left_at, index = index, None
         before, self._timesteps = self._timesteps, self.timesteps
         self.has_new_timesteps = self._timesteps is not before
+        self.has_next_stage = self.has_new_timesteps and self._go_on_from(before)
         # Pipelines take a new object for each step, which both calls of guidance see.
         before, self._time = self._time, getattr(self.caller, "current_timestep", None)
         self.has_moved_on = self._time is not None and self._time is not before
         return index
+
+    def _go_on_from(self, before: Any) -> bool:
+        if self.num_stages == 1 or before is None or self._timesteps is None:
+            return False
+        return bool(self._timesteps[0] <= before[-1])
 
     def _is_left_by(self, timestep: Tensor | float | None) -> bool:
         # Reading a device waits for it, so it takes more calls there than any guidance makes.
