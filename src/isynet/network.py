@@ -15,6 +15,9 @@ from isynet.architecture import BASE_CHANNELS, Architecture, Stage
 TRUNCATED_STD = 0.87962566103423978
 """Standard deviation of a unit normal cut off at two, which the initial weights make up for."""
 
+STAGED_SIZE = 64
+"""Pixels of the image that finds where another network changes its resolution."""
+
 
 class Edge(nn.Sequential):
     """One or two convolutions, a batch norm and a ReLU unless it is linear."""
@@ -218,6 +221,41 @@ class Head(nn.Module):
         return self.bn(self.fc(self.neck(x).mean((2, 3))))
 
 
+class Staged(nn.Module):
+    """Another network's layers, in one stage for each resolution.
+
+    Attributes:
+        stages: The stages.
+        feature_info: A dictionary for each stage: `num_chs`, `reduction`.
+    """
+
+    def __init__(self, net: nn.Sequential, in_chans: int = 3) -> None:
+        """Cut a sequence where the resolution changes; the weights are shared with it.
+
+        Args:
+            net: Layers of images, with a global pool after the last of them.
+            in_chans: Channels of the images.
+        """
+        super().__init__()
+        stages: list[list[nn.Module]] = []
+        self.feature_info: list[dict[str, int]] = []
+        x = torch.zeros(1, in_chans, STAGED_SIZE, STAGED_SIZE)
+        net.eval()
+        for layer in net:
+            with torch.no_grad():
+                x = layer(x)
+            if x.dim() != 4 or x.shape[-1] == 1:
+                break
+            info = {"num_chs": x.shape[1], "reduction": STAGED_SIZE // x.shape[-1]}
+            if self.feature_info and self.feature_info[-1]["reduction"] == info["reduction"]:
+                stages[-1].append(layer)
+                self.feature_info[-1] = info
+            else:
+                stages.append([layer])
+                self.feature_info.append(info)
+        self.stages = nn.Sequential(*(nn.Sequential(*layers) for layers in stages))
+
+
 class FeatureMaps(nn.Module):
     """The stages of a network as a backbone.
 
@@ -230,7 +268,11 @@ class FeatureMaps(nn.Module):
     """
 
     def __init__(
-        self, net: ISyNet, out_indices: Sequence[int] | None = None, *, as_list: bool = False
+        self,
+        net: ISyNet | Staged,
+        out_indices: Sequence[int] | None = None,
+        *,
+        as_list: bool = False,
     ) -> None:
         """Take the stages of a network; the weights are shared with it.
 

@@ -93,9 +93,25 @@ def test_bench_of_spaces():
     assert own["q0.1"] <= own["q0.5"] <= own["q0.9"]
 
 
+def test_bench_of_scaling_and_downstream(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("isynet.comparison.WIDTHS", (8,))
+    wide = ("--latency-ms", "1000", "--seeds", "1")
+    (row,) = as_json("bench", "scaling", "1x3 1x3 h0", "--gains", "0,1", *wide, *QUICK)["rows"]
+    assert row["scaled"]["architecture"].startswith("1x3 17x3")
+    pytest.importorskip("pycocotools")
+    pytest.importorskip("sklearn")
+    small = ("--objects", "shapes", "--objects-size", "32", "--few-steps", "2")
+    tests = ("--objects-steps", "2", "--test-images", "4", "--shots", "2", "--peer", "resnet8")
+    args = ("bench", "downstream", "1x3 1x3 1x3 h0", *wide, *small, *tests, *QUICK)
+    rows = as_json(*args)["rows"]
+    assert rows[1]["network"] == "resnet8 8" and set(rows[0]["ahead"]) == set(rows[0]["seeds"])
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
+        (("bench", "scaling", "n0", "--gains", "x", "--latency-ms", "1"), ["'x'"]),
         (("show", "n9"), ["n9", "isynet-n0"]),
         (("show", "1x4"), ["unknown edge '4'"]),
         (("show", "nowhere.json"), ["nowhere.json"]),

@@ -6,11 +6,14 @@ import torch
 from tests.isynet.test_space_and_latency import CountingTimer
 
 import isynet
-from isynet.data.catalogue import open_source
+from isynet.comparison import ADAPTED, study_peers, study_scaling
+from isynet.data.catalogue import open_objects, open_source
+from isynet.downstream import DownstreamData, DownstreamPlan, study_downstream
+from isynet.growth import Scaled
 from isynet.latency import Conditions, LatencyTable
 from isynet.measuring import measure_networks, study
 from isynet.space import SearchSpace
-from isynet.studies import ADAPTED, study_peers, study_table
+from isynet.studies import study_table
 from isynet.training.recipe import Recipe
 from nabla_attn.cost.rates import Rates
 from nabla_attn.record import RunRecord
@@ -55,8 +58,8 @@ def test_adapted_networks_of_others_run_on_small_images(name, width):
 
 
 def test_peers_of_equal_latency_are_trained_alike(tmp_path, monkeypatch):
-    monkeypatch.setattr("isynet.studies.WIDTHS", (8, 16))
-    monkeypatch.setattr("isynet.studies.ADAPTED", {"resnet8": ADAPTED["resnet8"]})
+    monkeypatch.setattr("isynet.comparison.WIDTHS", (8, 16))
+    monkeypatch.setattr("isynet.comparison.ADAPTED", {"resnet8": ADAPTED["resnet8"]})
     train, test = open_source("shapes", "train", 16), open_source("shapes", "test", 16)
     table = LatencyTable(Conditions(16, num_classes=18), CountingTimer())
     ours = isynet.parse("1x3 2x3,3+ h0")
@@ -81,3 +84,71 @@ def test_peers_of_equal_latency_are_trained_alike(tmp_path, monkeypatch):
     assert RunRecord.load(tmp_path / "bench.json").numbers["rows"][0]["network"] in rows
     with pytest.raises(ValueError, match="another tolerance"):
         run(tolerance=0.5)
+
+
+def test_scaled_and_evenly_deepened_networks_are_paired(tmp_path):
+    train, test = open_source("shapes", "train", 16), open_source("shapes", "test", 16)
+    table = LatencyTable(Conditions(16, num_classes=18), CountingTimer(), factor=1.0)
+    base = isynet.parse("1x3 1x3,3+ h0")
+    grown = isynet.parse("1x3 3x3,3+ h0")
+    budget = table.seconds(grown)
+
+    def run(seeds=2):
+        return study_scaling(
+            base, [Scaled(grown, budget, budget, 1.0)], train, test, table, folder=tmp_path,
+            recipe=Recipe(steps=3, batch=8, warmup=0, augment=0), seeds=seeds,
+        )  # fmt: skip
+
+    (row,) = run()
+    assert row["scaled"]["architecture"] == str(grown)
+    assert row["even"]["predicted"] <= budget == row["scaled"]["predicted"]
+    ahead = row["scaled"]["accuracy"] - row["even"]["accuracy"]
+    assert row["ahead"] == pytest.approx(ahead) and row["ahead_error"] >= 0
+    assert run() == [row]
+    with pytest.raises(ValueError, match="another seeds"):
+        run(seeds=1)
+
+
+def test_features_are_compared_at_classes_few_images_and_boxes(tmp_path, monkeypatch):
+    pytest.importorskip("pycocotools")
+    monkeypatch.setattr("isynet.comparison.WIDTHS", (8,))
+    train, test = open_source("shapes", "train", 16), open_source("shapes", "test", 16)
+    boxes = open_objects("shapes", "train", 32), open_objects("shapes", "test", 32)
+    few = [open_source("digits", split, 16, grey_channels=3) for split in ("train", "test")]
+    table = LatencyTable(Conditions(16, num_classes=18), CountingTimer())
+    ours = isynet.parse("1x3 1x3 2x3,3+ h0")
+    recipe = Recipe(steps=3, batch=8, warmup=0, augment=0)
+    plan = DownstreamPlan(recipe, recipe, recipe, shots=2, test_images=8, seeds=2)
+
+    def run(families=("resnet8",)):
+        return study_downstream(
+            [ours], DownstreamData(train, test, *few, *boxes), table, latency=1.0,
+            families=families, folder=tmp_path, plan=plan,
+        )  # fmt: skip
+
+    own, other = run()
+    assert (own["network"], other["network"]) == (str(ours), "resnet8 8")
+    for name in ("accuracy", "transfer", "ap50"):
+        assert own["ahead"][name]["over"] == "resnet8 8"
+        assert own["ahead"][name]["mean"] == pytest.approx(own[name] - other[name])
+        assert len(own["seeds"][name]) == 2 and own["ahead"][name]["error"] >= 0
+    assert run() == [own, other]
+    with pytest.raises(ValueError, match="another families"):
+        run(families=("regnet",))
+    with pytest.raises(ValueError, match="unknown family"):
+        study_downstream(
+            [ours], DownstreamData(train, test, *few, *boxes), table, latency=1.0,
+            families=["alexnet"], folder=tmp_path / "x", plan=plan,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_networks_of_others_have_stages(name):
+    from isynet.network import FeatureMaps, Staged
+
+    net = ADAPTED[name](16, 7)
+    backbone = FeatureMaps(Staged(net), (-3, -2, -1), as_list=True)
+    maps = backbone.train()(torch.zeros(2, 3, 48, 32))
+    assert [x.shape[1] for x in maps] == list(backbone.channels)
+    assert [48 // x.shape[2] for x in maps] == list(backbone.reductions)
+    assert list(backbone.reductions) == sorted(set(backbone.reductions))

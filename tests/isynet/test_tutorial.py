@@ -35,7 +35,7 @@ def test_the_tutorial_runs(tmp_path, monkeypatch):
         pytest.importorskip(name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NABLA_ATTN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("isynet.studies.WIDTHS", (8,))
+    monkeypatch.setattr("isynet.comparison.WIDTHS", (8,))
     seen = set()
     for program, verb, *args in commands():
         assert program == "isynet"

@@ -17,9 +17,15 @@ COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#4
 
 
 def save_detector(detector: Detector, path: str | Path) -> None:
-    """Write a detector's weights, architecture and classes as safetensors, whole or not at all."""
+    """Write a detector's weights, architecture and classes as safetensors, whole or not at all.
+
+    Raises:
+        ValueError: Its network is none of ours.
+    """
     from safetensors.torch import save_file
 
+    if not isinstance(detector.net, ISyNet):
+        raise ValueError("a detector on another network than ours has no architecture to write.")
     # The backbone shares its weights with the network, and what follows the maps is not used.
     state = {
         name: value.detach().cpu().contiguous()

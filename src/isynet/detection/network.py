@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from isynet.data.source import Objects
 from isynet.detection.boxes import select_boxes
-from isynet.network import FeatureMaps, ISyNet
+from isynet.network import FeatureMaps, ISyNet, Staged
 
 LEVELS = 3
 PRIOR = 0.01
@@ -48,11 +48,13 @@ class Detector(nn.Module):
         classes: Names of the classes.
     """
 
-    def __init__(self, net: ISyNet, classes: tuple[str, ...], *, channels: int = 64) -> None:
+    def __init__(
+        self, net: ISyNet | Staged, classes: tuple[str, ...], *, channels: int = 64
+    ) -> None:
         """Put a pyramid and a head on a network.
 
         Args:
-            net: The network, trained or not.
+            net: The network, trained or not: an `ISyNet`, or another one that is `Staged`.
             classes: Names of the classes.
             channels: Channels of the pyramid and the head.
 

@@ -24,11 +24,14 @@ def split(source: ImageSource, held_out: int, seed: int) -> "tuple[ImageSource, 
             f"{held_out} images cannot be held out of {len(source)}. Set a smaller validation."
         )
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
-    return _Part(source, order[:-held_out]), _Part(source, order[-held_out:])
+    return Subset(source, order[:-held_out]), Subset(source, order[-held_out:])
 
 
-class _Part:
+class Subset:
+    """Some images of a set."""
+
     def __init__(self, source: ImageSource, indices: Tensor) -> None:
+        """Take the images at these indices, int64 [images]."""
         self.source, self.indices = source, indices
         self.classes, self.channels, self.size = source.classes, source.channels, source.size
 
@@ -38,6 +41,7 @@ class _Part:
     def draw(
         self, indices: Tensor, generator: torch.Generator, *, is_training: bool = True
     ) -> tuple[Tensor, Tensor]:
+        """Images [batch, channels, size, size] from 0 to 1 and labels [batch]."""
         return self.source.draw(self.indices[indices], generator, is_training=is_training)
 
 
