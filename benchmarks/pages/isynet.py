@@ -10,6 +10,8 @@ from nabla_attn.record import RunRecord
 
 RECORD = "isynet_counts.json"
 TIMED = "isynet_timed.json"
+FOLDER = "isynet"
+"""Folder of the records that `isynet search` and `isynet bench` wrote themselves."""
 
 
 def write_tables(page: Path, records: Path) -> None:
@@ -32,6 +34,10 @@ def write_tables(page: Path, records: Path) -> None:
     if (records / TIMED).exists():
         timed = RunRecord.load(records / TIMED)
         text = _replace(page, text, "timed", _timed(timed.numbers["results"][0], timed.device))
+    for name, render_record in STUDIES.items():
+        if (records / FOLDER / f"{name}.json").exists():
+            study = RunRecord.load(records / FOLDER / f"{name}.json")
+            text = _replace(page, text, name, render_record(study))
     write_text(page, text)
 
 
@@ -116,18 +122,19 @@ def _timed(results: dict[str, Any], device: str) -> list[str]:
             f"{len(found['networks'])} networks {found['plain_spearman']:.3f}, of timed MEM "
             f"{found['timed_spearman']:.3f}; matrix rate {matrix / 1e9:.1f} GMAC/s, of which the "
             f"quickest ISyNet reaches {best:.1%}; mean error of predicted times of families left "
-            f"out of the fit {found['rates']['error']:.1%}.",
+            f"out of the fit {found['rates']['error']:.1%}. Mean MEM of networks of "
+            + "; of ".join(
+                f"{row['space']} {row['mean MEM']:.2f} (quantiles 0.1 and 0.9: {row['q0.1']:.2f}, "
+                f"{row['q0.9']:.2f})"
+                for row in found["spaces"]
+            )
+            + ".",
         ]
-    latency, spaces = results["latency"], results["spaces"]
+    latency = results["latency"]
     lines += [
         f"- Latency table: {len(latency['rows'])} networks that it had not seen are predicted with "
         f"a median error of {latency['median_error']:.1%} (largest {latency['max_error']:.1%}), "
         f"rank correlation {latency['spearman']:.4f}.",
-        *(
-            f"- MEM of this machine, mean over networks of {row['space']}: {row['mean MEM']:.2f} "
-            f"(quantiles 0.1 and 0.9: {row['q0.1']:.2f}, {row['q0.9']:.2f})."
-            for row in spaces
-        ),
         "",
     ]
     head = ["network", "ms an image", "predicted, ms", "GMAC/s", "plain MEM", "MEM of the machine"]
@@ -145,5 +152,108 @@ def _timed(results: dict[str, Any], device: str) -> list[str]:
     ]
     return [*lines, *table(head, rows)]
 
+
+def _search(record: RunRecord) -> list[str]:
+    """Return the best of a search, and how many it tried."""
+    candidates = record.numbers["candidates"]
+    low, high = (1e3 * seconds for seconds in record.config["latency"])
+    plan, recipe = record.config["plan"], record.config["recipe"]
+    lengths = [recipe["steps"] * plan["growth"] ** rung for rung in range(plan["rungs"])]
+    lines = [
+        f"{len(candidates)} networks of {low:.3g} to {high:.3g} ms were trained, for "
+        f"{' or '.join(map(str, lengths))} steps of {recipe['batch']} images. The best by "
+        f"{plan['validation']} images held out, {record.device}:",
+        "",
+    ]
+    rows = [
+        [
+            f"`{row['architecture']}`",
+            str(lengths[row["rung"]]),
+            f"{100 * row['accuracy']:.1f}",
+            f"{1e3 * row['seconds']:.3f}",
+        ]
+        for row in candidates[:5]
+    ]
+    return [*lines, *table(["network", "steps", "accuracy, %", "predicted, ms"], rows)]
+
+
+def _about(record: RunRecord) -> str:
+    recipe, seeds = record.config["recipe"], record.config["seeds"]
+    images = recipe["steps"] * recipe["batch"]
+    return f"{images:,} training images, {seeds} seeds, {record.device}."
+
+
+def _lead(mean: float, error: float) -> str:
+    return f"{100 * mean:+.2f} ± {100 * error:.2f}"
+
+
+def _peers(record: RunRecord) -> list[str]:
+    """Return networks of equal latency, best first."""
+    rows = [
+        [
+            f"`{row['network']}`" if "ahead" in row else row["network"],
+            f"{1e3 * row['seconds']:.3f}",
+            f"{100 * row['accuracy']:.2f}",
+            ", ".join(f"{100 * value:.1f}" for value in row["accuracies"]),
+            _lead(row["ahead"], row["ahead_error"]) if "ahead" in row else "",
+        ]
+        for row in record.numbers["rows"]
+    ]
+    head = ["network", "measured, ms", "accuracy, %", "of the seeds", "ahead of the best other"]
+    return [_about(record), "", *table(head, rows)]
+
+
+def _scaling(record: RunRecord) -> list[str]:
+    """Return networks scaled by gain beside those deepened evenly."""
+    rows = []
+    for row in record.numbers["rows"]:
+        for kind in ("scaled", "even"):
+            each = row[kind]
+            rows.append(
+                [
+                    f"{1e3 * row['budget']:.3g}",
+                    "by gains" if kind == "scaled" else "evenly",
+                    f"`{each['architecture']}`",
+                    f"{1e3 * each['predicted']:.3f}",
+                    f"{1e3 * each['measured']:.3f}",
+                    f"{100 * each['accuracy']:.2f}",
+                    _lead(row["ahead"], row["ahead_error"]) if kind == "scaled" else "",
+                ]
+            )
+    head = ["at most, ms", "deepened", "network", "predicted, ms", "measured, ms", "accuracy, %"]
+    base = f"Scaled from `{record.config['base']}`; {_about(record)}"
+    return [base, "", *table([*head, "ahead"], rows)]
+
+
+def _downstream(record: RunRecord) -> list[str]:
+    """Return networks of equal latency at three tasks."""
+    plan = record.config["plan"]
+    lines = [
+        f"Features learnt from {plan['train']['steps'] * plan['train']['batch']:,} images, "
+        f"{plan['shots']} digits of each class to fine-tune on, detectors trained for "
+        f"{plan['detect']['steps']} steps of {plan['detect']['batch']} images, {plan['seeds']} "
+        f"seeds, {record.device}. Differences are from the best other network in that column:",
+        "",
+    ]
+    rows = []
+    for row in record.numbers["rows"]:
+        cells = [f"`{row['network']}`" if "ahead" in row else row["network"]]
+        cells.append(f"{1e3 * row['seconds']:.3f}")
+        for name in ("accuracy", "transfer", "ap50"):
+            ahead = row.get("ahead", {}).get(name)
+            lead = f" ({_lead(ahead['mean'], ahead['error'])})" if ahead else ""
+            cells.append(f"{100 * row[name]:.2f}{lead}")
+        rows.append(cells)
+    head = ["network", "measured, ms", "scenes, accuracy, %", "digits, accuracy, %"]
+    return [*lines, *table([*head, "boxes, AP50, %"], rows)]
+
+
+STUDIES = {
+    "search": _search,
+    "twin": _search,
+    "peers": _peers,
+    "scaling": _scaling,
+    "downstream": _downstream,
+}
 
 TABLES = {"networks": _networks, "mem": _mem, "published": _published, "spaces": _spaces}

@@ -30,6 +30,9 @@ order and the others do not.
 VARIANTS = "gather_variants"
 """The record of `benchmarks.gather_variants`, whose contenders no chart would hold."""
 
+AMX = "_cpu-amx"
+"""How names of records end that were made on a CPU with matrix units for bfloat16."""
+
 REUSE_COLUMNS = {
     "density": "density",
     "recall": "recall",
@@ -67,15 +70,17 @@ def build_page(records: Path, docs: Path) -> str:
         docs: The folder of the page; charts go to its `images/`.
     """
     names = ("bench", VARIANTS, *STUDIES)
-    found = [path for name in names for path in sorted(records.glob(f"{name}*.json"))]
+    found = [path for name in names for path in sorted(records.glob(f"{name}*.json"), key=lambda path: path.stem)]
     loaded = [RunRecord.load(path) for path in found]
-    charted = [each for path, each in zip(found, loaded, strict=True) if path.stem != VARIANTS]
+    named = list(zip((path.stem for path in found), loaded, strict=True))
+    charted = [each for stem, each in named if stem != VARIANTS and not stem.endswith(AMX)]
     # Attention and maps come first.
-    loaded.sort(key=lambda record: record.kind != "bench")
+    named.sort(key=lambda pair: pair[1].kind != "bench")
     sections = [HEADER]
-    for record in loaded:
+    for stem, record in named:
         study = STUDIES.get(record.kind)
-        sections.append(section(record, study(record) if study else None))
+        suffix = " on a CPU with AMX" if stem.endswith(AMX) else ""
+        sections.append(section(record, study(record) if study else None, suffix=suffix))
     if any(attention_results(record) for record in charted):
         charts = draw_charts(charted, docs / "images")
         sections += [f"![{title}](images/{name})\n" for title, name in charts]

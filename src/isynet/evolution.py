@@ -1,11 +1,14 @@
 """Search within a latency band: short trainings, successive halving, evolution."""
 
+import math
 import random
+import statistics
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from isynet.architecture import Architecture
+from isynet.counting import count as count_work
 from isynet.data.source import ImageSource
 from isynet.latency import LatencyTable
 from isynet.runs import SEARCH_RECORD, TrialFolder
@@ -16,6 +19,12 @@ from nabla_attn.progress import ProgressCallback, ignore_progress
 
 MAX_DRAWS = 20_000
 """Architectures drawn for one within the band before the search gives up."""
+
+WALK_STEPS = 300
+"""Changes tried on a random architecture before another one is drawn."""
+
+ESTIMATE_ERROR = 1.25
+"""Factor by which an estimate may lie outside of the band before blocks are measured."""
 
 
 @dataclass(frozen=True)
@@ -189,15 +198,22 @@ def _draw(
     """New architectures within the band: at random at first, then changed from the best."""
     rng = random.Random(f"{seed} {generation}")
     parents = sorted(found.values(), key=lambda each: each.rank, reverse=True)[: plan.parents]
+    estimate = _Estimate(table)
+    for parent in parents:
+        estimate.learn(parent.architecture)
+    low, high = latency
     drawn: list[Architecture] = []
     for _ in range(MAX_DRAWS):
         if parents:
             architecture = space.mutate(rng.choice(parents).architecture, rng)
         else:
-            architecture = space.sample(rng)
+            architecture = _walk(space, estimate, latency, rng)
         if architecture in found or architecture in drawn:
             continue
-        if latency[0] <= table.seconds(architecture) <= latency[1]:
+        near = estimate.seconds(architecture)
+        if not low / ESTIMATE_ERROR <= near <= high * ESTIMATE_ERROR:
+            continue
+        if low <= estimate.learn(architecture) <= high:
             drawn.append(architecture)
             if len(drawn) == plan.population:
                 return drawn
@@ -205,6 +221,53 @@ def _draw(
         f"only {len(drawn)} of {MAX_DRAWS} architectures take {latency[0] * 1e3:.4g} to "
         f"{latency[1] * 1e3:.4g} ms an image. Widen the band or change the space."
     )
+
+
+class _Estimate:
+    """Seconds by counted work and the rate of networks before: no block need be measured."""
+
+    def __init__(self, table: LatencyTable) -> None:
+        self._table = table
+        self._rates: list[float] = []
+
+    def learn(self, architecture: Architecture) -> float:
+        """Seconds by the table, which tell the rate of the next ones."""
+        seconds = self._table.seconds(architecture)
+        self._rates.append(self._matrix(architecture) / max(seconds, 1e-12))
+        return seconds
+
+    def seconds(self, architecture: Architecture) -> float:
+        """Estimated seconds an image."""
+        if not self._rates:
+            self.learn(architecture)
+        return self._matrix(architecture) / statistics.median(self._rates[-5:])
+
+    def _matrix(self, architecture: Architecture) -> float:
+        now = self._table.conditions
+        work = count_work(
+            architecture, now.size, in_chans=now.in_chans, num_classes=now.num_classes
+        )
+        return work.matrix
+
+
+def _walk(
+    space: SearchSpace, estimate: _Estimate, latency: tuple[float, float], rng: random.Random
+) -> Architecture:
+    """A random architecture, changed step by step until its estimate lies within the band.
+
+    Nearly all architectures of a space are far from any one band.
+    """
+    middle = math.sqrt(max(latency[0], latency[1] / 2) * latency[1])
+    architecture = space.sample(rng)
+    now = estimate.seconds(architecture)
+    for _ in range(WALK_STEPS):
+        if latency[0] <= now <= latency[1]:
+            break
+        other = space.mutate(architecture, rng)
+        then = estimate.seconds(other)
+        if abs(math.log(then / middle)) < abs(math.log(now / middle)):
+            architecture, now = other, then
+    return architecture
 
 
 def _save_result(trials: TrialFolder, ranked: list[Candidate]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 
 import pytest
@@ -105,6 +106,19 @@ def test_pictures(whole, tmp_path):
     rows = [(3, 0.7), (1, 0.5), (2, 0.5), (4, 0.9), (5, 0.8)]
     tried = [Candidate(architecture, 0, accuracy, 0.0, seconds) for seconds, accuracy in rows]
     assert [each.seconds for each in find_front(tried)] == [1, 3, 4]
+
+
+def test_a_narrow_band_far_below_the_space_measures_few_networks(tmp_path):
+    from isynet.evolution import _draw
+
+    space, timer = SearchSpace(), CountingTimer()
+    latencies = LatencyTable(Conditions(32), timer)
+    middle = min(latencies.seconds(space.sample(random.Random(seed))) for seed in range(30)) / 2
+    before, plan = len(latencies.entries), SearchPlan(population=4)
+    drawn = _draw(space, latencies, (0.9 * middle, 1.1 * middle), plan, {}, 0, 0)
+    assert len(set(drawn)) == 4
+    # Of random networks not one in a hundred lies in the band, each of about seven entries.
+    assert len(latencies.entries) - before < 200
 
 
 def test_another_search_in_the_same_folder_is_refused(whole):

@@ -26,16 +26,17 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in lines] + [""]
 
 
-def section(record: RunRecord, lines: list[str] | None = None) -> str:
+def section(record: RunRecord, lines: list[str] | None = None, *, suffix: str = "") -> str:
     """What a record says, under its title and the environment it was measured in.
 
     Args:
         record: A record of `nabla bench`, or of any study if `lines` are given.
         lines: The content of the section; None makes the tables of a record of `nabla bench`.
+        suffix: What the title ends with.
     """
     title = record.config.get("workload") or TITLES.get(record.kind, record.kind)
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
-    head = [f"## {title}", "", f"{record.device}; {versions}; {record.created[:10]}.", ""]
+    head = [f"## {title}{suffix}", "", f"{record.device}; {versions}; {record.created[:10]}.", ""]
     if left_out := record.config.get("left_out"):
         head += [f"Left out because there was no time: {', '.join(left_out)}.", ""]
     return "\n".join([*head, *(_tables(record) if lines is None else lines)]) + "\n"
