@@ -5,7 +5,8 @@ isynet bench space --machine here --json > spaces.json
 isynet measure --runtime torch --output out/measure-torch --json > torch.json
 isynet bench space --machine here --json > torch-spaces.json
 isynet bench latency --json > latency.json
-python -m benchmarks.isynet_timed measure.json spaces.json torch.json torch-spaces.json latency.json
+python -m benchmarks.isynet_timed measure.json spaces.json torch.json torch-spaces.json \\
+    latency.json benchmarks/results/isynet_timed_MACHINE.json
 
 Each `bench space` takes the rates that the `measure` before it left.
 """
@@ -19,8 +20,6 @@ import typer
 from nabla_attn.bench.suite import make_record
 from nabla_attn.files import read_json
 
-OUTPUT = Path("benchmarks/results/isynet_timed.json")
-
 
 def main(
     measure: Path,
@@ -28,7 +27,7 @@ def main(
     with_torch: Annotated[Path, typer.Argument(metavar="TORCH")],
     torch_spaces: Path,
     latency: Path,
-    output: Path = OUTPUT,
+    output: Path,
 ) -> None:
     """Gather what the commands printed.
 

@@ -9,7 +9,8 @@ from nabla_attn.files import write_text
 from nabla_attn.record import RunRecord
 
 RECORD = "isynet_counts.json"
-TIMED = "isynet_timed.json"
+TIMED = "isynet_timed_*.json"
+"""Records of `benchmarks.isynet_timed`, one of each machine."""
 FOLDER = "isynet"
 """Folder of the records that `isynet search` and `isynet bench` wrote themselves."""
 
@@ -31,9 +32,9 @@ def write_tables(page: Path, records: Path) -> None:
     counts = RunRecord.load(record).numbers["results"][0]
     for name, render in TABLES.items():
         text = _replace(page, text, name, render(counts))
-    if (records / TIMED).exists():
-        timed = RunRecord.load(records / TIMED)
-        text = _replace(page, text, "timed", _timed(timed.numbers["results"][0], timed.device))
+    timed = [RunRecord.load(path) for path in sorted(records.glob(TIMED))]
+    if timed:
+        text = _replace(page, text, "timed", _timed(timed))
     for name, render_record in STUDIES.items():
         if (records / FOLDER / f"{name}.json").exists():
             study = RunRecord.load(records / FOLDER / f"{name}.json")
@@ -103,54 +104,58 @@ def _spaces(counts: dict[str, Any]) -> list[str]:
     return table(["space", "MEM", "mean", "quantile 0.1", "median", "quantile 0.9"], rows)
 
 
-def _timed(results: dict[str, Any], device: str) -> list[str]:
-    """Return what the timed record says, in sentences and a table."""
-    lines = [
-        f"Device: {device}; one thread, batches of 16 pictures of 224 pixels, CPU seconds. "
-        "Other work ran on the second core for part of the time.",
-        "",
-    ]
-    for runtime in ("onnxruntime", "torch"):
-        found = results[runtime]
-        if found is None:
-            continue
-        matrix = 1 / found["rates"]["matrix"]
-        own = [row for row in found["networks"] if row["family"] == "isynet"]
-        best = max(row["macs_per_second"] for row in own) / matrix
+def _timed(records: list[RunRecord]) -> list[str]:
+    """Return what the timed records say, in sentences and a table."""
+    lines, columns = [], []
+    for record in records:
+        results = record.numbers["results"][0]
         lines += [
-            f"- {runtime}: rank correlation of plain MEM with the achieved rate over "
-            f"{len(found['networks'])} networks {found['plain_spearman']:.3f}, of timed MEM "
-            f"{found['timed_spearman']:.3f}; matrix rate {matrix / 1e9:.1f} GMAC/s, of which the "
-            f"quickest ISyNet reaches {best:.1%}; mean error of predicted times of families left "
-            f"out of the fit {found['rates']['error']:.1%}. Mean MEM of networks of "
-            + "; of ".join(
-                f"{row['space']} {row['mean MEM']:.2f} (quantiles 0.1 and 0.9: {row['q0.1']:.2f}, "
-                f"{row['q0.9']:.2f})"
-                for row in found["spaces"]
-            )
-            + ".",
+            f"{record.device}, {record.created[:10]}; one thread, batches of 16 pictures of 224 "
+            "pixels, CPU seconds. Other work ran on the second core for part of the time.",
+            "",
         ]
-    latency = results["latency"]
-    lines += [
-        f"- Latency table: {len(latency['rows'])} networks that it had not seen are predicted with "
-        f"a median error of {latency['median_error']:.1%} (largest {latency['max_error']:.1%}), "
-        f"rank correlation {latency['spearman']:.4f}.",
-        "",
+        for runtime in ("onnxruntime", "torch"):
+            if results[runtime] is not None:
+                lines.append(_runtime(runtime, results[runtime]))
+                columns.append((f"{record.device.split(' (')[0]}, {runtime}", results[runtime]))
+        latency = results["latency"]
+        lines += [
+            f"- Latency table: {len(latency['rows'])} networks that it had not seen are predicted "
+            f"with a median error of {latency['median_error']:.1%} (largest "
+            f"{latency['max_error']:.1%}), rank correlation {latency['spearman']:.4f}.",
+            "",
+        ]
+    rates = [
+        {row["name"]: row["macs_per_second"] for row in found["networks"]} for _, found in columns
     ]
-    head = ["network", "ms an image", "predicted, ms", "GMAC/s", "plain MEM", "MEM of the machine"]
-    networks = results["onnxruntime"]["networks"]
     rows = [
         [
             row["name"],
-            f"{row['seconds'] * 1e3:.1f}",
-            f"{row['predicted_seconds'] * 1e3:.1f}",
-            f"{row['macs_per_second'] / 1e9:.1f}",
             f"{row['plain_mem']:.0f}",
-            f"{row['timed_mem']:.2f}",
+            *(f"{rate[row['name']] / 1e9:.1f}" for rate in rates),
         ]
-        for row in sorted(networks, key=lambda row: -row["macs_per_second"])
+        for row in sorted(columns[0][1]["networks"], key=lambda row: -row["plain_mem"])
     ]
+    head = ["network", "plain MEM", *(f"GMAC/s: {name}" for name, _ in columns)]
     return [*lines, *table(head, rows)]
+
+
+def _runtime(name: str, found: dict[str, Any]) -> str:
+    matrix = 1 / found["rates"]["matrix"]
+    own = [row for row in found["networks"] if row["family"] == "isynet"]
+    best = max(row["macs_per_second"] for row in own) / matrix
+    spaces = "; of ".join(
+        f"{row['space']} {row['mean MEM']:.2f} (quantiles 0.1 and 0.9: {row['q0.1']:.2f}, "
+        f"{row['q0.9']:.2f})"
+        for row in found["spaces"]
+    )
+    return (
+        f"- {name}: rank correlation of plain MEM with the achieved rate over "
+        f"{len(found['networks'])} networks {found['plain_spearman']:.3f}, of timed MEM "
+        f"{found['timed_spearman']:.3f}; fitted matrix rate {matrix / 1e9:.1f} GMAC/s, of which "
+        f"the quickest ISyNet reaches {best:.1%}; mean error of predicted times of families left "
+        f"out of the fit {found['rates']['error']:.1%}. Mean MEM of networks of {spaces}."
+    )
 
 
 def _search(record: RunRecord) -> list[str]:

@@ -70,7 +70,11 @@ def build_page(records: Path, docs: Path) -> str:
         docs: The folder of the page; charts go to its `images/`.
     """
     names = ("bench", VARIANTS, *STUDIES)
-    found = [path for name in names for path in sorted(records.glob(f"{name}*.json"), key=lambda path: path.stem)]
+    found = [
+        path
+        for name in names
+        for path in sorted(records.glob(f"{name}*.json"), key=lambda path: path.stem)
+    ]
     loaded = [RunRecord.load(path) for path in found]
     named = list(zip((path.stem for path in found), loaded, strict=True))
     charted = [each for stem, each in named if stem != VARIANTS and not stem.endswith(AMX)]

@@ -20,8 +20,16 @@ from nabla_attn.core.block_map import BlockMap
 from nabla_attn.core.tail import Tail, add_first_order, with_summaries
 from nabla_attn.shapes import Float
 
+
+
+def _l2_bytes() -> int:
+    """Bytes of a core's L2 cache between 1 and 4 MB; 1 MB where PyTorch does not say."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return min(max(capabilities.get("l2_cache_size") or 0, 2**20), 2**22)
+
+
 # Bytes of one batched product's scores: on a CPU they fit the L2 cache of a core.
-CPU_BYTES_PER_THREAD = 2**20
+CPU_BYTES_PER_THREAD = _l2_bytes()
 MAX_BYTES_ELSEWHERE = 2**27
 # Keys of some heads with a tail, copied at once: 128 MB in types of two bytes.
 PANEL_VALUES = 2**26
