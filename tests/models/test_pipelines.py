@@ -93,6 +93,13 @@ def test_steps_are_the_users_with_any_scheduler(build, name, calls):
             assert dense == [True, False, False, True]
 
 
+def keep_all(handle):
+    """Every forward with its generation, where a report keeps those of the last."""
+    forwards, record = [], handle._telemetry.record
+    handle._telemetry.record = lambda *args: (forwards.append(args), record(*args))
+    return forwards
+
+
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @pytest.mark.parametrize(("build", "calls"), [(skyreels_forcing, 2), (framepack, 1), (helios, 2)])
 def test_each_window_of_a_long_video_starts_at_its_first_step(build, calls, steps):
@@ -104,10 +111,8 @@ def test_each_window_of_a_long_video_starts_at_its_first_step(build, calls, step
         reuse_steps=2,
         reuse_guidance=True,
     )
-    forwards = []
     with na.apply(pipeline, schedule=schedule) as handle:
-        record = handle._telemetry.record
-        handle._telemetry.record = lambda *args: (forwards.append(args), record(*args))
+        forwards = keep_all(handle)
         generate(pipeline, arguments, num_inference_steps=steps)
     one_window = [step for step in range(steps) for _ in range(calls)]
     assert [forward.step for forward, _ in forwards] == 3 * one_window
@@ -127,10 +132,8 @@ def test_the_stages_of_a_pyramid_are_one_generation(stages):
         dense_last_steps=1,
         reuse_steps=2,
     )
-    forwards = []
     with na.apply(pipeline, schedule=schedule) as handle:
-        record = handle._telemetry.record
-        handle._telemetry.record = lambda *args: (forwards.append(args), record(*args))
+        forwards = keep_all(handle)
         generate(pipeline, arguments, pyramid_num_inference_steps_list=stages)
     steps = [step for step in range(sum(stages)) for _ in range(2)]
     assert [forward.step for forward, _ in forwards] == 2 * steps
