@@ -178,7 +178,7 @@ def _at_seconds(rows: Rows, dense: float) -> list[str]:
     if not times:
         return []
     methods = sorted(
-        {method for found in times.values() for method in found},
+        sorted({method for found in times.values() for method in found}),
         key=lambda method: min(
             fmean(found[method]) / min(map(fmean, found.values()))
             for found in times.values()
