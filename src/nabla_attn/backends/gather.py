@@ -21,11 +21,11 @@ from nabla_attn.core.tail import Tail, add_first_order, with_summaries
 from nabla_attn.shapes import Float
 
 
-
 def _l2_bytes() -> int:
     """Bytes of a core's L2 cache between 1 and 4 MB; 1 MB where PyTorch does not say."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return min(max(capabilities.get("l2_cache_size") or 0, 2**20), 2**22)
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    size = ask().get("l2_cache_size") if ask is not None else None
+    return min(max(int(size or 0), 2**20), 2**22)
 
 
 # Bytes of one batched product's scores: on a CPU they fit the L2 cache of a core.
