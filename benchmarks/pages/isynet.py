@@ -253,7 +253,31 @@ def _downstream(record: RunRecord) -> list[str]:
     return [*lines, *table([*head, "boxes, AP50, %"], rows)]
 
 
+def _attention(record: RunRecord) -> list[str]:
+    """Return what a budget of seconds chose for attention, predicted and measured."""
+    config = record.config
+    rows = [
+        [
+            row["name"],
+            f"{row['predicted']:.2f}",
+            f"{row['measured']:.2f}",
+            f"{row['measured'] / row['predicted'] - 1:+.1%}",
+            f"{row['density']:.3f}",
+            f"{row['error']:.4f}",
+        ]
+        for row in record.numbers["results"]
+    ]
+    lines = [
+        f"The built-in model, {config['frames']} frames, {config['speed_up']:g} times the speed of "
+        f"dense attention asked for, CPU seconds of one thread, {record.device}:",
+        "",
+    ]
+    head = ["schedule", "predicted, s", "measured, s", "off by", "density", "error"]
+    return [*lines, *table(head, rows)]
+
+
 STUDIES = {
+    "attention": _attention,
     "search": _search,
     "twin": _search,
     "peers": _peers,
