@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -278,8 +279,9 @@ def test_a_client_that_does_not_take_its_answer_is_dropped(folder):
         asked = f"GET /api/video/{turn['trial']}/first HTTP/1.1\r\nHost: x\r\n"
         client.sendall(f"{asked}X-Rater: {joined['rater']}\r\n\r\n".encode())
         files = Path(f"/proc/{process.pid}/fd")
-        is_open = True
+        is_open, latest = True, time.monotonic() + 60
         while is_open:  # until the server has let go of the video
+            assert time.monotonic() < latest
             is_open = any(str(videos_folder(folder)) in _target(file) for file in files.iterdir())
 
 

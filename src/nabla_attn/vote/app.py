@@ -127,11 +127,25 @@ def _add_videos(app: FastAPI, study: Study, store: VoteStore, videos: int) -> No
             raise HTTPException(404, "not found.")
         pair = study.pair(found.pair_id)
         is_method = (side == "first") == found.is_swapped
-        file = _open_video(pair.method_video if is_method else pair.baseline_video, videos)
-        size = str(os.fstat(file.fileno()).st_size)
-        return StreamingResponse(
-            _read(file), media_type="video/mp4", headers={"Content-Length": size}
+        return _VideoResponse(
+            _open_video(pair.method_video if is_method else pair.baseline_video, videos)
         )
+
+
+class _VideoResponse(StreamingResponse):
+    """A video in pieces, whose file is closed when the answer ends, however it ends."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        size = str(os.fstat(file.fileno()).st_size)
+        super().__init__(_read(file), media_type="video/mp4", headers={"Content-Length": size})
+        self._file = file
+
+    async def __call__(self, *args: Any) -> None:
+        """Answer a request; a client that goes away leaves the reading where it is."""
+        try:
+            await super().__call__(*args)
+        finally:
+            self._file.close()
 
 
 def _open_video(name: str, videos: int) -> BinaryIO:
@@ -147,9 +161,8 @@ def _open_video(name: str, videos: int) -> BinaryIO:
 
 
 def _read(file: BinaryIO) -> Iterator[bytes]:
-    with file:
-        while chunk := file.read(CHUNK):
-            yield chunk
+    while chunk := file.read(CHUNK):
+        yield chunk
 
 
 def _add_results(app: FastAPI, study: Study, store: VoteStore) -> None:
