@@ -118,6 +118,11 @@ def study_downstream(
             images have another number of channels.
         ImportError: Pycocotools is missing.
     """
+    if data.few.channels != data.train.channels:
+        raise ValueError(
+            f"the few images must have {data.train.channels} channels as the training images: got "
+            f"{data.few.channels}."
+        )
     settings = {
         "architectures": [str(each) for each in architectures],
         "images": [len(data.train), len(data.few), len(data.objects), data.train.size],

@@ -135,6 +135,12 @@ def test_features_are_compared_at_classes_few_images_and_boxes(tmp_path, monkeyp
     assert run() == [own, other]
     with pytest.raises(ValueError, match="another families"):
         run(families=("regnet",))
+    grey = [open_source("digits", split, 16) for split in ("train", "test")]
+    with pytest.raises(ValueError, match="3 channels as the training images: got 1"):
+        study_downstream(
+            [ours], DownstreamData(train, test, *grey, *boxes), table, latency=1.0,
+            families=["resnet8"], folder=tmp_path / "y", plan=plan,
+        )  # fmt: skip
     with pytest.raises(ValueError, match="unknown family"):
         study_downstream(
             [ours], DownstreamData(train, test, *few, *boxes), table, latency=1.0,
