@@ -1,6 +1,7 @@
-"""What was measured on this machine: files in the user's cache, by device and PyTorch version.
+"""What this machine computes in, and what was measured on it.
 
-One of them says from which length on sparse attention wins: `nabla bench --crossover` measures it.
+Measurements are files in the user's cache, by device and PyTorch version. One of them says from
+which length on sparse attention wins: `nabla bench --crossover` measures it.
 """
 
 import os
@@ -17,6 +18,19 @@ from nabla_attn.record import RunRecord, describe_device
 VARIABLE = "NABLA_ATTN_CACHE"
 CROSSOVER = "bench-crossover"
 """The kind of the records of `nabla bench --crossover`."""
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for bfloat16.
+
+    A CPU without them takes many times as long for a product in bfloat16 as for one in float32.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    if device.type == "cpu":
+        features = torch.cpu.get_capabilities()
+        return any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False
 
 
 def cache_folder() -> Path:

@@ -13,6 +13,7 @@ from nabla_attn.generation.pipeline import (
     model_name,
 )
 from nabla_attn.generation.placement import resolve_device, resolve_dtype
+from nabla_attn.moving_shapes.loop import autocast
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -169,6 +170,24 @@ def test_devices_and_dtypes():
     assert resolve_device("cpu").type == "cpu"
     assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
     assert resolve_dtype("auto", torch.device("cpu")) in (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("features", "dtype"),
+    [
+        ({"avx2": True, "avx512_f": True}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16),
+        ({}, torch.float32),
+    ],
+)
+def test_a_cpu_computes_in_bfloat16_only_where_it_has_instructions(monkeypatch, features, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    device = torch.device("cpu")
+    assert resolve_dtype("auto", device) == dtype
+    with autocast(device):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == dtype
     for name in ("gpu", "cuda:99", "meta!"):
         with pytest.raises(ValueError, match="cannot be used here"):
             resolve_device(name)

@@ -62,6 +62,7 @@ CORRECTION = CorrectionPhase(
     optim=OPTIM,
     algorithms=("topk-0.5_tail-first",),
     draw_steps=(1,),
+    guided_share=0.5,
 )
 
 
@@ -220,12 +221,39 @@ def test_the_target_of_a_correction_is_the_ideal_video():
     near = torch.zeros(4, 8, 8, dtype=torch.bool)
     known = Known(ideal[None].float())
     text = CaptionEncoder(build_tokenizer(), build_text_encoder(0), num_tokens=14)
-    dense = dataclasses.replace(CORRECTION, algorithms=("dense",), plain_share=0.0)
+    dense = dataclasses.replace(
+        CORRECTION, algorithms=("dense",), plain_share=0.0, guided_share=0.0
+    )
     pair = corrections.Correction(drawn, ideal, near, "a red circle moving right")
+    loss = corrections.CorrectionLoss(known, None, [pair], text, dense)
     for number in range(20):
-        step = step_at(0, "corrected", number, 20)
-        assert corrections.correction_loss(known, [pair], text, dense, step) < 1e-6
+        assert loss(step_at(0, "corrected", number, 20)) < 1e-6
     assert min(known.levels) >= 0.5 and len(set(known.levels)) > 4
+
+
+def test_the_target_without_guidance_is_what_the_teacher_predicts_with_it():
+    class Teacher(torch.nn.Module):
+        def forward(self, noisy, timestep, encoder_hidden_states, return_dict):
+            return (noisy + (1.0 if encoder_hidden_states[0, 1].any() else 0.5),)
+
+    class Student(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, noisy, **_):
+            return (noisy + self.weight,)
+
+    pair = corrections.Correction(
+        *torch.randn(2, 16, 4, 8, 8).half(),
+        torch.zeros(4, 8, 8, dtype=torch.bool),
+        "a red circle moving right",
+    )
+    text = CaptionEncoder(build_tokenizer(), build_text_encoder(0), num_tokens=14)
+    guided = dataclasses.replace(CORRECTION, algorithms=("dense",), guided_share=1.0, guidance=3.0)
+    loss = corrections.CorrectionLoss(Student(), Teacher(), [pair], text, guided)
+    # 0.5 + 3 (1 - 0.5) = 2
+    assert loss(step_at(0, "guided", 0, 1)) < 1e-4
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from nabla_attn.errors import first_line
+from nabla_attn.machine import computes_bfloat16
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -152,13 +153,9 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
             known = ", ".join(("auto", *DTYPES, *SHORT_DTYPES))
             raise ValueError(f"unknown dtype {name!r}. Known: {known}.")
         return DTYPES[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if device.type == "cpu":
-        features = torch.cpu.get_capabilities()
-        native = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-        return torch.bfloat16 if native else torch.float32
-    return torch.float32
+    if computes_bfloat16(device):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def _need_package(package: str, asked: str) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from nabla_attn import apply
 from nabla_attn.files import whole_file
 from nabla_attn.moving_shapes.ideal import draw_twin, nearest_ideal
-from nabla_attn.moving_shapes.loop import RecipeStep
+from nabla_attn.moving_shapes.loop import RecipeStep, autocast
 from nabla_attn.moving_shapes.recipe import CorrectionPhase
 from nabla_attn.moving_shapes.scene import (
     HELD_OUT,
@@ -184,67 +184,114 @@ def _read(path: Path) -> Iterator[Correction]:
             yield Correction(drawn, ideal, near, caption)
 
 
-def correction_loss(
-    model: Any,
-    corrections: list[Correction],
-    text: CaptionEncoder,
-    phase: CorrectionPhase,
-    step: RecipeStep,
-) -> Tensor:
-    """Mean squared error of the velocity that leads from a noisy drawn video to the ideal one.
+@dataclass(frozen=True)
+class _Sample:
+    """One sample of a step; tensors have a batch of 1."""
 
-    A share of the samples are noisy ideal videos, as in ordinary training.
+    noisy: Tensor
+    level: Tensor
+    caption: str
+    ideal: Tensor
+    near: Tensor
+    importance: float
+
+
+class CorrectionLoss:
+    """The loss of a correction phase.
+
+    Most samples are noisy drawn videos, and their target is the velocity that leads to the ideal
+    one. A share are noisy ideal videos, as in ordinary training, and a share learn at the first
+    levels what the model predicted with guidance before the phase.
 
     Args:
-        model: The transformer.
+        model: The transformer that learns.
+        teacher: The transformer as it was; only asked where the phase has such samples.
         corrections: What to learn from.
         text: Encoder of the captions.
         phase: The phase.
-        step: The step, with all that is random about it.
     """
-    losses = [_sample_loss(model, corrections, text, phase, step) for _ in range(phase.batch)]
-    return torch.stack(losses).mean()
+
+    def __init__(
+        self,
+        model: Any,
+        teacher: Any,
+        corrections: list[Correction],
+        text: CaptionEncoder,
+        phase: CorrectionPhase,
+    ) -> None:
+        self._model, self._teacher, self._text = model, teacher, text
+        self._corrections, self._phase = corrections, phase
+        self._device = next(model.parameters()).device
+
+    def __call__(self, step: RecipeStep) -> Tensor:
+        """Mean squared error of the velocity over the samples of a step."""
+        samples = range(self._phase.batch)
+        return torch.stack([self._sample_loss(step) for _ in samples]).mean()
+
+    def _sample_loss(self, step: RecipeStep) -> Tensor:
+        is_guided = step.rng.random() < self._phase.guided_share
+        sample = self._draw(step, is_guided)
+        length = sample.noisy.shape[2]
+        algorithms = self._phase.algorithms
+        algorithm = "dense" if length < max(WINDOWS) // 2 else step.rng.choice(algorithms)
+        with _attention(self._model, algorithm):
+            predicted = self._predict(self._model, sample, sample.caption)
+        to_ideal = (sample.noisy - sample.ideal) / sample.level
+        goal = self._guided(sample) if is_guided else to_ideal
+        error = (predicted - goal).square().mean(1)
+        weight = 1 + FOREGROUND * sample.near
+        return sample.importance * (error * weight).sum() / weight.sum()
+
+    def _draw(self, step: RecipeStep, is_guided: bool) -> _Sample:
+        rng, phase = step.rng, self._phase
+        chosen = rng.choice(self._corrections)
+        part = _window(rng, chosen.ideal.shape[1])
+        ideal, drawn = chosen.ideal[None, :, part].float(), chosen.drawn[None, :, part].float()
+        is_plain = not is_guided and rng.random() < phase.plain_share
+        if is_plain:
+            drawn = ideal
+        elif rng.random() < phase.mild_share:
+            drawn = torch.lerp(ideal, drawn, phase.mildness)
+        if is_plain:
+            level = float(shift_levels(torch.tensor(rng.random()), phase.shift))
+        else:
+            level = rng.choice(phase.guided_levels) if is_guided else _level(phase, rng)
+        is_empty = not is_guided and rng.random() < EMPTY_SHARE
+        sigma = torch.tensor([level])
+        noise = torch.randn(ideal.shape, generator=step.generator)
+        return _Sample(
+            noisy=add_noise(drawn, noise, sigma).to(self._device),
+            level=sigma.to(self._device),
+            caption="" if is_empty else chosen.caption,
+            ideal=ideal.to(self._device),
+            near=chosen.near[None, part].to(self._device),
+            importance=1.0 if is_plain else min(1.0, level / FULL_LEVEL) ** 2,
+        )
+
+    def _predict(self, model: Any, sample: _Sample, caption: str) -> Tensor:
+        with autocast(self._device):
+            velocity = model(
+                sample.noisy,
+                timestep=sample.level * NUM_TRAIN_TIMESTEPS,
+                encoder_hidden_states=self._text([caption]).to(self._device),
+                return_dict=False,
+            )[0]
+        return velocity.float()
+
+    @torch.no_grad()
+    def _guided(self, sample: _Sample) -> Tensor:
+        """The teacher's velocity with guidance."""
+        with_text, without = (
+            self._predict(self._teacher, sample, caption) for caption in (sample.caption, "")
+        )
+        return without + self._phase.guidance * (with_text - without)
 
 
-def _sample_loss(
-    model: Any,
-    corrections: list[Correction],
-    text: CaptionEncoder,
-    phase: CorrectionPhase,
-    step: RecipeStep,
-) -> Tensor:
-    rng = step.rng
-    chosen = rng.choice(corrections)
-    is_plain = rng.random() < phase.plain_share
-    level = shift_levels(torch.tensor([rng.random()]), phase.shift)
-    if not is_plain:
-        level = torch.tensor([_level(phase, rng)])
-    length = min(rng.choice(WINDOWS), chosen.ideal.shape[1])
-    start = rng.choice((0, rng.randint(0, chosen.ideal.shape[1] - length)))
-    part = slice(start, start + length)
-    ideal, drawn = chosen.ideal[None, :, part].float(), chosen.drawn[None, :, part].float()
-    if is_plain:
-        drawn = ideal
-    elif rng.random() < phase.mild_share:
-        drawn = torch.lerp(ideal, drawn, phase.mildness)
-    caption = "" if rng.random() < EMPTY_SHARE else chosen.caption
-    noisy = add_noise(drawn, torch.randn(ideal.shape, generator=step.generator), level)
-    algorithm = "dense" if length < max(WINDOWS) // 2 else rng.choice(phase.algorithms)
-    device = next(model.parameters()).device
-    noisy, ideal, level, near = (
-        x.to(device) for x in (noisy, ideal, level, chosen.near[None, part])
-    )
-    with _attention(model, algorithm), torch.autocast(device.type, torch.bfloat16):
-        predicted = model(
-            noisy,
-            timestep=level * NUM_TRAIN_TIMESTEPS,
-            encoder_hidden_states=text([caption]).to(device),
-            return_dict=False,
-        )[0]
-    error = (predicted.float() - (noisy - ideal) / level).square().mean(1)
-    weight = 1 + FOREGROUND * near
-    share = 1.0 if is_plain else min(1.0, float(level) / FULL_LEVEL) ** 2
-    return share * (error * weight).sum() / weight.sum()
+def _window(rng: random.Random, frames: int) -> slice:
+    """Some latent frames of a video, often its first ones."""
+    length = min(rng.choice(WINDOWS), frames)
+    start = rng.choice((0, rng.randint(0, frames - length)))
+    return slice(start, start + length)
 
 
 def _level(phase: CorrectionPhase, rng: random.Random) -> float:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nabla_attn.distributed import stop_signals
 from nabla_attn.files import whole_file
+from nabla_attn.machine import computes_bfloat16
 from nabla_attn.moving_shapes.recipe import MuonConfig
 from nabla_attn.training.metrics import StepMetrics
 from nabla_attn.training.trainer import OnLog, rate_share
@@ -43,6 +44,11 @@ def step_at(seed: int, stage: str, number: int, total: int) -> RecipeStep:
     """Build the step `number` of a stage from the recipe's seed."""
     rng = random.Random(f"{seed} {stage} {number}")
     return RecipeStep(number, total, rng, torch.Generator().manual_seed(rng.getrandbits(63)))
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Products in bfloat16, where the device computes in it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=computes_bfloat16(device))
 
 
 @dataclass

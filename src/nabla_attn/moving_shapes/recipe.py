@@ -135,6 +135,10 @@ class CorrectionPhase:
         plain_share: Share of the samples that start from noise on the ideal video.
         mild_share: Share of the others that lie between the ideal and the drawn video.
         mildness: Where these lie, from 0, ideal, to 1, drawn.
+        guided_share: Share of all samples that learn what the model before the phase predicts with
+            guidance, at the first levels, so that the result needs none.
+        guidance: That guidance.
+        guided_levels: Noise levels of these samples.
     """
 
     name: str
@@ -153,6 +157,9 @@ class CorrectionPhase:
     plain_share: float = 0.25
     mild_share: float = 1 / 3
     mildness: float = 0.6
+    guided_share: float = 0.0
+    guidance: float = 3.0
+    guided_levels: tuple[float, ...] = (1.0, 1.0, 60 / 61, 24 / 25, 12 / 13)
 
 
 @dataclass(frozen=True)

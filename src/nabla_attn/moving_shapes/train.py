@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 
 from nabla_attn import apply
 from nabla_attn.files import write_text
-from nabla_attn.moving_shapes.corrections import correction_loss, draw_corrections
+from nabla_attn.moving_shapes.corrections import CorrectionLoss, draw_corrections
 from nabla_attn.moving_shapes.loop import RecipeStep, Stage, run_stage
 from nabla_attn.moving_shapes.recipe import BuiltinConfig, CorrectionPhase, TransformerPhase
 from nabla_attn.moving_shapes.scene import EXAMPLES, render, sample_scene
@@ -188,10 +189,12 @@ def train_correction(
     text, padding = _caption_encoder(config), PadWeight(config.text_tokens)
     padding.set(1.0)
     model = pipeline.transformer
+    teacher = deepcopy(model).requires_grad_(False)
+    loss = CorrectionLoss(model, teacher, corrections, text, phase)
 
     def loss_at(step: RecipeStep) -> torch.Tensor:
-        with padding.applied(model):
-            return correction_loss(model, corrections, text, phase, step)
+        with padding.applied(model), padding.applied(teacher):
+            return loss(step)
 
     return _run_phase(config, phase, model, loss_at, folder, on_log)
 

@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from nabla_attn.moving_shapes.loop import RecipeStep
+from nabla_attn.moving_shapes.loop import RecipeStep, autocast
 from nabla_attn.moving_shapes.recipe import TransformerPhase
 from nabla_attn.moving_shapes.scene import BACKGROUNDS, COLOURS, DIRECTIONS, KINDS, SIZES, describe
 from nabla_attn.moving_shapes.vae import LatentSet
@@ -193,7 +193,7 @@ def flow_loss(
     images: LatentSet | None = None,
     drop: float = 0.1,
 ) -> Tensor:
-    """Mean squared error of the predicted velocity, in bfloat16 autocast.
+    """Mean squared error of the predicted velocity.
 
     Args:
         model: The transformer.
@@ -209,7 +209,7 @@ def flow_loss(
     sigma = spread_times(step.number, len(latents), shift)
     device = next(model.parameters()).device
     latents, noise, sigma = (x.to(device) for x in (latents, noise, sigma))
-    with torch.autocast(device.type, torch.bfloat16):
+    with autocast(device):
         predicted = model(
             add_noise(latents, noise, sigma),
             timestep=sigma * NUM_TRAIN_TIMESTEPS,

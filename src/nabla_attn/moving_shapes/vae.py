@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nabla_attn.files import whole_file
-from nabla_attn.moving_shapes.loop import RecipeStep
+from nabla_attn.moving_shapes.loop import RecipeStep, autocast
 from nabla_attn.moving_shapes.recipe import VaeConfig, VaePhase
 from nabla_attn.moving_shapes.scene import BACKGROUNDS, Scene, Window, render, sample_scene
 from nabla_attn.progress import ProgressCallback, ignore_progress
@@ -131,7 +131,7 @@ def vae_loss(vae: AutoencoderKLWan, config: VaeConfig, step: RecipeStep) -> Tens
     video, background = (x.to(device) for x in draw_crops(phase_at(config, step.number), step.rng))
     distance = (video - background[:, :, None, None, None]).abs().amax(1, keepdim=True)
     near_shape = F.max_pool3d((distance > 0.1).float(), (1, 5, 5), stride=1, padding=(0, 2, 2))
-    with torch.autocast(device.type, torch.bfloat16):
+    with autocast(device):
         mean = encode_mean(vae, video)
         noise = torch.randn(mean.shape, generator=step.generator).to(device)
         rebuilt = decode_open(vae, mean + config.latent_noise * noise)
@@ -172,7 +172,7 @@ def _encode(vae: Any, scenes: list[Scene], frames: int, size: int) -> Tensor:
     videos = torch.stack([to_model_range(render(scene, frames, size, size)) for scene in scenes])
     mean, deviation = latent_scale(vae)
     device = next(vae.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16):
+    with autocast(device):
         latents = encode_mean(vae, videos.to(device))
     return ((latents.float().cpu() - mean) / deviation).half()
 
