@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from benchmarks.pages import correctness, isynet, methods, models, quality, speed, training
+from benchmarks.pages import correctness, isynet, methods, models, quality, samples, speed, training
 from nabla_attn.files import write_text
 
 
@@ -20,6 +20,7 @@ def main(docs: Path = Path("docs"), records: Path = Path("benchmarks/results")) 
     write_text(docs / "training_study.md", training.build_page(records))
     if (records / "quality").is_dir():
         quality.write_page(docs / "quality.md", records)
+    samples.write_page(docs / "samples.md", records)
     if (docs / "models.md").exists():
         models.write_table(docs / "models.md")
     if (docs / "methods.md").exists():

@@ -1,6 +1,9 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from nabla_attn import apply
 from nabla_attn.generation.generate import generate, warm_up
@@ -30,9 +33,35 @@ def test_same_seed_same_bytes(pipeline, algo):
     assert RunRecord.from_json(record.to_json()) == record
 
 
-def test_seed_and_algorithm_matter(pipeline):
-    from dataclasses import replace
+@pytest.fixture
+def stochastic(pipeline):
+    """A pipeline whose scheduler draws noise in every step and is given no generator."""
+    own = pipeline.scheduler
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
+    yield pipeline
+    pipeline.scheduler = own
 
+
+def test_noise_within_steps_follows_from_the_seed_too(stochastic):
+    first, _ = generate(stochastic, REQUEST)
+    torch.randn(3)
+    again, _ = generate(stochastic, REQUEST)
+    everything, _ = generate(stochastic, REQUEST.with_algo("nabla-1.0"))
+    other, _ = generate(stochastic, replace(REQUEST, seed=6))
+    assert first.tobytes() == again.tobytes()
+    # Sparse attention that keeps everything differs by rounding, not by other noise.
+    assert np.abs(first.astype(int) - everything).max() <= 1 < np.abs(first - other).max()
+
+
+def test_random_numbers_outside_go_on_as_if_nothing_was_drawn(stochastic):
+    torch.manual_seed(1)
+    wanted = torch.randn(4)
+    torch.manual_seed(1)
+    generate(stochastic, REQUEST)
+    assert torch.equal(torch.randn(4), wanted)
+
+
+def test_seed_and_algorithm_matter(pipeline):
     dense, _ = generate(pipeline, REQUEST)
     other, _ = generate(pipeline, replace(REQUEST, seed=6))
     sparse, _ = generate(pipeline, REQUEST.with_algo("nabla-0.1"))
@@ -109,8 +138,6 @@ def test_overflow_is_an_error_and_not_a_black_video(pipeline, monkeypatch):
 
 
 def test_one_frame(pipeline):
-    from dataclasses import replace
-
     frames, record = generate(pipeline, replace(REQUEST, frames=1, steps=1, guidance=1.0))
     assert frames.shape == (1, 128, 176, 3)
     assert record.numbers["tokens"]["frames"] == 1

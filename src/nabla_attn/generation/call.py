@@ -68,6 +68,7 @@ def sample(
         check_frames(pipeline, call)
         _check_call(pipeline, call, known)
         warn_of_unread(pipeline, call)
+        stack.enter_context(_seeded(request.seed))
         made = pipeline(**call)
     if getattr(made, "audio", None) is not None:
         warnings.warn(
@@ -76,6 +77,17 @@ def sample(
             stacklevel=2,
         )
     return made.frames
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Global random numbers that follow from the seed, for the time of a block.
+
+    Stochastic schedulers draw noise in every step, and not all are given the request's generator.
+    """
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager
