@@ -115,54 +115,6 @@ class TransformerPhase:
 
 
 @dataclass(frozen=True)
-class CorrectionPhase:
-    """A stage that learns from the model's own videos and the ideal ones nearest to them.
-
-    Attributes:
-        name: Names the stage.
-        size: Height and width in pixels.
-        frames: Frames of a video, 4 n + 1.
-        videos: Number of videos that the model draws.
-        twins: Moved, turned and recoloured copies of each.
-        steps: Number of steps.
-        batch: Videos a step.
-        shift: Shift of the noise levels of ideal videos.
-        optim: Optimiser settings.
-        algorithms: Attention while it draws and learns; a part of both is dense.
-        draw_steps: Numbers of sampling steps, one of them for each video.
-        draw_guidance: Values of guidance, one of them for each video.
-        levels: Noise levels at which the sampler calls the model, but for the first ones.
-        plain_share: Share of the samples that start from noise on the ideal video.
-        mild_share: Share of the others that lie between the ideal and the drawn video.
-        mildness: Where these lie, from 0, ideal, to 1, drawn.
-        guided_share: Share of all samples that learn what the model before the phase predicts with
-            guidance, at the first levels, so that the result needs none.
-        guidance: That guidance.
-        guided_levels: Noise levels of these samples.
-    """
-
-    name: str
-    size: int
-    frames: int
-    videos: int
-    twins: int
-    steps: int
-    batch: int
-    shift: float
-    optim: MuonConfig
-    algorithms: tuple[str, ...]
-    draw_steps: tuple[int, ...] = (6, 6, 6, 5)
-    draw_guidance: tuple[float, ...] = (3.0, 3.0, 2.5, 3.5)
-    levels: tuple[float, ...] = (24 / 25, 12 / 13, 6 / 7, 12 / 17)
-    plain_share: float = 0.25
-    mild_share: float = 1 / 3
-    mildness: float = 0.6
-    guided_share: float = 0.0
-    guidance: float = 3.0
-    guided_levels: tuple[float, ...] = (1.0, 1.0, 60 / 61, 24 / 25, 12 / 13)
-
-
-@dataclass(frozen=True)
 class Defaults:
     """How the finished model is used unless asked otherwise."""
 
@@ -182,7 +134,7 @@ class BuiltinConfig:
     seed: int
     text_tokens: int
     vae: VaeConfig
-    phases: tuple[TransformerPhase | CorrectionPhase, ...]
+    phases: tuple[TransformerPhase, ...]
     flow_shift: float
     defaults: Defaults
 

@@ -268,21 +268,12 @@ def describe(scene: Scene, rng: random.Random | None = None, drop: float = 0.25)
     """
     with_size = rng is None or rng.random() >= drop
     with_background = rng is None or rng.random() >= drop
-    shapes = tuple(
-        ShapeWords(shape.colour, shape.kind, shape.direction, shape.size if with_size else None)
-        for shape in scene.shapes
-    )
-    return write_caption(Words(shapes, scene.background if with_background else None))
-
-
-def write_caption(words: Words) -> str:
-    """The sentence that says `words`; `parse_caption` reads it back."""
     parts = []
-    for shape in words.shapes:
-        size = f"{shape.size} " if shape.size else ""
+    for shape in scene.shapes:
+        size = f"{shape.size} " if with_size else ""
         parts.append(f"a {size}{shape.colour} {shape.kind} moving {shape.direction}")
     sentence = " and ".join(parts)
-    return f"{sentence} on a {words.background} background" if words.background else sentence
+    return f"{sentence} on a {scene.background} background" if with_background else sentence
 
 
 def _any_of(words: Iterable[str]) -> str:

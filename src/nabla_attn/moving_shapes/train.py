@@ -1,9 +1,7 @@
 """The stages of the built-in model, each skipped when its result is already in the run folder."""
 
 import json
-from collections.abc import Callable
 from contextlib import nullcontext
-from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,8 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 
 from nabla_attn import apply
 from nabla_attn.files import write_text
-from nabla_attn.moving_shapes.corrections import CorrectionLoss, draw_corrections
 from nabla_attn.moving_shapes.loop import RecipeStep, Stage, run_stage
-from nabla_attn.moving_shapes.recipe import BuiltinConfig, CorrectionPhase, TransformerPhase
+from nabla_attn.moving_shapes.recipe import BuiltinConfig, TransformerPhase
 from nabla_attn.moving_shapes.scene import EXAMPLES, render, sample_scene
 from nabla_attn.moving_shapes.transformer import (
     CaptionEncoder,
@@ -102,12 +99,6 @@ def _sparse_step(model: WanTransformer3DModel, phase: TransformerPhase, step: Re
     return apply(model, f"nabla-{threshold}")
 
 
-def _caption_encoder(config: BuiltinConfig) -> CaptionEncoder:
-    return CaptionEncoder(
-        build_tokenizer(), build_text_encoder(config.seed), num_tokens=config.text_tokens
-    )
-
-
 def train_phase(
     config: BuiltinConfig,
     phase: TransformerPhase,
@@ -126,7 +117,9 @@ def train_phase(
         on_log: Called with the metrics of every step.
         device: Where it is trained.
     """
-    text = _caption_encoder(config)
+    text = CaptionEncoder(
+        build_tokenizer(), build_text_encoder(config.seed), num_tokens=config.text_tokens
+    )
     vae = AutoencoderKLWan.from_pretrained(folder / "vae").to(device)
 
     def encode(clips: int, frames: int) -> LatentSet:
@@ -155,58 +148,6 @@ def train_phase(
         with padding.applied(model), _sparse_step(model, phase, step):
             return flow_loss(model, clips, text, phase, step, images=images)
 
-    return _run_phase(config, phase, model, loss_at, folder, on_log)
-
-
-def train_correction(
-    config: BuiltinConfig,
-    phase: CorrectionPhase,
-    start: Path,
-    folder: Path,
-    on_log: OnLog,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Draw what a correction phase learns from, train it to `folder`/<phase>, return its record.
-
-    Args:
-        config: The recipe.
-        phase: Which phase.
-        start: The phase before.
-        folder: The run folder; what is drawn is kept in `folder`/<phase>-drawn.
-        on_log: Called with the metrics of every step.
-        device: Where it is drawn and trained.
-    """
-    name = f"draw-{phase.name}"
-    pipeline = build_pipeline(config, folder, start).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    corrections = draw_corrections(
-        pipeline,
-        phase,
-        folder / f"{phase.name}-drawn",
-        config.seed,
-        on_progress=lambda _, done, total: on_log(StepMetrics(done, total, {}, stage=name)),
-    )
-    text, padding = _caption_encoder(config), PadWeight(config.text_tokens)
-    padding.set(1.0)
-    model = pipeline.transformer
-    teacher = deepcopy(model).requires_grad_(False)
-    loss = CorrectionLoss(model, teacher, corrections, text, phase)
-
-    def loss_at(step: RecipeStep) -> torch.Tensor:
-        with padding.applied(model), padding.applied(teacher):
-            return loss(step)
-
-    return _run_phase(config, phase, model, loss_at, folder, on_log)
-
-
-def _run_phase(
-    config: BuiltinConfig,
-    phase: TransformerPhase | CorrectionPhase,
-    model: WanTransformer3DModel,
-    loss_at: Callable[[RecipeStep], torch.Tensor],
-    folder: Path,
-    on_log: OnLog,
-) -> dict[str, Any]:
     record = run_stage(
         Stage(
             name=phase.name,
@@ -223,20 +164,6 @@ def _run_phase(
     )
     save_model(model, folder / phase.name)
     return record
-
-
-def _train(
-    config: BuiltinConfig,
-    phase: TransformerPhase | CorrectionPhase,
-    start: Path | None,
-    folder: Path,
-    on_log: OnLog,
-    device: torch.device,
-) -> dict[str, Any]:
-    if isinstance(phase, TransformerPhase):
-        return train_phase(config, phase, start, folder, on_log, device)
-    assert start is not None, "a correction needs a model that draws"
-    return train_correction(config, phase, start, folder, on_log, device)
 
 
 def _load(model_class: Any, folder: Path) -> Any:
@@ -326,7 +253,7 @@ def train_builtin(
     start = None
     for phase in config.phases:
         if not (folder / phase.name).exists():
-            log.add(_train(config, phase, start, folder, on_log, place))
+            log.add(train_phase(config, phase, start, folder, on_log, place))
         start = folder / phase.name
     if not (folder / "pipeline").exists():
         assert start is not None, "a recipe has at least one phase"
