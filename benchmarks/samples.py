@@ -22,14 +22,16 @@ from benchmarks.judging import KEPT, trained_scenes
 from nabla_attn.files import whole_file
 from nabla_attn.media import read_video
 
-FRAMES = 6
+FRAMES = 5
 """Frames of a row, from the first to the last."""
 
 GAP = 4
 """Pixels between pictures."""
 
 COLOURS = 48
-"""Colours of a PNG: few, since the world has few."""
+"""Colours of a picture: few, since the world has few."""
+
+NO_DITHER = Image.Dither.NONE
 
 
 def main() -> None:
@@ -49,8 +51,7 @@ def main() -> None:
             ]
             write_sheet(rows, options.output / f"{seed:02d}.png")
     if options.demo:
-        videos = [read_video(path) for path in sorted(options.demo.glob("*.mp4"))]
-        write_gif(videos, options.gif)
+        write_gif(read_video(options.demo / "side_by_side.mp4"), options.gif)
 
 
 def read_frames(path: Path) -> NDArray[np.uint8]:
@@ -73,16 +74,18 @@ def write_sheet(videos: list[NDArray[np.uint8]], path: Path) -> None:
     """A row of frames for each video, as a PNG of few colours."""
     chosen = np.linspace(0, len(videos[0]) - 1, FRAMES).round().astype(int)
     rows = [beside([video[index] for index in chosen], 1) for video in videos]
-    picture = Image.fromarray(beside(rows, 0)).quantize(COLOURS, dither=Image.Dither.NONE)
+    picture = Image.fromarray(beside(rows, 0)).quantize(
+        COLOURS, Image.Quantize.MAXCOVERAGE, dither=NO_DITHER
+    )
     with whole_file(path) as temporary:
         picture.save(temporary, "PNG", optimize=True)
 
 
-def write_gif(videos: list[NDArray[np.uint8]], path: Path) -> None:
-    """The videos side by side, every second frame, in a loop."""
+def write_gif(video: NDArray[np.uint8], path: Path) -> None:
+    """Every second frame of a video, in a loop."""
     frames = [
-        Image.fromarray(beside(list(together), 1)).quantize(COLOURS, dither=Image.Dither.NONE)
-        for together in zip(*(video[::2] for video in videos), strict=True)
+        Image.fromarray(frame).quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=NO_DITHER)
+        for frame in video[::2]
     ]
     with whole_file(path) as temporary:
         frames[0].save(

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from benchmarks.choose_demo import choose
 from benchmarks.pages import samples as page
 from benchmarks.samples import write_gif, write_sheet
 from PIL import Image
@@ -63,13 +64,25 @@ def test_without_pictures_there_is_no_page(tmp_path):
 def test_a_sheet_has_a_row_for_each_video(tmp_path):
     write_sheet(videos(), tmp_path / "sheet.png")
     picture = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
-    assert picture.shape == (2 * 32 + 4, 6 * 48 + 5 * 4, 3)
+    assert picture.shape == (2 * 32 + 4, 5 * 48 + 4 * 4, 3)
     first, last = videos()[0][0], videos()[0][-1]
     assert np.array_equal(picture[:32, :48], first) and np.array_equal(picture[:32, -48:], last)
 
 
-def test_the_moving_picture_shows_videos_side_by_side(tmp_path):
-    write_gif(videos(3), tmp_path / "demo.gif")
+def test_the_moving_picture_shows_every_second_frame(tmp_path):
+    (video,) = videos(1)
+    write_gif(video, tmp_path / "demo.gif")
     moving = read_video(tmp_path / "demo.gif")
-    assert moving.shape == (5, 32, 3 * 48 + 2 * 4, 3)
-    assert np.array_equal(moving[2][:, 52:100], videos(3)[1][4])
+    assert moving.shape == (5, 32, 48, 3)
+    assert np.array_equal(moving[2], video[4])
+
+
+@pytest.mark.parametrize(("count", "seed"), [(1, 0), (3, 1), (4, 2)])
+def test_the_demo_shows_the_median_by_closeness(count, seed):
+    # The median of all four outlines is 15: the third is closer to it than the second.
+    outlines = (0, 20, 14, 16)
+    prompts = [
+        {"seed": index, "ssim": 0.9 + index / 100, "outline": outlines[index]}
+        for index in range(count)
+    ]
+    assert choose(prompts[::-1])["seed"] == seed
