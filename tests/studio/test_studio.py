@@ -17,6 +17,7 @@ from nabla_attn.generation.generate import generate
 from nabla_attn.generation.pipeline import load_pipeline
 from nabla_attn.generation.request import GenerationRequest
 from nabla_attn.moving_shapes.scene import HELD_OUT, parse_caption
+from nabla_attn.studio import pair
 from nabla_attn.studio.pair import FinishedVideo, Step, make_pair
 from nabla_attn.studio.session import (
     BLOCKS,
@@ -47,6 +48,25 @@ def test_dense_then_sparse_with_steps_between(pipeline):
     assert Step("nabla-0.4", "denoise", 1, 2) in events
     expected, _ = generate(pipeline, REQUEST)
     assert np.array_equal(sparse.frames, expected)
+
+
+def test_what_is_compiled_is_compiled_before_the_seconds_count(pipeline, monkeypatch):
+    calls = []
+
+    def heard(name):
+        real = getattr(pair, name)
+
+        def call(pipeline, request, **options):
+            calls.append((name, request.sparse_algo))
+            return real(pipeline, request, **options)
+
+        monkeypatch.setattr(pair, name, call)
+
+    heard("warm_up")
+    heard("generate")
+    list(make_pair(pipeline, REQUEST))
+    algorithm = REQUEST.sparse_algo
+    assert calls == [("generate", "dense"), ("warm_up", algorithm), ("generate", algorithm)]
 
 
 def test_closing_stops_the_work_and_leaves_the_model_clean(pipeline):

@@ -127,7 +127,7 @@ class Studio:
         steps: int,
         seed: int,
     ) -> Iterator[tuple[Any, Any, str, str]]:
-        """Yield (dense video, sparse video, summary, viewer) as they come.
+        """Yield (dense video, sparse video, summary, viewer); the videos come together at the end.
 
         Raises:
             gradio.Error: Something went wrong; the message is for the user.
@@ -161,18 +161,18 @@ class Studio:
         for video in Path(self._folder.name).glob("*.mp4"):
             video.unlink()
         finished: list[FinishedVideo] = []
-        paths: list[str | None] = [None, None]
         pair = make_pair(pipeline, request)
         try:
             for event in pair:
                 if isinstance(event, FinishedVideo):
-                    paths[len(finished)] = self._write(event, fps)
                     finished.append(event)
                 else:
-                    yield paths[0], paths[1], describe_step(event), ""
+                    yield None, None, describe_step(event), ""
         finally:
             pair.close()
-        yield paths[0], paths[1], describe_pair(*finished), embed_view(finished[1])
+        # Both together: a browser that plays the first would take time from the second.
+        dense, sparse = (self._write(video, fps) for video in finished)
+        yield dense, sparse, describe_pair(*finished), embed_view(finished[1])
 
     def _pipeline(self, model: str, adapter: str) -> Any:
         if self._loaded is None or self._loaded[0] != (model, adapter):
