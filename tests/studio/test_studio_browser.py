@@ -1,4 +1,8 @@
-"""The studio in real Chromium. SCREENSHOTS=docs/images writes the picture of the docs."""
+"""The studio in real Chromium.
+
+SCREENSHOTS=docs/images writes the picture of the docs; with OMP_WAIT_POLICY=PASSIVE, which the
+command line sets, its seconds are those that a user sees.
+"""
 
 import json
 import re
