@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.choose_demo import ALGORITHM
-from benchmarks.judging import KEPT, trained_scenes
 from nabla_attn.files import whole_file
 from nabla_attn.media import read_video
 
@@ -44,7 +43,7 @@ def main() -> None:
     parser.add_argument("--gif", type=Path, default=Path("docs/images/demo.gif"))
     options = parser.parse_args()
     if options.videos:
-        for seed in range(len(trained_scenes(options.count))):
+        for seed in range(options.count):
             rows = [
                 read_frames(options.videos / "trained" / algorithm / f"{seed:04d}.npz")
                 for algorithm in ("dense", ALGORITHM)
@@ -57,7 +56,6 @@ def main() -> None:
 def read_frames(path: Path) -> NDArray[np.uint8]:
     """Frames that `judging.make_video` kept."""
     with np.load(path) as kept:
-        assert set(KEPT) <= set(kept.files), "a video of judging.make_video"
         return kept["frames"]
 
 

@@ -171,6 +171,12 @@ def test_devices_and_dtypes():
     assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
     assert resolve_dtype("auto", torch.device("cpu")) in (torch.float32, torch.bfloat16)
 
+    for name in ("gpu", "cuda:99", "meta!"):
+        with pytest.raises(ValueError, match="cannot be used here"):
+            resolve_device(name)
+    with pytest.raises(ValueError, match=r"unknown dtype 'int8'\. Known: auto, float32"):
+        resolve_dtype("int8", torch.device("cpu"))
+
 
 @pytest.mark.parametrize(
     ("features", "dtype"),
@@ -188,11 +194,6 @@ def test_a_cpu_computes_in_bfloat16_only_where_it_has_instructions(monkeypatch, 
     with autocast(device):
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert product.dtype == dtype
-    for name in ("gpu", "cuda:99", "meta!"):
-        with pytest.raises(ValueError, match="cannot be used here"):
-            resolve_device(name)
-    with pytest.raises(ValueError, match=r"unknown dtype 'int8'\. Known: auto, float32"):
-        resolve_dtype("int8", torch.device("cpu"))
 
 
 def test_builtin_is_a_directory_or_says_how_to_get_one(monkeypatch, tmp_path):

@@ -83,7 +83,7 @@ class Stage:
 class FloatMuon(torch.optim.Muon):
     """`torch.optim.Muon` with its matrix products in float32.
 
-    torch makes them in bfloat16, which takes a CPU without instructions for it fifty times as long.
+    torch makes them in bfloat16, which takes a CPU without instructions for it many times as long.
     """
 
     @torch.no_grad()
