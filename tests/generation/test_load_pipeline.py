@@ -170,7 +170,6 @@ def test_devices_and_dtypes():
     assert resolve_device("cpu").type == "cpu"
     assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
     assert resolve_dtype("auto", torch.device("cpu")) in (torch.float32, torch.bfloat16)
-
     for name in ("gpu", "cuda:99", "meta!"):
         with pytest.raises(ValueError, match="cannot be used here"):
             resolve_device(name)
