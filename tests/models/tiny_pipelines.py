@@ -209,7 +209,10 @@ def helios_pyramid():
     from diffusers import HeliosPyramidPipeline, HeliosScheduler
 
     pipeline, arguments = helios()
-    pipeline = HeliosPyramidPipeline(**pipeline.components | {"scheduler": HeliosScheduler()})
+    # At diffusers' own gamma of a third the covariance of a block's noise is singular: whether its
+    # factorization succeeds is a matter of how a CPU rounds.
+    scheduler = HeliosScheduler(gamma=0.3)
+    pipeline = HeliosPyramidPipeline(**pipeline.components | {"scheduler": scheduler})
     del arguments["num_inference_steps"]
     return pipeline, arguments | dict(
         num_frames=18, height=128, width=128, pyramid_num_inference_steps_list=[2, 3, 2]

@@ -134,6 +134,12 @@ def test_vace_follows_a_source_video(tmp_path):
         generate_wan(WanRequest(**{**request.__dict__, "frames": 9}))
 
 
+def assert_same_pictures(first, second):
+    """Equal but for rounding: where weights lie in memory decides how a CPU sums in float32."""
+    assert first.shape == second.shape
+    assert np.abs(first.astype(int) - second).max() <= 1
+
+
 def test_converted_directory_gives_the_same_video(tmp_path):
     from nabla_attn.wan.convert import convert_wan
 
@@ -142,7 +148,7 @@ def test_converted_directory_gives_the_same_video(tmp_path):
     options = {"size": "128*128", "frames": 5, "steps": 2, "seed": 4}
     original, _ = generate_wan(WanRequest(source, "a", **options))
     converted, record = generate_wan(WanRequest(target, "a", **options))
-    assert np.array_equal(original, converted)
+    assert_same_pictures(original, converted)
     assert record.config["sparse_algo"] == "nabla-0.5"
     with pytest.raises(ValueError, match="is a WanPipeline, vace-14B needs a WanVACEPipeline"):
         generate_wan(WanRequest(target, "a", "vace-14B", **options))
@@ -166,7 +172,7 @@ def test_converted_directories_see_images_as_their_checkpoints(tmp_path, image, 
     options = {"size": "128*128", "frames": 5, "steps": 1, "seed": 4}
     options["inputs"] = dict.fromkeys(TASKS[task].flags, image)
     videos = [generate_wan(WanRequest(at, "a", task, **options))[0] for at in (source, target)]
-    assert np.array_equal(*videos)
+    assert_same_pictures(*videos)
 
 
 def test_prompt_extension_by_a_local_model(tmp_path):
