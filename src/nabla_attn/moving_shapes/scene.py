@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice, product
-from math import ceil, floor
 from typing import Any
 
 import numpy as np
@@ -30,12 +29,8 @@ DIRECTIONS: dict[str, tuple[int, int]] = {
 SIZES: dict[str, float] = {"small": 0.14, "large": 0.22}
 """Half the width of a shape's bounding box, as a share of the frame's shorter side."""
 
-TRAVEL = 0.5
+TRAVEL = 0.4
 """Share of the frame that a shape crosses from the first frame to the last."""
-
-LANES = 4
-"""Steps, a side, of the grid on which a shape starts that is alone. Three lanes are left for every
-direction: few enough that a small model draws outlines as they are, and that a seed shows."""
 
 MARGIN = 0.02
 """Share of the frame kept free between a shape and the frame's edge, and between shapes."""
@@ -82,7 +77,7 @@ class Shape:
         """(colour, kind, direction), which the held-out split is made of."""
         return (self.colour, self.kind, self.direction)
 
-    def centre(self, time: Any) -> tuple[Any, Any]:
+    def centre(self, time: float | NDArray) -> tuple[Any, Any]:
         """Centre (x, y) as shares of the frame, at a time or times from 0 (first frame) to 1."""
         step_x, step_y = DIRECTIONS[self.direction]
         return self.x + TRAVEL * step_x * time, self.y + TRAVEL * step_y * time
@@ -96,39 +91,20 @@ class Scene:
     background: str
 
 
-def _start(rng: random.Random, radius: float, step: int, *, is_alone: bool) -> float:
+def _start(rng: random.Random, radius: float, step: int) -> float:
     """Draw one coordinate of the first centre so that the shape stays inside the frame."""
-    low = radius + MARGIN - min(step, 0) * TRAVEL
-    high = 1 - radius - MARGIN - max(step, 0) * TRAVEL
-    if is_alone:
-        return rng.randint(ceil(low * LANES), floor(high * LANES)) / LANES
-    return rng.uniform(low, high)
+    low, high = radius + MARGIN, 1 - radius - MARGIN
+    return rng.uniform(low - min(step, 0) * TRAVEL, high - max(step, 0) * TRAVEL)
 
 
 def place_shape(
-    rng: random.Random,
-    colour: str,
-    kind: str,
-    direction: str,
-    size: str | None = None,
-    *,
-    is_alone: bool = True,
+    rng: random.Random, colour: str, kind: str, direction: str, size: str | None = None
 ) -> Shape:
-    """Place a described shape at random, wholly inside the frame from first to last frame.
-
-    Args:
-        rng: Random numbers.
-        colour: Name of its colour.
-        kind: Its kind.
-        direction: The way it goes.
-        size: Its size; None draws one.
-        is_alone: Whether it starts in one of the lanes (`LANES`), or anywhere.
-    """
+    """Place a described shape at random, wholly inside the frame from first to last frame."""
     size = size or rng.choice(list(SIZES))
     step_x, step_y = DIRECTIONS[direction]
     radius = SIZES[size]
-    x = _start(rng, radius, step_x, is_alone=is_alone)
-    y = _start(rng, radius, step_y, is_alone=is_alone)
+    x, y = _start(rng, radius, step_x), _start(rng, radius, step_y)
     return Shape(colour, kind, direction, size, x, y)
 
 
@@ -140,18 +116,18 @@ def _collide(first: Shape, second: Shape) -> bool:
     return bool(distance.min() < first.radius + second.radius + MARGIN)
 
 
-def _sample_shape(rng: random.Random, colour: str, *, is_alone: bool) -> Shape:
+def _sample_shape(rng: random.Random, colour: str) -> Shape:
     while True:
         kind, direction = rng.choice(KINDS), rng.choice(list(DIRECTIONS))
         if (colour, kind, direction) not in HELD_OUT:
-            return place_shape(rng, colour, kind, direction, is_alone=is_alone)
+            return place_shape(rng, colour, kind, direction)
 
 
 def _sample_apart(rng: random.Random, colour: str, others: list[Shape]) -> Shape:
     """Draw a shape that collides with no other; where none fits, one of the others moves away."""
     while True:
         for _ in range(20):
-            shape = _sample_shape(rng, colour, is_alone=False)
+            shape = _sample_shape(rng, colour)
             if not any(_collide(shape, other) for other in others):
                 return shape
         index = rng.randrange(len(others))
@@ -161,8 +137,6 @@ def _sample_apart(rng: random.Random, colour: str, others: list[Shape]) -> Shape
 
 def sample_scene(seed: int, num_shapes: int = 1) -> Scene:
     """Draw a training scene: colours differ, nothing collides, no held-out triple occurs.
-
-    A shape that is alone starts in one of three lanes, several start anywhere.
 
     Args:
         seed: Seed of the scene.
@@ -175,8 +149,6 @@ def sample_scene(seed: int, num_shapes: int = 1) -> Scene:
         raise ValueError(f"num_shapes must be 1, 2 or 3: got {num_shapes}.")
     rng = random.Random(seed)
     background = rng.choice(list(BACKGROUNDS))
-    if num_shapes == 1:
-        return Scene((_sample_shape(rng, rng.choice(list(COLOURS)), is_alone=True),), background)
     shapes: list[Shape] = []
     for colour in rng.sample(list(COLOURS), num_shapes):
         shapes.append(_sample_apart(rng, colour, shapes))

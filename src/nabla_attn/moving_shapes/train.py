@@ -12,7 +12,6 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from nabla_attn import apply
 from nabla_attn.files import write_text
 from nabla_attn.moving_shapes.loop import RecipeStep, Stage, run_stage
-from nabla_attn.moving_shapes.places import place_probe
 from nabla_attn.moving_shapes.recipe import BuiltinConfig, TransformerPhase
 from nabla_attn.moving_shapes.scene import EXAMPLES, render, sample_scene
 from nabla_attn.moving_shapes.transformer import (
@@ -91,16 +90,13 @@ def train_vae(
 
 
 def _sparse_step(model: WanTransformer3DModel, phase: TransformerPhase, step: RecipeStep) -> Any:
-    """Attention of one step: the phase's, NABLA with a random threshold, or dense.
-
-    Images are always dense.
-    """
-    is_dense = phase.algorithm is None and phase.thresholds is None
-    if is_dense or is_image_step(phase, step.number) or step.rng.random() < phase.dense_share:
+    """Attention of one step: NABLA with a random threshold, or dense; images are always dense."""
+    if phase.thresholds is None or is_image_step(phase, step.number):
         return nullcontext()
-    if phase.thresholds is None:
-        return apply(model, phase.algorithm)
-    return apply(model, f"nabla-{round(step.rng.uniform(*phase.thresholds), 3)}")
+    if step.rng.random() < phase.dense_share:
+        return nullcontext()
+    threshold = round(step.rng.uniform(*phase.thresholds), 3)
+    return apply(model, f"nabla-{threshold}")
 
 
 def train_phase(
@@ -150,23 +146,22 @@ def train_phase(
         low, high = phase.padding
         padding.set(low + (high - low) * step.progress)
         with padding.applied(model), _sparse_step(model, phase, step):
-            return flow_loss(model, clips, text, phase, step, images=images, probe=probe)
+            return flow_loss(model, clips, text, phase, step, images=images)
 
-    with place_probe(model) if phase.place_weight else nullcontext() as probe:
-        record = run_stage(
-            Stage(
-                name=phase.name,
-                folder=folder,
-                module=model,
-                loss_at=loss_at,
-                is_hidden=is_hidden_matrix,
-                optim=phase.optim,
-                steps=phase.steps,
-                seed=config.seed,
-                save_every=100,
-                on_log=on_log,
-            )
+    record = run_stage(
+        Stage(
+            name=phase.name,
+            folder=folder,
+            module=model,
+            loss_at=loss_at,
+            is_hidden=is_hidden_matrix,
+            optim=phase.optim,
+            steps=phase.steps,
+            seed=config.seed,
+            save_every=100,
+            on_log=on_log,
         )
+    )
     save_model(model, folder / phase.name)
     return record
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from nabla_attn.moving_shapes.loop import RecipeStep, autocast
-from nabla_attn.moving_shapes.places import PlaceProbe
 from nabla_attn.moving_shapes.recipe import TransformerPhase
 from nabla_attn.moving_shapes.scene import BACKGROUNDS, COLOURS, DIRECTIONS, KINDS, SIZES, describe
 from nabla_attn.moving_shapes.vae import LatentSet
@@ -192,10 +191,9 @@ def flow_loss(
     step: RecipeStep,
     *,
     images: LatentSet | None = None,
-    probe: PlaceProbe | None = None,
     drop: float = 0.1,
 ) -> Tensor:
-    """Mean squared error of the predicted velocity, and with a probe the loss of places.
+    """Mean squared error of the predicted velocity.
 
     Args:
         model: The transformer.
@@ -204,7 +202,6 @@ def flow_loss(
         phase: The stage.
         step: The step, with all that is random about it.
         images: Clips that image steps draw from; None takes `clips`.
-        probe: The model's probe, if it is taught where tokens lie.
         drop: Share of the captions left empty, for guidance.
     """
     latents, captions, shift = _draw(clips, images or clips, phase, step, drop)
@@ -219,10 +216,7 @@ def flow_loss(
             encoder_hidden_states=text(captions).to(device),
             return_dict=False,
         )[0]
-    error = (predicted.float() - flow_target(latents, noise)).square().mean()
-    if probe is None:
-        return error
-    return error + phase.place_weight * probe.loss(tuple(latents.shape[2:]))
+    return (predicted.float() - flow_target(latents, noise)).square().mean()
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
