@@ -23,6 +23,9 @@ MAX_DRAWS = 20_000
 WALK_STEPS = 300
 """Changes tried on a random architecture before another one is drawn."""
 
+MAX_LOST = 50
+"""Architectures walked to the band before a search that found none within it gives up."""
+
 ESTIMATE_ERROR = 1.25
 """Factor by which an estimate may lie outside of the band before blocks are measured."""
 
@@ -203,7 +206,9 @@ def _draw(
         estimate.learn(parent.architecture)
     low, high = latency
     drawn: list[Architecture] = []
-    for _ in range(MAX_DRAWS):
+    draws = 0
+    while draws < (MAX_DRAWS if drawn or parents else MAX_LOST):
+        draws += 1
         if parents:
             architecture = space.mutate(rng.choice(parents).architecture, rng)
         else:
@@ -218,7 +223,7 @@ def _draw(
             if len(drawn) == plan.population:
                 return drawn
     raise ValueError(
-        f"only {len(drawn)} of {MAX_DRAWS} architectures take {latency[0] * 1e3:.4g} to "
+        f"only {len(drawn)} of {draws} architectures take {latency[0] * 1e3:.4g} to "
         f"{latency[1] * 1e3:.4g} ms an image. Widen the band or change the space."
     )
 
@@ -229,6 +234,7 @@ class _Estimate:
     def __init__(self, table: LatencyTable) -> None:
         self._table = table
         self._rates: list[float] = []
+        self._known: dict[Architecture, float] = {}
 
     def learn(self, architecture: Architecture) -> float:
         """Seconds by the table, which tell the rate of the next ones."""
@@ -243,11 +249,13 @@ class _Estimate:
         return self._matrix(architecture) / statistics.median(self._rates[-5:])
 
     def _matrix(self, architecture: Architecture) -> float:
-        now = self._table.conditions
-        work = count_work(
-            architecture, now.size, in_chans=now.in_chans, num_classes=now.num_classes
-        )
-        return work.matrix
+        if architecture not in self._known:
+            now = self._table.conditions
+            work = count_work(
+                architecture, now.size, in_chans=now.in_chans, num_classes=now.num_classes
+            )
+            self._known[architecture] = work.matrix
+        return self._known[architecture]
 
 
 def _walk(
