@@ -23,8 +23,8 @@ MAX_DRAWS = 20_000
 WALK_STEPS = 300
 """Changes tried on a random architecture before another one is drawn."""
 
-MAX_LOST = 50
-"""Architectures walked to the band before a search that found none within it gives up."""
+MAX_WALKS = 50
+"""Walks to the band before a search that found no architecture within it gives up."""
 
 ESTIMATE_ERROR = 1.25
 """Factor by which an estimate may lie outside of the band before blocks are measured."""
@@ -207,7 +207,7 @@ def _draw(
     low, high = latency
     drawn: list[Architecture] = []
     draws = 0
-    while draws < (MAX_DRAWS if drawn or parents else MAX_LOST):
+    while draws < (MAX_DRAWS if drawn or parents else MAX_WALKS):
         draws += 1
         if parents:
             architecture = space.mutate(rng.choice(parents).architecture, rng)

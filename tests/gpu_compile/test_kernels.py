@@ -9,12 +9,6 @@ ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 LARGE, RAGGED, SMALL = (21, 45, 80), (3, 20, 24), (3, 16, 24)
 
 
-def some_of(*names):
-    """All architectures; those that are not named are slow tests."""
-    slow = pytest.mark.slow
-    return [pytest.param(name, marks=() if name in names else slow) for name in ARCHITECTURES]
-
-
 def kernels_of(answer, direction="flex_attention"):
     # What scales the gradient of a log-sum-exp is named behind the kernel.
     name = re.compile(rf"triton_tem_fused_{direction}(_mul)?_\d+")
@@ -89,7 +83,7 @@ def test_a_single_block_is_no_case_for_the_decoding_kernel(lab):
     assert check(kernel_of(answer))["warps"] == 4
 
 
-@pytest.mark.parametrize("architecture", some_of("sm_80", "sm_90", "sm_120"))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_backward_has_kernels_and_fits(lab, architecture):
     answer = lab.attention(architecture, grids=[RAGGED], needs_backward=True)
     is_tuned = architecture in ("sm_90", "sm_100")
@@ -149,7 +143,14 @@ def test_flash_would_see_a_mask_even_where_nothing_is_ragged(lab):
     assert answer["trivial_masks"] == [False]
 
 
-@pytest.mark.parametrize("architecture", some_of("sm_90"))
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "sm_90",
+        "sm_120",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("sm_80", "sm_89", "sm_100")),
+    ],
+)
 def test_pooling_selection_and_tables_compile(lab, architecture):
     answer = lab.attention(architecture, grids=[LARGE], only_templates=False)
     others = [kernel for kernel in answer["kernels"] if not kernel["is_template"]]
