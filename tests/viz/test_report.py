@@ -20,10 +20,13 @@ from nabla_attn.viz.verdict import judge_run
 MEASURES = ("density", "kept_mass", "true_mass", "best_mass", "output_error")
 
 
-def write_run(folder, num_prompts=3, prompt="a red circle moving right {}"):
+ALGORITHMS = (("dense", 1.0), ("nabla-0.7", 0.4), ("sta-3-3-3", 0.3))
+
+
+def write_run(folder, num_prompts=3, prompt="a red circle moving right {}", algorithms=ALGORITHMS):
     """Made-up records in the layout of `nabla evaluate`."""
     rng = np.random.default_rng(0)
-    for algo, density in (("dense", 1.0), ("nabla-0.7", 0.4), ("sta-3-3-3", 0.3)):
+    for algo, density in algorithms:
         for index in range(num_prompts):
             config = {
                 "prompt": prompt.format(index), "sparse_algo": algo, "height": 32, "width": 48,
@@ -40,7 +43,9 @@ def write_run(folder, num_prompts=3, prompt="a red circle moving right {}"):
                     "psnr": None if is_dense else 20 + float(rng.uniform()), "ssim": 0.9,
                     "motion_psnr": None if is_dense else 30.0, "motion_ssim": 0.9,
                 },
-                "to_prompt": {"world": {"colour": True, "all": bool(rng.uniform() > 0.3)}},
+                "to_prompt": {
+                    "world": {"colour": True, "outline": 0.8, "all": bool(rng.uniform() > 0.3)}
+                },
             }  # fmt: skip
             if not is_dense:
                 numbers["probe"] = {name: density for name in MEASURES} | {
