@@ -56,7 +56,7 @@ def test_tails_stand_before_the_first_study(tmp_path):
     write_run(records / "quality")
     write_run(
         records / "quality_tails",
-        algorithms=(("dense", 1.0), (quality.DEFAULT, 0.2), ("topk-0.1", 0.1)),
+        algorithms=(("dense", 1.0), (quality.BEFORE_TAILS, 0.2), ("topk-0.1", 0.1)),
     )
     rows = [
         {"dense": look(1.0, 0.9), "no tail": look(0.8, 0.8), "mean": look(0.7, 0.75)},
@@ -75,7 +75,7 @@ def test_tails_stand_before_the_first_study(tmp_path):
     places = [text.index(title) for title in titles]
     assert places == sorted(places)
     same = "+0.000 \\[+0.000, +0.000\\]"
-    assert f"| topk-0.1 | 10.0% | {same} | {same} | 0.50 |" in text
+    assert f"| topk-0.1 | 10.0% | 0.0% | {same} | {same} | 0.50 |" in text
     assert "| mean | 0.650 | -0.200 \\[-1.471, +1.071\\] | 0.800 |" in text
     assert "| no tail | 0.850 |  | 0.800 |" in text
     assert "2 held-out prompts, 128x64, 9 frames." in text

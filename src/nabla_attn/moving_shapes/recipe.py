@@ -265,5 +265,5 @@ def builtin() -> BuiltinConfig:
             ),
         ),
         flow_shift=12.0,
-        defaults=Defaults(128, 128, 61, 6, 3.0, 15, "nabla-0.2_sta-3-3-3"),
+        defaults=Defaults(128, 128, 61, 6, 3.0, 15, "topk-0.25_tail-first"),
     )
