@@ -3,6 +3,7 @@ import pytest
 from PIL import Image
 
 from nabla_attn.record import RunRecord, collect_versions
+from nabla_attn.viz import contact_sheet
 from nabla_attn.viz.contact_sheet import draw_contact_sheet
 from nabla_attn.viz.side_by_side import join_side_by_side
 
@@ -58,8 +59,6 @@ def test_every_video_has_its_row_of_frames(tmp_path, frames, shown):
 
 
 def test_a_long_prompt_without_spaces_is_cut_and_not_dropped(monkeypatch):
-    from nabla_attn.viz import contact_sheet
-
     texts = []
     _, record = video("dense")
     record.config["prompt"] = "红" * 500
@@ -70,6 +69,19 @@ def test_a_long_prompt_without_spaces_is_cut_and_not_dropped(monkeypatch):
     )
     contact_sheet._draw_header(contact_sheet._Canvas(None, 10.0, 3.0), record)
     assert "红" * 50 in texts[0] and texts[0].endswith("…”")
+
+
+def test_a_long_name_of_an_algorithm_ends_before_the_frames(tmp_path):
+    frames, record = video("nabla-0.7")
+    record.config["sparse_algo"] = "nabla-0.2_topk-0.05_sta-3-3-3_tail-first"
+    draw_contact_sheet([video("dense"), (frames, record)], tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        sheet = np.asarray(image.convert("L"))
+    edge = int((contact_sheet.MARGIN + contact_sheet.LABEL) * contact_sheet.DPI) - 8
+    name = sheet[: sheet.shape[0] // 2 + 150, edge - 120 : edge - 15].min()
+    assert name < 100, "the name fills its room"
+    strip = sheet[170:-90, edge : edge + 4]
+    assert (strip > 200).all(), "nothing but thin rules stands in front of the frames"
 
 
 def test_same_records_same_bytes(tmp_path):

@@ -90,10 +90,17 @@ class _Canvas:
             spine.set(color=RULE, linewidth=0.6)
         return axes
 
-    def text(self, left: float, top: float, text: str, size: float, **style: Any) -> None:
+    def text(
+        self, left: float, top: float, text: str, size: float, *, room: float = 1e9, **style: Any
+    ) -> None:
+        """Write a text, smaller where it would be wider than `room` inches."""
         # Prompts are data: a dollar sign in one must not start mathematics.
         style = {"color": INK, "va": "top", "parse_math": False} | style
-        self.figure.text(left / self.width, 1 - top / self.height, text, fontsize=size, **style)
+        artist = self.figure.text(
+            left / self.width, 1 - top / self.height, text, fontsize=size, **style
+        )
+        width = artist.get_window_extent().width / self.figure.dpi
+        artist.set_fontsize(size * min(1.0, room / width))
 
     def line(self, left: float, top: float, right: float) -> None:
         from matplotlib.lines import Line2D
@@ -128,7 +135,7 @@ def _draw_label(canvas: _Canvas, record: RunRecord, top: float, row: float, slow
     to_dense = numbers.get("to_dense", {})
     is_dense = algo == "dense"
     top += (row - 1.2) / 2
-    canvas.text(MARGIN, top, algo, 12, weight="bold")
+    canvas.text(MARGIN, top, algo, 12, room=LABEL - GAP, weight="bold")
     pairs = "every token pair" if is_dense else f"{1 - kept:.0%} sparse, {kept:.0%} of pairs kept"
     canvas.text(MARGIN, top + 0.27, pairs, 8.5, color=MUTED)
     length = LABEL - 0.35
