@@ -9,6 +9,7 @@ from nabla_attn.moving_shapes.transformer import (
     build_text_encoder,
     build_tokenizer,
     build_transformer,
+    insert_blocks,
 )
 
 
@@ -65,3 +66,21 @@ def test_pad_weight_of_zero_changes_nothing(encode):
         with PadWeight(14).applied(model):
             inside = model(latents, times, encode([""]), return_dict=False)[0]
     assert torch.equal(before, inside)
+
+
+def test_a_deeper_model_computes_the_same_and_learns_in_its_new_blocks(encode):
+    torch.manual_seed(0)
+    model = build_transformer(0).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    deeper = insert_blocks(model, (3, 5)).eval()
+    assert deeper.config.num_layers == len(deeper.blocks) == 8
+    for old, new in zip((0, 1, 2, 3, 4, 5), (0, 1, 2, 4, 6, 7), strict=True):
+        weights = (m.blocks[i].ffn.net[2].weight for m, i in ((model, old), (deeper, new)))
+        assert torch.equal(*weights), f"block {old} is block {new} now"
+    inputs = torch.randn(2, 16, 2, 4, 4), torch.tensor([900.0, 100.0]), encode(["", "a red circle"])
+    found = deeper(*inputs, return_dict=False)[0]
+    with torch.no_grad():
+        assert torch.allclose(found, model(*inputs, return_dict=False)[0], atol=1e-5)
+    found.square().sum().backward()
+    assert deeper.blocks[3].ffn.net[2].weight.grad.any()

@@ -2,6 +2,7 @@ import pytest
 
 from nabla_attn.moving_shapes import describe, held_out_scenes, render
 from nabla_attn.moving_shapes.judge import MovingShapesScorer
+from nabla_attn.moving_shapes.scene import lanes
 
 WORLD = MovingShapesScorer()
 
@@ -21,9 +22,17 @@ def test_prompts_are_scored_by_what_they_name():
     assert WORLD.score(video, "two cats in a field") is None
 
 
+def test_a_shape_in_another_lane_than_asked_for_is_wrong():
+    for scene in held_out_scenes(24):
+        video, prompt, lane = render(scene, 17, 96, 96), describe(scene), scene.shapes[0].lane
+        for asked in lanes(scene.shapes[0].direction):
+            right = WORLD.score(video, prompt.replace(lane, asked))
+            assert right["lane"] == right["all"] == (asked == lane), prompt
+
+
 def test_prompts_are_different_and_limited():
     assert len(set(WORLD.prompts(20))) == 20
     assert WORLD.prompts(5) == WORLD.prompts(20)[:5]
-    assert len(set(WORLD.prompts(64))) == 64
-    with pytest.raises(ValueError, match="has 64 held-out prompts: got 65"):
-        WORLD.prompts(65)
+    assert len(set(WORLD.prompts(192))) == 192
+    with pytest.raises(ValueError, match="has 192 held-out prompts: got 193"):
+        WORLD.prompts(193)

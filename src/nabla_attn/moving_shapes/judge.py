@@ -14,10 +14,12 @@ from nabla_attn.moving_shapes.scene import (
     KINDS,
     SIZES,
     Scene,
-    Shape,
+    Words,
     describe,
     held_out_scenes,
+    lane_at,
     parse_caption,
+    say,
 )
 
 JUDGE = "2"
@@ -65,6 +67,7 @@ class ShapeFacts:
         kind: None also where a person would not call it by any name, for its outline or blemishes.
         direction: The way it goes.
         size: "small" or "large".
+        lane: The lane nearest to its path, such as "first row".
         outline: Mean overlap (intersection over union) with the best-fitting shape of its kind.
         outline_min: The same of the worst frame; 0 where a frame does not show the shape.
         holes: Area of holes as a share of the shape's, mean over frames.
@@ -76,6 +79,7 @@ class ShapeFacts:
     kind: str | None
     direction: str | None
     size: str | None
+    lane: str | None = None
     outline: float = 0.0
     outline_min: float = 0.0
     holes: float = 0.0
@@ -221,7 +225,13 @@ def _shape_facts(
     size = min(SIZES, key=lambda name: abs(SIZES[name] - radius))
     kind = best if is_known else None
     direction = _direction(seen, frames)
-    return ShapeFacts(colour, kind, direction, size, means[best], worst, *blemishes)
+    lane = None
+    if direction is not None:
+        # A triangle's centre of mass lies a third of its radius below the middle of its height.
+        lift = SIZES[size] / 3 if best == "triangle" else 0.0
+        x, y = (statistics.fmean(getattr(spot, axis) for spot in spots) for axis in "xy")
+        lane = lane_at(direction, x, y - lift)
+    return ShapeFacts(colour, kind, direction, size, lane, means[best], worst, *blemishes)
 
 
 def judge(video: NDArray[np.uint8]) -> Facts:
@@ -270,7 +280,7 @@ def judge(video: NDArray[np.uint8]) -> Facts:
     return Facts(tuple(facts), _nearest(border, BACKGROUNDS))
 
 
-def score(video: NDArray[np.uint8], scene: Scene) -> dict[str, float]:
+def score(video: NDArray[np.uint8], asked: Scene | Words) -> dict[str, float]:
     """Compare a video with the scene it should show.
 
     Shapes are matched by colour. Where a shape is missing or has the wrong colour, its colour is
@@ -278,30 +288,38 @@ def score(video: NDArray[np.uint8], scene: Scene) -> dict[str, float]:
 
     Args:
         video: uint8 [frames, height, width, 3].
-        scene: The scene that the video should show.
+        asked: The scene that the video should show, or what is said of it.
 
     Returns:
-        Whether each is right, as bool: "number", "colour", "shape", "direction", "size" and
-        "background". What was measured, as float: "outline", the mean over the shapes, and of the
-        worst shape "outline_min", "holes", "fragments" and "stains" (`ShapeFacts`).
+        Whether each is right, as bool: "number", "colour", "shape", "direction", and, where they
+        are said of every shape, "size", "lane" and "background". What was measured, as float:
+        "outline", the mean over the shapes, and of the worst shape "outline_min", "holes",
+        "fragments" and "stains" (`ShapeFacts`).
     """
+    words = say(asked) if isinstance(asked, Scene) else asked
     facts = judge(video)
     left = list(facts.shapes)
     pairs = []
-    for truth in sorted(scene.shapes, key=lambda shape: shape.colour):
+    for truth in sorted(words.shapes, key=lambda shape: shape.colour):
         same = [found for found in left if found.colour == truth.colour]
         found = same[0] if same else left[0] if left else ShapeFacts(None, None, None, None)
         if found in left:
             left.remove(found)
         pairs.append((truth, found))
     looks = [found for _, found in pairs]
-    return {
-        "number": facts.num_shapes == len(scene.shapes),
+    right = {
+        "number": facts.num_shapes == len(words.shapes),
         "colour": all(found.colour == truth.colour for truth, found in pairs),
         "shape": all(found.kind == truth.kind for truth, found in pairs),
         "direction": all(found.direction == truth.direction for truth, found in pairs),
-        "size": all(found.size == truth.size for truth, found in pairs),
-        "background": facts.background == scene.background,
+    }
+    if all(truth.size is not None for truth, _ in pairs):
+        right["size"] = all(found.size == truth.size for truth, found in pairs)
+    if all(truth.lane is not None for truth, _ in pairs):
+        right["lane"] = all(found.lane == truth.lane for truth, found in pairs)
+    if words.background is not None:
+        right["background"] = facts.background == words.background
+    return right | {
         "outline": round(statistics.fmean(look.outline for look in looks), 4),
         "outline_min": round(min(look.outline_min for look in looks), 4),
         "holes": round(max(look.holes for look in looks), 4),
@@ -349,13 +367,5 @@ class MovingShapesScorer:
             words = parse_caption(prompt)
         except ValueError:
             return None
-        shapes = tuple(
-            Shape(shape.colour, shape.kind, shape.direction, shape.size or "", 0.5, 0.5)
-            for shape in words.shapes
-        )
-        right = score(frames, Scene(shapes, words.background or ""))
-        if any(shape.size is None for shape in words.shapes):
-            del right["size"]
-        if words.background is None:
-            del right["background"]
+        right = score(frames, words)
         return right | {"all": all(value for value in right.values() if isinstance(value, bool))}

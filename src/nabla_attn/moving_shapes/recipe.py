@@ -93,9 +93,13 @@ class TransformerPhase:
             number of tokens, which is how shapes are learnt.
         images: Number of distinct images; 0 takes the first latent frames of the clips.
         image_shift: Shift of the noise levels of images; None is that of the clips.
-        thresholds: NABLA thresholds to draw from, (lowest, highest); None is dense attention.
-        dense_share: Share of the steps that stay dense where thresholds are given.
+        thresholds: NABLA thresholds to draw from, (lowest, highest).
+        algorithm: Name of the attention of clips where it is always the same. Without it and
+            `thresholds` attention is dense.
+        dense_share: Share of the steps that stay dense beside either.
         padding: Weight of the text padding at the stage's start and end, 0 to 1.
+        place_weight: Weight of the loss that teaches where in a video tokens lie; 0 leaves it out.
+        inserted: Indices of blocks that make the model deeper, as of `insert_blocks`.
     """
 
     name: str
@@ -110,8 +114,11 @@ class TransformerPhase:
     images: int = 0
     image_shift: float | None = None
     thresholds: tuple[float, float] | None = None
+    algorithm: str | None = None
     dense_share: float = 0.25
     padding: tuple[float, float] = (1.0, 1.0)
+    place_weight: float = 0.0
+    inserted: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

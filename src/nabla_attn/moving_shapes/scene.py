@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice, product
+from math import ceil, floor
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,15 @@ DIRECTIONS: dict[str, tuple[int, int]] = {
 SIZES: dict[str, float] = {"small": 0.14, "large": 0.22}
 """Half the width of a shape's bounding box, as a share of the frame's shorter side."""
 
-TRAVEL = 0.4
+TRAVEL = 0.5
 """Share of the frame that a shape crosses from the first frame to the last."""
+
+LANES = 4
+"""Steps, a side, of the grid on which a shape starts that is alone. Three lanes are left for every
+direction: few enough that a small model draws outlines as they are, and that a seed shows."""
+
+LANE_WORDS = ("first", "second", "third")
+"""Names of the lanes, from the top for shapes that go right or left, else from the left."""
 
 MARGIN = 0.02
 """Share of the frame kept free between a shape and the frame's edge, and between shapes."""
@@ -56,6 +64,28 @@ EXAMPLES = (
 """Captions of combinations that training shows."""
 
 
+def lanes(direction: str) -> list[str]:
+    """Names of the lanes of a direction, from the top or from the left."""
+    line = "row" if DIRECTIONS[direction][1] == 0 else "column"
+    return [f"{word} {line}" for word in LANE_WORDS]
+
+
+def lane_at(direction: str, x: float, y: float, *, tolerance: float = 0.5) -> str | None:
+    """The lane, such as "first row" or "third column", that a shape goes in.
+
+    Args:
+        direction: The way it goes.
+        x: Its centre, as a share of the frame's width.
+        y: The same of the height.
+        tolerance: Largest distance from the lane's middle, as a share of a lane's width; beyond
+            it the answer is None.
+    """
+    across = y if DIRECTIONS[direction][1] == 0 else x
+    index = across * LANES - 1
+    nearest = min(max(round(index), 0), len(LANE_WORDS) - 1)
+    return lanes(direction)[nearest] if abs(index - nearest) <= tolerance else None
+
+
 @dataclass(frozen=True)
 class Shape:
     """One moving shape; `x` and `y` are its centre in the first frame, as shares of the frame."""
@@ -77,7 +107,12 @@ class Shape:
         """(colour, kind, direction), which the held-out split is made of."""
         return (self.colour, self.kind, self.direction)
 
-    def centre(self, time: float | NDArray) -> tuple[Any, Any]:
+    @property
+    def lane(self) -> str | None:
+        """Where it goes, such as "first row" or "third column"; None between the lanes."""
+        return lane_at(self.direction, self.x, self.y, tolerance=1e-6)
+
+    def centre(self, time: Any) -> tuple[Any, Any]:
         """Centre (x, y) as shares of the frame, at a time or times from 0 (first frame) to 1."""
         step_x, step_y = DIRECTIONS[self.direction]
         return self.x + TRAVEL * step_x * time, self.y + TRAVEL * step_y * time
@@ -91,20 +126,39 @@ class Scene:
     background: str
 
 
-def _start(rng: random.Random, radius: float, step: int) -> float:
+def _start(rng: random.Random, radius: float, step: int, *, is_alone: bool) -> float:
     """Draw one coordinate of the first centre so that the shape stays inside the frame."""
-    low, high = radius + MARGIN, 1 - radius - MARGIN
-    return rng.uniform(low - min(step, 0) * TRAVEL, high - max(step, 0) * TRAVEL)
+    low = radius + MARGIN - min(step, 0) * TRAVEL
+    high = 1 - radius - MARGIN - max(step, 0) * TRAVEL
+    if is_alone:
+        return rng.randint(ceil(low * LANES), floor(high * LANES)) / LANES
+    return rng.uniform(low, high)
 
 
 def place_shape(
-    rng: random.Random, colour: str, kind: str, direction: str, size: str | None = None
+    rng: random.Random,
+    colour: str,
+    kind: str,
+    direction: str,
+    size: str | None = None,
+    *,
+    is_alone: bool = True,
 ) -> Shape:
-    """Place a described shape at random, wholly inside the frame from first to last frame."""
+    """Place a described shape at random, wholly inside the frame from first to last frame.
+
+    Args:
+        rng: Random numbers.
+        colour: Name of its colour.
+        kind: Its kind.
+        direction: The way it goes.
+        size: Its size; None draws one.
+        is_alone: Whether it starts in one of the lanes (`LANES`), or anywhere.
+    """
     size = size or rng.choice(list(SIZES))
     step_x, step_y = DIRECTIONS[direction]
     radius = SIZES[size]
-    x, y = _start(rng, radius, step_x), _start(rng, radius, step_y)
+    x = _start(rng, radius, step_x, is_alone=is_alone)
+    y = _start(rng, radius, step_y, is_alone=is_alone)
     return Shape(colour, kind, direction, size, x, y)
 
 
@@ -116,18 +170,18 @@ def _collide(first: Shape, second: Shape) -> bool:
     return bool(distance.min() < first.radius + second.radius + MARGIN)
 
 
-def _sample_shape(rng: random.Random, colour: str) -> Shape:
+def _sample_shape(rng: random.Random, colour: str, *, is_alone: bool) -> Shape:
     while True:
         kind, direction = rng.choice(KINDS), rng.choice(list(DIRECTIONS))
         if (colour, kind, direction) not in HELD_OUT:
-            return place_shape(rng, colour, kind, direction)
+            return place_shape(rng, colour, kind, direction, is_alone=is_alone)
 
 
 def _sample_apart(rng: random.Random, colour: str, others: list[Shape]) -> Shape:
     """Draw a shape that collides with no other; where none fits, one of the others moves away."""
     while True:
         for _ in range(20):
-            shape = _sample_shape(rng, colour)
+            shape = _sample_shape(rng, colour, is_alone=False)
             if not any(_collide(shape, other) for other in others):
                 return shape
         index = rng.randrange(len(others))
@@ -137,6 +191,8 @@ def _sample_apart(rng: random.Random, colour: str, others: list[Shape]) -> Shape
 
 def sample_scene(seed: int, num_shapes: int = 1) -> Scene:
     """Draw a training scene: colours differ, nothing collides, no held-out triple occurs.
+
+    A shape that is alone starts in one of three lanes, several start anywhere.
 
     Args:
         seed: Seed of the scene.
@@ -149,6 +205,8 @@ def sample_scene(seed: int, num_shapes: int = 1) -> Scene:
         raise ValueError(f"num_shapes must be 1, 2 or 3: got {num_shapes}.")
     rng = random.Random(seed)
     background = rng.choice(list(BACKGROUNDS))
+    if num_shapes == 1:
+        return Scene((_sample_shape(rng, rng.choice(list(COLOURS)), is_alone=True),), background)
     shapes: list[Shape] = []
     for colour in rng.sample(list(COLOURS), num_shapes):
         shapes.append(_sample_apart(rng, colour, shapes))
@@ -241,12 +299,13 @@ def render(
 
 @dataclass(frozen=True)
 class ShapeWords:
-    """What a caption says about one shape; `size` is None where it is left out."""
+    """What a caption says about one shape; `size` and `lane` are None where they are left out."""
 
     colour: str
     kind: str
     direction: str
     size: str | None = None
+    lane: str | None = None
 
 
 @dataclass(frozen=True)
@@ -257,21 +316,29 @@ class Words:
     background: str | None = None
 
 
+def say(scene: Scene) -> Words:
+    """Everything that a caption of a scene can say."""
+    shapes = (ShapeWords(s.colour, s.kind, s.direction, s.size, s.lane) for s in scene.shapes)
+    return Words(tuple(shapes), scene.background)
+
+
 def describe(scene: Scene, rng: random.Random | None = None, drop: float = 0.25) -> str:
     """Say what a scene shows, such as "a large red square moving right on a black background".
 
     Args:
         scene: The scene.
-        rng: Random numbers that decide whether sizes and the background are left out, as short
-            prompts do; None says everything.
-        drop: Probability of leaving out either.
+        rng: Random numbers that decide whether sizes, the background and lanes are left out, as
+            short prompts do; None says everything.
+        drop: Probability of leaving out each.
     """
     with_size = rng is None or rng.random() >= drop
     with_background = rng is None or rng.random() >= drop
+    with_lane = rng is None or rng.random() >= drop
     parts = []
     for shape in scene.shapes:
         size = f"{shape.size} " if with_size else ""
-        parts.append(f"a {size}{shape.colour} {shape.kind} moving {shape.direction}")
+        lane = f" in the {shape.lane}" if with_lane and shape.lane else ""
+        parts.append(f"a {size}{shape.colour} {shape.kind} moving {shape.direction}{lane}")
     sentence = " and ".join(parts)
     return f"{sentence} on a {scene.background} background" if with_background else sentence
 
@@ -283,6 +350,7 @@ def _any_of(words: Iterable[str]) -> str:
 _SHAPE = re.compile(
     rf"(?:an? )?(?:(?P<size>{_any_of(SIZES)}) )?(?P<colour>{_any_of(COLOURS)}) "
     rf"(?P<kind>{_any_of(KINDS)}) moving (?P<direction>{_any_of(DIRECTIONS)})"
+    rf"(?: in the (?P<lane>(?:{_any_of(LANE_WORDS)}) (?:row|column)))?"
 )
 _BACKGROUND = re.compile(rf"(.*) on an? (?P<background>{_any_of(BACKGROUNDS)}) background")
 
@@ -300,13 +368,14 @@ def parse_caption(caption: str) -> Words:
     shapes = []
     for part in text.split(" and "):
         match = _SHAPE.fullmatch(part)
-        if match is None:
+        if match is None or match["lane"] not in (None, *lanes(match["direction"])):
             raise ValueError(
                 f"not a caption of the moving-shapes world: got {caption!r}. "
                 f"Write for example {', or '.join(map(repr, EXAMPLES))}; "
                 f"colours: {', '.join(COLOURS)}; shapes: {', '.join(KINDS)}; "
                 f"directions: {', '.join(DIRECTIONS)}; sizes: {', '.join(SIZES)}; "
-                f"backgrounds: {', '.join(BACKGROUNDS)}."
+                f"backgrounds: {', '.join(BACKGROUNDS)}. Shapes that go right or left are in the "
+                f"{', '.join(LANE_WORDS)} row, others in such a column."
             )
         shapes.append(ShapeWords(**match.groupdict()))
     return Words(tuple(shapes), background)

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from nabla_attn import apply
 from nabla_attn.files import write_text
 from nabla_attn.moving_shapes.loop import RecipeStep, Stage, run_stage
+from nabla_attn.moving_shapes.places import place_probe
 from nabla_attn.moving_shapes.recipe import BuiltinConfig, TransformerPhase
 from nabla_attn.moving_shapes.scene import EXAMPLES, render, sample_scene
 from nabla_attn.moving_shapes.transformer import (
@@ -21,6 +22,7 @@ from nabla_attn.moving_shapes.transformer import (
     build_tokenizer,
     build_transformer,
     flow_loss,
+    insert_blocks,
     is_hidden_matrix,
     is_image_step,
 )
@@ -90,13 +92,16 @@ def train_vae(
 
 
 def _sparse_step(model: WanTransformer3DModel, phase: TransformerPhase, step: RecipeStep) -> Any:
-    """Attention of one step: NABLA with a random threshold, or dense; images are always dense."""
-    if phase.thresholds is None or is_image_step(phase, step.number):
+    """Attention of one step: the phase's, NABLA with a random threshold, or dense.
+
+    Images are always dense.
+    """
+    is_dense = phase.algorithm is None and phase.thresholds is None
+    if is_dense or is_image_step(phase, step.number) or step.rng.random() < phase.dense_share:
         return nullcontext()
-    if step.rng.random() < phase.dense_share:
-        return nullcontext()
-    threshold = round(step.rng.uniform(*phase.thresholds), 3)
-    return apply(model, f"nabla-{threshold}")
+    if phase.thresholds is None:
+        return apply(model, phase.algorithm)
+    return apply(model, f"nabla-{round(step.rng.uniform(*phase.thresholds), 3)}")
 
 
 def train_phase(
@@ -139,29 +144,30 @@ def train_phase(
     model = (
         WanTransformer3DModel.from_pretrained(start) if start else build_transformer(config.seed)
     )
-    model = model.to(device)
+    model = insert_blocks(model, phase.inserted).to(device)
     padding = PadWeight(config.text_tokens)
 
     def loss_at(step: RecipeStep) -> torch.Tensor:
         low, high = phase.padding
         padding.set(low + (high - low) * step.progress)
         with padding.applied(model), _sparse_step(model, phase, step):
-            return flow_loss(model, clips, text, phase, step, images=images)
+            return flow_loss(model, clips, text, phase, step, images=images, probe=probe)
 
-    record = run_stage(
-        Stage(
-            name=phase.name,
-            folder=folder,
-            module=model,
-            loss_at=loss_at,
-            is_hidden=is_hidden_matrix,
-            optim=phase.optim,
-            steps=phase.steps,
-            seed=config.seed,
-            save_every=100,
-            on_log=on_log,
+    with place_probe(model) if phase.place_weight else nullcontext() as probe:
+        record = run_stage(
+            Stage(
+                name=phase.name,
+                folder=folder,
+                module=model,
+                loss_at=loss_at,
+                is_hidden=is_hidden_matrix,
+                optim=phase.optim,
+                steps=phase.steps,
+                seed=config.seed,
+                save_every=100,
+                on_log=on_log,
+            )
         )
-    )
     save_model(model, folder / phase.name)
     return record
 

@@ -1,7 +1,7 @@
 """The text side, the transformer and the loss of the built-in model."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +16,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from nabla_attn.moving_shapes.loop import RecipeStep, autocast
+from nabla_attn.moving_shapes.places import PlaceProbe
 from nabla_attn.moving_shapes.recipe import TransformerPhase
-from nabla_attn.moving_shapes.scene import BACKGROUNDS, COLOURS, DIRECTIONS, KINDS, SIZES, describe
+from nabla_attn.moving_shapes.scene import (
+    BACKGROUNDS,
+    COLOURS,
+    DIRECTIONS,
+    KINDS,
+    LANE_WORDS,
+    SIZES,
+    describe,
+)
 from nabla_attn.moving_shapes.vae import LatentSet
 from nabla_attn.training.noise import (
     NUM_TRAIN_TIMESTEPS,
@@ -31,11 +40,12 @@ PIPELINE_TOKENS = 512
 
 _VOCABULARY_SIZE = 64
 _WORDS = ("a", "an", "and", "on", "moving", "background", *SIZES, *COLOURS, *KINDS, *DIRECTIONS)
+_LANES = ("in", "the", *LANE_WORDS, "row", "column")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Make the tokenizer: one token a word, `</s>` at the end, unknown words as `<unk>`."""
-    words = ("<pad>", "</s>", "<unk>", *_WORDS, *BACKGROUNDS)
+    words = ("<pad>", "</s>", "<unk>", *_WORDS, *BACKGROUNDS, *_LANES)
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = Lowercase()
     tokenizer.pre_tokenizer = Whitespace()
@@ -127,6 +137,31 @@ def build_transformer(seed: int) -> WanTransformer3DModel:
     return model
 
 
+def insert_blocks(model: WanTransformer3DModel, indices: Iterable[int]) -> WanTransformer3DModel:
+    """A deeper model that computes the same.
+
+    Every new block is a copy of the one after it whose parts add nothing yet.
+
+    Args:
+        model: The transformer.
+        indices: Index of every new block in the deeper model, in ascending order.
+    """
+    blocks = [block.state_dict() for block in model.blocks]
+    for index in indices:
+        blocks.insert(index, {name: _silent(name, v) for name, v in blocks[index].items()})
+    deeper = WanTransformer3DModel.from_config(dict(model.config) | {"num_layers": len(blocks)})
+    state = {name: v for name, v in model.state_dict().items() if not name.startswith("blocks.")}
+    for index, block in enumerate(blocks):
+        state |= {f"blocks.{index}.{name}": v for name, v in block.items()}
+    deeper.load_state_dict(state)
+    return deeper
+
+
+def _silent(name: str, value: Tensor) -> Tensor:
+    is_last = name.startswith(("attn1.to_out.", "attn2.to_out.", "ffn.net.2."))
+    return torch.zeros_like(value) if is_last else value
+
+
 class PadWeight:
     """Lets one padding token stand for the hundreds that `WanPipeline` appends to a prompt.
 
@@ -191,9 +226,10 @@ def flow_loss(
     step: RecipeStep,
     *,
     images: LatentSet | None = None,
+    probe: PlaceProbe | None = None,
     drop: float = 0.1,
 ) -> Tensor:
-    """Mean squared error of the predicted velocity.
+    """Mean squared error of the predicted velocity, and with a probe the loss of places.
 
     Args:
         model: The transformer.
@@ -202,6 +238,7 @@ def flow_loss(
         phase: The stage.
         step: The step, with all that is random about it.
         images: Clips that image steps draw from; None takes `clips`.
+        probe: The model's probe, if it is taught where tokens lie.
         drop: Share of the captions left empty, for guidance.
     """
     latents, captions, shift = _draw(clips, images or clips, phase, step, drop)
@@ -216,7 +253,10 @@ def flow_loss(
             encoder_hidden_states=text(captions).to(device),
             return_dict=False,
         )[0]
-    return (predicted.float() - flow_target(latents, noise)).square().mean()
+    error = (predicted.float() - flow_target(latents, noise)).square().mean()
+    if probe is None:
+        return error
+    return error + phase.place_weight * probe.loss(tuple(latents.shape[2:]))
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
