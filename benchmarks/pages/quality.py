@@ -188,14 +188,22 @@ def _paired(records: Records) -> Table:
         )
         cells = [algorithm, f"{density:.1%}", f"{right:.1%}"]
         for metric in ("ssim", "judge_outline"):
-            read = METRICS[metric]
-            apart = [read(mine) - read(other) for mine, other in pairs]
-            low, high = interval(apart) or (float("nan"),) * 2
-            cells.append(f"{statistics.fmean(apart):+.3f} [{low:+.3f}, {high:+.3f}]")
-        seconds = METRICS["seconds"]
-        ratios = [seconds(mine) / seconds(other) for mine, other in pairs]
+            cells.append(_apart([_read(m, metric) - _read(o, metric) for m, o in pairs]))
+        ratios = [_read(mine, "seconds") / _read(other, "seconds") for mine, other in pairs]
         rows.append((*cells, f"{statistics.median(ratios):.2f}"))
     return Table(header, tuple(rows))
+
+
+def _read(record: RunRecord, metric: str) -> float:
+    value = METRICS[metric](record)
+    assert value is not None, f"the study measured {metric}"
+    return value
+
+
+def _apart(differences: Sequence[float]) -> str:
+    """Their mean and its interval."""
+    low, high = interval(differences) or (float("nan"),) * 2
+    return f"{statistics.fmean(differences):+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def _steps(record: RunRecord) -> Section:
@@ -204,11 +212,10 @@ def _steps(record: RunRecord) -> Section:
     cells = []
     for name in prompts[0]:
         apart = [rows[name]["ssim"] - rows["no tail"]["ssim"] for rows in prompts]
-        low, high = interval(apart) or (float("nan"),) * 2
         means = (statistics.fmean(rows[name][key] for rows in prompts) for key in LOOKED_AT)
         ssim, outline = (f"{mean:.3f}" for mean in means)
-        shown = f"{statistics.fmean(apart):+.3f} [{low:+.3f}, {high:+.3f}]"
-        cells.append((name, ssim, "" if name in ("dense", "no tail") else shown, outline))
+        is_base = name in ("dense", "no tail")
+        cells.append((name, ssim, "" if is_base else _apart(apart), outline))
     table = Table(("tail of topk-0.1", "SSIM", "to no tail", "outline"), tuple(cells))
     size = "x".join(str(record.config[side]) for side in ("width", "height"))
     text = f"{len(prompts)} held-out prompts, {size}, {record.config['frames']} frames. {STEPS}"
