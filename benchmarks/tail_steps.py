@@ -1,8 +1,8 @@
 """At which steps a tail helps a video and at which it harms it, on held-out prompts.
 
-A tail lowers the error of attention's output in every step, yet videos with `_tail-mean` are
-further from dense ones than videos without a tail. Here it estimates dropped blocks in some steps
-only, or the first step is dense.
+A tail lowers the error of attention's output, yet videos with `_tail-mean` are further from dense
+ones than videos without a tail. Here it estimates dropped blocks in some steps only, or the first
+step is dense.
 
     python -m benchmarks.tail_steps; then `python -m benchmarks.pages`
 

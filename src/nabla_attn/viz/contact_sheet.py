@@ -91,7 +91,14 @@ class _Canvas:
         return axes
 
     def text(
-        self, left: float, top: float, text: str, size: float, *, room: float = 1e9, **style: Any
+        self,
+        left: float,
+        top: float,
+        text: str,
+        size: float,
+        *,
+        room: float | None = None,
+        **style: Any,
     ) -> None:
         """Write a text, smaller where it would be wider than `room` inches."""
         # Prompts are data: a dollar sign in one must not start mathematics.
@@ -99,8 +106,9 @@ class _Canvas:
         artist = self.figure.text(
             left / self.width, 1 - top / self.height, text, fontsize=size, **style
         )
-        width = artist.get_window_extent().width / self.figure.dpi
-        artist.set_fontsize(size * min(1.0, room / width))
+        if room is not None:
+            width = artist.get_window_extent().width / self.figure.dpi
+            artist.set_fontsize(size * min(1.0, room / width))
 
     def line(self, left: float, top: float, right: float) -> None:
         from matplotlib.lines import Line2D
