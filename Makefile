@@ -31,8 +31,8 @@ $(READY): pyproject.toml constraints.txt
 demo:
 	@echo "When this is done, open out/demo/compare.html in a browser: dense and sparse attention, side by side"
 	@$(MAKE) --no-print-directory $(READY)
-	$(BIN)/nabla compare --prompt "a large blue circle moving down on a black background" --seed 4 \
-		--sparse-algo topk-0.25_tail-first --sparse-algo nabla-0.2_sta-3-3-3 --rounds 3 --overwrite --output out/demo
+	$(BIN)/nabla compare --prompt "a small purple square moving up on a white background" --seed 9 \
+		--sparse-algo topk-0.07_sta-17-1-1_tail-first --sparse-algo topk-0.07_tail-first --rounds 3 --overwrite --output out/demo
 
 test: lint types contracts docs tests
 

@@ -38,12 +38,12 @@ SINGLES = ("topk-0.05_tail-first", "topk-0.1_tail-first", "topk-0.2_tail-first")
 """Algorithms everywhere whose densities are the budgets of the schedules beside them."""
 
 UNITS = {
-    "by head in 3 ranges of steps": (3, "head"),
+    "by head in both steps": (2, "head"),
     "by head": (1, "head"),
-    "by layer in 3 ranges of steps": (3, "layer"),
+    "by layer in both steps": (2, "layer"),
     "by layer": (1, "layer"),
 }
-SHIPPED = ("builtin-fast", 0.12, "by head in 3 ranges of steps")
+SHIPPED = ("builtin-fast", 0.12, "by head in both steps")
 ROWS = 32  # query tokens sampled in each call
 
 
@@ -95,7 +95,7 @@ def main(
     runs = Latents(calibration, work / RUNS)
     weights = None
     if weighted:
-        units = Units(each[0].density.shape[:3], 3)
+        units = Units(each[0].density.shape[:3], UNITS[SHIPPED[2]][0])
         losses = mean_losses(each)
         weights = measure_weights(runs, losses, units, measured[:weighted], progress=tell)
         config |= {"weighted": weighted, "reference": names[reference(losses)]}

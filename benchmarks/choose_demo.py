@@ -24,7 +24,7 @@ from nabla_attn.moving_shapes.judge import score
 from nabla_attn.moving_shapes.scene import describe
 from nabla_attn.record import RunRecord, collect_versions, describe_device
 
-ALGORITHM = "topk-0.25_tail-first"
+ALGORITHM = "topk-0.07_sta-17-1-1_tail-first"
 """The first algorithm that the demo compares with dense attention."""
 
 

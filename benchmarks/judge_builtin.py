@@ -1,15 +1,14 @@
 """Judge the built-in model on prompts with each algorithm; writes one record each.
 
-Prompts are held-out combinations, or with --trained such as training showed, with other places and
-noise.
+Prompts are held-out combinations, or with --trained such as training showed, with other noise.
 
 Run it again after an interruption: prompts that a record already holds are not repeated.
 
-    python -m benchmarks.judge_builtin dense nabla-0.7 nabla-0.4 nabla-0.2_sta-3-3-3
+    python -m benchmarks.judge_builtin dense topk-0.07_sta-17-1-1_tail-first
 
 With adapters, and what these ask for besides (their guidance):
 
-    python -m benchmarks.judge_builtin nabla-0.7_block-1-16-16 --lora builtin
+    python -m benchmarks.judge_builtin topk-0.05_tail-first --lora builtin
 
 A student of `distill_builtin.py` is judged in a folder of its own, so that no record of the shipped
 model is in the way; `judge_distilled_ALGORITHM.json` is such a record, of the first judge:

@@ -25,15 +25,15 @@ from nabla_attn.moving_shapes.judge import JUDGE, score
 from nabla_attn.moving_shapes.scene import Scene, describe, render
 from nabla_attn.record import RunRecord, check_settings, collect_versions, describe_device
 
-IMAGE_SHIFT = 3.0
+IMAGE_SHIFT = 10.0
 """Shift of the noise levels that the model learnt single frames with."""
 
 CASES = (
-    *(("VAE alone", "held-out", frames, 0) for frames in (1, 13, 61)),
+    *(("VAE alone", "held-out", frames, 0) for frames in (1, 33)),
     *(
         (f"generated, {frames} frame{'s' * (frames > 1)}", which, frames, steps)
-        for frames, all_steps in ((1, (6, 12, 24)), (13, (6, 12, 24)), (61, (6, 12, 24)))
-        for steps in all_steps
+        for frames in (1, 33)
+        for steps in (1, 2, 4)
         for which in ("trained", "held-out")
     ),
 )
@@ -44,7 +44,7 @@ def main() -> None:
     """Measure what the record lacks, row by row."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=4, help="number of scenes of a row")
-    parser.add_argument("--max-frames", type=int, default=61, help="longer rows are left out")
+    parser.add_argument("--max-frames", type=int, default=33, help="longer rows are left out")
     parser.add_argument("--steps", type=int, nargs="+", help="of the rows; 0 is the VAE alone")
     parser.add_argument("--videos", type=Path, help="folder of frames, as of judge_builtin")
     record = Path("benchmarks/results/outline_limits.json")

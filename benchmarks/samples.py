@@ -1,7 +1,8 @@
 """Pictures of docs/samples.md: every prompt that the demo's was chosen from, dense and sparse.
 
     python -m benchmarks.choose_demo runs/judged
-    python -m benchmarks.judge_builtin dense topk-0.25_tail-first --trained --videos runs/judged
+    python -m benchmarks.judge_builtin dense topk-0.07_sta-17-1-1_tail-first --trained \\
+        --videos runs/judged
     python -m benchmarks.samples runs/judged
     python -m benchmarks.pages
 

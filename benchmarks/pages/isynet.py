@@ -268,8 +268,8 @@ def _attention(record: RunRecord) -> list[str]:
         for row in record.numbers["results"]
     ]
     lines = [
-        f"The built-in model, {config['frames']} frames, {config['speed_up']:g} times the speed of "
-        f"dense attention asked for, CPU seconds of one thread, {record.device}:",
+        f"The first built-in model, {config['frames']} frames, {config['speed_up']:g} times the "
+        f"speed of dense attention asked for, CPU seconds of one thread, {record.device}:",
         "",
     ]
     head = ["schedule", "predicted, s", "measured, s", "off by", "density", "error"]

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages.builtin import size_of
 from benchmarks.pages.paired import interval
 from nabla_attn.evaluation.records import METRICS, Records, read_records
 from nabla_attn.record import RunRecord
@@ -27,8 +28,12 @@ BEFORE = (
     "read the same videos here; the first is that of records without a judge's name, and its code "
     "is in the history of judge.py. All right means everything that the prompt says, by the first "
     "judge and by the present one. Outline, worst frame, fragments and stains are means over the "
-    "videos."
+    "videos. Videos of 128x128 are the first built-in model's, which the present one replaces; the "
+    "studies further down are all of that one."
 )
+FIRST_MODEL = "first_model"
+"""Folder of the first built-in model's records, in that of all."""
+
 LIMITS = (
     "Mean overlap of the shape with its best fit, and that of the worst frame, for true clips that "
     "only went through the VAE, and for videos of the transformer with dense attention. Single "
@@ -79,28 +84,43 @@ def _eye(path: Path, records: Path) -> list[Section]:
     if (sheet := pictures / "judge.png").is_file():
         blocks.append(Picture("judge", "What passes and what does not", sheet.read_bytes()))
     sections = [Section("What the judge sees", blocks)]
-    judged = [RunRecord.load(found) for found in sorted(records.glob("judge-*_*_*.json"))]
-    if judged:
+    folders = (records, records / FIRST_MODEL)
+    if judged := _load(folders, "judge-*_*_*.json"):
         sections.append(Section("The model, by both judges", [Text(BEFORE), _judged(judged)]))
-    if (found := records / "outline_limits.json").is_file():
-        rows = RunRecord.load(found).numbers["rows"]
-        limits: list[Block] = [Text(LIMITS), _limits(rows), Text(_conclusion(rows))]
+    if measured := _load(folders, "outline_limits.json"):
+        limits: list[Block] = [Text(LIMITS)]
+        for record in measured:
+            rows = record.numbers["rows"]
+            size = Text(f"At {size_of(record.config)}:")
+            limits += [size, _limits(rows), Text(_conclusion(rows))]
         sections.append(Section("What limits outlines", limits))
     return sections
 
 
+def _load(folders: Sequence[Path], pattern: str) -> list[RunRecord]:
+    paths = [path for folder in folders for path in sorted(folder.glob(pattern))]
+    return [RunRecord.load(path) for path in paths]
+
+
 def _judged(records: Sequence[RunRecord]) -> Table:
     header = (
-        "algorithm", "captions", "videos", "pairs kept", "all right, first judge", "all right",
-        "shape, first judge", "shape", "direction", "outline", "worst frame", "fragments", "stains",
+        "size", "algorithm", "captions", "videos", "pairs kept", "all right, first judge",
+        "all right", "shape, first judge", "shape", "direction", "outline", "worst frame",
+        "fragments", "stains",
     )  # fmt: skip
     rows = []
-    for record in sorted(records, key=lambda each: -each.numbers["summary"]["density"]):
+    for record in sorted(records, key=_by_size):
         summary, prompts = record.numbers["summary"], record.numbers["prompts"]
         right = summary["right"]
         name = record.config["sparse_algo"] + ", adapters" * ("lora" in record.config)
         first = [prompt.get("first_judge") for prompt in prompts]
-        cells = [name, record.config["captions"], str(len(prompts)), f"{summary['density']:.1%}"]
+        cells = [
+            size_of(record.config),
+            name,
+            record.config["captions"],
+            str(len(prompts)),
+            f"{summary['density']:.1%}",
+        ]
         cells += [_share([each and all(each.values()) for each in first])]
         cells += [_share([_is_all_right(prompt["right"]) for prompt in prompts])]
         cells += [_share([each and each["shape"] for each in first])]
@@ -109,6 +129,11 @@ def _judged(records: Sequence[RunRecord]) -> Table:
         cells += [f"{right['fragments']:.1%}", f"{right['stains']:.1%}"]
         rows.append(tuple(cells))
     return Table(header, tuple(rows))
+
+
+def _by_size(record: RunRecord) -> tuple[int, float]:
+    """The largest videos first, then those of most pairs."""
+    return -record.config["height"], -record.numbers["summary"]["density"]
 
 
 def _share(values: Sequence[bool | None]) -> str:

@@ -4,6 +4,7 @@ from collections import defaultdict
 from statistics import fmean
 from typing import Any
 
+from benchmarks.pages.builtin import the_model
 from benchmarks.pages.paired import interval, read_at
 from nabla_attn.bench.report import table
 from nabla_attn.record import RunRecord
@@ -30,7 +31,7 @@ def rule_table(record: RunRecord) -> list[str]:
     heads = [f"{density:.3f}: {TAILS[tail]}" for density, tail in columns]
     heads += [f"recall at {density:.3f}" for density in densities]
     return [
-        f"The built-in model, {frames}x{height}x{width} tokens, {config['steps']} steps, guidance "
+        f"{the_model(config)}, {frames}x{height}x{width} tokens, {config['steps']} steps, guidance "
         f"{config['guidance']:g}, {len(prompts)} dense videos; every call, layer, head and both "
         "guidance branches. Relative error of attention's output to dense attention, on "
         f"{config['num_tokens']} queries of each of {config['num_blocks']} drawn blocks of a call, "

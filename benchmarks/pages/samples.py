@@ -12,7 +12,7 @@ TITLE = "Samples of the built-in model"
 INTRODUCTION = (
     "All {count} prompts of which the demo shows the median by SSIM, “{chosen}”, in their order, "
     "none left out: above dense attention, below {algorithm}, from the same noise. Their "
-    "combinations of colour, shape and direction are such as training shows; places and noise are "
+    "combinations of colour, shape and direction are such as training shows; the noise is "
     "new. Outline is the overlap with the best-fitting ideal shape, by the judge that the page "
     "about quality explains; it sees the right shape from 0.92 on."
 )

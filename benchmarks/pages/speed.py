@@ -4,6 +4,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks.pages.builtin import the_model
 from benchmarks.pages.charts import draw_charts
 from benchmarks.pages.rules import rule_table
 from nabla_attn.bench.report import attention_results, section, table
@@ -97,7 +98,7 @@ def _reuse_table(record: RunRecord) -> list[str]:
     frames, height, width = config["tokens"]
     rules = [result["rule"] for result in results]
     return [
-        f"The built-in model, {frames}x{height}x{width} tokens, {config['steps']} steps, guidance "
+        f"{the_model(config)}, {frames}x{height}x{width} tokens, {config['steps']} steps, guidance "
         f"{config['guidance']:g}, {len(config['prompts'])} prompts; means over all calls, layers "
         "and heads. *Recall*: share of the blocks of a fresh map that the reused one keeps. *Error "
         "of a layer*: relative L2 distance of a layer's output to that with a fresh map of the "
@@ -130,7 +131,7 @@ def _calibration_table(record: RunRecord) -> list[str]:
         if result["name"] == "calibrated"
     ]
     return [
-        f"The built-in model, {frames}x{height}x{width} tokens, {config['steps']} steps; "
+        f"{the_model(config)}, {frames}x{height}x{width} tokens, {config['steps']} steps; "
         f"calibrated on {config['calibrated']} held-out prompts, compared with dense attention on "
         f"{config['prompts']} others. *Error in calibration*: of attention's output, mean over "
         "sampled tokens, steps and layers of runs that keep everything. *All right*: videos in "
@@ -157,7 +158,7 @@ def _heads_table(record: RunRecord) -> list[str]:
         for row in numbers["results"]
     ]
     text = (
-        f"The built-in model, {frames}x{height}x{width} tokens, {config['steps']} steps; "
+        f"{the_model(config)}, {frames}x{height}x{width} tokens, {config['steps']} steps; "
         f"{config['calibrated']} held-out prompts, of which each in turn is the one that schedules "
         "were not chosen on. *Error*: of attention's output, mean over sampled tokens, calls, "
         "steps, layers and heads of runs that keep everything; its percentile is over steps, "
@@ -186,7 +187,7 @@ def _guidance_table(record: RunRecord) -> list[str]:
     frames, height, width = config["tokens"]
     algorithms = [f"`{each['algorithm']}`" + ", adapters" * each["adapters"] for each in results]
     return [
-        f"The built-in model, {frames}x{height}x{width} tokens; every step of {config['steps']}, "
+        f"{the_model(config)}, {frames}x{height}x{width} tokens; every step of {config['steps']}, "
         f"guidance {config['guidance']:g}, of {len(config['prompts'])} dense videos, repeated with "
         "sparse attention on the same latents. Errors are relative L2 distances to the dense "
         "prediction, means over steps: of the prediction with the prompt, without it, and of what "
@@ -212,7 +213,7 @@ def _tail_table(record: RunRecord) -> list[str]:
     columns = {"density": "density", "dropped": "dropped", "mean": "mean", "first": "first"}
     means = [{name: mean(errors[name]) for name in columns} for errors in found.values()]
     return [
-        f"The built-in model, {frames}x{height}x{width} tokens, guidance {config['guidance']:g}, "
+        f"{the_model(config)}, {frames}x{height}x{width} tokens, guidance {config['guidance']:g}, "
         f"{config['steps']} steps of {len(prompts)} dense videos. Relative error of attention's "
         f"output to dense attention, mean over {config['num_rows']} sampled tokens of every call, "
         "layer and head: where dropped blocks are left out, and with "
@@ -251,7 +252,7 @@ def _cold_start_table(record: RunRecord) -> list[str]:
         for row in results
     ]
     return [
-        "`nabla generate` with the built-in model from the command to the finished file, in "
+        "`nabla generate` with the first built-in model from the command to the finished file, in "
         f"processes of their own, {config['threads']} threads: the first time, with nothing in "
         "the compiler's cache and nothing known of the machine, and the second time. Medians of "
         f"{len(results[0]['rounds'])} such pairs.",

@@ -64,17 +64,20 @@ def _stages(record: RunRecord) -> list[str]:
 
 def _adapters(record: RunRecord) -> list[str]:
     config, numbers = record.config, record.numbers
-    lowest, highest = config["sparsity"]["thresholds"]
-    algorithm = config["sparsity"]["algorithm"]
+    thresholds, algorithm = config["sparsity"]["thresholds"], config["sparsity"]["algorithm"]
+    drawn = (
+        "Every step draws its threshold from {:g} to {:g}. ".format(*thresholds)
+        if thresholds
+        else ""
+    )
     rows = [[f"{step:,}", f"{error:.4f}"] for step, error in numbers["validation"]]
     return [
         "## The built-in model's adapters",
         "",
         f"LoRA of rank {config['lora']['rank']}, {numbers['steps']:,} steps of distillation on "
         f"{numbers['clips']} clips in {numbers['seconds'] / 60:.0f} minutes beside another "
-        f"program; {record.device}. Every step draws its threshold from {lowest:g} to "
-        f"{highest:g}. The error is that of `{algorithm}` on {config['data']['validation']} "
-        "held-out clips, against dense attention without adapters.",
+        f"program; {record.device}. {drawn}The error is that of `{algorithm}` on "
+        f"{config['data']['validation']} held-out clips, against dense attention without adapters.",
         "",
         *table(["steps", "error"], rows),
     ]
@@ -97,14 +100,14 @@ def _shipped(path: Path) -> list[str]:
     rows = record.numbers["rows"]
     right: dict[str, float] = next((row["right"] for row in rows if row["run"] == "teacher"), {})
     facts = ", ".join(f"{name} {right[name]:.0%}" for name in JUDGED if name in right)
-    teacher = f"The teacher is the shipped model with dense attention ({facts}). "
+    teacher = f"The teacher is the first shipped model with dense attention ({facts}). "
     students = dict.fromkeys(row["algorithm"] for row in rows if row["run"] == "distill")
     command = (
         f"`python -m benchmarks.distill_builtin runs/students --students {' '.join(students)} "
         f"--steps {record.config['steps']} --clips {record.config['clips']} --output {path.name}`"
     )
     return [
-        f"## The shipped model, {record.config['steps']} steps of distillation",
+        f"## The first shipped model, {record.config['steps']} steps of distillation",
         "",
         _setting(record) + f" A seed's rows: {command}.",
         "",

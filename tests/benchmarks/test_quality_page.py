@@ -10,7 +10,7 @@ def look(ssim, outline):
     return {"ssim": ssim, "outline": outline}
 
 
-def write_judged(folder, algorithm, captions, density, first):
+def write_judged(folder, algorithm, captions, density, first, side):
     right = {"number": True, "shape": False, "direction": True} | LOOKS
     prompts = [{"prompt": "a", "right": right, "density": density} for _ in range(4)]
     if first:
@@ -18,7 +18,13 @@ def write_judged(folder, algorithm, captions, density, first):
             prompt["first_judge"] = {"number": True, "shape": True}
     means = {name: float(value) for name, value in right.items()}
     numbers = {"summary": {"right": means, "density": density}, "prompts": prompts}
-    config = {"sparse_algo": algorithm, "captions": captions, "judge": "2"}
+    config = {
+        "sparse_algo": algorithm,
+        "captions": captions,
+        "judge": "2",
+        "height": side,
+        "width": side,
+    }
     RunRecord("judge", config, 0, {}, "a CPU", numbers).save(
         folder / f"judge-2_{captions}_{algorithm}.json"
     )
@@ -27,24 +33,25 @@ def write_judged(folder, algorithm, captions, density, first):
 def test_both_judges_stand_in_one_table(tmp_path):
     records, page = tmp_path / "results", tmp_path / "docs" / "quality.md"
     write_run(records / "quality")
-    write_judged(records, "nabla-0.7", "trained", 0.4, first=False)
-    write_judged(records, "dense", "held-out", 1.0, first=True)
+    write_judged(records, "nabla-0.7", "trained", 0.4, first=False, side=256)
+    write_judged(records / quality.FIRST_MODEL, "dense", "held-out", 1.0, first=True, side=128)
     rows = [
         {"name": "VAE alone", "captions": "held-out", "frames": 1, "steps": 0, "count": 4,
          "outline": 0.97, "outline_min": 0.97, "shape": 1.0, "psnr": 30.0},
         {"name": "generated, 1 frame", "captions": "trained", "frames": 1, "steps": 6, "count": 4,
          "outline": 0.9, "outline_min": 0.9, "shape": 0.25},
     ]  # fmt: skip
-    RunRecord("outline limits", {}, 0, {}, "a CPU", {"rows": rows}).save(
-        records / "outline_limits.json"
+    size = {"height": 128, "width": 128}
+    RunRecord("outline limits", size, 0, {}, "a CPU", {"rows": rows}).save(
+        records / quality.FIRST_MODEL / "outline_limits.json"
     )
     quality.write_page(page, records)
     text = page.read_text()
     cells = [line.strip("| ").split(" | ") for line in text.splitlines() if " | 0.860 | " in line]
     looks = ["0%", "100%", "0.860", "0.700", "1.0%", "0.0%"]
     assert cells == [
-        ["dense", "held-out", "4", "100.0%", "100%", "0%", "100%", *looks],
-        ["nabla-0.7", "trained", "4", "40.0%", "", "0%", "", *looks],
+        ["256x256", "nabla-0.7", "trained", "4", "40.0%", "", "0%", "", *looks],
+        ["128x128", "dense", "held-out", "4", "100.0%", "100%", "0%", "100%", *looks],
     ]
     assert "| VAE alone | held-out | 1 |  | 4 | 0.970 | 0.970 | 100% | 30.0 |" in text
     assert "0.970 to 0.970. Generated" in text and "1 frame: 0.900 trained" in text

@@ -102,3 +102,7 @@ def test_adapters_are_told_with_their_thresholds_and_errors(tmp_path):
     assert "LoRA of rank 4, 40 steps of distillation on 9 clips in 2 minutes" in page
     assert "from 0.25 to 0.75" in page and "`nabla-0.5` on 3 held-out clips" in page
     assert "| 40 | 0.2500 |" in page
+    config["sparsity"]["thresholds"] = None
+    RunRecord("train", config, 0, {}, "a device", numbers).save(tmp_path / "builtin_lora.json")
+    page = build_page(tmp_path)
+    assert "threshold" not in page and "`nabla-0.5` on 3 held-out clips" in page

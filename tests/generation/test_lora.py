@@ -164,7 +164,7 @@ def test_the_built_in_adapters_bring_sparse_attention_closer_to_dense():
         for lora in ((), ("builtin",))
     )
     defaults = ModelDefaults.load(BUILTIN_DIRECTORY, ["builtin"])
-    assert defaults.sparse_algo == "nabla-0.4_block-1-16-16"
+    assert defaults.sparse_algo == "topk-0.05_tail-first"
     size = {name: getattr(defaults, name) for name in ("frames", "height", "width")}
     clip = WorldSet(plain, clips=1, seed=99, **size)[0]
     noise = torch.randn(clip["latents"].shape)

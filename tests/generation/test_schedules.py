@@ -70,7 +70,7 @@ def test_a_shipped_schedule_is_followed_by_name(tmp_path):
     options = ["--prompt=a red square", f"--output={target}", "--schedule=builtin-fast"]
     small = ["--frames=5", "--height=32", "--width=32", "--steps=2"]
     result = CliRunner().invoke(app, ["generate", *options, *small])
-    assert result.exit_code == 2 and "tokens 16x16x16, here 2x4x4" in result.output
+    assert result.exit_code == 2 and "tokens 9x32x32, here 2x4x4" in result.output
     result = CliRunner().invoke(app, ["generate", *options, *small, "--allow-mismatch"])
     assert result.exit_code == 0, result.output
     record = RunRecord.load(target.with_suffix(".json"))

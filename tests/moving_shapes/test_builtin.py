@@ -48,6 +48,7 @@ def tiny_recipe():
         phases=(
             phase("images", image_share=1.0, padding=(0.0, 0.5)),
             phase("sparse", thresholds=(0.3, 0.8), dense_share=0.0, image_share=0.5, images=4),
+            phase("places", algorithm="topk-0.5_tail-first", dense_share=0.0, place_weight=0.2),
         ),
     )
 
@@ -63,7 +64,7 @@ def run(tmp_path_factory):
 def test_every_stage_is_run_and_recorded(run):
     folder, _, seen = run
     record = RunRecord.load(folder / "training.json")
-    stages = ["vae", "images", "sparse"]
+    stages = ["vae", "images", "sparse", "places"]
     assert [stage["stage"] for stage in record.numbers["stages"]] == stages
     assert record.config == json.loads(json.dumps(dataclasses.asdict(tiny_recipe())))
     assert {p.stage for p in seen} == {*stages, "encode-5x16", "encode-1x16"}
@@ -98,9 +99,10 @@ def test_a_lost_stage_is_made_again_the_same(run, tmp_path):
     folder, pipeline, _ = run
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    for name in ("sparse", "pipeline"):
+    for name in ("sparse", "places", "pipeline"):
         shutil.rmtree(copy / name)
-    (copy / "sparse.checkpoint").unlink()
+    for name in ("sparse", "places"):
+        (copy / f"{name}.checkpoint").unlink()
     train_builtin(tiny_recipe(), copy)
     name = "transformer/diffusion_pytorch_model.safetensors"
     first, second = load_file(pipeline / name), load_file(copy / "pipeline" / name)

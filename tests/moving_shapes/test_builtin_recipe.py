@@ -25,8 +25,7 @@ def test_the_recipe_makes_sense():
     config = builtin()
     names = [phase.name for phase in config.phases]
     assert len(set(names)) == len(names)
-    sizes = [phase.size for phase in config.phases]
-    assert sizes == sorted(sizes) and config.defaults.height == sizes[-1]
+    assert config.defaults.height == config.phases[-1].size
     assert all((phase.frames - 1) % 4 == 0 for phase in config.phases)
     assert config.defaults.frames == config.phases[-1].frames
     tokens = (
@@ -34,7 +33,7 @@ def test_the_recipe_makes_sense():
         * (config.defaults.height // 8)
         * (config.defaults.width // 8)
     )
-    assert tokens >= 4096
+    assert tokens >= 9000
     parse(config.defaults.sparse_algo)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.seed = 1

@@ -44,14 +44,24 @@ def test_full_captions_read_back(num_shapes):
         ]
 
 
-def test_short_captions_leave_words_out():
+def short_captions(size, background):
+    """What captions of one scene leave out: (size, background) of each kind of caption."""
+    scene = next(s for s in map(sample_scene, range(99)) if is_seen(s, size, background))
     rng = random.Random(0)
-    captions = {describe(sample_scene(0), rng, drop=0.5) for _ in range(50)}
-    assert len(captions) == 4
-    words = [parse_caption(caption) for caption in captions]
-    assert {(w.shapes[0].size is None, w.background is None) for w in words} == {
-        (a, b) for a in (True, False) for b in (True, False)
-    }
+    words = [parse_caption(describe(scene, rng, drop=0.5)) for _ in range(50)]
+    return {(w.shapes[0].size is None, w.background is None) for w in words}
+
+
+def is_seen(scene, size, background):
+    return (scene.shapes[0].size, scene.background) == (size, background)
+
+
+def test_short_captions_leave_out_what_is_usual():
+    every = {(a, b) for a in (True, False) for b in (True, False)}
+    assert short_captions("large", "black") == every
+    assert short_captions("small", "black") == {(False, True), (False, False)}
+    assert short_captions("large", "white") == {(True, False), (False, False)}
+    assert short_captions("small", "white") == {(False, False)}
 
 
 def test_loose_spelling():

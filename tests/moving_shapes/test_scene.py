@@ -8,6 +8,7 @@ from nabla_attn.moving_shapes.scene import (
     HELD_OUT,
     KINDS,
     TRAVEL,
+    centred,
     held_out_scenes,
     sample_scene,
 )
@@ -48,6 +49,18 @@ def test_up_is_towards_row_zero():
     scene = next(s for s in held_out_scenes(16) if s.shapes[0].direction == "up")
     shape = scene.shapes[0]
     assert shape.centre(1) == (shape.x, pytest.approx(shape.y - TRAVEL))
+
+
+def test_a_shape_that_is_alone_crosses_the_middle():
+    scenes = {centred(sample_scene(seed)) for seed in range(3000)}
+    assert len(scenes) == (72 - 16) * 2 * 2, "a size and a background are all that is left open"
+    for scene in scenes:
+        (shape,) = scene.shapes
+        assert shape.centre(0.5) == (pytest.approx(0.5), pytest.approx(0.5))
+        for time in (0, 1):
+            assert all(shape.radius < at < 1 - shape.radius for at in shape.centre(time))
+    several = sample_scene(0, 2)
+    assert centred(several) == several
 
 
 def test_held_out_scenes_cycle_and_extend():

@@ -173,7 +173,7 @@ def test_an_adapter_is_loaded_with_its_model(tiny_wan, pipeline):
     for adapter in ("builtin", "builtin", "none"):
         list(studio.run("red", model, adapter, "nabla-0.4", 64, 64, 5, 1, 0))
     assert asked == [(model, ("builtin",)), (model, ())]
-    assert studio.defaults_of(model, "builtin").sparse_algo == "nabla-0.4_block-1-16-16"
+    assert studio.defaults_of(model, "builtin").sparse_algo == "topk-0.05_tail-first"
 
 
 def test_closing_removes_the_videos(tiny_wan, pipeline):

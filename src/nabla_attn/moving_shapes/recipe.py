@@ -85,17 +85,26 @@ class TransformerPhase:
         size: Height and width in pixels.
         frames: Frames of a clip, 4 n + 1.
         steps: Number of steps.
-        batch: Clips a step; of images, as many as have the same number of tokens.
-        clips: Number of distinct clips.
+        batch: Clips a step.
+        clips: Number of scenes that are drawn; equal ones are one clip.
         shift: Shift of the noise levels; larger frames need more noise.
         optim: Optimiser settings.
         image_share: Share of the steps that see first latent frames only: more scenes for the same
             number of tokens, which is how shapes are learnt.
-        images: Number of distinct images; 0 takes the first latent frames of the clips.
+        images: The same of images; 0 takes the first latent frames of the clips.
+        image_size: Height and width of images; 0 is that of the clips.
+        image_batch: Images a step; 0 takes as many as have the same number of tokens as the clips
+            of a step, if these are of one size.
         image_shift: Shift of the noise levels of images; None is that of the clips.
-        thresholds: NABLA thresholds to draw from, (lowest, highest); None is dense attention.
-        dense_share: Share of the steps that stay dense where thresholds are given.
+        thresholds: NABLA thresholds to draw from, (lowest, highest).
+        algorithm: Name of the attention of clips where it is always the same. Without it and
+            `thresholds` attention is dense.
+        dense_share: Share of the steps that stay dense beside either.
         padding: Weight of the text padding at the stage's start and end, 0 to 1.
+        empty_share: Share of the captions left empty, for guidance.
+        short_share: Share of the captions that leave out sizes that are usual, and of those that
+            leave out a usual background.
+        place_weight: Weight of the loss that teaches where in a video tokens lie; 0 leaves it out.
     """
 
     name: str
@@ -108,10 +117,16 @@ class TransformerPhase:
     optim: MuonConfig
     image_share: float = 0.0
     images: int = 0
+    image_size: int = 0
+    image_batch: int = 0
     image_shift: float | None = None
     thresholds: tuple[float, float] | None = None
+    algorithm: str | None = None
     dense_share: float = 0.25
     padding: tuple[float, float] = (1.0, 1.0)
+    empty_share: float = 0.1
+    short_share: float = 0.25
+    place_weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -152,7 +167,7 @@ def _optim(rate: float, warmup: int, average: float) -> MuonConfig:
 
 
 def builtin() -> BuiltinConfig:
-    """The model that ships with the package: 128x128, 61 frames, 4,096 tokens; some three hours."""
+    """The model that ships with the package: 256x256, 33 frames, 9,216 tokens; some four hours."""
     return BuiltinConfig(
         seed=0,
         text_tokens=14,
@@ -263,7 +278,131 @@ def builtin() -> BuiltinConfig:
                 thresholds=(0.3, 0.8),
                 dense_share=0.2,
             ),
+            TransformerPhase(
+                "images-256",
+                size=256,
+                frames=1,
+                steps=300,
+                batch=8,
+                clips=4096,
+                shift=20.0,
+                optim=MuonConfig(
+                    muon_lr=0.015,
+                    adamw_lr=1.5e-3,
+                    muon_weight_decay=0.01,
+                    warmup=30,
+                    flat=1.0,
+                    average=0.97,
+                ),
+                empty_share=0.0,
+                short_share=0.0,
+                place_weight=1.0,
+            ),
+            TransformerPhase(
+                "clips-64-b",
+                size=64,
+                frames=33,
+                steps=240,
+                batch=16,
+                clips=4096,
+                shift=12.0,
+                optim=MuonConfig(
+                    muon_lr=0.015,
+                    adamw_lr=1.5e-3,
+                    muon_weight_decay=0.01,
+                    warmup=10,
+                    flat=1.0,
+                    average=0.97,
+                ),
+                image_share=0.5,
+                images=4096,
+                image_size=256,
+                image_batch=8,
+                image_shift=20.0,
+                empty_share=0.0,
+                short_share=0.0,
+                place_weight=1.0,
+            ),
+            TransformerPhase(
+                "clips-256",
+                size=256,
+                frames=33,
+                steps=211,
+                batch=1,
+                clips=4096,
+                shift=30.0,
+                optim=MuonConfig(
+                    muon_lr=0.014,
+                    adamw_lr=1.4e-3,
+                    muon_weight_decay=0.01,
+                    warmup=15,
+                    flat=1.0,
+                    average=0.985,
+                ),
+                image_share=0.15,
+                images=4096,
+                image_batch=8,
+                image_shift=20.0,
+                algorithm="topk-0.07_sta-17-1-1_tail-first",
+                dense_share=0.01,
+                empty_share=0.0,
+                short_share=0.0,
+                place_weight=1.0,
+            ),
+            TransformerPhase(
+                "clips-256-b",
+                size=256,
+                frames=33,
+                steps=250,
+                batch=1,
+                clips=4096,
+                shift=30.0,
+                optim=MuonConfig(
+                    muon_lr=0.014,
+                    adamw_lr=1.4e-3,
+                    muon_weight_decay=0.01,
+                    warmup=15,
+                    flat=1.0,
+                    average=0.985,
+                ),
+                image_share=0.15,
+                images=4096,
+                image_batch=8,
+                image_shift=20.0,
+                algorithm="topk-0.07_sta-17-1-1_tail-first",
+                dense_share=0.01,
+                empty_share=0.0,
+                short_share=0.0,
+                place_weight=3.0,
+            ),
+            TransformerPhase(
+                "clips-256-c",
+                size=256,
+                frames=33,
+                steps=600,
+                batch=1,
+                clips=4096,
+                shift=30.0,
+                optim=MuonConfig(
+                    muon_lr=0.014,
+                    adamw_lr=1.4e-3,
+                    muon_weight_decay=0.01,
+                    warmup=15,
+                    flat=0.15,
+                    final=0.03,
+                    average=0.985,
+                ),
+                image_share=0.15,
+                images=4096,
+                image_batch=8,
+                image_shift=20.0,
+                algorithm="topk-0.07_sta-17-1-1_tail-first",
+                dense_share=0.01,
+                empty_share=0.0,
+                short_share=0.25,
+                place_weight=3.0,
+            ),
         ),
-        flow_shift=12.0,
-        defaults=Defaults(128, 128, 61, 6, 3.0, 15, "topk-0.25_tail-first"),
+        flow_shift=10.0,
+        defaults=Defaults(256, 256, 33, 2, 1.0, 15, "topk-0.07_sta-17-1-1_tail-first"),
     )

@@ -3,7 +3,7 @@
 import random
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, product
 from typing import Any
 
@@ -47,6 +47,9 @@ HELD_OUT: frozenset[tuple[str, str, str]] = frozenset(
 """16 of the 72 (colour, kind, direction) triples, never shown in training: one direction each of
 16 of the 18 coloured shapes, so every word is learnt and only the combination is new."""
 
+USUAL_SIZE = "large"
+USUAL_BACKGROUND = "black"
+"""What captions may leave out."""
 
 EXAMPLES = (
     "a large red square moving right on a black background",
@@ -153,6 +156,20 @@ def sample_scene(seed: int, num_shapes: int = 1) -> Scene:
     for colour in rng.sample(list(COLOURS), num_shapes):
         shapes.append(_sample_apart(rng, colour, shapes))
     return Scene(tuple(shapes), background)
+
+
+def centred(scene: Scene) -> Scene:
+    """The scene as the built-in model knows it: a shape that is alone crosses the frame's middle.
+
+    A caption then says everything that its video shows, but for what it leaves out. Scenes of
+    several shapes stay as they are.
+    """
+    if len(scene.shapes) > 1:
+        return scene
+    (shape,) = scene.shapes
+    step_x, step_y = DIRECTIONS[shape.direction]
+    x, y = 0.5 - TRAVEL / 2 * step_x, 0.5 - TRAVEL / 2 * step_y
+    return replace(scene, shapes=(replace(shape, x=x, y=y),))
 
 
 def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
@@ -263,11 +280,14 @@ def describe(scene: Scene, rng: random.Random | None = None, drop: float = 0.25)
     Args:
         scene: The scene.
         rng: Random numbers that decide whether sizes and the background are left out, as short
-            prompts do; None says everything.
+            prompts do; None says everything. Only what is usual is left out: shapes that are all
+            large, a background that is black. A short caption then still says one thing.
         drop: Probability of leaving out either.
     """
-    with_size = rng is None or rng.random() >= drop
-    with_background = rng is None or rng.random() >= drop
+    is_large = all(shape.size == USUAL_SIZE for shape in scene.shapes)
+    is_black = scene.background == USUAL_BACKGROUND
+    with_size = rng is None or rng.random() >= drop or not is_large
+    with_background = rng is None or rng.random() >= drop or not is_black
     parts = []
     for shape in scene.shapes:
         size = f"{shape.size} " if with_size else ""

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from nabla_attn import apply
 from nabla_attn.files import write_text
 from nabla_attn.moving_shapes.loop import RecipeStep, Stage, run_stage
+from nabla_attn.moving_shapes.places import place_probe
 from nabla_attn.moving_shapes.recipe import BuiltinConfig, TransformerPhase
 from nabla_attn.moving_shapes.scene import EXAMPLES, render, sample_scene
 from nabla_attn.moving_shapes.transformer import (
@@ -90,13 +91,16 @@ def train_vae(
 
 
 def _sparse_step(model: WanTransformer3DModel, phase: TransformerPhase, step: RecipeStep) -> Any:
-    """Attention of one step: NABLA with a random threshold, or dense; images are always dense."""
-    if phase.thresholds is None or is_image_step(phase, step.number):
+    """Attention of one step: the phase's, NABLA with a random threshold, or dense.
+
+    Images are always dense.
+    """
+    is_dense = phase.algorithm is None and phase.thresholds is None
+    if is_dense or is_image_step(phase, step.number) or step.rng.random() < phase.dense_share:
         return nullcontext()
-    if step.rng.random() < phase.dense_share:
-        return nullcontext()
-    threshold = round(step.rng.uniform(*phase.thresholds), 3)
-    return apply(model, f"nabla-{threshold}")
+    if phase.thresholds is None:
+        return apply(model, phase.algorithm)
+    return apply(model, f"nabla-{round(step.rng.uniform(*phase.thresholds), 3)}")
 
 
 def train_phase(
@@ -122,20 +126,20 @@ def train_phase(
     )
     vae = AutoencoderKLWan.from_pretrained(folder / "vae").to(device)
 
-    def encode(clips: int, frames: int) -> LatentSet:
-        name = f"encode-{frames}x{phase.size}"
+    def encode(clips: int, frames: int, size: int) -> LatentSet:
+        name = f"encode-{frames}x{size}"
         return encode_scenes(
             vae,
             folder,
             clips=clips,
             frames=frames,
-            size=phase.size,
+            size=size,
             seed=config.seed,
             on_progress=lambda _, done, total: on_log(StepMetrics(done, total, {}, stage=name)),
         )
 
-    clips = encode(phase.clips, phase.frames)
-    images = encode(phase.images, 1) if phase.images else None
+    clips = encode(phase.clips, phase.frames, phase.size)
+    images = encode(phase.images, 1, phase.image_size or phase.size) if phase.images else None
     model = (
         WanTransformer3DModel.from_pretrained(start) if start else build_transformer(config.seed)
     )
@@ -146,22 +150,23 @@ def train_phase(
         low, high = phase.padding
         padding.set(low + (high - low) * step.progress)
         with padding.applied(model), _sparse_step(model, phase, step):
-            return flow_loss(model, clips, text, phase, step, images=images)
+            return flow_loss(model, clips, text, phase, step, images=images, probe=probe)
 
-    record = run_stage(
-        Stage(
-            name=phase.name,
-            folder=folder,
-            module=model,
-            loss_at=loss_at,
-            is_hidden=is_hidden_matrix,
-            optim=phase.optim,
-            steps=phase.steps,
-            seed=config.seed,
-            save_every=100,
-            on_log=on_log,
+    with place_probe(model) if phase.place_weight else nullcontext() as probe:
+        record = run_stage(
+            Stage(
+                name=phase.name,
+                folder=folder,
+                module=model,
+                loss_at=loss_at,
+                is_hidden=is_hidden_matrix,
+                optim=phase.optim,
+                steps=phase.steps,
+                seed=config.seed,
+                save_every=100,
+                on_log=on_log,
+            )
         )
-    )
     save_model(model, folder / phase.name)
     return record
 

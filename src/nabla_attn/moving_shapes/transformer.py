@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from nabla_attn.moving_shapes.loop import RecipeStep, autocast
+from nabla_attn.moving_shapes.places import PlaceProbe
 from nabla_attn.moving_shapes.recipe import TransformerPhase
 from nabla_attn.moving_shapes.scene import BACKGROUNDS, COLOURS, DIRECTIONS, KINDS, SIZES, describe
 from nabla_attn.moving_shapes.vae import LatentSet
@@ -166,18 +167,20 @@ def is_image_step(phase: TransformerPhase, number: int) -> bool:
 
 
 def _draw(
-    clips: LatentSet, images: LatentSet, phase: TransformerPhase, step: RecipeStep, drop: float
+    clips: LatentSet, images: LatentSet, phase: TransformerPhase, step: RecipeStep
 ) -> tuple[Tensor, list[str], float]:
     """A batch of latents and captions, some empty for guidance, and the shift of their noise."""
     is_image = is_image_step(phase, step.number)
     data, batch, shift = clips, phase.batch, phase.shift
     if is_image:
-        data, batch = images, phase.batch * clips.latents.shape[2]
+        data, batch = images, phase.image_batch or phase.batch * clips.latents.shape[2]
         shift = phase.shift if phase.image_shift is None else phase.image_shift
     indices = [step.rng.randrange(len(data.scenes)) for _ in range(batch)]
     latents = data.latents[indices].float()
     captions = [
-        "" if step.rng.random() < drop else describe(data.scenes[index], step.rng)
+        ""
+        if step.rng.random() < phase.empty_share
+        else describe(data.scenes[index], step.rng, phase.short_share)
         for index in indices
     ]
     return (latents[:, :, :1] if is_image else latents), captions, shift
@@ -191,9 +194,9 @@ def flow_loss(
     step: RecipeStep,
     *,
     images: LatentSet | None = None,
-    drop: float = 0.1,
+    probe: PlaceProbe | None = None,
 ) -> Tensor:
-    """Mean squared error of the predicted velocity.
+    """Mean squared error of the predicted velocity, and with a probe the loss of places.
 
     Args:
         model: The transformer.
@@ -202,9 +205,9 @@ def flow_loss(
         phase: The stage.
         step: The step, with all that is random about it.
         images: Clips that image steps draw from; None takes `clips`.
-        drop: Share of the captions left empty, for guidance.
+        probe: The model's probe, if it is taught where tokens lie.
     """
-    latents, captions, shift = _draw(clips, images or clips, phase, step, drop)
+    latents, captions, shift = _draw(clips, images or clips, phase, step)
     noise = torch.randn(latents.shape, generator=step.generator)
     sigma = spread_times(step.number, len(latents), shift)
     device = next(model.parameters()).device
@@ -216,7 +219,10 @@ def flow_loss(
             encoder_hidden_states=text(captions).to(device),
             return_dict=False,
         )[0]
-    return (predicted.float() - flow_target(latents, noise)).square().mean()
+    error = (predicted.float() - flow_target(latents, noise)).square().mean()
+    if probe is None:
+        return error
+    return error + phase.place_weight * probe.loss(tuple(latents.shape[2:]))
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from nabla_attn.files import whole_file
 from nabla_attn.moving_shapes.loop import RecipeStep, autocast
 from nabla_attn.moving_shapes.recipe import VaeConfig, VaePhase
-from nabla_attn.moving_shapes.scene import BACKGROUNDS, Scene, Window, render, sample_scene
+from nabla_attn.moving_shapes.scene import (
+    BACKGROUNDS,
+    Scene,
+    Window,
+    centred,
+    render,
+    sample_scene,
+)
 from nabla_attn.progress import ProgressCallback, ignore_progress
 
 
@@ -189,24 +196,27 @@ def encode_scenes(
 ) -> LatentSet:
     """Encode random training scenes, or read them back if that was done before.
 
+    Scenes are `centred`, so that few are distinct; each of those is encoded once.
+
     Args:
         vae: The trained VAE.
         folder: Folder of `latents-<frames>x<size>-<clips>.safetensors`.
-        clips: Number of clips.
+        clips: Number of scenes that are drawn.
         frames: Frames of a clip, 4 n + 1.
         size: Height and width in pixels.
         seed: Seed of the scenes.
         on_progress: Called with the clips that are done.
     """
     rng = random.Random(f"{seed} clips {frames} {size}")
-    scenes = [sample_scene(rng.getrandbits(40)) for _ in range(clips)]
+    drawn = (centred(sample_scene(rng.getrandbits(40))) for _ in range(clips))
+    scenes = list(dict.fromkeys(drawn))
     path = folder / f"latents-{frames}x{size}-{clips}.safetensors"
     if not path.exists():
         batch = max(1, 32 * 64 * 64 // (size * size))
         parts = []
-        for start in range(0, clips, batch):
+        for start in range(0, len(scenes), batch):
             parts.append(_encode(vae, scenes[start : start + batch], frames, size))
-            on_progress("encode", min(start + batch, clips), clips)
+            on_progress("encode", min(start + batch, len(scenes)), len(scenes))
         with whole_file(path) as temporary:
             save_file({"latents": torch.cat(parts)}, temporary)
     return LatentSet(load_file(path)["latents"], scenes)

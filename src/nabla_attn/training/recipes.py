@@ -151,7 +151,7 @@ recipes:
   pretrain   pretraining with sparse attention
   finetune   your own videos, with the attention that will be used
   distill    sparse attention learns what the dense model predicts
-  builtin    the built-in model from nothing, about three hours
+  builtin    the built-in model from nothing, about four hours
 
 examples:
   nabla train distill --check                    look at everything, train nothing
