@@ -4,7 +4,8 @@ Errors of attention's output are those of prompts that a schedule was not chosen
 prompt in turn. Final latents are compared with dense ones on further prompts, where asked for. What
 was measured is kept in the folder, so an interrupted run goes on.
 
-    python -m benchmarks.calibrate_builtin runs/calibrate; then `python -m benchmarks.pages`
+    python -m benchmarks.calibrate_builtin runs/calibrate --weighted 1 --count 8
+    python -m benchmarks.pages
 """
 
 import sys

@@ -169,16 +169,30 @@ def _heads_table(record: RunRecord) -> list[str]:
     latents = numbers.get("latents")
     if latents is None:
         return lines
+    return [*lines, *_latents(latents)]
+
+
+def _latents(latents: dict[str, Any]) -> list[str]:
+    """Return what final latents are away from dense ones, and what the error model said."""
+    rows, count = latents["rows"], latents["prompts"]
+    is_predicted = "fit" in latents
     cells = [
         [row["name"], f"{row['density']:.3f}", f"{mean(row['distances']):.4f}"]
-        for row in latents["rows"]
+        + ([f"{row['predicted']:.4f}"] if is_predicted else [])
+        for row in rows
     ]
-    count = latents["prompts"]
     text = (
         "Final latents, relative L2 distance to those of dense attention, mean over "
         f"{count} further prompt{'s' if count > 1 else ''}."
     )
-    return [*lines, text, "", *table(LATENTS_HEAD, cells)]
+    if is_predicted:
+        fit = latents["fit"]
+        text += (
+            " *Predicted*: by the error model, from other prompts; rank correlation "
+            f"{fit['rank_correlation']:.2f}, measured over predicted {fit['ratio']:.2f}."
+        )
+    head = [*LATENTS_HEAD, *["predicted"] * is_predicted]
+    return [text, "", *table(head, cells)]
 
 
 def _guidance_table(record: RunRecord) -> list[str]:

@@ -100,3 +100,17 @@ def test_suite_writes_records_and_the_page_comes_from_them(tmp_path, monkeypatch
     assert f"{density:.3f}" in page and "ours (gather)" in page
     assert (tmp_path / "docs" / "images" / "speed_by_density.png").stat().st_size > 1000
     assert page == speed.build_page(tmp_path / "results", tmp_path / "docs")
+
+
+def test_what_the_error_model_predicted_stands_beside_what_was_measured():
+    row = {"name": "a schedule", "density": 0.1, "distances": [0.1, 0.3]}
+    latents = {"rows": [row], "prompts": 2}
+    assert "| a schedule | 0.100 | 0.2000 |" in speed._latents(latents)
+    latents = {
+        "rows": [row | {"predicted": 0.15}],
+        "prompts": 2,
+        "fit": {"rank_correlation": 1.0, "ratio": 1.25, "spread": 1.1},
+    }
+    text, *lines = speed._latents(latents)
+    assert "| a schedule | 0.100 | 0.2000 | 0.1500 |" in lines
+    assert "rank correlation 1.00, measured over predicted 1.25" in text
