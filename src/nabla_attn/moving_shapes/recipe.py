@@ -1,6 +1,6 @@
 """The built-in model's recipe: everything its training is made of."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,35 @@ def _optim(rate: float, warmup: int, average: float) -> MuonConfig:
     )
 
 
+CLIPS_256 = TransformerPhase(
+    "clips-256",
+    size=256,
+    frames=33,
+    steps=211,
+    batch=1,
+    clips=4096,
+    shift=30.0,
+    optim=MuonConfig(
+        muon_lr=0.014,
+        adamw_lr=1.4e-3,
+        muon_weight_decay=0.01,
+        warmup=15,
+        flat=1.0,
+        average=0.985,
+    ),
+    image_share=0.15,
+    images=4096,
+    image_batch=8,
+    image_shift=20.0,
+    algorithm="topk-0.07_sta-17-1-1_tail-first",
+    dense_share=0.01,
+    empty_share=0.0,
+    short_share=0.0,
+    place_weight=1.0,
+)
+"""The first stage on clips of full size; the later ones differ in what they name."""
+
+
 def builtin() -> BuiltinConfig:
     """The model that ships with the package: 256x256, 33 frames, 9,216 tokens; some four hours."""
     return BuiltinConfig(
@@ -323,82 +352,13 @@ def builtin() -> BuiltinConfig:
                 short_share=0.0,
                 place_weight=1.0,
             ),
-            TransformerPhase(
-                "clips-256",
-                size=256,
-                frames=33,
-                steps=211,
-                batch=1,
-                clips=4096,
-                shift=30.0,
-                optim=MuonConfig(
-                    muon_lr=0.014,
-                    adamw_lr=1.4e-3,
-                    muon_weight_decay=0.01,
-                    warmup=15,
-                    flat=1.0,
-                    average=0.985,
-                ),
-                image_share=0.15,
-                images=4096,
-                image_batch=8,
-                image_shift=20.0,
-                algorithm="topk-0.07_sta-17-1-1_tail-first",
-                dense_share=0.01,
-                empty_share=0.0,
-                short_share=0.0,
-                place_weight=1.0,
-            ),
-            TransformerPhase(
-                "clips-256-b",
-                size=256,
-                frames=33,
-                steps=250,
-                batch=1,
-                clips=4096,
-                shift=30.0,
-                optim=MuonConfig(
-                    muon_lr=0.014,
-                    adamw_lr=1.4e-3,
-                    muon_weight_decay=0.01,
-                    warmup=15,
-                    flat=1.0,
-                    average=0.985,
-                ),
-                image_share=0.15,
-                images=4096,
-                image_batch=8,
-                image_shift=20.0,
-                algorithm="topk-0.07_sta-17-1-1_tail-first",
-                dense_share=0.01,
-                empty_share=0.0,
-                short_share=0.0,
-                place_weight=3.0,
-            ),
-            TransformerPhase(
-                "clips-256-c",
-                size=256,
-                frames=33,
+            CLIPS_256,
+            replace(CLIPS_256, name="clips-256-b", steps=250, place_weight=3.0),
+            replace(
+                CLIPS_256,
+                name="clips-256-c",
                 steps=600,
-                batch=1,
-                clips=4096,
-                shift=30.0,
-                optim=MuonConfig(
-                    muon_lr=0.014,
-                    adamw_lr=1.4e-3,
-                    muon_weight_decay=0.01,
-                    warmup=15,
-                    flat=0.15,
-                    final=0.03,
-                    average=0.985,
-                ),
-                image_share=0.15,
-                images=4096,
-                image_batch=8,
-                image_shift=20.0,
-                algorithm="topk-0.07_sta-17-1-1_tail-first",
-                dense_share=0.01,
-                empty_share=0.0,
+                optim=replace(CLIPS_256.optim, flat=0.15, final=0.03),
                 short_share=0.25,
                 place_weight=3.0,
             ),
