@@ -25,7 +25,7 @@ from nabla_attn.moving_shapes.judge import JUDGE, score
 from nabla_attn.moving_shapes.scene import Scene, describe, render
 from nabla_attn.record import RunRecord, check_settings, collect_versions, describe_device
 
-IMAGE_SHIFT = 10.0
+IMAGE_SHIFT = 20.0
 """Shift of the noise levels that the model learnt single frames with."""
 
 CASES = (
